@@ -18,7 +18,7 @@ controllers = st.sampled_from(CONTROLLERS)
 
 
 class Recorder:
-    """A workload that only records whether it runs."""
+    """Workload that only records whether it runs, and whether it was discarded."""
 
     name = "recorder"
     identity = Identity("arena", "recorder")
@@ -74,7 +74,7 @@ class Recorder:
 
 
 class Lives(RuleBasedStateMachine):
-    """A model of the workload: its controller, whether it was committed, whether it has moved."""
+    """Model of a workload: its status, and the controller that has paused or committed the workload."""
 
     def __init__(self) -> None:
         super().__init__()

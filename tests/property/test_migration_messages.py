@@ -70,7 +70,7 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
 
 everything = st.one_of(*(st.builds(kind, **fields) for kind, fields in FIELDS.items()))
 timed = st.one_of(*(st.builds(kind, **fields) for kind, fields in FIELDS.items() if seconds in fields.values()))
-"""Messages with times."""
+"""Messages that have a field in seconds."""
 
 
 def body(message: Message) -> bytes:
@@ -127,7 +127,7 @@ def test_missing_or_mistyped_field_is_refused(message: Message, data: st.DataObj
 
 
 def floats(fields: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Return the paths of the fields that hold times."""
+    """Return the paths of the fields in seconds."""
     found = []
     for name, value in fields.items():
         if isinstance(value, dict):
@@ -156,7 +156,7 @@ def test_time_that_is_not_finite_negative_or_huge_is_refused(
 
 
 def lists(kind: Any) -> list[str]:
-    """Return the fields of a message whose length has no bound."""
+    """Return the lists, dictionaries and byte strings of a message that have no maximum length."""
     return [
         field.name
         for field in cast("msgspec.inspect.StructType", msgspec.inspect.type_info(kind)).fields

@@ -1,4 +1,4 @@
-"""The control connection under TLS delivers the messages of its peer only, for any split of the bytes."""
+"""Control connection under TLS: only messages of the peer are delivered, for any split of the bytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pair() -> Iterator[Pair]:
 
 
 class Sink:
-    """A writer that discards its data."""
+    """Writer that discards its data."""
 
     def write(self, _: bytes) -> None: ...
     def close(self) -> None: ...
@@ -83,12 +83,12 @@ async def _heard(session: ControlSession, pieces: list[bytes]) -> tuple[list[Any
 
 
 def heard(session: ControlSession, pieces: list[bytes]) -> tuple[list[AnyMessage], MigrationError]:
-    """Return the messages that a channel delivers from these chunks followed by EOF, and the error that ends it."""
+    """Return the messages that a channel delivers for chunks of bytes and EOF, and the error that ends the channel."""
     return run(_heard(session, pieces))
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run on a new event loop; an unhandled exception of any task is a failure."""
+    """Run a coroutine on a new event loop, and return its result. Check that no task has an unhandled exception."""
     unasked: list[dict[str, Any]] = []
     with asyncio.Runner() as runner:
         runner.get_loop().set_exception_handler(lambda _, context: unasked.append(context))
@@ -118,14 +118,14 @@ def test_messages_are_delivered_for_any_split_of_the_bytes(pair: Pair, said: lis
 @tries
 @given(said=st.lists(quiet, min_size=1, max_size=4), place=st.integers(0, 1 << 20), bit=st.integers(0, 7))
 def test_flipped_bit_ends_the_connection(pair: Pair, said: list[Message], place: int, bit: int) -> None:
-    """No message of that record or a later one is delivered."""
+    """No message of the damaged record or of a later record is delivered."""
     source, receiver = established(pair)
     data = bytearray(sealed(source, *map(messages.encode, said)))
     data[place % len(data)] ^= 1 << bit
     found, end = heard(receiver, [bytes(data)])
     assert found == said[: len(found)]
     assert len(found) < len(said)
-    # A corrupted, larger length makes the receiver wait for bytes that never arrive.
+    # If the bit increases the length of a record, the receiver waits for bytes that are never sent.
     assert isinstance(end, AuthenticationError | ConnectionLost)
 
 
@@ -153,7 +153,7 @@ def test_bytes_that_are_not_records_end_the_connection(pair: Pair, garbage: byte
 @tries
 @given(body=st.binary(max_size=200), places=places)
 def test_bytes_of_authenticated_peer_are_a_message_or_refused(pair: Pair, body: bytes, places: list[int]) -> None:
-    """An authenticated peer may still send anything; the bytes are checked as on an unencrypted connection."""
+    """An authenticated peer may send any bytes. They are checked like those of an unencrypted connection."""
     source, receiver = established(pair)
     found, end = heard(receiver, cut(sealed(source, len(body).to_bytes(4, "big"), body), places))
     try:

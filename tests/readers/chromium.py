@@ -1,4 +1,4 @@
-"""A headless Chromium, controlled over pipes (Chrome DevTools Protocol, `--remote-debugging-pipe`)."""
+"""Headless Chromium, controlled over pipes (Chrome DevTools Protocol, `--remote-debugging-pipe`)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OPTIONS = (
 
 
 def find() -> str | None:
-    """Path of an installed Chromium, None if there is none."""
+    """Return the path of an installed Chromium; None if there is none."""
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
 class Browser:
-    """One page of a Chromium; its network requests and console messages are recorded."""
+    """Page of a Chromium whose network requests and console messages are recorded."""
 
     def __init__(self, program: str, profile: Path) -> None:
         orders, self._orders = os.pipe()
@@ -60,7 +60,7 @@ class Browser:
         os.close(self._answers)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send one command and return its result."""
+        """Send a command of the protocol, and return its result."""
         self._number += 1
         order = {"id": self._number, "method": method, "params": parameters}
         if self.session is not None:
@@ -75,7 +75,7 @@ class Browser:
             self._note(said)
 
     def open(self, path: Path, width: int, *, dark: bool = False) -> None:
-        """Open a file in a window of this width."""
+        """Open a file in a window of `width` pixels, in a light or dark colour scheme, and wait until it is loaded."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call(
@@ -86,13 +86,13 @@ class Browser:
             pass
 
     def evaluate(self, expression: str) -> Any:
-        """Value of an expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def screenshot(self, path: Path) -> bytes:
-        """The whole page as PNG; also written to `path`."""
+        """Write a screenshot of the whole page to `path`, and return it as PNG."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         data = base64.b64decode(shot["data"])
         path.write_bytes(data)

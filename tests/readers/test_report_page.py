@@ -15,7 +15,7 @@ from tests.readers import chromium
 from tests.readers.chromium import Browser
 
 KEPT = Path(__file__).parent.parent.parent / ".cache" / "screenshots"
-"""Directory for screenshots, for inspection."""
+"""Directory for screenshots, which the tests keep for inspection."""
 
 SIZES = [(1280, False), (390, False), (390, True)]
 

@@ -26,7 +26,7 @@ from pageferry.report.check import CheckView
 ROOT = Path(__file__).parent.parent.parent
 NAMES = [probe.name for probe in PROBES]
 OTHERS = {"kvm", "kvm-pre-fault-memory", "cpu-quota"}
-"""Features that no system needs: they make guests faster, and --auto-converge possible."""
+"""Features that no system needs: they make guests faster, or are required by `--auto-converge`."""
 
 
 def with_all_but(*missing: str) -> dict[str, Feature]:

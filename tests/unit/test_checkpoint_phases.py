@@ -14,7 +14,7 @@ STOP = (Phase.STOP, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME, Phase.PUBL
 
 
 def after(mode: Mode, phases: Sequence[Phase]) -> Statistics:
-    """Return statistics after these phases."""
+    """Return the statistics of a checkpoint that has entered these phases, in order."""
     statistics = Statistics(mode)
     for phase in phases:
         statistics.enter(phase)
@@ -22,7 +22,7 @@ def after(mode: Mode, phases: Sequence[Phase]) -> Statistics:
 
 
 def refused(mode: Mode, phases: Sequence[Phase]) -> set[Phase]:
-    """Return the phases that may not follow these."""
+    """Return the phases that are refused after these phases."""
     found = set()
     for phase in Phase:
         try:

@@ -1,4 +1,4 @@
-"""Rounds of a checkpoint against a scripted saver: which calls are made, in which order, and when rounds end."""
+"""Tests of the rounds of a checkpoint with a scripted saver: the order of its calls, and the end of the rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pageferry.checkpoints.rounds import CHUNK, Rounds
 
 
 class ScriptedSaver:
-    """Saver that records its calls. `remaining`: results of `collect` and `scan`; `lost`: results of `lost`."""
+    """Saver that records calls. `remaining`: results of `collect` and `scan`, in order; `lost`: results of `lost`."""
 
     def __init__(
         self, pages: Literal["swept", "written", "all"], remaining: list[int], lost: tuple[bool, ...] = (False,)

@@ -16,7 +16,7 @@ def descendants(error: type[PageferryError]) -> Iterator[type[PageferryError]]:
 
 
 def named() -> list[type[PageferryError]]:
-    """Return the error classes that define an exit code; all others inherit one."""
+    """Return the error classes that define an exit code; the other classes inherit an exit code."""
     ours = [error for error in descendants(PageferryError) if error.__module__ == "pageferry.errors"]
     return [error for error in ours if "exit_code" in vars(error)]
 

@@ -20,7 +20,7 @@ DEADLINE = 60
 
 @contextmanager
 def asleep(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """Start the command, and yield its process when it reports that it sleeps."""
+    """Start the command, yield its process once it has printed `asleep`, and kill the process at the end."""
     child = subprocess.Popen(
         [*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -1,4 +1,4 @@
-"""Tests of the control socket's framing: messages are preserved, and oversized or malformed ones are rejected."""
+"""Tests of the framing on the control socket: messages round-trip, and oversized or malformed messages are refused."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Model of direct I/O under write traces for one page; every reachable state is examined.
 
-A saver executes its steps. Between any two steps the processor may write, and devices may pin the page, write to it and
-complete. A pin marks the page as written and removes its protection; later writes by the device do neither. `drain` and
-`pause` complete only when no I/O is in flight. Property: at the end the copy equals the memory. Wrong orders must
-violate the property, otherwise the model proves nothing.
+A saver executes its steps. Between any two steps the processor may write to the page, and devices may pin the page,
+write to it and complete. A pin marks the page as written and removes its write protection; later writes by the device
+do neither. The steps `drain` and `pause` complete only when no I/O is in flight. Property: at the end, the copy equals
+the memory. Wrong orders of the steps must violate the property, otherwise the model proves nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class State:
     """Whether the device has written, for each request that has pinned the page."""
     begun: int = 0
     written: bool = False
-    """Whether the processor has written; it writes once."""
+    """Whether the processor has written to the page, which it does at most once."""
     paused: bool = False
     kept: int | None = None
     """Contents copied by the sweep of a checkpoint."""
@@ -43,15 +43,15 @@ PAUSE = ("pause", "collect", "send")
 PRECOPY = ("install", "all", "drain", "send", *ROUND, *ROUND, *PAUSE)
 HYBRID = ("install", "all", "drain", "send", *ROUND, "collect", "pause", "collect", "resume there", "send")
 CHAIN = (*PRECOPY, "resume", *ROUND, *ROUND, *PAUSE)
-"""Steps of a checkpoint whose trace is installed before any page is read, and of the next one.
+"""Steps of a checkpoint whose trace is installed before any page is read, and of the next checkpoint.
 
-The next checkpoint collects that trace.
+The next checkpoint collects the trace of the first.
 """
 REGISTERED = ("install", "all", "drain", "send", *ROUND, "pause", "collect", "all", "send")
 
 
 def saver(state: State, name: str) -> State | None:
-    """Return the state after the saver's step `name`, or None if the step has to wait."""
+    """Return the state after the saver's step `name`; None if the step must wait."""
     after = replace(state, step=state.step + 1)
     match name:
         case "install":
@@ -130,7 +130,7 @@ def test_no_write_is_lost(order: tuple[str, ...]) -> None:
 
 
 def without_drain(order: tuple[str, ...], number: int) -> tuple[str, ...]:
-    """Return the order of steps without one of its drains."""
+    """Return the steps without the drain of index `number`."""
     places = [place for place, name in enumerate(order) if name == "drain"]
     return order[: places[number]] + order[places[number] + 1 :]
 
@@ -160,7 +160,7 @@ def test_registered_buffer_must_be_sent_in_the_pause() -> None:
 
 
 def test_exchanging_a_trap_for_a_trace_misses_a_pin() -> None:
-    """With direct I/O, no trap is exchanged for a trace: a range has one registration, so the exchange leaves a gap."""
+    """A range has only one registration, so that the exchange leaves a gap. pageferry omits it with direct I/O."""
     trapped = ("install", "pause", "collect", "sweep", "resume")
     exchange = (*trapped, "remove trap", "protect", "compare", *ROUND, *PAUSE)
     assert wrong(exchange, requests=0) == []

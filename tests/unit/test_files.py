@@ -1,4 +1,4 @@
-"""Tests that files planted by another user are not followed, opened or written to."""
+"""Tests that files and links planted by another user are not opened, followed or written to."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KERNEL_FILES = {
     "workloads/qemu/direct_io.py",
     "workloads/qemu/disks.py",
 }
-"""Modules that open only kernel interfaces (/proc, /sys, unnamed files, pidfds)."""
+"""Modules that open only kernel interfaces (/proc, /sys, pidfds) and unnamed files."""
 OTHERS = {
     "cli/main.py": "/dev/null",
     "pager/process.py": "a descriptor",
@@ -61,7 +61,7 @@ OTHERS = {
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command with a timeout, because opening a FIFO could block."""
+    """Run `pageferry` with a timeout, because opening a FIFO could block."""
     command = [sys.executable, "-I", "-m", "pageferry", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE)
 
@@ -259,7 +259,7 @@ def test_record_replaces_a_planted_link(tmp_path: Path, secret: Path) -> None:
 
 
 def test_every_file_is_opened_by_one_module() -> None:
-    """A module that opens files itself must be listed in this test."""
+    """A module that opens files itself must be listed in KERNEL_FILES or OTHERS."""
     found = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(PACKAGE))
@@ -292,7 +292,10 @@ def _special(path: Path, kind: str) -> Path:
 
 
 def _child_of(folder: Path, parent: Path, image: Path | None = None) -> Path:
-    """Return an image built on `parent`. Unless `image` is given, the image is written first."""
+    """Write an image to `folder` that records the path `parent` for its parent. Return the path of the image.
+
+    The parent is the existing image `image`, or a new image at `parent`.
+    """
     made: Any = Maker(16)
     if image is None:
         made.write(parent)

@@ -1,4 +1,4 @@
-"""Tests that functions are short."""
+"""Tests that no function is long, unless a comment states the reason."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ NAMES = ["unnamed", "hidden"]
 
 @pytest.fixture(params=NAMES)
 def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Return a directory on a file system with O_TMPFILE, and on one without (such as NFS or FAT)."""
+    """Return a directory on a file system with O_TMPFILE or, for the parameter `hidden`, without (such as NFS, FAT)."""
     if request.param == "hidden":
         really = os.open
 

@@ -1,4 +1,4 @@
-"""Tests of what each command imports: commands start quickly because they import only what they use."""
+"""Tests of the modules that each command imports: only those that it uses, so that commands start quickly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ WORK = {"asyncio", "qemu.qmp", "ssl", "pageferry.workloads.qemu.guest", "pagefer
 """Modules that no help text needs."""
 
 MAX_MODULES = {"list": 85, "top": 85, "check": 80, "report": 175, "peek": 80, "stop": 112, "image": 85}
-"""Maximum number of modules that a verb imports, apart from those of `import asyncio, msgspec`, on a host without
-workloads and with --output json, which needs no rich."""
+"""Maximum number of modules that a verb imports, without those of `import asyncio, msgspec`.
+
+Measured without workloads, and with `--output json`, which does not import rich.
+"""
 COMMANDS = {
     "list": ["list"],
     "top": ["top", "--once"],
@@ -30,7 +32,7 @@ COMMANDS = {
 
 
 def imported(program: str, run_directory: Path) -> set[str]:
-    """Return the modules that a program has imported."""
+    """Return the modules that a program has imported at its end."""
     done = subprocess.run(
         [sys.executable, "-c", f"{program}\nimport sys\nprint('\\nmodules', *sys.modules)"],
         env={"PATH": os.environ["PATH"], "PAGEFERRY_RUN_DIR": str(run_directory)},

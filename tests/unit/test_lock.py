@@ -1,4 +1,4 @@
-"""Tests of the lock files of development and CI: requirements and hashes for every supported Python, upper bounds."""
+"""Tests of the lock files for development and CI: locked versions for every supported Python, hashes, upper bounds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def declared() -> list[Requirement]:
 
 
 def locked(python: str) -> dict[str, Requirement]:
-    """Return the packages, by name, that pip installs with this version of Python on Linux."""
+    """Return the packages, by name, that pip installs with a version of CPython on Linux."""
     environment: dict[str, Any] = {
         "python_version": python,
         "python_full_version": f"{python}.9",

@@ -1,4 +1,4 @@
-"""Messages that a receiver permits in each of its states: a table of all states and all messages."""
+"""Tests of the messages that a receiver permits in each of its states, by a table of all states and messages."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ EXAMPLES: dict[type[Message], Message] = {
     messages.Outcome: messages.Outcome(owner="source", complete=False),
     messages.Serve: messages.Serve(streams=1),
 }
-"""One message of each type, except those that the channel handles."""
+"""One message of each type, except the types that the channel handles (Alive, Abort)."""
 
 LARGE, HOT, MISSING = (
     [messages.LargePages(region=number, units=b"") for number in range(REGIONS)],
@@ -73,7 +73,7 @@ PATHS: dict[ReceiverState, list[Message]] = {
     ReceiverState.REPORTED: REPORTED,
     ReceiverState.ENDED: [*REPORTED, EXAMPLES[messages.Done]],
 }
-"""Messages, received and sent, that lead to each state."""
+"""Messages, received or sent, that lead to each state, in order."""
 
 RECEIVED: dict[ReceiverState, list[type[Message]]] = {
     ReceiverState.SETUP: [messages.LargePages],
@@ -109,7 +109,7 @@ def order_in(state: ReceiverState) -> MessageOrder:
 
 
 def following(kind: type[Message], state: ReceiverState) -> Any:
-    """Return an example of a message for the region that is next in this state."""
+    """Return a message of type `kind`, for the region that is next in a state."""
     if state in (ReceiverState.HOT, ReceiverState.MISSING):
         return {messages.Hot: HOT[1], messages.Missing: MISSING[1]}.get(kind, EXAMPLES[kind])
     return EXAMPLES[kind]

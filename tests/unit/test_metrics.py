@@ -27,7 +27,7 @@ def scraped(url: str) -> dict[str, float]:
 
 
 def told(path: Path) -> Metrics:
-    """Return the metrics after all events of a log."""
+    """Return the metrics computed from all events of a log."""
     kinds, sink = events.events(), Metrics("verb", "web")
     for line in Log.read(path).lines:
         sink.event(line.to(kinds[line.tag]))

@@ -1,4 +1,4 @@
-"""Tests of the convergence policy: decisions after simulated rounds."""
+"""Tests of the convergence policy: its decisions after simulated rounds."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_budget_bounds_the_transfer_at_any_dirty_rate() -> None:
     assert policy.after_round(100 * MIB, 1.0, 40 * MIB) is Decision.CONTINUE
     assert policy.after_round(40 * MIB, 0.4, 30 * MIB) is Decision.CONTINUE
     assert policy.after_round(30 * MIB, 0.3, 20 * MIB) is Decision.STALLED
-    # Sent bytes and remaining bytes stay below twice the memory.
+    # The bytes sent and remaining are at most twice the memory.
     assert policy.covered + 20 * MIB <= 200 * MIB
 
 

@@ -1,4 +1,4 @@
-"""Tests of a destination's decisions: the first one is final for all processes, and kept while it may be requested."""
+"""Tests of a destination's decisions: the first is final for all processes, and kept while a source may request it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_first_decision_is_final(tmp_path: Path) -> None:
     verdicts.begin(MIGRATION)
     assert verdicts.decide(MIGRATION, Verdict.COMMITTED) is Verdict.COMMITTED
     assert verdicts.decide(MIGRATION, Verdict.ABORTED) is Verdict.COMMITTED
-    # A process that starts later gets the same decision.
+    # A process that starts later reads the same decision.
     assert Verdicts(tmp_path).decide(MIGRATION, Verdict.ABORTED) is Verdict.COMMITTED
 
 
@@ -32,7 +32,7 @@ def test_only_begun_migrations_are_known(tmp_path: Path) -> None:
 
 
 def test_concurrent_processes_get_the_same_decision(tmp_path: Path) -> None:
-    """Decide in separate processes, as two receivers of a host do."""
+    """Separate processes decide, as two receivers of a host may do."""
     rounds = [f"{number:032x}" for number in range(20)]
     for migration in rounds:
         Verdicts(tmp_path).begin(migration)

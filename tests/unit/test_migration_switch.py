@@ -1,4 +1,4 @@
-"""Tests of requests to switch over a hybrid migration: a running one accepts them, without one they fail."""
+"""Tests of requests to switch over: a running hybrid migration accepts a request, which otherwise fails."""
 
 from __future__ import annotations
 

@@ -3,15 +3,16 @@
 The model contains both agents with the steps of `migration.commit` and `migration.takeover`, their persistent
 records, the messages in transit, and all failures: an agent is killed between any two steps or fails by itself, or the
 link is cut and any suffix of the messages in transit is lost. The source runs `--recover` whenever the outcome is
-unknown, in any state of the destination. `--take-back` is left out: with it, an operator overrides the protocol.
+unknown, in any state of the destination. The model omits `--take-back`, by which an operator overrides the protocol.
 
 In post-copy the workload runs at the destination before its pages are present. The source serves the pages, and
 `--recover` continues to serve them after any crash. At the destination another agent can take over (`receive
 --resume`).
 
-Properties: at most one process runs the workload; if none runs it, a recovery is possible; recovery ends with a reply
-once both hosts are up; and the source keeps its pages until the destination has received all of them, which happens
-eventually.
+Properties:
+- At most one process runs the workload. If no process runs the workload, a recovery is possible.
+- A recovery ends with a reply once both hosts are up.
+- The source keeps its pages until the destination has received all of them, which happens eventually.
 
 Wrong variants of the protocol must violate a property, otherwise the model proves nothing.
 """
@@ -68,7 +69,10 @@ GIVING_UP = {Destination.DECIDE_ABORTED, Destination.ABORT}
 
 @dataclass(frozen=True)
 class State:
-    """State of the system. Workloads: `runs`, `paused`, `committed`, `gone` (see the workload's lifecycle)."""
+    """State of the system.
+
+    `here`, `there`: state of the workload at the source and at the destination (`runs`, `paused`, `committed`, `gone`).
+    """
 
     source: Source = Source.COPY
     here: str = "runs"
@@ -82,8 +86,7 @@ class State:
     settled: bool = False
     """Whether the source knows that the destination has forgotten the migration."""
     withdrawn: bool = False
-    """Whether the destination decided to run the workload, but its process was killed before the workload was resumed.
-    """
+    """Whether the destination has withdrawn its commit: the workload's process was killed before it was resumed."""
     ran_there: bool = False
     postcopy: bool = False
     complete: bool = False
@@ -104,7 +107,7 @@ class State:
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules of the protocol. Each field that differs from its default makes a wrong variant."""
+    """Rules of the protocol. Each value other than the default yields a wrong variant."""
 
     records_first: bool = True
     decides_first: bool = True
@@ -163,7 +166,7 @@ def source_hears(state: State, rules: Rules) -> Iterator[State]:
     if state.source in expected and first == expected[state.source][0]:
         yield replace(state, source=expected[state.source][1], to_source=state.to_source[1:])
     elif first == "abort" and state.source is not Source.DISCARD:
-        # Also after Commit: the source decides before sending the decision.
+        # Abort is valid after Commit, too: the destination records its decision before it sends Abort.
         yield replace(state, source=Source.RESUME, to_source=state.to_source[1:])
     elif first is None and not state.link:
         yield from source_fails(state, rules)
@@ -261,12 +264,12 @@ def destination_hears(state: State, rules: Rules) -> Iterator[State]:
 
 
 def closed(state: State) -> State:
-    """Close the connection of an agent that ends. Messages in transit are still delivered."""
+    """Return the state after an agent that ends has closed the connection; messages in transit are still delivered."""
     return replace(state, link=False)
 
 
 def send(state: State, message: str) -> State:
-    """Add a message to those in transit; drop the message if the link is cut."""
+    """Return the state with a message added to those in transit; the message is lost if the link is cut."""
     if not state.link:
         return state
     if message in ("state", "commit", "pages", "done") or (message == "abort" and state.source is Source.ENDED):
@@ -375,7 +378,7 @@ def test_at_most_one_owner_and_never_permanently_none() -> None:
     for state in states:
         problem = wrong(state, Rules())
         assert problem is None, f"{problem}:\n{history(states, state)}"
-    # The states that matter are reachable.
+    # The model reaches recovery from each decision, post-copy without a link, and the end of a post-copy migration.
     assert any(state.record and state.source is Source.ENDED and state.verdict == "committed" for state in states)
     assert any(state.record and state.source is Source.ENDED and state.verdict is None for state in states)
     assert any(state.there == "runs" and not state.complete and not state.link for state in states)
@@ -408,7 +411,7 @@ def test_source_discards_only_after_the_destination_has_committed() -> None:
 
 
 def test_workload_killed_before_it_ran_returns_to_the_source() -> None:
-    """The exception is a recovery in between that found that the destination owns the workload."""
+    """Exception: a recovery has found, before the kill, that the destination owns the workload."""
     withdrawn = [state for state in reachable(Rules()) if state.withdrawn]
     assert any(state.here == "runs" for state in withdrawn)
     assert all(state.there == "gone" and not state.ran_there for state in withdrawn)

@@ -39,7 +39,7 @@ def assert_clean(text: str) -> None:
 
 @pytest.fixture
 def hostile_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an image whose metadata contains escapes."""
+    """Return the path of an image whose metadata contains terminal escapes."""
     kind = Metadata
     changes = {"name": HOSTILE, "details": {HOSTILE: HOSTILE}}
     monkeypatch.setattr(images, "Metadata", lambda **fields: kind(**(fields | changes)))
@@ -117,7 +117,7 @@ def test_error_about_incompatible_source_has_no_escapes() -> None:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_views_show_records_without_their_escapes(terminal: bool) -> None:
-    """Show every record of the package in every view, with escapes in all texts."""
+    """Every event of the package is shown in every view, with escapes in all text fields."""
     shown: dict[str, int] = {}
     records = [_hostile(kind) for kind in _kinds(Event)]
     views: list[Any] = [PlainView, *_kinds(PlainView)]
@@ -137,7 +137,7 @@ def test_views_show_records_without_their_escapes(terminal: bool) -> None:
                 assert character == "\r" or character not in text, (view, record)
             assert "\x1b]0;owned" not in text
             shown[view.__name__] = shown.get(view.__name__, 0) + ("owned" in text)
-    shown.pop("RunsView")  # has no records: see test_reports_have_no_escapes
+    shown.pop("RunsView")  # does not show events: see test_reports_have_no_escapes
     assert min(shown.values()) > 0, shown
 
 
@@ -151,7 +151,7 @@ def test_live_display_does_not_interpret_markup() -> None:
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_reports_have_no_escapes(maker: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Show a log in the terminal, as JSON and as HTML, with escapes in all texts but the names of records."""
+    """A log with escapes in most text fields is reported in the terminal, as JSON and as HTML."""
     MAKERS[maker](tmp_path / "log")
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     for line in lines:

@@ -34,7 +34,7 @@ sys.stdin.read()
 
 @contextmanager
 def process(name: bytes = b"plain", path: bytes = b"") -> Iterator[int]:
-    """Start a child that sets its name and maps a new shared, writable file. Yield its pid."""
+    """Start a child that sets its name and, unless `path` is empty, maps a new shared, writable file. Yield the pid."""
     command: list[str | bytes] = [sys.executable, "-c", PROGRAM, name, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -93,7 +93,7 @@ def test_mapped_file_with_hostile_name_is_found_and_forges_nothing(tmp_path: Pat
         (record,) = [one for one in records if one.mapping == ours[0]]
         assert record.counts["Rss"] == 4096
         assert {"sh", "wr"} <= record.flags
-        # A path that resembles a counter line is not parsed as one: all records have the same counters.
+        # A path that resembles a counter line is not parsed as a counter: all records have the same counters.
         assert all(one.counts.keys() == records[0].counts.keys() for one in records)
         workload = ProcessWorkload(pid, "heap")
         workload.close()

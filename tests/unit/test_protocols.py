@@ -1,4 +1,7 @@
-"""Workloads satisfy the protocols that they claim: mypy checks the functions, the tests check the attributes."""
+"""Tests that workloads satisfy the protocols that they claim.
+
+mypy checks the methods, by the functions of this module; the tests check the attributes.
+"""
 
 import os
 import subprocess

@@ -25,7 +25,7 @@ with open(os.environ["PLANTED_RAN"], "a") as ran:
 raise ImportError(__name__)
 """
 OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/process.py"}
-"""Modules that start only programs other than Python: QEMU."""
+"""Modules that start only QEMU."""
 
 CHILDREN = {
     "pageferry.pager.process": """
@@ -79,7 +79,7 @@ CHILDREN = {
         asyncio.run(listening())
     """,
 }
-"""Programs by module of the child that they start, after `hostile()` has planted modules in all import locations."""
+"""Programs that start a child, by the module of the child. `hostile()` exposes the child to planted modules."""
 
 HOSTILE = """
 import os
@@ -133,7 +133,7 @@ def test_module_command_in_hostile_folder_imports_nothing_planted(hostile: Path,
 
 
 def test_child_imports_packages_of_this_process_from_other_paths(tmp_path: Path) -> None:
-    """The child's own site-packages do not contain pageferry, as with PYTHONPATH or user site-packages."""
+    """pageferry is not in the site-packages of the child, as with PYTHONPATH or user site-packages."""
     root = tmp_path / "elsewhere"
     root.mkdir()
     (root / "pageferry").symlink_to(PACKAGE)

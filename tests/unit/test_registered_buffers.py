@@ -1,4 +1,4 @@
-"""Tests of buffers registered with io_uring, as listed in /proc/PID/fdinfo: complete, or known to be incomplete."""
+"""Tests of the list of buffers registered with io_uring in /proc/PID/fdinfo, which the kernel may omit."""
 
 from __future__ import annotations
 

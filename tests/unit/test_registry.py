@@ -106,7 +106,7 @@ def test_zombie_counts_as_exited() -> None:
         assert not proc.is_alive(child.pid, started)
 
 
-# -- entries that cannot be judged are kept
+# -- entries whose process cannot be checked are kept
 
 
 def other_namespace() -> QemuEntry:
@@ -296,7 +296,7 @@ def test_run_directory_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unnamed_workload_has_no_folder(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workload has none even if another one has its name, and needs no run directory."""
+    """An unnamed workload needs no run directory. It has no folder even if a named workload has the same name."""
     monkeypatch.setenv("PAGEFERRY_RUN_DIR", str(registry.path))
     unnamed = Arena(4096).workload()
     with Arena(4096, unnamed.name, on_pause=lambda: None) as named:

@@ -39,7 +39,7 @@ PERMITTED = {*pairwise(ORDER), *OTHERS}
 
 
 def path_to(state: SourceState) -> tuple[SourceState, ...]:
-    """Return the states to enter, from NEW on, to reach a state."""
+    """Return the states to enter, in order, to reach `state` from NEW."""
     if state in ORDER:
         return ORDER[1 : ORDER.index(state) + 1]
     before = next(begin for begin, end in PERMITTED if end is state)

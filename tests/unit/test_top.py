@@ -31,7 +31,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 @pytest.fixture
 def web(registry: Registry) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a process that is registered as an arena, with 8 MiB of private memory. Yield it."""
+    """Yield a process with 8 MiB of private memory that is registered as the arena `web`."""
     program = "import sys; data = bytearray(b'x' * (8 << 20)); print('ready', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -156,7 +156,7 @@ def test_every_public_function_is_tested() -> None:
     public = {name for name in pageferry.__all__ if callable(getattr(pageferry, name))}
     public |= {name for name in large_pages.__all__ if inspect.isfunction(getattr(large_pages, name))} - {"undo"}
     public |= {name for name in sharing.__all__ if inspect.isfunction(getattr(sharing, name))} - {"undo"}
-    # Both forms of a function are the same code, see test_synchronous.
+    # The synchronous and the `_async` form of a function share their code (see test_synchronous).
     assert {name.removesuffix("_async") for name in public} - {"undo"} <= set(_arguments(Path("/")))
 
 
@@ -170,11 +170,11 @@ def test_checkpoint_with_unknown_mode_saves_nothing(mode: Any, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-# -- one parser
+# -- one parser for Python and for the command line
 
 
 def _option(verb: str, option: str, text: str) -> Any:
-    """Return the value that the command line makes of an option."""
+    """Return the value of an option, as parsed by the command line."""
     args = parse([verb, "x", "y", option, text])
     return getattr(args, option.removeprefix("--").replace("-", "_"))
 

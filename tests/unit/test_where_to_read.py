@@ -15,12 +15,12 @@ NAME = re.compile(r"`(pageferry(?:\.\w+)+|[\w/]+\.rs::\w+)`")
 
 
 def section(page: Path) -> str:
-    """Return the text of a page from the heading to the next heading."""
+    """Return the section `Where to read it` of a page."""
     return page.read_text().split("\n## Where to read it\n")[1].split("\n## ")[0]
 
 
 def defined(tree: ast.Module | ast.ClassDef, names: list[str]) -> bool:
-    """Return whether a module or class defines the first name, as a class with the second name if there is one."""
+    """Return whether a module or class defines `names[0]`, and, if there are more names, that class defines them."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == names[0]:
             return len(names) == 1 or (isinstance(node, ast.ClassDef) and defined(node, names[1:]))

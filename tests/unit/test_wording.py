@@ -1,4 +1,4 @@
-"""Tests that no file has more discouraged phrases than the table permits."""
+"""Tests that no file has more discouraged phrases than `scripts/wording.json` permits."""
 
 import subprocess
 from pathlib import Path

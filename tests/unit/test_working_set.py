@@ -11,12 +11,12 @@ from pageferry.images.working_set import WorkingSet
 
 
 def image(path: Path, identity: bytes = b"one") -> ImageFile:
-    """Return a stand-in for an image, with 100 windows."""
+    """Return a substitute for an image, with 1,600 pages in 100 windows."""
     return cast(ImageFile, SimpleNamespace(path=path, image=SimpleNamespace(id=identity), pages=1600))
 
 
 def learnt(path: Path, *runs: tuple[list[int], bool]) -> list[int]:
-    """Return the record after these runs. Each uses a new object, as separate processes do."""
+    """Return the windows recorded after `runs`. Each run uses a new object, as a separate process does."""
     for touched, prefetched in runs:
         WorkingSet(image(path)).learn(touched, prefetched)
     return WorkingSet(image(path)).windows

@@ -1,4 +1,4 @@
-"""The command `pageferry` with the verbs of this folder, for tests that need a separate process."""
+"""Command `pageferry` with the verbs of this folder, for tests that need a separate process."""
 
 import sys
 

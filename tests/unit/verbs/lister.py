@@ -1,4 +1,4 @@
-"""A synchronous verb: emits events and a result, or fails on request."""
+"""Synchronous verb that emits events and a result, or fails on request."""
 
 import argparse
 import logging
@@ -13,13 +13,13 @@ WORKS_ON = "words"
 
 
 class Step(Event, frozen=True, tag="step"):
-    """An event."""
+    """Event of one step."""
 
     number: int
 
 
 class Total(Event, frozen=True, tag="total"):
-    """A result."""
+    """Result: the number of steps."""
 
     steps: int
 

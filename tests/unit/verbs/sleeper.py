@@ -1,4 +1,4 @@
-"""An asynchronous verb: sleeps until it is cancelled, then ends as requested."""
+"""Asynchronous verb that sleeps until it is cancelled, then ends as requested (`--then`)."""
 
 import argparse
 import asyncio
