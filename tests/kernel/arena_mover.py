@@ -2,7 +2,12 @@
 
 `source SIZE WORDS...`, with the words `writing` (a thread writes continuously), `sparse` (three pages are written),
 `memfd` (no huge pages), `collapsed` (memory is collapsed into huge pages), `stateful` (state callbacks), `named`
-(registered as `mover`). `destination WORDS...`, with the words `stateful` and `small` (accepts at most 16 MiB).
+(registered as `mover`). Commands: `migrate ADDRESS`, `briefly ADDRESS` (cancels the migration after the next line),
+`had` (prints hashes of memory and state), `calls` (prints the callbacks called), `descriptors` (prints how many are
+open).
+
+`destination WORDS...`, with the words `stateful` and `small` (accepts at most 16 MiB). Prints hashes of memory and
+state, and writes to the arena after the next line.
 """
 
 from __future__ import annotations

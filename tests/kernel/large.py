@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def large_mapped(pid: int, address: int, length: int) -> set[int]:
-    """Return the addresses of the huge pages that are mapped by PMDs."""
+    """Return the addresses of the huge pages, in a range of a process, that are mapped by PMDs."""
     runs = Space(pid).large_mapped(address, length)
     return {at for start, end in runs for at in range(start, end, LARGE_PAGE)}
 

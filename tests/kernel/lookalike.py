@@ -39,7 +39,7 @@ def unique(number: int) -> int:
 def worth(workloads: Sequence[Sequence[int]]) -> tuple[dict[str, int], dict[str, int]]:
     """Return the number of pages by class, and the number of pages that sharing would free, also by class.
 
-    `workloads`: page numbers by workload.
+    `workloads`: numbers of the page contents of each workload.
     """
     pages, freed = Counter(dict.fromkeys(("zero", "pattern", "inside", "across"), 0)), Counter[str]()
     places: defaultdict[int, Counter[int]] = defaultdict(Counter)
@@ -100,7 +100,7 @@ class _Memory:
             self._put(page, number)
 
     def check(self) -> list[int]:
-        """Return the pages whose contents differ from the last write."""
+        """Return the pages whose contents differ from those written last."""
         return [page for page, number in enumerate(self.numbers) if self._at(page) != content(number)]
 
     def hammer(self, numbers: list[int], seed: int) -> None:

@@ -62,7 +62,7 @@ def environment(fault: str | None, host: Host = HERE) -> dict[str, str]:
 
 @contextmanager
 def ledger(name: str, host: Host = HERE, **setup: Any) -> Iterator[Program]:
-    """Run a ledger in a separate process, and yield the process once the ledger is registered."""
+    """Run a ledger in a separate process, and yield the process once the ledger is ready."""
     setup = {"name": name, "size": 32 * MIB, "options": {"threads": 2, "rate": 8 * MIB}} | setup
     with host.program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         assert program.json()["type"] == "ready"

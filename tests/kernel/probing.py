@@ -32,7 +32,7 @@ class Seen(msgspec.Struct):
 
     features: dict[str, Feature]
     capabilities: int
-    """CapEff of proc(5)."""
+    """Effective capabilities, a bitmap (CapEff of proc(5))."""
     opens_kvm: bool
     starts_ksm: bool
 
@@ -43,7 +43,7 @@ def features(user: int | None) -> None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-        # After a change of its user a process is not dumpable, and that user may not trace it: make it dumpable again.
+        # After setresuid(2) the process is not dumpable, so that the new user may not trace it. Make it dumpable again.
         _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
     status = Path("/proc/self/status").read_text().splitlines()
     seen = Seen(

@@ -54,7 +54,7 @@ def _write(address: int, pages: list[int], byte: int) -> None:
 
 
 def _touch(address: int, pages: int, write: bool) -> int:
-    """Read or write one byte of each page, and return the number of page faults, minor and major."""
+    """Read or write one byte of each page. Return the number of page faults, minor and major."""
     step: Callable[[int, int, int], object] = ctypes.memset if write else _read
     scratch = ctypes.create_string_buffer(1)
     places = [address + page * SMALL_PAGE for page in range(pages)]

@@ -74,7 +74,7 @@ def fake(folder: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def victim() -> Iterator[tuple[int, int]]:
-    """Yield the pid of a process of our user that maps a memfd, and the number of the descriptor in this process."""
+    """Yield the pid of a process of our user that maps a memfd, and the number of that memfd's descriptor."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", VICTIM], stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None

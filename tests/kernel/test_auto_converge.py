@@ -84,7 +84,7 @@ def test_throttled_precopy_converges() -> None:
 
 @pytest.mark.parametrize("fault", ["source.throttled=kill", "source.paused=kill", ""])
 def test_limit_is_removed_after_failed_migration(fault: str) -> None:
-    """The source is killed (only the guardian can remove the limit), or the migration fails after three rounds."""
+    """The source is killed, and only the guardian can remove the limit; or the migration fails after three rounds."""
     with moving.ledger("here", **WILD) as here, moving.receiver("there") as there:
         pid, before = here.process.pid, groups(here.process.pid)
         options = AUTO if fault else (*AUTO, "--max-rounds", "3")

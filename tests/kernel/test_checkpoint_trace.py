@@ -1,4 +1,4 @@
-"""Incremental checkpoints by the write trace since the parent: same image as by comparison with the parent (S4, S2)."""
+"""Incremental checkpoints by a write trace: the image is the same as by comparison with the parent (S2, S4)."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_only_written_pages_are_stored(tmp_path: Path) -> None:
 def test_discarded_pages_are_found(tmp_path: Path) -> None:
     """Discarded pages stay holes, are read (which a trace does not report), or are written again."""
     arena, words = filled()
-    words[40] = 9  # a pattern
+    words[40] = 9  # a pattern (same-value filled page)
     save(arena, tmp_path / "0", track=True)
     punch(arena, 10, 40)
     assert not words[20:30].any()
@@ -198,7 +198,7 @@ def test_reused_descriptor_number_is_left_alone(tmp_path: Path) -> None:
     (record,) = (one for key, one in persistent_trace._own.items() if key == persistent_trace._key(arena.workload()))
     number = record.descriptors[os.getpid()].number
     os.close(number)
-    os.dup2(0, number)  # now another file
+    os.dup2(0, number)  # the number now refers to another file
     words[5] = 1
     result = save(arena, tmp_path / "1", parent=tmp_path / "0")
     assert result.tracking == "compare"

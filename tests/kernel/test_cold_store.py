@@ -1,4 +1,4 @@
-"""The cold store (S3): evicted pages are freed, and reloaded on demand or all at once; no write is lost."""
+"""Cold store (S3): evicted pages are freed, and reloaded on demand or all at once; no write is lost."""
 
 from __future__ import annotations
 

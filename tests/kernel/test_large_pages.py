@@ -37,7 +37,7 @@ LENGTH = UNITS * LARGE_PAGE
 PATTERNS: dict[int, set[int]] = {
     0: set(range(SLOTS)),  # dense
     1: set(range(0, SLOTS, 8)),  # sparse
-    2: {77},  # one page, without the mark
+    2: {77},  # one page, other than the page with the mark
     3: {0, 511},  # the first page, which has the mark, and the last
     4: set(),  # cold
     5: set(range(100, 300)),

@@ -145,7 +145,7 @@ def test_large_fraction_limits_large_pages(fraction: float | None, large: int) -
     arena = Arena(32 * MIB)
     ledger = _engine.Ledger.create(arena, large_fraction=fraction)
     assert ledger.verify().intact
-    # A second mapping shows all huge pages: the mapping of the arena does not map by PMDs what must stay base pages.
+    # Counted in a second mapping, because the arena's own mapping never maps units that must stay base pages by PMDs.
     assert sum(_engine.Mapping(arena.fileno(), arena.length).large_units()) == large
 
 

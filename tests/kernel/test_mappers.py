@@ -53,7 +53,7 @@ class Writers:
             os.kill(pid, signal.SIGCONT)
 
     def run(self, command: str, *descriptors: int) -> int:
-        """Run a command in a shell, and return the pid that it prints. A background command outlives the shell."""
+        """Run a shell command, and return the pid that it prints. The shell does not wait for a command with `&`."""
         shell = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, text=True, pass_fds=descriptors)
         self.files.append(shell)
         assert shell.stdout is not None
@@ -100,13 +100,13 @@ def spawn(writers: Writers) -> None:
 
 
 def orphan(writers: Writers) -> None:
-    """Start a grandchild whose parent has exited."""
+    """Start a writer whose parent has exited."""
     file = writers.arena.fileno()
     writers.run(f"{PROGRAM} {file} write &", file)
 
 
 def received(writers: Writers) -> None:
-    """Pass the descriptor (SCM_RIGHTS) to a process that does not descend from the program."""
+    """Start a writer that has not inherited the descriptor, and pass the descriptor to it (SCM_RIGHTS)."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/socket"
         command = f"({PROGRAM} socket:{path} write &)"
@@ -143,7 +143,7 @@ def _is_memory(arena: Arena, name: str) -> bool:
 
 
 def is_one_snapshot(image: Path) -> bool:
-    """Return whether all pages are of one round, or from some page onwards of the previous round."""
+    """Return whether all pages of an image are of one round, or from some page onwards of the previous round."""
     rounds = memoryview(pageferry.restore(image)).cast("Q")[:: mapper.PAGE_WORDS].tolist()
     return rounds == sorted(rounds, reverse=True) and rounds[0] - rounds[-1] <= 1
 

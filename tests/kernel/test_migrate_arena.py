@@ -29,7 +29,7 @@ RUNS = list(
         20,
     )
 )
-"""Arguments of `options` for 20 migrations, which cover most pairs of options."""
+"""Arguments of `options` for 20 migrations, which cover most pairs of values."""
 
 pytestmark = pytest.mark.usefixtures("root")
 

@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @contextmanager
 def receiver(point: str = "") -> Iterator[str]:
-    """Yield the address of a process that receives an arena. It kills itself in the callback `point` (load, resume)."""
+    """Yield the address of a process that receives an arena, and kills itself in the callback `point`, if given."""
     with Program("-c", RECEIVER, point) as program:
         yield program.line()
         if point:

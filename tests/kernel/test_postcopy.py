@@ -1,6 +1,6 @@
-"""Pages fetched from a peer on demand, by a process, its pager, and the server of its pages.
+"""Pages fetched from a peer on demand, with a process that accesses them, its pager, and the server of the pages.
 
-Only that process accesses missing pages, and every wait for the process has a deadline.
+Only the process accesses missing pages, and every wait for the process has a deadline.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def content(page: int) -> int:
 
 @contextlib.contextmanager
 def connections(streams: int = 2) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield both ends of `streams` + 1 TCP connections over loopback, as descriptors; the first is for requests."""
+    """Yield both ends of `streams` + 1 TCP connections over loopback, as descriptors; the first is the urgent one."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ours = [stack.enter_context(socket.create_connection(server.getsockname())) for _ in range(streams + 1)]

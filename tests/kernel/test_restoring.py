@@ -148,7 +148,7 @@ def test_killed_migration_leaves_restore_intact(images: dict[str, Path], point: 
         ):
             assert migration.wait() == -signal.SIGKILL
         moving.runs("coming")
-        # The userfaultfd was released: the next migration can acquire it, while pages are still deferred.
+        # The killed migration has released the userfaultfd of the pager: the next migration can acquire it.
         with moving.receiver("again") as again:
             with moving.migrating("coming", moving.address_of(again)) as migration:
                 moving.until(migration, "migration")

@@ -1,4 +1,4 @@
-"""Page sharing on the real kernel: results are those of plain Python, and freed memory matches the estimate."""
+"""Page sharing on the real kernel: results match those of plain Python; freed memory matches the estimate."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ def test_no_write_is_lost_while_zeros_of_an_arena_are_discarded() -> None:
         result = api.share(["twins"], threshold=50)
         assert result.freed
         assert result.pauses
-        # The ledger keeps running and fills holes again: hardly more is freed than the zeros found by the scan.
+        # The ledger keeps writing pages, so that the zeros found by the scan bound the freed memory only roughly.
         assert 0 < result.freed < 1.5 * result.classes["zero"].reclaimable
         api.undo(["twins"])
 

@@ -1,4 +1,4 @@
-"""Address spaces of other processes: injected system calls, and memory that is collapsed from another process."""
+"""Address spaces of other processes: injected system calls, collapse of memory into huge pages, and errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_process_with_several_threads_keeps_running() -> None:
 
 
 def test_calls_work_after_execve() -> None:
-    """The address at which calls are injected changes with each execve(2). It is found again, and the process runs."""
+    """The address at which calls are injected changes with each execve(2). The process is not left stopped."""
     script = 'exec /bin/sh -c "$0" "$0"'
     with subprocess.Popen(["/bin/sh", "-c", script, script]) as process:
         try:

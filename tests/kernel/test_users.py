@@ -1,4 +1,4 @@
-"""Root, an ordinary user and a container user: each can do what its privileges allow; the rest is reported."""
+"""Root, an ordinary user and a container user: each can do what its privileges allow; errors name an alternative."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def restored(kind: str, folder: Path, image: Path) -> dict[str, Any]:
 
 
 def image(folder: Path) -> tuple[Path, str]:
-    """Return an image that every user may read, and the hash of its memory."""
+    """Write an image that every user may read. Return its path, and the hash of its memory."""
     made = Maker(2048)
     path = made.write(folder / "image")
     path.chmod(0o644)

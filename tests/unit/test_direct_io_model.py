@@ -160,7 +160,7 @@ def test_registered_buffer_must_be_sent_in_the_pause() -> None:
 
 
 def test_exchanging_a_trap_for_a_trace_misses_a_pin() -> None:
-    """A range has only one registration, so that the exchange leaves a gap. pageferry omits it with direct I/O."""
+    """A range has only one registration, so an exchange leaves a gap. With direct I/O, no exchange is made."""
     trapped = ("install", "pause", "collect", "sweep", "resume")
     exchange = (*trapped, "remove trap", "protect", "compare", *ROUND, *PAUSE)
     assert wrong(exchange, requests=0) == []

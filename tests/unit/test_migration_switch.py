@@ -1,4 +1,4 @@
-"""Tests of requests to switch over: a running hybrid migration accepts a request, which otherwise fails."""
+"""Tests of requests to switch over: a running hybrid migration accepts them; without such a migration, they fail."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ records, the messages in transit, and all failures: an agent is killed between a
 link is cut and any suffix of the messages in transit is lost. The source runs `--recover` whenever the outcome is
 unknown, in any state of the destination. The model omits `--take-back`, by which an operator overrides the protocol.
 
-In post-copy the workload runs at the destination before its pages are present. The source serves the pages, and
+In post-copy the workload runs at the destination before all of its pages are present. The source serves the pages, and
 `--recover` continues to serve them after any crash. At the destination another agent can take over (`receive
 --resume`).
 
@@ -233,8 +233,8 @@ def destination_steps(state: State, rules: Rules) -> Iterator[State]:
 def after_the_end(state: State) -> set[str]:
     """Return the possible states of the workload after the end of the destination's agent.
 
-    An arena is killed with its process. A paused guest that can outlive the agent has a guardian, which executes the
-    decision. A running guest keeps running.
+    An arena ends with the agent, because both are one process. A paused guest that can outlive the agent has a
+    guardian, which executes the decision. A running guest keeps running.
     """
     decided = state.there == "committed" and state.verdict == "committed"
     return {"gone", "runs" if decided or state.there == "runs" else "gone"}
@@ -378,7 +378,7 @@ def test_at_most_one_owner_and_never_permanently_none() -> None:
     for state in states:
         problem = wrong(state, Rules())
         assert problem is None, f"{problem}:\n{history(states, state)}"
-    # The model reaches recovery from each decision, post-copy without a link, and the end of a post-copy migration.
+    # Recovery with and without a decision, post-copy after a lost link, and a complete post-copy migration are reached.
     assert any(state.record and state.source is Source.ENDED and state.verdict == "committed" for state in states)
     assert any(state.record and state.source is Source.ENDED and state.verdict is None for state in states)
     assert any(state.there == "runs" and not state.complete and not state.link for state in states)

@@ -58,7 +58,7 @@ def test_process_with_hostile_name_is_described_and_blocks_no_search(name: bytes
         workload = ProcessWorkload(pid, "heap")
         workload.close()
         command = workload.identity.details["command"]
-        command.encode()  # must be encodable as JSON
+        command.encode()  # raises an error if the text cannot be encoded as JSON
         assert str(command) == name.decode("utf-8", "backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""Tests of the list of buffers registered with io_uring in /proc/PID/fdinfo, which the kernel may omit."""
+"""Tests of the list of buffers registered with io_uring, in /proc/PID/fdinfo; the kernel may omit the list."""
 
 from __future__ import annotations
 
