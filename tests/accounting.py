@@ -1,4 +1,4 @@
-"""Accounting of a migration without faults: phases add up to the total time, and rounds to the transfer."""
+"""Checks of the statistics of a migration without faults: phases add up to the total time, rounds to the transfer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def adds_up(phases: dict[str, float], total: float) -> None:
 
 
 def check_source(lines: Sequence[dict[str, Any]]) -> None:
-    """Check the lines of `migrate`, of which the last is the result."""
+    """Check the event lines of `migrate`; the last one is the result."""
     result, rounds = lines[-1], [line for line in lines if line["type"] == "round"]
     adds_up(result["phases"], result["total-time"])
     adds_up({name: result["phases"][name] for name in PAUSE}, result["downtime"])
@@ -28,7 +28,8 @@ def check_source(lines: Sequence[dict[str, Any]]) -> None:
     assert numbers == list(range(1, len(rounds) + 1))
     if result["mode"] == "precopy":
         for line, following in pairwise(rounds):
-            # More if pages were discarded after they were sent: those are sent again as zeros.
+            # A round can have more pages than remained: pages that are discarded after they were sent are sent again as
+            # zeros.
             assert following["pages"] * 4096 >= line["remaining"], rounds
     assert rounds[-1]["remaining"] == 0
     assert any(line["switch-over"] for line in rounds)

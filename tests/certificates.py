@@ -20,7 +20,7 @@ PEM = serialization.Encoding.PEM
 
 
 def new_key(kind: str = "P-256") -> Key:
-    """Return a private key of an algorithm in common use."""
+    """Return a new private key: `RSA` (2048 bits), `Ed25519`, `P-521`, otherwise P-256."""
     match kind:
         case "RSA":
             return rsa.generate_private_key(65537, 2048)
@@ -33,7 +33,7 @@ def new_key(kind: str = "P-256") -> Key:
 
 
 class Authority:
-    """Issues and revokes certificates."""
+    """Certificate authority that issues and revokes certificates."""
 
     def __init__(self, name: str = "authority") -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -45,7 +45,7 @@ class Authority:
         self.certificate = builder.sign(self._key, hashes.SHA256())
 
     def folder(self, path: Path) -> Path:
-        """Return a new folder with the certificate of this authority."""
+        """Create the folder `path` with the certificate of this authority, and return the folder."""
         path.mkdir()
         (path / "ca-cert.pem").write_bytes(self.certificate.public_bytes(PEM))
         return path
@@ -64,7 +64,8 @@ class Authority:
     ) -> x509.Certificate:
         """Write a certificate and its key to `ROLE-cert.pem` and `ROLE-key.pem`.
 
-        `also`: additional DNS names and addresses.
+        Return the certificate. `role`: `client` or `server`; `also`: additional DNS names and addresses; `begins`,
+        `ends`: validity, relative to now.
         """
         private = new_key(key)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -82,7 +83,10 @@ class Authority:
         return certificate
 
     def revoke(self, folder: Path, *certificates: x509.Certificate, ends: datetime.timedelta = DAY) -> None:
-        """Write the revocation list `ca-crl.pem`."""
+        """Write the revocation list `ca-crl.pem` with these certificates.
+
+        `ends`: end of validity of the list, relative to now.
+        """
         now = datetime.datetime.now(datetime.UTC)
         builder = x509.CertificateRevocationListBuilder().issuer_name(self._name)
         builder = builder.last_update(now - DAY).next_update(now + ends)
@@ -112,7 +116,10 @@ def _general(name: str) -> x509.GeneralName:
 
 
 def hosts(path: Path, authority: Authority | None = None, *, source: str = "source.example") -> tuple[Path, Path]:
-    """Return credential folders of a source and a receiver on this machine that authenticate each other."""
+    """Create credential folders of a source and of a receiver on this machine that authenticate each other.
+
+    Return both.
+    """
     path.mkdir(exist_ok=True)
     authority = authority or Authority()
     here, there = authority.folder(path / "source"), authority.folder(path / "receiver")

@@ -1,4 +1,4 @@
-"""Shared fixtures: a separate run directory, and the parts of which guests are made."""
+"""Shared fixtures: a separate run directory, and the programs and files of test guests."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.guest.machines import GuestParts
 CACHE = Path(__file__).parent.parent / ".cache"
 """Folder to which `make system` downloads."""
 QEMUS = ["system", "10", "11"]
-"""From oldest to newest."""
+"""QEMUs for guests, from oldest to newest. `system` is the one in PATH."""
 ROOM = 96
-"""Free huge pages wanted before a test; builds and caches fragment memory."""
+"""Target number of free huge pages before a test. Builds and the page cache fragment memory."""
 MIN_FREE = 2 << 30
-"""Free memory wanted before a test, bytes: compaction needs free pages, which builds turn into page cache."""
+"""Minimum free memory before a test, bytes. Compaction needs free pages, which builds turn into page cache."""
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 ORDER = ["test_benchmarks", "test_commands", "test_migration_hosts", "qemu", "faults", "use", "kernel"]
-"""Files and directories with the slowest tests, slowest first: each file is run by one process, and a slow file that
-begins late would run alone at the end."""
+"""Files and directories with the slowest tests, slowest first. One process runs all tests of a file, so a slow file
+that starts late would run alone at the end."""
 CHANGES_MACHINE = {"device", "huge_pages", "ksm_usable", "swap", "switches"}
 """Fixtures that change machine-wide settings: KSM, huge pages, /dev/userfaultfd."""
 
@@ -37,9 +37,9 @@ sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its directory, for `-m "not qemu"`, and run slow directories first.
+    """Mark each test with the name of its directory (for `-m "not qemu"`), and sort slow files and directories first.
 
-    Tests that change machine-wide settings run alone.
+    Tests that change machine-wide settings are marked `alone`.
     """
     for item in items:
         if (directory := item.path.parent.name) in ("kernel", "qemu", "faults", "use"):
@@ -50,23 +50,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Append the duration of each phase to the file TEST_DURATIONS, if any, for the list of `make test`."""
+    """Append the duration of each phase of a test to the file named by TEST_DURATIONS, if set.
+
+    `make test` prints a list of it.
+    """
     if (path := os.environ.get("TEST_DURATIONS")) is not None and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(path, "a") as file:
             file.write(f"{report.duration:8.2f} {report.when:8} {report.nodeid}\n")
 
 
 def _rank(item: pytest.Item) -> int:
-    """Return the place of a test in `ORDER`."""
+    """Return the index of a test's file or directory in `ORDER`; `len(ORDER)` if neither is listed."""
     return next((ORDER.index(name) for name in (item.path.stem, item.path.parent.name) if name in ORDER), len(ORDER))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Choose the QEMUs and accelerators of a test.
+    """Select the QEMUs and accelerators of a test.
 
-    GUESTS=all selects all of them, otherwise a subset keeps the run short. Tests of guests run with the two oldest
-    QEMUs; those marked `every_qemu` also with the newest. Tests of the payload run on KVM with the two newest QEMUs;
-    those marked `every_qemu` with all.
+    GUESTS=all selects all QEMUs and accelerators. Otherwise, a subset keeps the run short: tests of guests run with the
+    two oldest QEMUs, tests of the payload on KVM with the two newest. Tests marked `every_qemu` run with all QEMUs.
     """
     every = os.environ.get("GUESTS") == "all" or metafunc.definition.get_closest_marker("every_qemu") is not None
     if "qemu" in metafunc.fixturenames:
@@ -89,7 +91,10 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def room() -> None:
-    """Make huge pages available: drop the page cache if it leaves little memory free, and compact memory (as root)."""
+    """Make huge pages available: drop the page cache if less than `MIN_FREE` is free, and compact memory.
+
+    Both require root.
+    """
     if meminfo()["MemFree"] < MIN_FREE:
         with contextlib.suppress(OSError):
             DROP_CACHES.write_text("1")
@@ -98,7 +103,7 @@ def room() -> None:
 
 @pytest.fixture(scope="session")
 def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder for the states of booted guests, which all processes of this run share."""
+    """Return the folder for the states of booted guests. All processes of this test run share the folder."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "states"
 
@@ -111,13 +116,13 @@ def guest_kernel() -> Path:
 
 @pytest.fixture(scope="session")
 def guest_modules() -> Path:
-    """Return the folder with the virtio modules (`virtio_balloon.ko` and its dependencies) of that kernel."""
+    """Return the folder with the virtio modules (`virtio_balloon.ko` and its dependencies) of `guest_kernel`."""
     return _fetched("guest/modules")
 
 
 @pytest.fixture(scope="session")
 def qemu_system() -> Path:
-    """Return the QEMU in PATH."""
+    """Return the path of the QEMU in PATH; skip the test if there is none."""
     found = shutil.which("qemu-system-x86_64")
     if found is None:
         pytest.skip("no qemu-system-x86_64 in PATH (`make system` as root installs it)")
@@ -126,26 +131,29 @@ def qemu_system() -> Path:
 
 @pytest.fixture(scope="session")
 def qemu_10() -> Path:
-    """Return a newer QEMU, from Debian backports."""
+    """Return the path of QEMU 10, from Debian backports."""
     return _fetched("qemu-10/bin/qemu-system-x86_64")
 
 
 @pytest.fixture(scope="session")
 def qemu_11() -> Path:
-    """Return a QEMU of a later Debian release, with the loader and libraries of that release."""
+    """Return the path of QEMU 11, from a later Debian release. It uses the loader and libraries of that release."""
     return _fetched("qemu-11/bin/qemu-system-x86_64")
 
 
 @pytest.fixture(scope="session")
 def qemu(request: pytest.FixtureRequest) -> Path:
-    """Return each selected QEMU; see `pytest_generate_tests`."""
+    """Return the path of the selected QEMU; see `pytest_generate_tests`."""
     path: Path = request.getfixturevalue(f"qemu_{request.param}")
     return path
 
 
 @pytest.fixture(scope="session")
 def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
-    """Return a guest without an operating system, per accelerator and QEMU; see `pytest_generate_tests`."""
+    """Return the parts of a guest without an operating system, for the selected accelerator and QEMU.
+
+    See `pytest_generate_tests`.
+    """
     accel, version = request.param
     if (reason := payload.obstacle(accel)) is not None:
         pytest.skip(reason)
@@ -157,7 +165,7 @@ def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
 
 @pytest.fixture(scope="session")
 def root() -> None:
-    """Skip the test without root privileges."""
+    """Skip the test unless it runs as root."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
 

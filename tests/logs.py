@@ -22,7 +22,10 @@ Told = Iterable[tuple[float, Event]]
 
 
 def written(path: Path, verb: str, arguments: dict[str, object], told: Told, error: Exception | None = None) -> None:
-    """Return a log with these events at these seconds."""
+    """Write the log of a run of `verb`.
+
+    `told`: seconds since the start, and events; `error`: error with which the run ends.
+    """
     now = 0.0
     log = EventLog(path, header(verb, arguments), lambda: now)
     for at, event in told:
@@ -95,7 +98,7 @@ def _migrated() -> migration.MigrationResult:
 
 
 def migrate(path: Path) -> None:
-    """Return the log of a successful migration."""
+    """Write the log of a successful migration."""
     told = _rounds()
     after = [migration.LargeMap.of("ram0", 1024 * MIB, [unit % 7 < 5 and unit != 14 for unit in range(512)])]
     told.append((2.7, migration.LargePagesEvent(side="destination", regions=after)))
@@ -104,7 +107,7 @@ def migrate(path: Path) -> None:
 
 
 def postcopy(path: Path) -> None:
-    """Return the log of a post-copy migration."""
+    """Write the log of a post-copy migration."""
     told = _rounds()[:3]
     for step in range(12):
         left = 90 * MIB * (11 - step) // 11
@@ -121,13 +124,13 @@ def postcopy(path: Path) -> None:
 
 
 def failed(path: Path) -> None:
-    """Return the log of a migration that did not converge."""
+    """Write the log of a migration that did not converge."""
     error = NotConverging("web modifies 900 MiB/s and the link takes <400> MiB/s & no more")
     written(path, "migrate", {"name": "web", "address": "[::1]:7070"}, _rounds(), error)
 
 
 def save(path: Path) -> None:
-    """Return the log of a lazy checkpoint."""
+    """Write the log of a lazy checkpoint."""
     told: list[tuple[float, Event]] = [
         (0.02, checkpoint.ArmedEvent(memory=1024 * MIB, present=700 * MIB, large_pages=350, arm_ms=3.0)),
         (0.03, checkpoint.InstantEvent(downtime=3.4)),
@@ -177,7 +180,7 @@ def save(path: Path) -> None:
 
 
 def bring(path: Path) -> None:
-    """Return the log of a complete lazy restore."""
+    """Write the log of a complete lazy restore."""
     chance = random.Random(3)
     memory, left, missed = 1024 * MIB, 800 * MIB, 60
     told: list[tuple[float, Event]] = [
@@ -231,7 +234,7 @@ def bring(path: Path) -> None:
 
 
 def look(path: Path) -> None:
-    """Return the log of a sampling of huge pages: some with page maps, one without."""
+    """Write the log of a sampling of huge pages: all have page maps except those in private memory."""
     chance = random.Random(5)
     samples = []
     for number in range(60):
@@ -279,7 +282,7 @@ def look(path: Path) -> None:
 
 
 def share(path: Path) -> None:
-    """Return the log of a scan for identical pages."""
+    """Write the log of a scan for identical pages."""
     curve, free = [], 40 * MIB
     for number in range(200):
         curve.append(sharing.Point(number, free, free * 2 // 3))

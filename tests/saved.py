@@ -19,7 +19,7 @@ from pageferry.memory.regions import Region
 from pageferry.workloads.protocols import Migratable
 
 SLICE = 8192
-"""Pages read at once."""
+"""Number of pages read at once."""
 HEAVY = LedgerOptions(threads=3, zero_fraction=0.2, compressible=0.4)
 """Options of a ledger with an unlimited write rate and pages of all classes."""
 
@@ -59,7 +59,7 @@ def memory_of(image: ImageFile) -> _engine.Mapping:
 
 
 def check_ledger(path: Path) -> ImageFile:
-    """Check that the image of a ledger holds exactly the memory of the snapshot point."""
+    """Check that the image of a ledger contains exactly the memory of the snapshot point. Return the opened image."""
     image = ImageFile(path)
     state = json.loads(image.state())
     ledger = _engine.Ledger.attach(memory_of(image), threads=0)
@@ -73,17 +73,17 @@ def check_ledger(path: Path) -> ImageFile:
 
 
 def digests_of_image(image: ImageFile) -> list[bytes]:
-    """Return a digest of each slice of `SLICE` pages."""
+    """Return a digest of each slice of `SLICE` pages of an image's memory."""
     starts = range(0, image.pages, SLICE)
     return [_digest(image.read(first, min(SLICE, image.pages - first))) for first in starts]
 
 
 def digests_of_memory(regions: tuple[Region, ...]) -> list[bytes]:
-    """Return the same digests of the memory itself, with holes read as zeros."""
+    """Return a digest of each slice of `SLICE` pages of the memory of one region. Holes are read as zeros."""
     (region,) = regions
     size = SLICE * 4096
     starts = range(0, region.length, size)
-    # By pread(2), not through a mapping, so that holes remain holes.
+    # pread(2) keeps holes; an access through a mapping would fill them.
     return [_digest(os.pread(region.fd, min(size, region.length - at), region.file_offset + at)) for at in starts]
 
 
@@ -92,7 +92,7 @@ def _digest(data: bytes) -> bytes:
 
 
 class DigestedWorkload:
-    """A workload whose memory is digested at the snapshot point."""
+    """Workload that records digests of its memory at the snapshot point."""
 
     def __init__(self, workload: Migratable) -> None:
         self._workload = workload

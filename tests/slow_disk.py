@@ -1,9 +1,9 @@
-"""A disk that completes reads on request: a FUSE file system with one file, read without the page cache.
+"""Disk that completes reads on request: a FUSE file system with one file, read without the page cache.
 
-The kernel pins the pages of a reader while its request is in flight, as it does for `O_DIRECT` on any disk. Reads below
-`HELD` complete immediately. All others are held; the file system prints `held OFFSET LENGTH` for each. Its standard
-input has commands: `answer` (complete all held reads), `delay SECONDS` (complete later reads after that time) and
-`hold` (the default).
+The kernel pins the pages of a reader while its request is in flight, as it does for `O_DIRECT` on any disk. Reads at
+offsets below `HELD` complete immediately. All other reads are held, and the process prints `held OFFSET LENGTH` for
+each. Commands on standard input: `answer` (complete all held reads), `delay SECONDS` (complete later reads after that
+time) and `hold` (the default).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def contents(offset: int, length: int) -> bytes:
-    """Return contents of the disk: 16 bytes, repeated, that hold the sector number."""
+    """Return contents of the disk. Each 16 bytes contain the number of their sector."""
     first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
     data = b"".join(b"disk%012x" % sector * (SECTOR // 16) for sector in range(first, last))
     return data[offset - first * SECTOR :][:length]
@@ -90,13 +90,16 @@ class SlowDisk:
         self._program.say(f"delay {seconds}")
 
     def hold(self) -> None:
-        """Hold reads again."""
+        """Hold all later reads."""
         self._program.say("hold")
 
 
 @contextmanager
 def slow_disk(folder: Path, boot_sector: bytes = b"") -> Iterator[SlowDisk]:
-    """Mount the disk on `folder`, which is created."""
+    """Create `folder`, and mount the disk on it.
+
+    The disk begins with `boot_sector`. Skip the test if FUSE is not available.
+    """
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("no /dev/fuse")
     folder.mkdir()

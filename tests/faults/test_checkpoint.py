@@ -1,4 +1,4 @@
-"""Interrupted checkpoints leave no partial image and do not affect the workload (S4)."""
+"""Tests that interrupted checkpoints (S4) leave no partial image and do not affect the workload."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.saved import check_ledger
 
 MIB = 1 << 20
 SLOWLY = ("--bandwidth", "16M")
-"""A bandwidth limit that leaves time to interrupt the checkpoint."""
+"""Options that limit the bandwidth, which leaves time to interrupt the checkpoint."""
 
 
 @contextmanager
 def ledger(name: str, *, dies: bool = False, processes: int = 1) -> Iterator[Program]:
-    """A ledger in a separate process. It must be intact and still writing at the end of the block."""
+    """Run a ledger in a separate process. Unless `dies` is true, check at the end that no write was lost."""
     options = {"threads": 2, "zero_fraction": 0.2, "working_set": 0.1}
     setup = {"name": name, "size": 32 * MIB, "options": options, "exact": True, "processes": processes}
     with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:

@@ -1,4 +1,4 @@
-"""Interrupted checkpoints that install or take over a write trace: the next one never relies on an incomplete trace."""
+"""Tests of interrupted checkpoints with a write trace: the next checkpoint never relies on an incomplete trace."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(name: str, image: Path, *options: str, fault: str | None = None, code: i
 
 
 def userfaultfds(pid: int) -> int:
-    """Number of userfaultfds of a process."""
+    """Return the number of userfaultfds of a process."""
     folder = f"/proc/{pid}/fd"
     return sum(os.readlink(f"{folder}/{number}") == "anon_inode:[userfaultfd]" for number in os.listdir(folder))
 
@@ -126,7 +126,7 @@ def test_trace_record_of_another_process_is_ignored(tmp_path: Path) -> None:
 
 
 def test_workload_with_a_persistent_trace_is_migrated(tmp_path: Path) -> None:
-    """The migration removes the persistent trace and installs its own."""
+    """The migration removes the persistent trace and installs another trace."""
     with ledger("chained") as program, moving.receiver("moved") as there:
         run("chained", tmp_path / "0", "--track")
         with moving.migrating("chained", moving.address_of(there)) as migration:

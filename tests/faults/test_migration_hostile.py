@@ -1,4 +1,4 @@
-"""Malformed and malicious messages to a receiver and a source: refused with a reason, in bounded memory."""
+"""Tests of malformed and malicious messages to a receiver and a source, which refuse them in bounded memory."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ def test_recover_request_for_an_unknown_migration_decides_nothing(there: Program
 
 
 def decided(migration: str) -> Verdicts:
-    """Record a migration to this host that was committed earlier and whose pages have not all been received."""
+    """Record the commit of an earlier migration to this host whose pages have not all been received.
+
+    Return the decisions of this host.
+    """
     verdicts = Verdicts(Registry().path)
     verdicts.begin(migration)
     assert verdicts.decide(migration, Verdict.COMMITTED) is Verdict.COMMITTED
@@ -211,7 +214,7 @@ def test_silent_source_ends_the_migration(there: Program, address: str) -> None:
 
 
 def test_flood_of_large_messages_uses_bounded_memory(there: Program, address: str) -> None:
-    """While it waits for page streams, the receiver reads a bounded number of messages."""
+    """The receiver reads a bounded number of messages while it waits for page streams."""
     peer = accepted(address, hello())
     assert isinstance(peer.hears(), messages.Welcome)
     before = resident(there)
@@ -250,7 +253,7 @@ def test_rogue_destination_leaves_the_workload_running(here: Program, number: in
         destination(behave) as address,
         moving.migrating("victim", address, "--timeout", "1", "--codec", "zstd") as migration,
     ):
-        # A premature reply is read only when the source expects one.
+        # The source reads a premature reply only when it expects a reply.
         assert migration.wait() == code
     assert moving.status("victim") is Status.RUNNING
     moving.runs("victim")

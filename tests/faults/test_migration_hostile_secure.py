@@ -1,4 +1,4 @@
-"""Authenticated peers that violate the protocol under TLS are refused as without TLS."""
+"""Tests of authenticated peers that violate the protocol: they are refused in the same way as without TLS."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _close() -> Iterator[None]:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Directories with the certificates of a source and of a receiver."""
+    """Return directories with the certificates of a source and of a receiver."""
     return hosts(tmp_path, AUTHORITY)
 
 
@@ -69,7 +69,7 @@ def test_rogue_authenticated_source_is_refused(there: Program, address: str, fol
 
 
 def test_receiver_survives_damaged_messages(there: Program, address: str, folders: tuple[Path, Path]) -> None:
-    """The receiver refuses some messages and waits for the end of others; it accepts none as a source."""
+    """The receiver refuses some messages, and waits for the rest of others. It accepts no sender as a source."""
     source, _ = folders
     dice = random.Random(STRANGE)
     frame = messages.encode(hello(regions=[]))
@@ -101,7 +101,10 @@ def test_protocol_violation_of_an_authenticated_source_ends_the_migration(
 
 
 async def _say(text: str, source: Path, said: list[messages.Message]) -> None:
-    """Send messages as an authenticated source that has been accepted and has connected its page stream."""
+    """Send messages as an authenticated source that has been accepted and has connected its page stream.
+
+    Check that the receiver ends the migration.
+    """
     address = resolve(text, insecure=False, what="receiver")
     channel = await connect_control(address, DEADLINE, Trust(source, "source"))
     await channel.send(hello())

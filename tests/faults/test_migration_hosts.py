@@ -1,4 +1,4 @@
-"""Failures of processes and links during a migration between two hosts, at each fault point.
+"""Tests of failures of processes and links during a migration between two hosts, at each fault point.
 
 By default a selection is tested; `make faults` (FAULTS=all) tests all failures at all points. The effect of a failure
 does not depend on the workload, so most tests use a ledger. Guests, whose processes outlive the commands, are tested in
@@ -24,7 +24,7 @@ from tests.network.travellers import GuestTraveller, LedgerTraveller, Traveller,
 
 MODES = get_args(get_type_hints(Options)["mode"])
 NOT_BEFORE = "state-sent ready recorded committed commit-sent answered promised commit-received decided resumed".split()
-"""Fault points at which the destination is prepared, or about to be."""
+"""Fault points at which the destination is prepared or is about to be prepared."""
 DECIDED = "answered commit-received decided resumed".split()
 """Fault points at which the destination has received Commit."""
 FATAL = ("source-agent", "destination-agent", "cut", "silence")
@@ -51,7 +51,7 @@ INSTEAD = {"source.in-round": "source.missing-sent", "destination.in-round": "de
 
 
 def cases() -> list[tuple[str, str, str]]:
-    """Tuples of deed, fault point and mode."""
+    """Return tuples of failure, fault point and mode: all with FAULTS=all, otherwise a selection."""
     if os.environ.get("FAULTS") == "all":
         return [(deed, point, mode) for mode in MODES for deed in DEEDS for point in points(mode)]
     chosen = [(deed, point, mode) for mode in MODES for deed, point in SELECTION]
@@ -109,7 +109,7 @@ WORDS = {
     23: ("the ", "is still running on this host and can be migrated again"),
     26: ("no reply to the commit from", "to learn the outcome, run: pageferry migrate ledger --recover"),
 }
-"""By exit code: the texts that report the error and what to do."""
+"""Texts of the error message, by exit code: the failure, and what to do."""
 
 
 def says_what_to_do(journey: Journey) -> None:

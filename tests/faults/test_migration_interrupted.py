@@ -1,4 +1,4 @@
-"""Migrations that are interrupted, do not converge, or lose their output: the workload keeps running at the source."""
+"""Tests of migrations that are interrupted, do not converge, or lose their output: the source keeps the workload."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_unreachable_or_invalid_address_is_reported_at_once(here: Program) -> No
 
 
 def test_json_output_has_the_documented_keys(here: Program) -> None:
-    """All keys of the result, and numbers with at most three decimals."""
+    """The result has all documented keys, and numbers have at most three decimals."""
     with moving.receiver("there") as there:
         command = [sys.executable, "-m", "pageferry", "migrate", "here", moving.address_of(there), "--output", "json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)

@@ -1,5 +1,6 @@
-"""Commands killed, stopped and disconnected at fault points of a migration: the workload has one owner and loses no
-writes.
+"""Tests of commands killed, stopped or disconnected at fault points of a migration.
+
+The workload always has one owner, and loses no writes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("root")
 BEFORE_COMMIT = "connected greeted set-up in-round between-rounds paused last-pages-sent state-sent ready".split()
 """Fault points of the source before commit."""
 WAITED_FOR = ("state-sent", "ready")
-"""Fault points at which the destination is prepared, or about to be: it waits for a recovery by the source."""
+"""Fault points after which the destination is prepared, and waits for a recovery by the source."""
 RECEIVING = "accepted in-round state-received loaded promised".split()
 """Fault points of the destination before it receives Commit."""
 
@@ -66,13 +67,14 @@ def test_source_failure_before_commit_leaves_the_workload_running(
             if action == "kill":
                 assert migration.wait() == -signal.SIGKILL
             else:
-                # The connection is dropped after Ready was received: Commit is sent next, and gets no reply.
+                # At `ready`, the connection is dropped after the receipt of Ready. The source sends Commit next, and
+                # receives no reply.
                 assert migration.wait() == (26 if point == "ready" else 23)
         if (action, point) == ("drop", "ready"):
             assert moving.status("here") is Status.COMMITTED
             settle("here", owner="source")
         if point in WAITED_FOR or point == "connected":
-            # The receiver waits for Hello, or for a recovery; or it is about to exit.
+            # The receiver waits for Hello or Recover, or is about to exit.
             there.process.terminate()
         assert there.wait() in (23, 143, -signal.SIGTERM)
     runs_on(here, before)
@@ -94,7 +96,8 @@ def test_destination_killed_before_commit_leaves_the_workload_running(
 ) -> None:
     with moving.receiver("there", fault=f"destination.{point}=kill") as there:
         with moving.migrating("here", moving.address_of(there)) as migration:
-            # The destination was killed when prepared: the source may have sent Commit, and reports whether it has.
+            # A destination killed at `promised` has sent Ready. The source may have sent Commit by then, and exits with
+            # 26 in this case.
             code = migration.wait()
             assert code in ((23, 26) if point == "promised" else (23,))
         assert there.wait() == -signal.SIGKILL
@@ -121,7 +124,7 @@ def test_workload_of_a_source_killed_after_commit_stays_paused_until_recovery(
         with moving.migrating("here", "127.0.0.1:1") as again:
             assert again.wait() == 10
         if point == "committed":
-            # The destination received no Commit, and has given up.
+            # The destination has received no Commit, and has aborted.
             assert moving.stands_still("here")
             settle("here", owner="source")
             runs_on(here, before)
@@ -201,8 +204,9 @@ def test_receiver_with_another_run_directory_decides_nothing(here: Program, tmp_
 
 
 def test_source_resumes_if_the_destination_aborts_after_commit(here: Program, before: list[str]) -> None:
-    """The destination is terminated between Ready and Commit, and decides to abort; the source, which has committed, is
-    notified.
+    """The destination is terminated between Ready and Commit, and decides to abort.
+
+    It notifies the source, which has committed.
     """
     with (
         moving.receiver("there") as there,
@@ -252,7 +256,7 @@ def test_source_gives_up_a_destination_that_hangs(here: Program, before: list[st
 
 @pytest.mark.parametrize("rival", [True, False])
 def test_migration_fails_if_the_workload_dies(here: Program, rival: bool) -> None:
-    """The source reports the death of the workload, and the destination gives up."""
+    """The source reports that the workload has exited, and the destination ends the migration."""
     with moving.receiver("there") as there:
         point = "paused" if rival else "between-rounds"
         with moving.migrating("here", moving.address_of(there), fault=f"source.{point}=stop") as migration:

@@ -1,4 +1,4 @@
-"""Migrations over long, slow and lossy links take longer, but do not time out."""
+"""Tests of migrations over long, slow and lossy links: they take longer, but do not time out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def until_moved(migration: Program) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("streams", ["1", "4"])
 def test_migration_over_a_long_fast_link(tmp_path: Path, streams: str) -> None:
-    """1 Gbit/s, 50 ms round-trip time: the reported downtime includes the round trips of the switch-over."""
+    """The link has 1 Gbit/s and a round-trip time of 50 ms.
+
+    The reported downtime includes the round trips of the switch-over.
+    """
     with Network(tmp_path) as network:
         network.order(delay=0.025, rate=GIGABIT)
         result = moved(network, "--timeout", "5", "--streams", streams, size=64 * MIB)[-1]
@@ -54,7 +57,7 @@ def test_migration_over_a_long_fast_link(tmp_path: Path, streams: str) -> None:
 
 
 def test_migration_over_a_lossy_link(tmp_path: Path) -> None:
-    """100 Mbit/s, 20 ms round-trip time, 1 % packet loss."""
+    """The link has 100 Mbit/s, a round-trip time of 20 ms, and 1 % packet loss."""
     with Network(tmp_path, segments=False) as network:
         network.order(delay=0.01, rate=GIGABIT / 10, loss=0.01)
         options = {"threads": 2, "rate": MIB}

@@ -1,4 +1,4 @@
-"""Commands killed and disconnected at fault points of a post-copy migration: one owner, and no page is lost."""
+"""Tests of commands killed or disconnected at fault points of a post-copy migration: no page is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BEFORE_COMMIT = "set-up in-round between-rounds paused missing-sent state-sent r
 """Fault points of the source in hybrid mode, before commit."""
 RECEIVING = "accepted in-round pager-begun state-received loaded promised".split()
 MODE = ("--mode", "hybrid", "--max-downtime", "0")
-"""At least two rounds, then post-copy of all remaining pages."""
+"""Options for at least two rounds, followed by post-copy of all remaining pages."""
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def before(here: Program) -> list[str]:
 
 
 def recovers(here: Program, there: Program) -> None:
-    """Recover: the source sends the remaining pages, and the workload is complete at the destination."""
+    """Recover, and check that the workload is complete at the destination."""
     assert moving.status("here") is Status.COMMITTED
     assert moving.stands_still("here")
     with moving.migrating("here", "--recover") as recovery:
@@ -83,7 +83,7 @@ def test_destination_killed_before_commit_leaves_the_workload_running(
 @pytest.mark.parametrize("action", ["kill", "drop"])
 @pytest.mark.parametrize("point", ["commit-sent", "answered", "pushed", "arrived"])
 def test_source_lost_in_postcopy_sends_remaining_pages_after_recovery(here: Program, action: str, point: str) -> None:
-    """The source keeps its pages; only the destination knows which are missing."""
+    """The source keeps all pages. Only the destination has recorded which pages are missing."""
     with moving.receiver("there") as there:
         with moving.migrating("here", moving.address_of(there), *MODE, fault=f"source.{point}={action}") as migration:
             code = migration.wait()
@@ -122,7 +122,7 @@ def test_destination_disconnected_in_postcopy_is_reconnected(here: Program, poin
         recovers(here, there)
 
 
-# A ledger that reads all of its memory before it is resumed, as a hypervisor may read some.
+# Receiver whose ledger reads all of its memory before it is resumed. A hypervisor may read some of it.
 READS_FIRST = """
 import sys
 from pageferry.cli.main import main
@@ -137,7 +137,7 @@ sys.exit(main())
 
 
 def test_reconnection_while_the_resume_waits_for_a_page(here: Program) -> None:
-    """The source receives no message until the workload runs; it must be able to reconnect before."""
+    """The source receives no message until the workload runs. It must be able to reconnect before that."""
     words = ("receive", "there", "--workload", "demo", "--output", "json", *moving.HERE.listening)
     with moving.HERE.program("-c", READS_FIRST, *words, fault="destination.decided=drop") as there:
         with moving.migrating("here", moving.address_of(there), *MODE) as migration:
@@ -146,7 +146,7 @@ def test_reconnection_while_the_resume_waits_for_a_page(here: Program) -> None:
 
 
 def test_ledger_of_a_killed_destination_can_be_taken_back(here: Program) -> None:
-    """An arena ends with its process. The source keeps its contents as of the commit."""
+    """An arena ends with its process. The source keeps the contents that the arena had at the commit."""
     with moving.receiver("there", fault="destination.resumed=kill") as there:
         address = moving.address_of(there)
         with moving.migrating("here", address, *MODE) as migration:

@@ -1,4 +1,4 @@
-"""TLS between source and receiver: authenticated peers migrate, all others are refused with a reason on both sides."""
+"""Tests of TLS: only authenticated peers can migrate, and both sides report the reason of a refusal."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def victim() -> Iterator[Program]:
 
 
 class Case(NamedTuple):
-    """A mistake in certificates or options, and the errors that it causes."""
+    """Mistake in certificates or options, and the errors that it causes."""
 
     code: int
     here: str
@@ -211,7 +211,7 @@ def test_tls_on_one_side_only_is_reported_on_both(victim: Program, tmp_path: Pat
 
 @contextlib.contextmanager
 def saying(path: Path, *options: str) -> Iterator[tuple[Program, Path]]:
-    """A receiver, and the file with its error output."""
+    """Start a receiver, and yield it with the file that contains its error output."""
     said = path / "receiver.stderr"
     with open(said, "w") as stderr:
         words = (*moving.HERE.listening, *options)
@@ -252,7 +252,7 @@ def greeted(address: str, magic: bytes = messages.SECURE_CONTROL_MAGIC) -> socke
 
 
 def alert(address: str, context: ssl.SSLContext) -> str:
-    """Reason of the TLS alert with which the receiver ends a connection."""
+    """Return the reason of the TLS alert with which the receiver ends a connection."""
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with greeted(address) as connection:
         try:
@@ -328,7 +328,7 @@ async def control(address: Address, folder: Path) -> Channel:
 
 
 async def is_closed(stream: PageStream) -> bool:
-    """Wait until the receiver closes a refused stream; it sends at most a TLS alert."""
+    """Wait until the receiver closes a refused stream, and return True. The receiver sends at most a TLS alert."""
     stream.connection.setblocking(False)
     with stream, contextlib.suppress(ConnectionError):
         async with asyncio.timeout(DEADLINE):

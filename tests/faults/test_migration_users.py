@@ -1,4 +1,7 @@
-"""Peers without certificates: the kernel reports their user; only root and the user of the workload are accepted."""
+"""Tests of peers without certificates: the kernel reports their user.
+
+Only root and the user of the workload are accepted.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ HELLO = messages.Hello(
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A directory that every user may enter."""
+    """Yield a directory that every user may enter."""
     with tempfile.TemporaryDirectory() as made:
         os.chmod(made, 0o755)
         yield Path(made)
@@ -92,7 +95,7 @@ def test_another_user_on_a_unix_socket_is_refused_before_welcome(folder: Path) -
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         refused = stranger("unix", str(path))
         assert b"PermissionError" in refused.stderr
-        path.chmod(0o666)  # refused by its user even if the permissions allow it
+        path.chmod(0o666)  # the peer is refused because of its user, even if the permissions allow the connection
         done = stranger("unix", str(path))
         assert done.returncode == 0, done.stderr
         assert b"Welcome" not in done.stdout
@@ -143,7 +146,7 @@ def test_peers_of_one_ordinary_user_are_accepted(folder: Path) -> None:
 
 
 def test_source_refuses_a_receiver_of_another_user(folder: Path) -> None:
-    """The source runs as root; a program of another user listens at the address."""
+    """The source runs as root, and a receiver of another user listens at the address."""
     folder.chmod(0o777)
     impostor = users.host("user", folder)
     users.python()  # skips
@@ -215,7 +218,7 @@ def test_resolved_name_has_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unanswered_addresses_take_no_longer_than_the_timeout_together() -> None:
-    """Each address is a listener with a full accept queue, which does not respond."""
+    """Each address has a listener whose accept queue is full, so that it does not respond."""
 
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
@@ -235,7 +238,7 @@ def test_unanswered_addresses_take_no_longer_than_the_timeout_together() -> None
 
 
 def test_closed_connection_has_no_user(folder: Path) -> None:
-    """A socket in TIME_WAIT has no owner, and must not count as root's."""
+    """A socket in TIME_WAIT has no owner, and must not be attributed to root."""
     from pageferry.migration.transport.peer_users import check_peer
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -1,4 +1,4 @@
-"""A short soak: a few random migrations of a ledger and a guest between three hosts, with random faults."""
+"""Short soak: a few random migrations of a ledger and a guest between three hosts, with random faults."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Guests that have booted before: tests start a guest from the state of one that a test session has booted once.
+"""Test guests that start from a saved state. A test session boots each kind of guest once.
 
-A boot under TCG takes some 5 s of a core, a start from a state 0.3 s. The state is saved and loaded by QEMU itself
-(`-incoming`), and memory is copied from file to file, huge page by huge page, without `pageferry checkpoint` and
-`pageferry restore`: the guest has no pager, no userfaultfd registration and no missing page, and the same memory is
-allocated as after a boot. QEMU's page tables hold only the pages that were accessed since the start. A guest whose
-boot, command line or QEMU process is the subject of a test is booted.
+A boot under TCG takes some 5 s of a core, a start from a state 0.3 s. QEMU itself saves and loads the device state
+(`-incoming`). Memory is copied from file to file, huge page by huge page, without `pageferry checkpoint` and `pageferry
+restore`. The guest therefore has no pager, no userfaultfd registration and no missing page, and the same memory is
+allocated as after a boot. QEMU's page tables hold only the pages that were accessed since the start. Tests of the boot,
+the command line or the QEMU process boot their guests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHUNK = 2 << 20
 
 
 async def start(name: str, parts: GuestParts, serial: Serial, *options: str, **details: str) -> QemuWorkload:
-    """Start a guest whose checker is running. `options`, `details`: see `GuestParts.command`."""
+    """Start a guest, and return it when its checker is running. `options`, `details`: see `GuestParts.command`."""
     command = parts.command(serial, *options, **details)
     if parts.states is None:
         workload = await QemuWorkload.start(name, command)
@@ -40,12 +40,15 @@ async def start(name: str, parts: GuestParts, serial: Serial, *options: str, **d
     await workload.load_state((state / STATE).read_bytes())
     await workload.resume()
     await serial.ready()
-    assert await workload.running()  # the migration settings of its user are restored before the reply
+    assert await workload.running()  # the migration settings of the user are restored before this reply
     return workload
 
 
 async def _saved(states: Path, parts: GuestParts, *options: str, **details: str) -> Path:
-    """Return the folder of the state of such a guest. The first process that needs the state boots the guest."""
+    """Return the folder with the state of a guest with this command line.
+
+    The first process that needs it boots the guest.
+    """
     words = parts.command(Serial(Path("serial")), *options, **details)
     folder = states / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
     os.makedirs(states, exist_ok=True)
@@ -90,7 +93,10 @@ def _load(path: Path, region: Region) -> None:
 
 
 def _allocated(descriptor: int, start: int, length: int) -> Iterator[tuple[int, int]]:
-    """Offsets from `start` and lengths of the parts of a file that are not holes, of one huge page at most."""
+    """Yield offset (from `start`) and length of each part of a file that is not a hole.
+
+    A part is at most one huge page.
+    """
     at = 0
     while at < length:
         try:

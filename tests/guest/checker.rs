@@ -2,8 +2,8 @@
 //! and reports errors on the serial line.
 //!
 //! The contents of each page are a function of (page number, version). A table elsewhere in memory holds the current
-//! version of each page, and a third place holds the sum of all versions. This detects lost writes, stale pages, torn
-//! pages, and a table older than its pages:
+//! version of each page, and a separate counter holds the sum of all versions. This detects lost writes, stale pages,
+//! torn pages, and a table older than its pages:
 //!
 //! ```text
 //! FERRY ready pages=12800 threads=2
@@ -14,10 +14,10 @@
 //!
 //! `passes` counts complete sweeps of the slowest thread: after two more passes, each page has been verified again.
 //!
-//! Kernel command line: `ferry.mib` (memory, MiB, 64), `ferry.rate` (pages written per second, 2000), `ferry.verify`
-//! (pages verified per second, one sweep), `ferry.hot` (percent of the pages that are written, 100), `ferry.zero`
-//! (percent of (page, version) pairs whose contents are all zeros, 20), `ferry.threads` (one per vCPU), `ferry.tick`
-//! (ms between ticks, 200).
+//! Options on the kernel command line, each with its default: `ferry.mib` (memory, MiB, 64), `ferry.rate` (pages
+//! written per second, 2000), `ferry.verify` (pages verified per second, one sweep), `ferry.hot` (percent of the pages
+//! that are written, 100), `ferry.zero` (percent of (page, version) pairs whose contents are all zeros, 20),
+//! `ferry.threads` (one per vCPU), `ferry.tick` (ms between ticks, 200).
 
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_long, c_ulong, c_void};
@@ -94,7 +94,7 @@ fn tick_for_ever(settings: &Settings, counters: &[Arc<Counters>]) -> ! {
     }
     // The first process of a kernel must not exit.
     loop {
-        // SAFETY: takes no arguments and touches no memory.
+        // SAFETY: pause(2) takes no arguments and accesses no memory.
         unsafe { pause() };
     }
 }
@@ -194,7 +194,7 @@ impl Checker {
     }
 }
 
-/// splitmix64: a permutation of 64 bits that leaves no pattern.
+/// Returns a pseudo-random permutation of 64-bit values (splitmix64).
 fn mix(value: u64) -> u64 {
     let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -202,13 +202,14 @@ fn mix(value: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Increment between the words of a page; None if the page is all zeros at this version.
+/// Returns the increment between the words of a page; `None` if the page is all zeros at this version.
 fn recipe(number: usize, version: u64, zero_percent: u64) -> Option<u64> {
     let seed = mix(mix(number as u64) ^ version);
     (seed % 100 >= zero_percent).then_some(seed | 1)
 }
 
-/// Writes page number, version, and an arithmetic sequence that differs in each word between any two versions.
+/// Fills a page with zeros, or with its number, its version and an arithmetic sequence. The sequences of two versions
+/// differ in each word.
 fn fill(page: &mut Page, number: usize, version: u64, zero_percent: u64) {
     match recipe(number, version, zero_percent) {
         None => page.fill(0),
@@ -242,7 +243,7 @@ fn first_wrong_word(page: &Page, number: usize, version: u64, zero_percent: u64)
 
 fn mount_proc() {
     std::fs::create_dir_all("/proc").expect("a root file system that can be written");
-    // SAFETY: three C strings that live for ever and no data.
+    // SAFETY: the arguments are static C strings; `data` may be null.
     let failed = unsafe { mount(c"proc".as_ptr(), c"/proc".as_ptr(), c"proc".as_ptr(), 0, std::ptr::null()) } != 0;
     assert!(!failed, "mount /proc: {}", std::io::Error::last_os_error());
 }
@@ -255,7 +256,7 @@ fn load_modules() {
     paths.sort();
     for path in paths {
         let file = std::fs::File::open(&path).expect("a module");
-        // SAFETY: finit_module(2) with an open file, no parameters and no flags.
+        // SAFETY: the file is open during the call. The parameters are a static empty C string.
         let failed = unsafe { syscall(FINIT_MODULE, file.as_raw_fd(), c"".as_ptr(), 0) } != 0;
         assert!(!failed, "{}: {}", path.display(), std::io::Error::last_os_error());
     }
@@ -281,11 +282,12 @@ fn settings() -> Settings {
     }
 }
 
-/// Anonymous memory in pages; the owning thread touches each page first.
+/// Allocates anonymous memory in pages. The thread that owns a page is the first to access it.
 fn allocate(pages: usize) -> &'static mut [Page] {
     const READ_WRITE: c_int = 3;
     const PRIVATE_ANONYMOUS: c_int = 0x22;
-    // SAFETY: a new mapping at an address chosen by the kernel; page-aligned, zeroed, and never unmapped.
+    // SAFETY: the kernel chooses the address of a new mapping, which is page-aligned, zeroed and never unmapped. A
+    // failed mmap(2) is excluded by the assertion.
     unsafe {
         let address = mmap(std::ptr::null_mut(), pages * 4096, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0);
         assert!(address as isize != -1, "mmap: {}", std::io::Error::last_os_error());

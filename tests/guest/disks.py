@@ -10,21 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _WRITES, _SHARES_NO_WRITES = 101, 201
-"""Bytes of the file on which QEMU holds read locks while it may write, and while no other process may."""
+"""Bytes of the disk file that QEMU locks for reading: the first while QEMU may write, the second while no other process
+may write."""
 _GET_LOCK, _SET_LOCK = 36, 37
 """F_OFD_GETLK and F_OFD_SETLK of fcntl(2)."""
 _LOCK = struct.Struct("hhqqi4x")
 
 
 def new_disk(path: Path) -> tuple[str, str]:
-    """Create a raw disk of 1 MiB. Return the QEMU option for it."""
+    """Create a raw disk of 1 MiB. Return the QEMU options that attach it."""
     path.write_bytes(bytes(1 << 20))
     return "-drive", f"file={path},format=raw,if=virtio,id=disk"
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Lock a disk as a QEMU that writes to it does."""
+    """Lock a disk like a QEMU process that writes to it."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         for byte in (_WRITES, _SHARES_NO_WRITES):
@@ -35,7 +36,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def locked(path: Path) -> bool:
-    """Whether a QEMU has locked a disk for exclusive writing."""
+    """Return whether a QEMU process has locked a disk for exclusive writing."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         return all(_taken(descriptor, byte) for byte in (_WRITES, _SHARES_NO_WRITES))

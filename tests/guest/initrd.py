@@ -1,4 +1,4 @@
-"""Build the initrd of the test guest: the checker as `/init`, kernel modules, and a console device."""
+"""Initrd of the test guest: the checker as `/init`, kernel modules, and a console device."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ BALLOON_MODULES = (
 def build(folder: Path, modules: Sequence[Path] = ()) -> Path:
     """Compile the checker and pack it with these kernel modules. Return the initrd.
 
-    An unchanged checker is not compiled again. Raises FileNotFoundError if rustc is not installed, CalledProcessError
-    if it fails.
+    An unchanged checker is not compiled again. Raises the same errors as `compile_program`.
     """
     program = compile_program(CHECKER, folder / "checker", "-Ctarget-feature=+crt-static", "-Cstrip=symbols")
     initrd = folder / f"checker-{len(modules)}.cpio"
@@ -36,7 +35,10 @@ def build(folder: Path, modules: Sequence[Path] = ()) -> Path:
 
 
 def archive(init: bytes, modules: Sequence[tuple[str, bytes]] = ()) -> bytes:
-    """An initramfs in cpio's `newc` format (kernel: Documentation/driver-api/early-userspace/buffer-format.rst)."""
+    """Return an initramfs in cpio's `newc` format.
+
+    The format is described in the kernel's Documentation/driver-api/early-userspace/buffer-format.rst.
+    """
     folders = [_entry(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "modules")]
     console = _entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     program = _entry("init", stat.S_IFREG | 0o755, init)

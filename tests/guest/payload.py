@@ -1,4 +1,4 @@
-"""Build the guest without an operating system, `payload.rs`, which runs on TCG and on KVM."""
+"""Build of the guest without an operating system, `payload.rs`, which runs on TCG and on KVM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build(folder: Path) -> Path:
 
 
 def obstacle(accel: str) -> str | None:
-    """Reason why an accelerator cannot be used on this host, None if it can."""
+    """Return the reason why an accelerator cannot be used on this host; None if it can be used."""
     if accel != "kvm":
         return None
     try:

@@ -4,12 +4,12 @@
 //! QEMU loads the program with `-kernel` and enters it in 32-bit protected mode (PVH). The program enables long mode
 //! with its own page tables. On KVM it leaves ring 0 permanently: a KVM without hardware virtualization emulates ring 0
 //! and runs ring 3 natively. A TSS with an I/O bitmap gives ring 3 access to the serial port. There are no interrupts.
-//! On TCG it stays in ring 0, and sleeps after each sweep until the next interrupt of the timer, so that a waiting guest
-//! does not use the whole core of a test machine.
+//! On TCG the program stays in ring 0. It sleeps after each sweep until the next timer interrupt, so that a waiting
+//! guest does not use a whole core of the test machine.
 //!
 //! Each page holds its number and version at both ends and in the middle. A table elsewhere holds the current version
-//! of each page, and a third place the sum of all versions. The output has the format of `checker.rs`; a tick is
-//! printed every few sweeps.
+//! of each page, and a separate counter holds the sum of all versions. The output has the format of `checker.rs`; a
+//! tick is printed every few sweeps.
 //!
 //! Command line: `ferry.mib` (memory, MiB, 32), `ferry.writes` (pages rewritten per sweep, 4).
 
@@ -21,7 +21,7 @@ use core::ptr::{read_volatile, write_volatile};
 
 const PAGE: usize = 4096;
 const FIRST: usize = 16 << 20;
-/// Number of pages in 992 MiB: the mapped 1 GiB without the first and last 16 MiB.
+/// Maximum number of pages, 992 MiB: the mapped 1 GiB without the first and last 16 MiB.
 const MAX_PAGES: usize = 992 << 8;
 const SWEEPS_PER_TICK: u64 = 8;
 const REPORTED: u64 = 8;
@@ -198,7 +198,7 @@ extern "C" fn run(start_info: u64, sleeps: u64) -> ! {
         verify_all(pages, &mut errors);
         sweeps += 1;
         if sleeps != 0 {
-            // Interrupts are handled on this stack, and only here.
+            // Interrupts are enabled only here. Their handler uses this stack.
             unsafe { asm!("sti", "hlt", "cli") };
         }
         if sweeps % SWEEPS_PER_TICK == 0 {
@@ -275,7 +275,7 @@ fn report(errors: &mut u64, page: u64, word: u64, expected: u64, found: u64) {
     text(b"\n");
 }
 
-/// Value of the option `name` on the command line.
+/// Returns the value of the option `name` (with its `=`) on the command line, or `default`.
 fn option(line: *const u8, name: &[u8], default: u64) -> u64 {
     if line.is_null() {
         return default;

@@ -1,8 +1,9 @@
-"""A guest without an operating system that reads from a disk on request: a boot sector.
+"""Boot sector of a guest without an operating system that reads from a disk on request.
 
-On the byte `r` on its serial line it fills a buffer, prints `B`, reads 32 KiB at 1 MiB of the disk into the buffer
-(with the BIOS: one request is in flight), and prints `fresh` if the buffer holds the contents of the disk, else
-`stale`. On `v` it only checks the buffer. On `l` it reads repeatedly and prints only `stale`.
+The guest receives commands, one byte each, on its serial line. On `r`, the guest fills a buffer, prints `B`, and reads
+32 KiB at 1 MiB of the disk into the buffer. The BIOS reads, so one request is in flight. The guest then prints `fresh`
+if the buffer holds the contents of the disk, otherwise `stale`. On `v`, the guest only checks the buffer. On `l`, the
+guest reads repeatedly, and prints only `stale`.
 """
 
 from __future__ import annotations
@@ -104,7 +105,10 @@ packet:
 
 
 def boot_sector(folder: Path) -> bytes:
-    """Assemble and link the boot sector in `folder`."""
+    """Assemble and link the boot sector in `folder`, and return it.
+
+    Skip the test if there is no assembler or linker.
+    """
     if shutil.which("as") is None or shutil.which("ld") is None:
         pytest.skip("no assembler and linker for the guest")
     source, target, binary = folder / "boot.s", folder / "boot.o", folder / "boot.bin"

@@ -24,7 +24,7 @@ BUSY = "ferry.mib=64 ferry.rate=3000"
 
 
 def image_of_a_guest(parts: GuestParts, folder: Path, *, paused: bool = False) -> Path:
-    """Checkpoint a running guest, or one paused by its user. Return the image."""
+    """Checkpoint a guest, which its user has paused if `paused` is true. Return the path of the image."""
 
     async def make() -> Path:
         serial = Serial(folder / "serial")
@@ -48,10 +48,10 @@ class Restored:
         self.command = parts.command(serial, *OPTIONS)
         self.serial = serial
         self.pager: tuple[int, int] | None = None
-        """Pid and start time of the pager, once known."""
+        """Pid and start time of the pager; None until `status` has found a pager."""
 
     async def start(self, image: Path, *, prefetch: bool = True, eager: bool = False) -> RestoreResult:
-        """Restore the guest."""
+        """Restore the guest from an image. Return the result."""
         started = await restore_guest(self.folder.name, image, self.command, prefetch=prefetch, eager=eager)
         self.workload, result = started
         await self.status()
@@ -63,14 +63,14 @@ class Restored:
             await monitor.execute("cont")
 
     async def end(self) -> None:
-        """End the guest, and wait for the end of its pager."""
+        """End the guest, and wait until its pager has exited."""
         await self.status()
         await self.workload.discard()
         if self.pager is not None:
             await processes.wait_for_end(*self.pager)
 
     async def status(self) -> PagerStatus | None:
-        """Status of the pager."""
+        """Return the status of the pager, and record its pid and start time; None if there is no pager."""
         status = await asyncio.to_thread(client.status, self.folder)
         if status is not None and (started := proc.start_time(status.pager)) is not None:
             self.pager = (status.pager, started)
@@ -83,7 +83,7 @@ class Restored:
                 await asyncio.sleep(0.02)
 
     async def kill_pager(self) -> None:
-        """Kill the pager with SIGKILL."""
+        """Kill the pager with SIGKILL, and wait until it has exited."""
         status = await self.status()
         assert status is not None
         started = proc.start_time(status.pager)

@@ -15,7 +15,7 @@ BOOT = 100.0
 
 
 class GuestFailed(AssertionError):
-    """The guest crashed, found a wrong page, or stopped printing."""
+    """Failure of a guest, which crashed, found a wrong page, or made no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Tick:
 
 
 class Serial:
-    """Serial line of one QEMU. A migrated guest continues in the file of the other QEMU."""
+    """Serial line of one QEMU. A migrated guest writes to the serial line of its new QEMU."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,26 +48,36 @@ class Serial:
 
     @property
     def last(self) -> Tick | None:
-        """Last tick."""
+        """Last tick; None before the first."""
         found = _TICK.findall(self.text)
         return Tick(*map(int, found[-1])) if found else None
 
     async def ready(self) -> None:
-        """Wait until memory is filled and the checker is running; a guest that has been ready before prints ticks."""
+        """Wait until memory is filled and the checker is running. Raises the same errors as `ticks`.
+
+        A guest that was ready in another QEMU or before a checkpoint only prints ticks.
+        """
         await self._until(lambda: "FERRY ready" in self.text or self.last is not None, BOOT, "was not ready")
 
     async def ticks(self, count: int, timeout: float = 30.0) -> Tick:
-        """Wait for `count` more ticks and return the last. Raises GuestFailed if a page was wrong."""
+        """Wait for `count` more ticks and return the last.
+
+        Raises GuestFailed if a page is wrong, the guest crashes, or `timeout` (seconds) expires.
+        """
         return await self._after(lambda tick: tick.number, count, timeout)
 
     async def passes(self, count: int, timeout: float = 60.0) -> Tick:
-        """Wait for `count` more passes over all pages; after two, each page has been verified again. Raises
-        GuestFailed.
+        """Wait for `count` more passes over all pages, and return the last tick.
+
+        After two passes, each page has been verified again. Raises the same errors as `ticks`.
         """
         return await self._after(lambda tick: tick.passes, count, timeout)
 
     async def standstill(self, seconds: float = 1.0, timeout: float = 30.0) -> None:
-        """Wait until no page has been written or verified for `seconds`. Ticks may continue on another CPU."""
+        """Wait until no page has been written or verified for `seconds`. Ticks may continue on another CPU.
+
+        Raises GuestFailed if `timeout` (seconds) expires.
+        """
         loop = asyncio.get_running_loop()
         work, since = self._work, loop.time()
         deadline = since + timeout

@@ -1,4 +1,4 @@
-"""A guest that is migrated from one QEMU to the next with the command line, observed on its serial lines."""
+"""Guest that is migrated from QEMU to QEMU with the command line, observed on its serial lines."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.kernel import moving
 from tests.kernel.programs import DEADLINE, Program, wait_until
 
 CHECKER = "ferry.mib=32 ferry.rate=4000 ferry.verify=32768 ferry.tick=50"
-"""Little memory, written fast, and verified several times a second."""
+"""Options of the checker: little memory, which is written fast and verified several times a second."""
 
 
 class Traveller:
-    """A guest and the command line of its QEMU. Its name ends in the number of its migrations."""
+    """Guest, and the command line of its QEMU. The name of the guest ends in the number of its migrations."""
 
     def __init__(
         self,
@@ -87,11 +87,11 @@ class Traveller:
             call = [sys.executable, "-m", "pageferry", *words]
             subprocess.run(call, check=True, timeout=DEADLINE, capture_output=True)
             asyncio.run(self.serial.ready())
-        else:  # as `pageferry run`, without the start of an interpreter
+        else:  # like `pageferry run`, but without the start of an interpreter
             asyncio.run(self._start())
 
     def command(self, name: str) -> list[str]:
-        """Command line of the QEMU with this name."""
+        """Return the command line of QEMU for the guest `name`."""
         if self.checker is None:
             return self.parts.bare("-m", self.memory, *self.options)
         return self.parts.command(self._serial(name), *self.options, memory=self.memory, checker=self.checker)
@@ -105,8 +105,9 @@ class Traveller:
         fault: str | None = None,
         **streams: Any,
     ) -> Program:
-        """Start `pageferry receive` for the next migration, on TCP, whose connections faults can drop. `command`
-        replaces QEMU's command line.
+        """Start `pageferry receive` for the next migration. `command` replaces QEMU's command line.
+
+        The receiver listens on TCP by default, because injected faults can drop TCP connections.
         """
         name = name or self.next_name
         self._serial(name).path.unlink(missing_ok=True)
@@ -120,7 +121,7 @@ class Traveller:
         return moving.migrating(self.name, address, *options, fault=fault, **streams)
 
     def move(self, *options: str) -> dict[str, Any]:
-        """Migrate the guest successfully. Return the result."""
+        """Migrate the guest, and check that the migration succeeds. Return the result."""
         with self.receiver() as there, self.migrating(moving.address_of(there), *options) as migration:
             lines = moving.all_until(migration, "migration")
             assert migration.wait() == 0
@@ -132,34 +133,43 @@ class Traveller:
         return lines[-1]
 
     def arrived(self) -> None:
-        """Record that the guest is at the destination, and check that the source has no trace of it."""
+        """Record that the guest is at the destination.
+
+        Check that its previous registry entry and QEMU no longer exist.
+        """
         gone = self.name
         self.journeys += 1
         assert gone not in Registry().entries()
         self.alone()
 
     def runs(self) -> Tick:
-        """Check that the guest runs and has found no wrong page."""
+        """Check that the guest runs and has found no wrong page. Return its last tick."""
         return asyncio.run(self.serial.ticks(2))
 
     def verifies_everything(self) -> Tick:
-        """Check that the guest runs and has verified all pages."""
+        """Check that the guest runs and has verified all pages. Return its last tick."""
         return asyncio.run(self.serial.passes(2))
 
     def alone(self) -> None:
-        """Wait until no other QEMU, guardian or name exists."""
+        """Wait until the guest's QEMU is the only process of this run directory.
+
+        Check that no other workload is registered.
+        """
         wait_until(lambda: around() == {self.pid}, f"the end of all processes but {self.name}: {around()}")
         assert list(Registry().entries()) == [self.name]
 
     def untouched(self) -> None:
-        """Wait until the guest has no write traces and no tracer, and no other process is left."""
+        """Wait until no other process and no write trace is left.
+
+        Check that no process traces the guest with ptrace(2).
+        """
         self.alone()
         wait_until(lambda: moving.traces(self.pid) == 0, "the end of the traces")
         status = Path(f"/proc/{self.pid}/status").read_text()
         assert "TracerPid:\t0\n" in status
 
     def allocated(self) -> int:
-        """Bytes allocated for its memory files."""
+        """Return the bytes allocated for the memory files of the guest."""
 
         async def look() -> int:
             workload = await QemuWorkload.attach(self.name)
@@ -171,16 +181,16 @@ class Traveller:
         return asyncio.run(look())
 
     def resident(self) -> int:
-        """Resident memory of its QEMU, bytes."""
+        """Return the resident memory of the guest's QEMU, bytes."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
 
     def qmp(self, command: str, **arguments: Any) -> Any:
-        """Reply of its monitor to a command."""
+        """Execute a QMP command in the monitor of the guest, and return the reply."""
         return asyncio.run(ask(self.name, command, **arguments))
 
     def end(self) -> None:
-        """End all QEMU processes of the guest, also after a failed test."""
+        """End all QEMU processes of the guest: more than one can exist after a failed test."""
         for name, found in Registry().entries().items():
             if name.startswith(f"{self._name}-"):
                 processes.send_signal(found.pid, found.started, signal.SIGKILL)
@@ -203,7 +213,10 @@ class Traveller:
 
 @contextmanager
 def travelling(parts: GuestParts, folder: Path, *options: str, **details: Any) -> Iterator[Traveller]:
-    """A booted guest. At the end of the block, no serial line may report a wrong page."""
+    """Yield a guest whose checker is running, and end it after the block.
+
+    Check that no serial line reports a wrong page.
+    """
     traveller = Traveller(parts, folder, *options, **details)
     try:
         traveller.start()
@@ -214,7 +227,7 @@ def travelling(parts: GuestParts, folder: Path, *options: str, **details: Any) -
 
 
 def entry(name: str) -> QemuEntry:
-    """Registry entry of a guest. Raises NoSuchWorkload."""
+    """Return the registry entry of a guest. Raises NoSuchWorkload if no guest has this name."""
     found = Registry().lookup(name)
     if not isinstance(found, QemuEntry):
         raise NoSuchWorkload(name)
@@ -222,20 +235,20 @@ def entry(name: str) -> QemuEntry:
 
 
 async def ask(name: str, command: str, **arguments: Any) -> Any:
-    """Reply of a guest's monitor to a command."""
+    """Execute a QMP command in the monitor of a guest, and return the reply."""
     async with await Monitor.open(entry(name).qmp_socket) as monitor:
         return await monitor.execute(command, **arguments)
 
 
 def kill(name: str) -> None:
-    """Kill the QEMU of that name with SIGKILL, and wait for its end."""
+    """Kill the QEMU of the guest `name` with SIGKILL, and wait until it has exited."""
     found = entry(name)
     processes.send_signal(found.pid, found.started, signal.SIGKILL)
     wait_until(lambda: not found.alive, f"the end of {name}")
 
 
 def around() -> set[int]:
-    """Pids of QEMU processes and guardians of this run directory, found by its path in their command lines."""
+    """Return the pids of QEMU processes and guardians whose command lines contain the path of this run directory."""
     mark = os.fsencode(f"{Registry().path}/")
     found = set()
     for folder in Path("/proc").iterdir():
@@ -246,7 +259,7 @@ def around() -> set[int]:
 
 
 def listed() -> dict[str, str]:
-    """Statuses of workloads by name, from `pageferry list`."""
+    """Return the statuses of workloads by name, from `pageferry list`."""
     command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
     said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
     return {one["name"]: one["status"] for one in map(json.loads, said.splitlines())}

@@ -1,13 +1,13 @@
 """Network between hosts: `python carrier.py SETUP` creates network namespaces and forwards packets between them.
 
-Each host has a TUN device. This process reads its packets and writes them to the TUN device of the receiving host, with
-the delay, loss and bandwidth of the current conditions. Both ends use the kernel's own TCP. Requires root and
-/dev/net/tun, but no qdisc: many kernels lack netem, and netem cannot corrupt data without TCP noticing.
+Each host has a TUN device. This process reads the packets of each device and writes them to the device of the receiving
+host, with the delay, loss and bandwidth of the current conditions. Both ends use the kernel's own TCP. Requires root
+and /dev/net/tun, but no qdisc: many kernels lack netem, and netem cannot corrupt data without TCP noticing.
 
 The namespaces have no names, so they vanish with this process, which exits at the end of its standard input. Other
 processes enter them through the descriptors in the first line of output::
 
-    {"hosts": [{"address": "10.77.0.1", "namespace": "/proc/4711/fd/5"}, ...]}
+{"hosts": [{"address": "10.77.0.1", "namespace": "/proc/4711/fd/5"}, ...]}
 
 Each line of standard input is an `Order`; the reply `{}` means that it is in effect.
 """
@@ -53,7 +53,7 @@ class Setup(msgspec.Struct, frozen=True):
 
     hosts: int
     segments: bool = True
-    """Whether the kernel may pass many packets as one. This is faster, but they are also lost together."""
+    """Whether the kernel may pass many packets as one. This is faster, but the packets are also lost together."""
     seed: int = 0
     """Seed of the random packet loss."""
 
@@ -72,14 +72,15 @@ class Order(msgspec.Struct, frozen=True):
     down: list[int] | None = None
     """Hosts whose network device is down."""
     corrupt: str | None = None
-    """Kind of connection (`control`, `pages`) in whose next packet one byte is changed; TCP does not detect it."""
+    """Kind of connection (`control`, `pages`) in whose next packet one byte is changed. TCP does not detect the
+    change."""
     back: bool = False
     """Whether `corrupt` applies to packets to the client of the connection instead of packets from it."""
 
 
 @dataclass
 class Host:
-    """A network namespace and its TUN device."""
+    """Network namespace and its TUN device."""
 
     address: bytes
     namespace: int
@@ -105,7 +106,7 @@ class Conditions:
 
 
 class Carrier:
-    """Forwards packets until standard input ends."""
+    """Forwarder of packets between the hosts, which runs until standard input ends."""
 
     def __init__(self, setup: Setup) -> None:
         self.dice = random.Random(setup.seed)
@@ -146,7 +147,7 @@ class Carrier:
                 _switch(host.control, DEVICE, up=number not in order.down)
 
     def _take(self, number: int) -> None:
-        """Read the packets that a host sends."""
+        """Read packets that a host sends, and queue them for delivery. Drop packets according to the conditions."""
         sender, now = self.hosts[number], self.conditions
         for _ in range(BATCH):
             try:
@@ -180,9 +181,9 @@ class Carrier:
         return None
 
     def _look_at(self, packet: bytearray) -> None:
-        """Classify connections by their first bytes, and corrupt a packet if that was ordered.
+        """Record the kind of a new connection by its first bytes, and corrupt one packet if an order requests it.
 
-        The checksum is left to a device that the packet never reaches, so the corrupted packet is accepted.
+        The kernel leaves the checksum to the device (TUN_F_CSUM), so the corrupted packet is accepted.
         """
         start = VNET_HEADER + (packet[VNET_HEADER] & 15) * 4
         if packet[VNET_HEADER + 9] != TCP:
@@ -201,7 +202,7 @@ class Carrier:
 
 
 def _make_host(number: int, segments: bool) -> Host:
-    """Create a namespace with its device, and enter it."""
+    """Create a network namespace with a TUN device, and enter the namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")

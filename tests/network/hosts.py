@@ -23,7 +23,8 @@ TUN = Path("/dev/net/tun")
 class Network:
     """Hosts and the links between them; a context manager.
 
-    `folder` holds their run directories. For `segments` see `carrier.Setup`; False for tests of packet loss.
+    `folder`: parent of the run directories of the hosts; `segments`: see `carrier.Setup`, False for tests of packet
+    loss.
     """
 
     def __init__(self, folder: Path, hosts: int = 2, *, segments: bool = True, seed: int = 0) -> None:
@@ -50,7 +51,7 @@ class Network:
 
 
 def missing() -> str | None:
-    """Reason why namespaces cannot be used, None if they can."""
+    """Return the reason why network namespaces cannot be used; None if they can be used."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("nsenter") is None:

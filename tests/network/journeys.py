@@ -1,7 +1,7 @@
 """One migration between two hosts during which a failure occurs, and the operator's recovery.
 
-`Journey` runs a migration and stops it at a fault point; an entry of `DEEDS` causes the failure; `settle` takes the
-steps of docs/faults.md and returns the owner. Exactly one side must own the workload.
+`Journey` runs a migration and stops it at a fault point. An entry of `DEEDS` causes the failure. `settle` takes the
+recovery steps of docs/faults.md and returns the owner. Exactly one side must own the workload.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ BLIP = 0.3
 MAX_SECONDS = 120.0
 """Maximum duration of a migration, seconds."""
 ASKING = 8
-"""Maximum number of recovery requests; the process that can reply may be starting or ending."""
+"""Maximum number of recovery requests. They fail while the process that can reply is starting or ending."""
 
 
 def points(mode: str) -> list[str]:
-    """Fault points, as SIDE.POINT, that a migration of this mode reaches; a hybrid one may reach fewer."""
+    """Return the fault points, as SIDE.POINT, that a migration in this mode reaches. A hybrid one may reach fewer."""
     late = mode == "postcopy"
     return [
         f"{side}.{point}"
@@ -54,8 +54,9 @@ def points(mode: str) -> list[str]:
 
 
 class Journey:
-    """A migration from the traveller's host to another. `fault`: POINT or POINT=ACTION, in the command that has the
-    point.
+    """Migration of a workload from its host to another host.
+
+    `fault`: POINT or POINT=ACTION; it is passed to the command that has the fault point.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Journey:
 
     @property
     def held(self) -> Program:
-        """The command that stops at the fault point."""
+        """Command that stops at the fault point."""
         return self.migration if self._stopping.startswith("source") else self.peer
 
     def hold(self) -> None:
@@ -114,14 +115,17 @@ class Journey:
         self.held.process.send_signal(signal.SIGCONT)
 
     def said(self, who: Literal["migrate", "receive", "recover"]) -> str:
-        """Error output of a command."""
+        """Return the error output of a command."""
         path = self._log / f"{who}.stderr"
         return path.read_text() if path.exists() else ""
 
     # -- the operator's part
 
     def settle(self) -> Owner:
-        """Wait for the end, restore the link, recover, and check that the owner runs the workload. Return the owner."""
+        """Wait for the end of the migration, restore the link, and recover. Return the owner.
+
+        Check that the owner runs the workload.
+        """
         code = self.code = self.migration.process.wait(MAX_SECONDS)
         mend(self.network)
         owner: Owner = "destination" if code == 0 else self._ask()
@@ -154,7 +158,8 @@ class Journey:
                         answering.enter_context(self._stand_in())
                         replaced = True
                     case _ if replaced and self._late and not self._arrives():
-                        # It was killed at the destination before it was complete: the operator takes it back.
+                        # The workload was killed at the destination before all pages were received. The operator takes
+                        # it back.
                         assert self.recover("--take-back") == (0, "source")
                         return "source"
                     case _:
@@ -171,7 +176,10 @@ class Journey:
         return recovery.process.returncode, events[-1]["owner"] if events else None
 
     def _stand_in(self) -> Program:
-        """Another receiver on the destination's host, at the same address; it resumes the workload if that exists."""
+        """Start another receiver on the destination's host, at the same address.
+
+        If the workload exists there, the receiver resumes the post-copy migration of the workload.
+        """
         resumed = self._late and self._arrives()
         what = (self.traveller.name, "--resume") if resumed else ("stand-in", "--workload", "demo")
         words = ("receive", *what, "--output", "json", "--insecure")
@@ -192,7 +200,7 @@ class Journey:
         assert self.peer.process.wait(30) in (143, -signal.SIGTERM), self.said("receive")
 
     def _arrives(self) -> bool:
-        """Whether the target has the workload; its receiver may have exited, or it may have died since."""
+        """Return whether the target has the workload. The workload outlives its receiver, but may have been killed."""
         return self.traveller.name in self.target.registry.entries()
 
     def _file(self, who: str) -> Any:
@@ -246,7 +254,10 @@ def mend(network: Network) -> None:
 
 
 def nothing_left(host: Host, *expected: str) -> None:
-    """Wait until a host has only these workloads: no other process, file, mount or name."""
+    """Wait until a host has only these workloads, and no other process or file.
+
+    Check that the workloads have no write trace, no mount and no migration record.
+    """
     registry = host.registry
     wait_until(
         lambda: set(registry.entries()) == set(expected), f"the end of all workloads but {expected} on {host.address}"

@@ -1,7 +1,7 @@
 """Random migrations of a ledger and a guest between three hosts, with killed processes and failing links: `make soak`.
 
-Each step migrates one of the two over a random link with random options, in most steps with a failure at a fault point
-or at a random time. Then the operator's steps are taken (`journeys`). Afterwards exactly one host must run the
+Each step migrates one of the two over a random link with random options. In most steps, a failure occurs at a fault
+point or at a random time, and the operator's recovery follows (`journeys`). Afterwards exactly one host must run the
 workload, with correct pages, and no other host may have remnants.
 
 Environment: SOAK_MINUTES (30), SOAK_SEED (random), SOAK_FOLDER (.cache/soak). The seed determines the steps, but not
@@ -42,7 +42,7 @@ LINKS: dict[str, dict[str, float]] = {
     "lossy": {"delay": 0.005, "rate": GIGABIT / 4, "loss": 0.005},
 }
 TROUBLES = [name for name in DEEDS if name != "source-workload"]
-# It sleeps briefly: on Linux 6.18 a low-priority task that never sleeps was seen to starve kernel threads.
+# The program sleeps briefly: on Linux 6.18, a low-priority task that never sleeps was seen to starve kernel threads.
 SPINNER = """
 import os, time
 os.nice(15)
@@ -77,7 +77,7 @@ class Plan:
 
 
 def plan(seed: int, step: int, names: list[str]) -> Plan:
-    """Return the plan of a step; it depends only on the arguments."""
+    """Return the plan of a step, which depends only on the arguments."""
     dice = random.Random(f"{seed}/{step}")
     who = dice.choice(names)
     side = dice.choice(list(POINTS))
@@ -96,7 +96,7 @@ def plan(seed: int, step: int, names: list[str]) -> Plan:
 
 
 def _options(dice: random.Random) -> list[str]:
-    """A random number of streams, and a random value of each option with a fixed set of values."""
+    """Return options with a random number of streams, and a random value of each option that has a fixed set of values."""
     words = ["--streams", str(dice.choice((1, 1, 2, 4))), "--max-downtime", "5000"]
     for name, kind in get_type_hints(Options).items():
         if get_origin(kind) is Literal:
@@ -142,7 +142,7 @@ class Soak:
         return f"{number}: {plan_.who} over a {plan_.link} link, {_what(plan_)}: {result}"
 
     def said(self) -> dict[str, str]:
-        """Error output of the commands of the last step."""
+        """Return the error output of the commands of the last step, by command."""
         return {path.stem: said for path in (self.folder / "agents").glob("*.stderr") if (said := path.read_text())}
 
     def finish(self) -> None:
@@ -207,7 +207,7 @@ def _what(plan_: Plan) -> str:
 
 @contextlib.contextmanager
 def load() -> Iterator[None]:
-    """Keep all CPUs busy."""
+    """Keep all CPUs busy with low-priority processes during the block."""
     with contextlib.ExitStack() as stack:
         for _ in range(os.cpu_count() or 1):
             stack.enter_context(Program("-c", SPINNER))
@@ -215,7 +215,10 @@ def load() -> Iterator[None]:
 
 
 def main() -> int:
-    """Soak for the given time. Return 0 if no check failed and each migration without a failure completed."""
+    """Run random migrations for SOAK_MINUTES. Raises AssertionError if a check fails.
+
+    Return 0 if each migration without a failure completed, 1 if not, 3 if the host lacks a requirement.
+    """
     minutes = float(os.environ.get("SOAK_MINUTES", "30"))
     seed = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(1 << 32))
     if reason := hosts.missing():
@@ -223,7 +226,7 @@ def main() -> int:
         return 3
     base = Path(os.environ.get("SOAK_FOLDER") or CACHE / "soak")
     base.mkdir(parents=True, exist_ok=True)
-    # Short, because Unix socket paths are limited to 107 bytes.
+    # The name is short, because Unix socket paths are limited to 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix=f"{seed}-", dir=base))
     parts = guest_parts()
     print(f"seed {seed}, {minutes:g} minutes, log in {folder}" + ("" if parts else "; no guest: run `make system`"))

@@ -29,7 +29,7 @@ def close_all() -> None:
 
 
 class Peer:
-    """One end of a connection; each operation has a deadline."""
+    """Endpoint of a connection. Each operation has a deadline."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -74,7 +74,7 @@ class Peer:
         return data
 
     def hears(self) -> messages.AnyMessage:
-        """Return the next message other than Alive. Raises EOFError."""
+        """Return the next message other than Alive. Raises EOFError if the connection is closed."""
         while True:
             message = messages.decode(self.read(int.from_bytes(self.read(4), "big")))
             if not isinstance(message, messages.Alive):
@@ -87,7 +87,7 @@ class Peer:
         return answer.reason
 
     def is_closed(self) -> bool:
-        """Wait until the other side closes the connection."""
+        """Wait until the other side closes the connection, and return True."""
         try:
             while True:
                 self.hears()
@@ -203,7 +203,7 @@ def open_stream(peer: Peer, welcome: messages.Welcome, index: int = 0) -> Peer:
 
 @contextlib.contextmanager
 def destination(behave: Callable[[Peer], None], tls: Path | None = None) -> Iterator[str]:
-    """A server that runs `behave` on its first connection, and reads and discards the data of all others."""
+    """Yield the address of a server. It runs `behave` on its first connection, and discards the data of all others."""
     threads: list[threading.Thread] = []
 
     def start(work: Callable[..., None], *arguments: Any) -> None:
@@ -291,7 +291,7 @@ def lives(peer: Peer) -> None:
 
 
 def goes_along_until(kind: type[messages.Message]) -> Callable[[Peer], None]:
-    """A destination that follows the protocol, but never replies to messages of this type."""
+    """Return a destination that follows the protocol, but sends only Alive after a message of type `kind`."""
     answers: dict[type[messages.Message], Callable[[Any], messages.Message]] = {
         messages.Hello: lambda _: messages.Welcome(token=bytes(16)),
         messages.Round: lambda said: messages.RoundDone(number=said.number),

@@ -36,13 +36,13 @@ class Traveller(Protocol):
         """Start `pageferry receive` for the workload on another host."""
 
     def arrived(self, host: Host, receiver: Program) -> None:
-        """Record that the workload is on that host now. The former process must have been intact to its end."""
+        """Record that the workload is on `host` now. A ledger checks that its previous process has lost no write."""
 
     def runs(self) -> None:
         """Check that the workload makes progress and has found no wrong page."""
 
     def verify(self) -> None:
-        """Check all of its memory. The workload may end in the process."""
+        """Check all memory of the workload. The check may end the workload."""
 
     def kill(self) -> None:
         """Kill the process that runs the workload with SIGKILL."""
@@ -55,7 +55,7 @@ T = TypeVar("T", bound=Traveller)
 
 
 class LedgerTraveller:
-    """A ledger, at first in a separate process, then in those of receivers."""
+    """Ledger that starts in a separate process, and then runs in the processes of receivers."""
 
     def __init__(self, host: Host, name: str = "ledger", **setup: Any) -> None:
         self.name = name
@@ -175,7 +175,7 @@ class GuestTraveller:
 
 
 def guest_parts() -> GuestParts | None:
-    """Parts of a guest with the newest available QEMU, None if a part is missing."""
+    """Return the parts of a guest with QEMU 10, or with the QEMU in PATH; None if a part is missing."""
     newest, system = CACHE / "qemu-10/bin/qemu-system-x86_64", shutil.which("qemu-system-x86_64")
     qemu = newest if newest.exists() else Path(system) if system else None
     kernel = CACHE / "guest/vmlinuz"
@@ -194,7 +194,10 @@ def ended(traveller: T) -> Iterator[T]:
 
 
 def inhabitants(host: Host) -> dict[int, str]:
-    """Processes of a host by pid, found by the run directory in their environment. Zombies have none."""
+    """Return the command lines of the processes of a host, by pid.
+
+    They have the run directory of the host in their environment. Zombies have no environment.
+    """
     mark = b"PAGEFERRY_RUN_DIR=" + os.fsencode(str(host.run_directory)) + b"\0"
     found = {}
     for folder in Path("/proc").iterdir():

@@ -1,4 +1,4 @@
-"""Fixtures for the guests of this directory. Each test runs once per available QEMU."""
+"""Fixtures for tests of guests. Each test runs once for each selected QEMU."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 @pytest.fixture(scope="session")
 def parts(qemu: Path, guest_kernel: Path, checker_initrd: Path, states: Path) -> GuestParts:
-    """QEMU, kernel and initrd of a Linux guest, for each QEMU in turn."""
+    """Return QEMU, kernel and initrd of a Linux guest, for each selected QEMU in turn."""
     return GuestParts(qemu, guest_kernel, checker_initrd, states=states)
 
 
 @pytest.fixture(scope="session")
 def payload_on_tcg(qemu: Path) -> GuestParts:
-    """A guest without an operating system, under TCG, for each QEMU in turn. It boots within a second."""
+    """Return the parts of a guest without an operating system, on TCG, for each selected QEMU in turn.
+
+    Such a guest boots within a second.
+    """
     if shutil.which("rustc") is None:
         pytest.skip("no rustc to build the guest with")
     return GuestParts(qemu, payload.build(CACHE / "guest/payload"))
@@ -37,7 +40,10 @@ def payload_on_tcg(qemu: Path) -> GuestParts:
 
 @pytest.fixture(scope="session")
 def newest_parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_initrd: Path, states: Path) -> GuestParts:
-    """The newest available QEMU, for modules whose subject does not depend on the QEMU version."""
+    """Return the parts of a Linux guest for QEMU 10, or for the QEMU in PATH if QEMU 10 is missing.
+
+    For modules whose subject does not depend on the QEMU version.
+    """
     try:
         newest: Path = request.getfixturevalue("qemu_10")
     except pytest.skip.Exception:
@@ -47,13 +53,16 @@ def newest_parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_ini
 
 @pytest.fixture
 def serial(tmp_path: Path) -> Callable[[str], Serial]:
-    """Create serial lines by name."""
+    """Return a function that creates serial lines by name."""
     return lambda name: Serial(tmp_path / f"{name}.serial")
 
 
 @pytest.fixture
 def registry() -> Iterator[Registry]:
-    """The registry of this test session. Workloads that a test leaves behind are killed and fail the test."""
+    """Yield the registry of this test session. Kill the workloads that the test has not ended.
+
+    The test fails if there are any.
+    """
     registry = Registry()
     yield registry
     left = registry.entries()
@@ -63,7 +72,10 @@ def registry() -> Iterator[Registry]:
 
 @pytest.fixture
 def huge_pages(root: None) -> Iterator[None]:
-    """Reserve huge pages for two guests of 256 MiB; skip the test if the kernel finds fewer."""
+    """Reserve 256 more huge pages, enough for two guests of 256 MiB.
+
+    Skip the test if the kernel cannot allocate them.
+    """
     before = int(HUGE_PAGES.read_text())
     wanted = before + 256
     compact_memory(256)

@@ -1,6 +1,6 @@
-"""A process with a KVM virtual machine that never runs: 4 MiB of memory at 1 MiB, and one vCPU.
+"""Process with a KVM virtual machine that never runs: 4 MiB of memory at 1 MiB, and one vCPU.
 
-Prints the value of KVM_CAP_PRE_FAULT_MEMORY and waits for the end of its input. If the virtual machine cannot be
+Prints the value of KVM_CAP_PRE_FAULT_MEMORY and waits for the end of standard input. If the virtual machine cannot be
 created, prints the error and exits with status 3.
 """
 

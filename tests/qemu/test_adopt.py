@@ -41,14 +41,14 @@ def listed() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def ram() -> Iterator[Path]:
-    """A temporary directory on tmpfs."""
+    """Yield a temporary directory on tmpfs."""
     path = Path(tempfile.mkdtemp(dir="/dev/shm"))
     yield path
     shutil.rmtree(path)
 
 
 async def answers(qmp: str) -> None:
-    """Wait until QEMU serves its monitor; its machine is built and its memory mapped by then."""
+    """Wait until QEMU serves its monitor. By then, QEMU has created the machine and mapped its memory."""
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:
@@ -62,7 +62,7 @@ async def answers(qmp: str) -> None:
 
 @pytest.fixture
 def foreign(parts: GuestParts, tmp_path: Path) -> Iterator[Any]:
-    """Start QEMU processes that pageferry does not manage, and kill them after the test."""
+    """Yield a function that starts QEMU processes that pageferry does not manage. Kill them after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*options: str, wrapper: Sequence[str] = ()) -> str:
@@ -104,7 +104,7 @@ def test_adopted_guest_can_be_paused_saved_and_resumed(foreign: Any, registry: R
 
 
 def test_adopted_numa_guest_has_a_region_for_each_node(foreign: Any, registry: Registry, ram: Path) -> None:
-    """Two backends; the file of one is unlinked in a directory, as QEMU creates it."""
+    """For one of the two backends, QEMU creates an unlinked file in a directory."""
     (ram / "folder").mkdir()
     nodes = [backend("n0", ram / "ram", "align=2M"), backend("n1", ram / "folder", "align=2M")]
     options = [
@@ -153,7 +153,7 @@ def test_adoption_without_a_monitor_is_refused(registry: Registry, tmp_path: Pat
 
 
 def numa(*backends: str) -> list[str]:
-    """QEMU options for one NUMA node per backend; the backends are named m0, m1, ..."""
+    """Return QEMU options for one NUMA node per backend. The backends are named m0, m1, and so on."""
     nodes = [("-object", one, "-numa", f"node,memdev=m{number}") for number, one in enumerate(backends)]
     return [word for node in nodes for word in node]
 
@@ -203,7 +203,7 @@ def _check_restored(parts: GuestParts, ram: Path, options: Sequence[str]) -> Non
 def test_checkpoint_of_backends_in_the_same_directory_contains_both(
     foreign: Any, registry: Registry, ram: Path, parts: GuestParts
 ) -> None:
-    """Data of one node is not recorded as a duplicate of the other's."""
+    """Pages of one node are not recorded as duplicates of pages of the other node."""
     qmp = foreign("-m", "128M", "-S", *numa(backend("m0", ram), backend("m1", ram)))
     assert pageferry("adopt", "theirs", "--qmp", qmp).returncode == 0
     (pid,) = [one["pid"] for one in listed()]
@@ -255,7 +255,7 @@ def test_backend_whose_file_was_replaced_is_found_by_its_original_path(
 
 
 def test_backend_whose_removed_file_is_ambiguous_is_refused(foreign: Any, registry: Registry, ram: Path) -> None:
-    """The kernel shows a removed `ram` and an existing `ram (deleted)` alike."""
+    """The kernel reports the same path for a removed file `ram` and for an existing file `ram (deleted)`."""
     backends = backend("m0", ram / "ram"), backend("m1", ram / "ram (deleted)")
     qmp = foreign("-m", "128M", *numa(*backends))
     (ram / "ram").unlink()
@@ -300,7 +300,7 @@ def test_guest_in_another_pid_namespace_can_be_saved(foreign: Any, registry: Reg
 def test_unsupported_devices_added_after_adoption_are_refused_at_the_next_pause(
     foreign: Any, registry: Registry, ram: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This host's QEMU may lack the devices that pageferry refuses; available devices are declared refused instead."""
+    """This host's QEMU may lack the devices that pageferry refuses. The test refuses available devices instead."""
     memory = backend("ram0", ram / "ram", "align=2M")
     qmp = foreign("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0", "-netdev", "user,id=n")
 

@@ -1,4 +1,4 @@
-"""The benchmarks run in their shortest form and report complete results. Their figures are not checked."""
+"""Tests of the benchmarks: with --quick, they report complete results. Their times are not checked."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def quick(name: str, *options: str) -> dict[str, Any]:
-    """Results of a benchmark, run with --quick."""
+    """Run a benchmark with --quick, and return its results."""
     return cast(dict[str, Any], json.loads(run("-m", f"benchmarks.{name}", "--quick", *options)))
 
 
 def run(*command: str) -> str:
-    """Output of a Python program of this repository."""
+    """Run a Python program of this repository, and return its output."""
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def shown(*options: str) -> list[dict[str, Any]]:
-    """Rows of the table of systems, from a run with --quick."""
+    """Run the benchmark of all systems with --quick, and return the rows of its table."""
     rows: list[dict[str, Any]] = json.loads(run("-m", "benchmarks.systems", "--quick", "--json", *options))
     return rows
 
@@ -113,11 +113,11 @@ def test_deltas_benchmark_reports_savings_by_program() -> None:
 
 
 COUNTED = ("S3", "S5", "S6", "S7", "S8")
-"""Systems that are judged by counts, not by times."""
+"""Systems whose targets are counts, not times."""
 
 
 def of_arenas(rows: list[dict[str, Any]]) -> dict[str, bool]:
-    """Whether each system judged by counts has reached its target."""
+    """Return, by system whose target is a count, whether the target is reached."""
     return {row["system"]: row["reached"] for row in rows if row["system"] in COUNTED}
 
 

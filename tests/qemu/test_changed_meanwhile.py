@@ -1,4 +1,4 @@
-"""Guests that exit, reset, panic or are changed by another QMP client during a migration."""
+"""Tests of guests that exit, reset, panic or are changed by another QMP client during a migration."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ FAILED, DIED, REFUSED = 10, 13, 21
 
 
 class Watched(Traveller):
-    """A guest with a second monitor, used by a client that is independent of pageferry."""
+    """Guest with a second monitor, which a client that is independent of pageferry uses."""
 
     def command(self, name: str) -> list[str]:
         return [*super().command(name), "-qmp", f"unix:{self._other(name)},server=on,wait=off"]
 
     def other(self, command: str, name: str | None = None, **arguments: Any) -> Any:
-        """Reply of the second monitor to a command."""
+        """Execute a QMP command in the second monitor of the guest, and return the reply."""
 
         async def ask() -> Any:
             async with await Monitor.open(str(self._other(name or self.name))) as monitor:
@@ -62,7 +62,7 @@ Start = Callable[..., Watched]
 
 @pytest.fixture
 def start(payload_on_tcg: GuestParts, tmp_path: Path) -> Iterator[Start]:
-    """Boot guests with the given options, and end them after the test."""
+    """Yield a function that boots guests with the given options. End the guests after the test."""
     guests: list[Watched] = []
 
     def boot(*options: str) -> Watched:
@@ -77,7 +77,7 @@ def start(payload_on_tcg: GuestParts, tmp_path: Path) -> Iterator[Start]:
 
 
 def shut_down(guest: Watched) -> None:
-    """Shut the guest down: with -no-reboot, a reset is a shutdown."""
+    """Shut the guest down by a reset, which -no-reboot turns into a shutdown."""
     guest.other("system_reset")
 
 
@@ -95,7 +95,10 @@ def remove_device(guest: Watched) -> None:
 
 @contextmanager
 def interrupted(guest: Watched, point: str, *options: str) -> Iterator[tuple[Program, Program]]:
-    """A migration that is stopped at a fault point of the source or the destination, and continues after the block."""
+    """Start a migration, and wait until its source or destination has stopped at a fault point.
+
+    Yield the source and the receiver. After the block, continue the stopped process, and wait for both processes.
+    """
     source, there = (point, None) if point.startswith("source") else (None, point)
     with guest.receiver(fault=f"{there}=stop" if there else None, detach=not there) as receiver:
         address = moving.address_of(receiver)

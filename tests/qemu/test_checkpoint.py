@@ -1,4 +1,4 @@
-"""Checkpoints of guests are exact and leave the guest running (S4)."""
+"""Tests of checkpoints of guests (S4): images are exact, and guests keep running."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BUSY = "ferry.mib=32 ferry.rate=5000"
 
 
 async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.CheckpointResult:
-    """Take a checkpoint, and compare the image with memory at the snapshot point."""
+    """Take a checkpoint, and compare the image with memory at the snapshot point. Return the result."""
     digested = DigestedWorkload(workload)
     result = await pageferry.checkpoint_async(cast(Migratable, digested), path, **options)
     assert digests_of_image(ImageFile(path)) == digested.digests
@@ -39,12 +39,12 @@ async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.Che
 
 
 async def started(parts: GuestParts, serial: Serial) -> QemuWorkload:
-    """A running guest that writes to its memory."""
+    """Start a guest that writes to its memory."""
     return await booted.start("source", parts, serial, *SMP, memory=MEMORY, checker=BUSY)
 
 
 async def restored(path: Path, parts: GuestParts, serial: Serial, *options: str) -> QemuWorkload:
-    """Start a guest from an image, without the product's restore."""
+    """Start a guest from an image, without `pageferry restore`."""
     image = ImageFile(path)
     workload = await QemuWorkload.start("restored", parts.command(serial, *options, memory=MEMORY), incoming=True)
     (region,) = workload.regions
@@ -103,7 +103,7 @@ def test_chain_of_images_of_a_running_guest_can_be_restored(
 def test_checkpoint_of_memory_on_hugetlbfs(
     parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
 ) -> None:
-    """A trap copies a whole huge page; memory that the guest never touched stays a hole."""
+    """A trap copies a whole huge page. Memory that the guest has never accessed stays a hole."""
 
     async def run() -> None:
         here = serial("source")

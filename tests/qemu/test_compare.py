@@ -1,4 +1,4 @@
-"""A migration requires the CPU model of the source at the destination."""
+"""Tests that a migration requires the CPU model of the source at the destination."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A restore requires the machine of the image: CPU, number of vCPUs, devices."""
+"""Tests that a restore requires the machine of the image: CPU, number of vCPUs, devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX = ("-cpu", "max")
 
 @pytest.fixture(scope="module")
 def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a machine with `-cpu max` that has never run."""
+    """Create an image of a machine with `-cpu max` that has never run. Return its path."""
     path = tmp_path_factory.mktemp("image") / "image"
 
     async def make() -> None:

@@ -1,4 +1,4 @@
-"""Guests whose disk I/O bypasses page tables: migrations and checkpoints lose no I/O in flight."""
+"""Tests of guests whose disk I/O bypasses page tables: migrations and checkpoints lose no I/O in flight."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 class Reader:
-    """A guest that reads from a slow disk on request. Its serial line is a socket."""
+    """Guest that reads from a slow disk on request. Its serial line is a socket."""
 
     def __init__(self, parts: GuestParts, folder: Path, disk: SlowDisk, options: str) -> None:
         self._parts = parts
@@ -58,7 +58,7 @@ class Reader:
         return Program("-m", "pageferry", *words)
 
     def address_of(self, receiver: Program) -> str:
-        """Return the address on which a receiver listens. The output of its guest is recorded from now on."""
+        """Return the address on which a receiver listens. Start to record the output of its guest."""
         address = moving.address_of(receiver)
         self._line("there")
         return address
@@ -89,7 +89,10 @@ class Reader:
         return self._said.get(name, "")
 
     def verify(self, name: str) -> str:
-        """Contents of the guest's read buffer: `fresh` or `stale`."""
+        """Request a check of the guest's read buffer.
+
+        Return `fresh` if the buffer holds the contents of the disk, otherwise `stale`.
+        """
         before = self.said(name).count("\n")
         self.say(name, b"v")
         wait_until(lambda: self.said(name).count("\n") > before, f"a result from {name}")
@@ -112,7 +115,8 @@ class Reader:
 
 
 OPTIONS = ["cache=none", "cache=none,aio=io_uring", "cache=none,aio=native", "cache=writeback"]
-"""The last option set does not use O_DIRECT, but reads of this file system pin the reader's pages too."""
+"""Options of QEMU's disk. The last ones do not use O_DIRECT, but reads of this file system pin the reader's pages
+too."""
 
 
 @pytest.fixture(params=OPTIONS)
@@ -176,7 +180,7 @@ def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(newest_parts: Gues
         with migrate(guest.address_of(there), *options, fault=fault) as migration:
             moving.until(migration, "setup")
             moving.stopped(migration)
-            guest.reads()  # marked by the first collection, sent in round 2
+            guest.reads()  # its pages are marked by the first collection, and sent in round 2
             migration.process.send_signal(signal.SIGCONT)
             moving.until(migration, "round")
             time.sleep(0.5)
@@ -190,7 +194,10 @@ def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(newest_parts: Gues
 def test_migration_fails_and_names_a_disk_that_does_not_reply(
     newest_parts: GuestParts, tmp_path: Path, seen: bool
 ) -> None:
-    """Requests by io_uring are not visible from outside: the guest is paused for them, and a guardian resumes it."""
+    """Requests with io_uring are not visible to other processes. The guest is paused to wait for them.
+
+    A guardian resumes the guest after the failed migration.
+    """
     with reading(newest_parts, tmp_path, "cache=none" if seen else "cache=none,aio=io_uring") as (guest, disk):
         guest.reads()
         with guest.receiver() as there:
@@ -201,7 +208,7 @@ def test_migration_fails_and_names_a_disk_that_does_not_reply(
                 migration.process.stderr.close()
             assert f"a request to {disk.path} has been in flight for more than" in words
             assert there.wait() != 0
-        if seen:  # the guest has not been paused for that disk
+        if seen:  # this request is visible, so the guest has not been paused
             assert travel.listed()["here"] == "running"
         disk.answer()
         guest.waits_for("here", "fresh")

@@ -33,7 +33,7 @@ CONTROLLER = Path(__file__).with_name("controller.py")
 
 @dataclass
 class Guest:
-    """The guest of this module, and its serial line."""
+    """Guest of this module, and its serial line."""
 
     workload: QemuWorkload
     serial: Serial
@@ -158,7 +158,7 @@ def test_beginning_of_the_state_is_saved_while_the_guest_runs(guest: Guest) -> N
 def test_guest_keeps_running_after_a_failed_pause_to_save(
     guest: Guest, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sink fails while the guest runs; the caller fails in the pause; QEMU writes more than it should."""
+    """The sink fails while the guest runs, the caller resumes the guest without a save, or the state is too large."""
 
     async def sink(piece: bytes) -> None:
         if fails == "sink" and len(piece) > 1000:
@@ -245,7 +245,10 @@ def test_guest_paused_by_its_user_stays_paused(guest: Guest) -> None:
 def test_guest_resumes_after_the_death_of_its_controller_unless_committed(
     guest: Guest, controller_does: str, runs_on: bool
 ) -> None:
-    """A guardian resumes the guest if its controller is killed before the commit; afterwards the guest stays paused."""
+    """If the controller is killed before the commit, a guardian resumes the guest.
+
+    Afterwards, the guest stays paused.
+    """
     command = [sys.executable, str(CONTROLLER), NAME, controller_does]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as controller:
         assert controller.stdout is not None

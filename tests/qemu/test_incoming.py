@@ -1,4 +1,4 @@
-"""Guests started to receive a device state: mismatched states are refused, abandoned guests end."""
+"""Tests of guests that wait for a device state: mismatched states are refused, and abandoned guests end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ BALLOON = ("-device", "virtio-balloon-pci")
 
 
 def test_state_of_a_different_machine_is_refused(parts: GuestParts, registry: Registry) -> None:
-    """Pageferry refuses what it can detect; QEMU refuses the other states. No process of the destination is left."""
+    """Pageferry refuses the mismatches that it can detect, and QEMU refuses the others.
+
+    No process of the destination remains.
+    """
 
     async def scenario() -> None:
         # The guest has never run; otherwise its memory would have to be copied too.
@@ -51,7 +54,7 @@ def test_state_of_a_different_machine_is_refused(parts: GuestParts, registry: Re
 
 
 def test_beginning_of_a_state_is_loaded_ahead(parts: GuestParts, registry: Registry) -> None:
-    """Pieces may be cut anywhere. The header is checked before QEMU gets the stream."""
+    """The pieces of a state may end at any byte. The header is checked before QEMU receives the stream."""
 
     async def scenario() -> None:
         pieces: list[bytes] = []
@@ -85,7 +88,7 @@ def test_beginning_of_a_state_is_loaded_ahead(parts: GuestParts, registry: Regis
 
 
 def test_guest_without_state_ends_when_its_receiver_closes(parts: GuestParts, registry: Registry) -> None:
-    """The guardian kills a guest that waits for its state after its receiver has exited."""
+    """After the receiver has exited, the guardian kills the guest that waits for its state."""
 
     async def scenario() -> None:
         waiting = await QemuWorkload.start("waiting", parts.bare("-m", "64M"), incoming=True)

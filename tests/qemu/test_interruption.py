@@ -1,4 +1,4 @@
-"""Commands that wait for an unresponsive process end within a second of SIGTERM or SIGINT."""
+"""Tests that commands exit within a second of SIGTERM or SIGINT while they wait for an unresponsive process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CATCHES_SIGTERM = 1 << signal.SIGTERM - 1
 
 
 def limit() -> float:
-    """Maximum seconds between the signal and the exit: 1, more if the machine is overloaded."""
+    """Return the maximum seconds between the signal and the exit: 1, or more if the machine is overloaded."""
     return 1.0 + 0.5 * os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @pytest.fixture
 def hanging(tmp_path: Path) -> str:
-    """A program that accepts every option of QEMU and never opens a monitor."""
+    """Create a program that accepts every option of QEMU and never opens a monitor. Return its path."""
     program = tmp_path / "qemu-that-hangs"
     program.write_text("#!/bin/sh\nexec sleep 1000\n")
     program.chmod(0o755)
@@ -52,7 +52,7 @@ def hanging(tmp_path: Path) -> str:
 
 @pytest.fixture
 def guest(newest_parts: GuestParts, registry: Registry) -> Iterator[int]:
-    """The pid of a QEMU process that is stopped by SIGSTOP and does not respond."""
+    """Yield the pid of a QEMU process that is stopped by SIGSTOP and does not respond."""
     workload = asyncio.run(QemuWorkload.start("still", newest_parts.bare("-m", "64M")))
     os.kill(workload.pid, signal.SIGSTOP)
     try:
@@ -66,7 +66,7 @@ def guest(newest_parts: GuestParts, registry: Registry) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a machine without a boot device."""
+    """Create an image of a machine without a boot device. Return its path."""
 
     async def make() -> Path:
         path = tmp_path_factory.mktemp("image") / "image"
@@ -79,7 +79,7 @@ def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def ends(command: Program, number: signal.Signals) -> None:
-    """Check that the command waits, and that it exits within the limit after the signal."""
+    """Check that the command waits, and that it exits within `limit()` after the signal `number`."""
     wait_until(lambda: caught(command.process.pid) & CATCHES_SIGTERM, "the handler of the signal")
     time.sleep(2)
     assert command.process.poll() is None
@@ -90,7 +90,7 @@ def ends(command: Program, number: signal.Signals) -> None:
 
 
 def caught(pid: int) -> int:
-    """The mask of the signals that a process handles."""
+    """Return the mask of the signals that a process handles."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("SigCgt:")), 16)
 
@@ -175,7 +175,7 @@ def test_stop_of_an_unresponsive_guest_recommends_kill(guest: int) -> None:
 
 
 def test_blocking_python_call_is_interrupted() -> None:
-    """The main thread waits for a call that blocks; Ctrl-C ends the wait."""
+    """The main thread waits for a blocking call in another thread. Ctrl-C ends the wait."""
     reader, writer = os.pipe()
     try:
         before = time.monotonic()

@@ -1,4 +1,4 @@
-"""Huge pages of a running guest are sampled and restored (S3), while the guest verifies its memory."""
+"""Tests of huge page sampling (S3): pages are sampled and restored while the guest verifies its memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from tests.kernel.swap import swap_space
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """Sampling does not depend on the QEMU version. The guest boots: its idle memory must be in QEMU's page tables."""
+    """Return parts with the newest QEMU only: sampling does not depend on the QEMU version.
+
+    Saved states are not used: the idle memory must be in QEMU's page tables, as after a boot.
+    """
     return replace(newest_parts, states=None)
 
 
@@ -57,7 +60,7 @@ def test_huge_pages_of_a_guest_are_sampled_and_restored(
 def test_cold_memory_of_a_guest_is_swapped_out(
     parts: GuestParts, serial: Callable[[str], Serial], registry: Registry, root: None
 ) -> None:
-    """Memory of a private file is swapped out; the kernel swaps pages in on access, unchanged."""
+    """The kernel swaps memory of a private file out, and swaps the unchanged pages in on access."""
 
     async def run() -> None:
         line = serial("guest")

@@ -1,4 +1,4 @@
-"""Commands and QEMU processes killed at fault points of a migration: exactly one side keeps the guest."""
+"""Tests that exactly one side keeps the guest if a command or QEMU is killed at a fault point of a migration."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from tests.kernel.programs import Program, wait_until
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
 
 SOURCE = "connected set-up in-round between-rounds paused last-pages-sent state-sent ready recorded".split()
-"""Fault points before commit. At the last three the destination is prepared, and stays so until the source decides."""
+"""Fault points of the source before Commit. From the last three on, the destination is prepared, and stays prepared
+until the source decides."""
 DESTINATION = "accepted in-round state-received loaded promised".split()
 SEVERAL_ROUNDS = ("--max-downtime", "50")
-"""A downtime limit, in milliseconds, that the first round does not reach."""
+"""Option with a downtime limit, milliseconds, that is not reached after the first round."""
 
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """The killed commands do not depend on the QEMU version."""
+    """Return parts with the newest QEMU only: the killed commands do not depend on the QEMU version."""
     return newest_parts
 
 
@@ -38,7 +39,7 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def before(guest: Traveller) -> list[str]:
-    """Descriptors that QEMU has open."""
+    """Return the open descriptors of QEMU."""
     guest.alone()
     return moving.descriptors(guest.pid)
 
@@ -61,7 +62,7 @@ def ended(receiver: Program, codes: tuple[int, ...] = (23,)) -> None:
 
 
 def settle_elsewhere(guest: Traveller, address: str, *, owner: str) -> None:
-    """Recover through another receiver at the address of the one that exited."""
+    """Recover through another receiver, which listens at the address of the one that has exited."""
     with guest.receiver("--listen", address, name=guest.other_name) as another:
         moving.address_of(another)
         settle(guest, owner=owner)
@@ -79,7 +80,7 @@ def test_guest_stays_at_source_if_its_command_is_killed_before_commit(
             assert migration.wait() == -signal.SIGKILL
         guest.runs()
         if point in ("connected", "state-sent", "ready"):
-            # The receiver waits for another source, or for a recovery; or it is about to exit.
+            # The receiver waits for another source or a recovery, or is about to exit.
             there.process.terminate()
         if point == "recorded":
             settle(guest, owner="source")
@@ -96,7 +97,7 @@ def test_guest_stays_at_source_if_the_receiver_is_killed_before_its_decision(
         address = moving.address_of(there)
         with guest.migrating(address) as migration:
             code = migration.wait()
-            # Once the destination was prepared, the source may have sent Commit.
+            # A destination killed at `promised` has sent Ready, so the source may have sent Commit.
             assert code in ((23, 26) if point == "promised" else (23,))
         assert there.wait() == -signal.SIGKILL
     wait_until(lambda: travel.around() == {guest.pid}, "the end of the other QEMU")
@@ -109,7 +110,7 @@ def test_guest_stays_at_source_if_the_receiver_is_killed_before_its_decision(
 def test_guest_stays_at_source_if_the_destination_qemu_is_killed(
     guest: Traveller, before: list[str], point: str
 ) -> None:
-    """The receiver reports the death of its QEMU: the guest has not run there, so the source keeps it."""
+    """The receiver reports that its QEMU has exited. The guest has not run there, so the source keeps the guest."""
     with guest.receiver(fault=f"destination.{point}=stop") as there:
         with guest.migrating(moving.address_of(there)) as migration:
             moving.stopped(there)
@@ -121,7 +122,7 @@ def test_guest_stays_at_source_if_the_destination_qemu_is_killed(
 
 
 def test_migration_of_a_guest_killed_between_rounds_fails(parts: GuestParts, tmp_path: Path) -> None:
-    """The migration reports the death of the guest, and the destination ends its own."""
+    """The migration reports that the guest has exited, and the destination ends its QEMU."""
     with travelling(parts, tmp_path, name="bare", memory="64M", checker=None) as bare, bare.receiver() as there:
         fault = "source.between-rounds=stop"
         with bare.migrating(moving.address_of(there), fault=fault) as migration:
@@ -169,7 +170,7 @@ def test_guest_moves_if_the_source_command_is_killed_after_commit_is_sent(guest:
 
 
 def test_receiver_exits_after_its_timeout_without_a_recovery(guest: Traveller) -> None:
-    """The source is killed before it records the reply; any receiver on the host can repeat the reply."""
+    """The source is killed before it records the reply. Any receiver on the destination host can repeat the reply."""
     with guest.receiver("--timeout", "1") as there:
         address = moving.address_of(there)
         with guest.migrating(address, fault="source.answered=kill") as migration:
@@ -185,7 +186,7 @@ def test_receiver_exits_after_its_timeout_without_a_recovery(guest: Traveller) -
 def test_decision_is_withdrawn_if_the_destination_qemu_is_killed_before_cont(
     guest: Traveller, before: list[str]
 ) -> None:
-    """The guest has not run at the destination, so the decision is withdrawn and the source resumes it."""
+    """The guest has not run at the destination. The decision is withdrawn, and the source resumes the guest."""
     with guest.receiver(fault="destination.decided=stop") as there:
         with guest.migrating(moving.address_of(there)) as migration:
             moving.stopped(there)
@@ -283,7 +284,7 @@ def test_interrupted_receiver_without_a_connection_leaves_no_guest(guest: Travel
 def test_guest_received_in_the_foreground_ends_with_the_command(
     parts: GuestParts, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As a guest started by `pageferry run` does."""
+    """A guest started by `pageferry run` in the foreground also ends with its command."""
     with travelling(parts, tmp_path, name="bare", memory="64M", checker=None) as bare:
         with bare.receiver(detach=False) as there:
             with bare.migrating(moving.address_of(there)) as migration:

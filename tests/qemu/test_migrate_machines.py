@@ -22,12 +22,12 @@ Q35 = ("-machine", "q35", "-smp", "2", "-device", "virtio-balloon-pci", "-device
 
 @pytest.fixture(scope="module")
 def parts(parts: GuestParts) -> GuestParts:
-    """Each kind of guest is started once, so that a saved state would be of no use."""
+    """Return parts without saved states: each kind of guest is started only once."""
     return replace(parts, states=None)
 
 
 def balloon(guest: Traveller, mib: int) -> None:
-    """Set the balloon so that the guest keeps `mib` MiB, and wait until it does."""
+    """Set the balloon so that the guest keeps `mib` MiB, and wait until the balloon has this size."""
     guest.qmp("balloon", value=mib * MIB)
     wait_until(lambda: guest.qmp("query-balloon")["actual"] == mib * MIB, f"a balloon that leaves {mib} MiB")
 
@@ -58,7 +58,7 @@ def test_q35_guest_with_devices_and_balloon_is_migrated(parts: GuestParts, tmp_p
 
 
 def test_untouched_memory_is_not_allocated(parts: GuestParts, tmp_path: Path) -> None:
-    """4 GiB in two guest-physical ranges, below and above the PCI hole."""
+    """The guest has 4 GiB in two guest-physical ranges, below and above the PCI hole."""
     with travelling(parts, tmp_path, memory="4G") as guest:
         result = guest.move()
         guest.verifies_everything()
@@ -71,7 +71,7 @@ def test_untouched_memory_is_not_allocated(parts: GuestParts, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("huge_pages")
 def test_migration_of_memory_on_hugetlbfs(parts: GuestParts, tmp_path: Path) -> None:
-    """To another file on hugetlbfs, and then to transparent huge pages."""
+    """The memory is migrated to another file on hugetlbfs, and then to transparent huge pages."""
     with travelling(parts, tmp_path, flags=["--hugetlb"]) as guest:
         for flags in (["--hugetlb"], []):
             guest.flags = flags
@@ -83,7 +83,7 @@ def test_migration_of_memory_on_hugetlbfs(parts: GuestParts, tmp_path: Path) -> 
 
 @pytest.fixture
 def machine_type(qemu_system: Path) -> str:
-    """The newest i440fx machine type that the older QEMU supports."""
+    """Return the newest i440fx machine type that the older QEMU supports."""
     command = [str(qemu_system), "-machine", "help"]
     said = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True).stdout
     return next(line.split()[0] for line in said.splitlines() if line.startswith("pc-i440fx-"))

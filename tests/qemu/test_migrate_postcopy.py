@@ -1,4 +1,4 @@
-"""Post-copy and hybrid migration of Linux guests, interrupted, recovered, saved, and migrated again."""
+"""Tests of post-copy and hybrid migrations of Linux guests: interrupted, recovered, saved, and migrated again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def stall_reason(name: str) -> str | None:
-    """The stall reason that `pageferry list` prints for a workload."""
+    """Return the stall reason that `pageferry list` prints for a workload; None if it prints none."""
     command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
     said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
     found = next(one for one in map(json.loads, said.splitlines()) if one["name"] == name)
@@ -57,7 +57,7 @@ def test_guest_is_migrated_by_postcopy_and_hybrid(guest: Traveller, options: str
 
 
 def lost(guest: Traveller, there: Program) -> None:
-    """Migrate, and drop the connection as soon as the guest runs at the destination."""
+    """Start a post-copy migration, and drop the connection as soon as the guest runs at the destination."""
     fault = "source.answered=drop"
     with guest.migrating(moving.address_of(there), "--mode", "postcopy", fault=fault) as migration:
         assert migration.wait() == 28
@@ -83,7 +83,7 @@ def test_guest_waits_for_a_lost_link_and_continues_after_recovery(guest: Travell
 
 
 def test_second_receiver_continues_for_a_killed_one(guest: Traveller) -> None:
-    """The guest keeps its userfaultfd and the deferred bits are in a file, so missing pages stay missing."""
+    """Missing pages stay missing: the guest keeps its userfaultfd, and the deferred bits are in a file."""
     guest.runs()
     with guest.receiver() as there:
         address = moving.address_of(there)

@@ -1,4 +1,4 @@
-"""Paused guests and shared disks: operations preserve the run state, disk locks and migration settings."""
+"""Tests of paused guests and shared disks: operations preserve run state, disk locks and migration settings."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tests.kernel.programs import DEADLINE, wait_until
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
 
 MARKER_AT = 32 << 20
-"""Offset in guest memory that firmware does not write to."""
+"""Offset in guest memory, bytes, at which firmware does not write."""
 
 
 def bare(parts: GuestParts, folder: Path, *options: str) -> Any:
-    """A machine without a guest system, with a disk in `folder`."""
+    """Return a context manager for a machine without a guest system, with a disk in `folder`."""
     return travelling(parts, folder, *new_disk(folder / "disk"), *options, memory="64M", checker=None)
 
 
 def settings(guest: Traveller) -> tuple[Any, Any]:
-    """Capabilities and parameters of QEMU's own migration."""
+    """Return the capabilities and parameters of QEMU's own migration."""
     return guest.qmp("query-migrate-capabilities"), guest.qmp("query-migrate-parameters")
 
 
@@ -52,7 +52,7 @@ def writes(guest: Traveller, disk: Path) -> None:
 
 
 def saves_memory(guest: Traveller, file: Path) -> None:
-    """Check that a migration of a guest to a file by QEMU itself contains guest memory."""
+    """Migrate a guest to a file with QEMU's own migration. Check that the file contains guest memory."""
     marker = os.urandom(4096)
 
     async def mark() -> None:
@@ -67,7 +67,7 @@ def saves_memory(guest: Traveller, file: Path) -> None:
 
 
 def said(*words: str, code: int = 0) -> str:
-    """Output of a command, which must exit with `code`."""
+    """Run a pageferry command, which must exit with `code`. Return its output."""
     command = [sys.executable, "-m", "pageferry", *words]
     environment = {**os.environ, "COLUMNS": "300"}
     done = subprocess.run(
@@ -189,7 +189,7 @@ def test_source_keeps_a_shared_disk_if_the_link_is_lost_before_commit(
 
 @pytest.mark.every_qemu
 def test_source_keeps_a_shared_disk_if_the_loaded_destination_hangs(parts: GuestParts, tmp_path: Path) -> None:
-    """The receiver is stopped, so that its QEMU still exists when the source reaches its timeout."""
+    """The receiver is stopped, so that its QEMU still exists when the timeout of the source expires."""
     with bare(parts, tmp_path) as guest:
         with guest.receiver(fault="destination.loaded=stop") as there:
             with guest.migrating(moving.address_of(there), "--timeout", "2") as migration:
@@ -198,7 +198,7 @@ def test_source_keeps_a_shared_disk_if_the_loaded_destination_hangs(parts: Guest
             assert guest.qmp("query-status")["running"]
             writes(guest, tmp_path / "disk")
             there.process.send_signal(signal.SIGCONT)
-            there.process.terminate()  # the receiver may be prepared, and wait for a recovery
+            there.process.terminate()  # the receiver may be prepared, and may wait for a recovery
             there.wait()
         writes(guest, tmp_path / "disk")
 

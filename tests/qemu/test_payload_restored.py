@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @pytest.fixture(scope="module")
 def payload_parts(payload_parts: GuestParts, states: Path) -> GuestParts:
-    """Two images are made of this guest, whose firmware takes 5 s of a core on an emulated KVM."""
+    """Return parts with saved states: two images are made, and firmware takes 5 s of a core on an emulated KVM."""
     return replace(payload_parts, states=states)
 
 
@@ -52,7 +52,7 @@ def test_payload_waits_for_a_killed_pager_and_continues_with_the_next(
     image = image_of_a_guest(payload_parts, tmp_path, paused=True)
 
     async def run() -> None:
-        # The guest is resumed after the pager is killed: on KVM it would access all of its memory before the kill.
+        # Resume the guest only after the pager is killed: on KVM, it would access all of its memory before.
         await restored.start(image, prefetch=False)
         await restored.kill_pager()
         await restored.run()

@@ -1,4 +1,4 @@
-"""Guest-physical ranges of RAM in QEMU, and population of KVM's second-stage page tables from another process."""
+"""Tests of guest-physical ranges of QEMU's RAM, and of the population of KVM's second-stage page tables."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_guest_physical_ranges_of_memory_are_found(
 
 @pytest.fixture
 def owner(root: None) -> Iterator[tuple[int, int]]:
-    """Pid of a process with a virtual machine, and the value of KVM_CAP_PRE_FAULT_MEMORY in it."""
+    """Yield the pid of a process with a virtual machine, and its value of KVM_CAP_PRE_FAULT_MEMORY."""
     command = [sys.executable, kvm_owner.__file__]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -68,7 +68,7 @@ def test_virtual_machine_of_a_process_is_found(owner: tuple[int, int]) -> None:
 
 
 def test_second_stage_tables_are_populated(owner: tuple[int, int]) -> None:
-    """The mappings of the process are unchanged, whether or not KVM supports it."""
+    """The mappings of the process are unchanged, whether or not KVM supports KVM_PRE_FAULT_MEMORY."""
     pid, capability = owner
     machine = VirtualMachine.find(pid)
     assert machine is not None

@@ -1,4 +1,4 @@
-"""Guests restored from images run before their memory is loaded, with correct contents (S10, S8)."""
+"""Tests of restored guests (S10, S8): they run before their memory is loaded, with correct contents."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ MakeSerial = Callable[[str], Serial]
 
 @pytest.fixture(scope="module")
 def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a running guest."""
+    """Return the path of an image of a running guest."""
     return image_of_a_guest(parts, tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture
 def guest(parts: GuestParts, serial: MakeSerial, registry: Registry) -> Callable[[str], Restored]:
-    """Create guests to be restored, by name."""
+    """Return a function that creates guests to be restored, by name."""
     return lambda name: Restored(name, parts, serial(name))
 
 
@@ -79,7 +79,7 @@ def test_completed_restore_leaves_no_trace_of_the_pager(guest: Make, image: Path
 
 
 def _traps_of(pid: int) -> list[str]:
-    """Traces of a pager in a process: userfaultfds, registered mappings, huge pages that are mapped by PTEs."""
+    """Return the traces of a pager in a process: userfaultfds, registered mappings, huge pages mapped by PTEs."""
     folder = Path(f"/proc/{pid}")
     names = [os.readlink(entry) for entry in (folder / "fd").iterdir()]
     left = [name for name in names if "userfaultfd" in name]
@@ -136,7 +136,7 @@ POINTS = ["opened", "registered", "taken-over"]
 def test_restore_fails_if_its_pager_is_killed_before_the_guest_runs(
     guest: Make, image: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    """Nothing is left behind, and the restore can be repeated under the same name."""
+    """The guest's directory is removed, and the restore can be repeated under the same name."""
 
     async def run() -> None:
         restored = guest("restored")
@@ -172,7 +172,7 @@ def test_pager_killed_during_a_takeover_can_be_replaced(
 
 
 async def killed_restore(restored: Restored, image: Path, point: str) -> None:
-    """Restore the guest by a command that is killed at a fault point."""
+    """Restore the guest with a command that is killed at a fault point."""
     words = ["-m", "pageferry", "restore", restored.folder.name, str(image), "--detach", "--", *restored.command]
     with Program(*words, env=os.environ | {"PAGEFERRY_FAULT": f"restore.{point}=kill"}) as command:
         assert await asyncio.to_thread(command.wait) == -9
@@ -211,7 +211,7 @@ def test_pager_killed_while_serving_can_be_replaced(
     async def run() -> None:
         restored = guest("restored")
         monkeypatch.setenv("PAGEFERRY_FAULT", f"pager.{point}=kill")
-        with contextlib.suppress(RestoreError):  # some are killed before they can reply
+        with contextlib.suppress(RestoreError):  # at some fault points, the pager is killed before it replies
             await restored.start(image, eager=True)
         monkeypatch.delenv("PAGEFERRY_FAULT")
         if point in ("serving", "settled"):
@@ -223,7 +223,7 @@ def test_pager_killed_while_serving_can_be_replaced(
             async with asyncio.timeout(60):
                 while (restored.folder.path / records.RECORD).exists():  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
-        # Attach only now: QEMU itself may wait for a page while no pager serves it.
+        # Attach only now, because QEMU itself may wait for a page while no pager serves it.
         restored.workload = await QemuWorkload.attach("restored")
         await restored.arrived()
         await pageferry.checkpoint_async(restored.workload, tmp_path / "again")
@@ -245,7 +245,7 @@ async def _is_dead(restored: Restored) -> bool:
 def test_image_replaced_during_a_restore_is_not_read(
     guest: Make, parts: GuestParts, image: Path, tmp_path: Path
 ) -> None:
-    """The pager serves the file that the restore opened; a later pager refuses the file that replaced it."""
+    """The pager serves the file that the restore opened. Its successor refuses the file that replaced this file."""
     other = image_of_a_guest(parts, tmp_path)
     path = Path(shutil.copy(image, tmp_path / "used"))
 
@@ -303,7 +303,7 @@ def test_guest_is_paused_by_a_damaged_image_and_continues_with_a_good_one(
         assert status is not None
         assert "storage block" in status.failures[0]
         assert str(bad) in status.failures[0]
-        await asyncio.sleep(4)  # the request to pause the guest is sent in this time
+        await asyncio.sleep(4)  # in this time, the pager sends the request to pause the guest
         before = restored.serial.last
         await take_over(restored.folder, image)
         async with asyncio.timeout(20):
@@ -321,7 +321,7 @@ def test_guest_is_paused_by_a_damaged_image_and_continues_with_a_good_one(
 def test_restore_of_memory_on_hugetlbfs(
     parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
 ) -> None:
-    """A fault loads a whole huge page; the saved guest need not have used huge pages."""
+    """A fault loads a whole huge page. The saved guest need not have used huge pages."""
 
     async def run() -> None:
         here, there = serial("source"), serial("restored")
@@ -394,7 +394,7 @@ def test_peek_returns_the_contents_of_deferred_pages(guest: Make, image: Path) -
     async def run() -> None:
         restored = guest("restored")
         await restored.start(image, prefetch=False)
-        # The pages of the kernel's text do not change.
+        # The pages of the guest kernel's text do not change.
         saved = ImageFile(image)
         for page in range(6000, 8000, 250):
             assert await peek("restored", page) == saved.read(page, 1)

@@ -1,4 +1,4 @@
-"""Migration, checkpoint and scan of guests during their restore, with processes killed at fault points (S8, S10)."""
+"""Tests of migrations, checkpoints and scans during a restore, with processes killed at fault points (S8, S10)."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """The killed processes do not depend on the QEMU version."""
+    """Return parts with the newest QEMU only: the killed processes do not depend on the QEMU version."""
     return newest_parts
 
 
 @pytest.fixture(scope="module")
 def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a running guest."""
+    """Return the path of an image of a running guest."""
     return image_of_a_guest(parts, tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture
 def restored(parts: GuestParts, serial: MakeSerial, registry: Registry) -> Restored:
-    """A guest that is not restored yet."""
+    """Return a guest that is not restored yet."""
     return Restored("restored", parts, serial("restored"))
 
 
 @pytest.fixture
 def receiver(parts: GuestParts, serial: MakeSerial) -> Callable[[str], Program]:
-    """Start receivers for the guest, by the name that it gets at the destination."""
+    """Return a function that starts receivers for the guest, by the name of the guest at the destination."""
 
     def make(name: str) -> Program:
         command = parts.command(serial(name), *OPTIONS)
@@ -63,7 +63,7 @@ MakeReceiver = Callable[[str], Program]
 
 @asynccontextmanager
 async def at(program: Program) -> AsyncIterator[None]:
-    """Wait until the program has stopped at its fault point; continue it after the block."""
+    """Wait until the program has stopped at its fault point, and continue it after the block."""
     await asyncio.to_thread(moving.stopped, program)
     yield
     os.kill(program.process.pid, signal.SIGCONT)
@@ -78,7 +78,7 @@ async def moved(receiver: Program, migration: Program, serial: Serial, name: str
 
 
 async def runs_there(serial: Serial, name: str) -> None:
-    """Check that all pages of the guest are correct, and end it."""
+    """Check that all pages of the guest are correct, and end the guest."""
     await serial.passes(2)
     await (await QemuWorkload.attach(name)).discard()
 
@@ -113,7 +113,7 @@ def test_migration_during_a_restore(
 def test_migration_while_a_restore_completes(
     restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """Pages are loaded at full speed: the pager may be serving, have exited, or be about to exit."""
+    """Pages are loaded at full speed, so the pager may be serving, have exited, or be about to exit."""
 
     async def run() -> None:
         with receiver("there") as there:
@@ -165,8 +165,9 @@ def test_checkpoint_during_a_restore(restored: Restored, image: Path, tmp_path: 
 def test_migration_fails_if_the_pager_is_killed_and_can_be_repeated(
     restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """The migration fails and the guest waits; the next pager removes the write traces, and a second migration
-    completes.
+    """The migration fails, and the guest waits.
+
+    The next pager removes the write traces, and a second migration completes.
     """
 
     async def run() -> None:
@@ -191,7 +192,7 @@ def test_migration_fails_if_the_pager_is_killed_and_can_be_repeated(
 def test_restore_completes_after_migration_and_pager_are_killed(
     restored: Restored, image: Path, receiver: MakeReceiver
 ) -> None:
-    """The guest waits with a write trace installed; a takeover completes the restore and removes the trace."""
+    """The guest waits with a write trace installed. A takeover removes the trace and completes the restore."""
 
     async def run() -> None:
         await restored.start(image, prefetch=False)
@@ -212,7 +213,7 @@ def test_restore_completes_after_migration_and_pager_are_killed(
 def test_pager_killed_in_the_pause_of_a_migration(
     restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """The pages sent in the pause are loaded before it: the migration completes, or the guest stays at the source."""
+    """Pages that are sent in the pause are loaded before. The migration completes, or the guest stays at the source."""
 
     async def run() -> None:
         await restored.start(image, prefetch=False)
@@ -260,7 +261,7 @@ def test_checkpoint_can_be_repeated_after_saver_or_pager_is_killed(
 
 
 def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored, image: Path) -> None:
-    """The scan loads no pages, and finds the same as a scan of the complete guest (S8, S9)."""
+    """The scan loads no pages. It finds the same duplicates as a scan after the restore (S8, S9)."""
 
     async def execute(command: str) -> None:
         async with await Monitor.open(restored.workload.qmp_socket) as monitor:
@@ -269,7 +270,7 @@ def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored
     async def run() -> None:
         await restored.start(image, prefetch=False)
         await execute("stop")
-        await asyncio.sleep(1)  # remaining pages of accessed storage blocks are loaded in this time
+        await asyncio.sleep(1)  # in this time, the remaining pages of accessed storage blocks are loaded
         before = await restored.status()
         early = await sharing.find_async(["restored"])
         after = await restored.status()
@@ -280,7 +281,7 @@ def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored
         await asyncio.to_thread(client.wait_complete, restored.folder)
         late = await sharing.find_async(["restored"])
         found, expected = ({name: one.pages for name, one in each.classes.items()} for each in (early, late))
-        # Deferred zero pages count where a huge page will hold them; if the host has none, they stay holes.
+        # Deferred zero pages are counted in ranges that get a huge page. Without free huge pages, they stay holes.
         assert found.pop("zero") >= expected.pop("zero") > 0
         assert found == expected
         await execute("cont")

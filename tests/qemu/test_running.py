@@ -1,4 +1,4 @@
-"""Start, list and stop of guests with the command line, and cleanup after failed starts."""
+"""Tests of start, list and stop of guests with the command line, and of the cleanup after failed starts."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_busy_guest_is_listed_and_can_be_killed(parts: GuestParts, registry: Reg
 
 
 def start_in_foreground(parts: GuestParts) -> subprocess.Popen[str]:
-    """Start `pageferry run` with QEMU's monitor on its terminal, and wait until the guest is registered."""
+    """Start `pageferry run` with QEMU's monitor on its standard streams, and wait until the guest is registered."""
     words = ["run", "web", "--", *parts.bare("-m", "64M", "-monitor", "stdio")]
     pipe = subprocess.PIPE
     command = subprocess.Popen(
@@ -108,7 +108,7 @@ def test_foreground_guest_ends_on_ctrl_c(parts: GuestParts, registry: Registry) 
 def test_foreground_command_reports_how_its_guest_ended(
     parts: GuestParts, registry: Registry, says: str, code: int
 ) -> None:
-    """QEMU has the terminal of the command. The command exits with QEMU's exit code, or reports the signal."""
+    """QEMU uses the command's standard streams. The command exits with QEMU's exit code, or reports QEMU's signal."""
     with start_in_foreground(parts) as command:
         if not says:
             os.kill(listed()[0]["pid"], signal.SIGKILL)

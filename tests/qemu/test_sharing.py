@@ -1,4 +1,4 @@
-"""Duplicates in the memory of two guests, compared with a scan in Python; discarded zero pages lose no contents."""
+"""Tests of duplicates in two guests, compared with a scan in Python, and of the discard of zero pages."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SerialMaker = Callable[[str], Serial]
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """Return the newest QEMU only: the scan reads memory files, which do not depend on the QEMU version."""
+    """Return parts with the newest QEMU only: the scan reads memory files, which do not depend on the QEMU version."""
     return newest_parts
 
 
 def pages(region: Region) -> Iterator[bytes]:
-    """The pages of a region's file that are not holes."""
+    """Yield the pages of a region's file that are not holes."""
     position, end = region.file_offset, region.file_offset + region.length
     while position < end:
         try:
@@ -45,7 +45,10 @@ def pages(region: Region) -> Iterator[bytes]:
 
 
 def numbered(contents: Iterator[bytes], known: dict[bytes, int]) -> list[int]:
-    """Contents as numbers, the form that `worth` expects."""
+    """Return a number for each page, in the form that `worth` expects.
+
+    Pages with the same contents have the same number. Same-value filled pages have numbers of 0 or less.
+    """
 
     def number(page: bytes) -> int:
         if page == page[:8] * (PAGE // 8):
@@ -57,7 +60,7 @@ def numbered(contents: Iterator[bytes], known: dict[bytes, int]) -> list[int]:
 
 @asynccontextmanager
 async def guests(parts: GuestParts, serial: SerialMaker) -> AsyncIterator[list[QemuWorkload]]:
-    """Two guests from the same kernel and initrd, both running."""
+    """Start two guests from the same kernel and initrd, and end them after the block."""
     started: list[QemuWorkload] = []
     lines = [serial(name) for name in NAMES]
     try:
@@ -126,5 +129,5 @@ def test_zero_pages_of_running_guests_are_discarded(parts: GuestParts, serial: S
 
 
 def allocated(both: list[QemuWorkload]) -> list[Any]:
-    """Bytes allocated for each guest's memory file."""
+    """Return the bytes allocated for each guest's memory file."""
     return [os.fstat(guest.regions[0].fd).st_blocks * 512 for guest in both]

@@ -1,4 +1,4 @@
-"""Migration into a file system that is smaller than the guest's memory is refused before the commit."""
+"""Test that a migration into a file system smaller than the guest's memory is refused before the commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 8 MiB."""
+    """Yield the directory of a tmpfs of 8 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
@@ -30,7 +30,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 class Filed(Traveller):
-    """A guest whose memory is in a file chosen by the user."""
+    """Guest whose memory is in a file chosen by the user."""
 
     def in_file(self, path: Path, name: str) -> list[str]:
         backend = f"memory-backend-file,id=ram,size=64M,share=on,align=2M,mem-path={path}"

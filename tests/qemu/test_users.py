@@ -1,6 +1,6 @@
-"""Restores by three kinds of users.
+"""Tests of restores by three kinds of users.
 
-Memory is loaded on demand if userfaultfd is permitted, and before the start otherwise.
+Memory is loaded on demand if the kernel allows userfaultfd for the user, otherwise before the guest starts.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ DEVICE = Path("/dev/userfaultfd")
 
 @pytest.fixture(scope="module")
 def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image of a running guest."""
+    """Return the path of an image of a running guest."""
     return image_of_a_guest(newest_parts, tmp_path_factory.mktemp("image"))
 
 
 @pytest.fixture
 def folder(image: Path) -> Iterator[Path]:
-    """A directory that every user may write to, with a copy of the image."""
+    """Yield a directory that every user may write to, with a copy of the image."""
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
         pytest.skip("this host permits userfaultfd for all users")
     with tempfile.TemporaryDirectory() as made:
@@ -58,10 +58,13 @@ def device() -> Iterator[None]:
 
 
 def restored(kind: str, folder: Path, parts: GuestParts) -> list[dict[str, Any]]:
-    """Restore a guest as this kind of user, let it verify its memory, and stop it. Return the events of the restore."""
+    """Restore a guest as this kind of user, and stop it after it has verified its memory.
+
+    Return the events of the restore.
+    """
     serial = Serial(folder / "serial")
     command = parts.command(serial, *OPTIONS)
-    if kind == "user":  # this user cannot suspend QEMU's seccomp filter, which would be the reason
+    if kind == "user":  # otherwise, QEMU's seccomp filter would be the reason for the eager restore
         command[command.index("-sandbox") + 1] = "off"
     restore = ("restore", "web", str(folder / "image"), "--detach", "--output", "json", "--", *command)
     done = users.run(kind, folder, "-m", "pageferry", *restore)

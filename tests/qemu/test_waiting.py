@@ -1,4 +1,4 @@
-"""Receivers without a source: they end with their QEMU, and keep listening after they refuse a source."""
+"""Tests of receivers without a source: they exit with their QEMU, and keep listening after they refuse a source."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_receiver_ends_when_its_qemu_is_killed_in_a_round(newest_parts: GuestPar
 def test_receiver_keeps_listening_after_it_refuses_a_source(
     newest_parts: GuestParts, tmp_path: Path, other: tuple[str, str]
 ) -> None:
-    """Memory, CPUs or devices differ."""
+    """The refused source has other memory, CPUs or devices."""
     memory, options = (other[1], ()) if other[0] == "--memory" else ("64M", other)
     with (
         travelling(newest_parts, tmp_path, memory="64M", checker=None) as guest,

@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory, qemu_system: Path) -> Path:
-    """A directory for PATH with `pageferry` and a QEMU that accepts the documentation's command line.
+    """Return a directory for PATH with `pageferry` and a QEMU that accepts the documentation's command line.
 
-    That command line leaves out options (`...`) and requires KVM, which this host may not have. The guest is the
-    payload, which boots in a tenth of a second.
+    The program removes `...`, which stands for further options, and replaces KVM, which this host may lack, by TCG. The
+    guest is the payload, which boots in a tenth of a second.
     """
     if shutil.which("rustc") is None:
         pytest.skip("no rustc to build the guest with")
@@ -49,7 +49,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory, qemu_system: Path) -> Pat
 
 @pytest.fixture
 def hosts(tmp_path: Path, programs: Path, root: None) -> Iterator[tuple[Host, Host]]:
-    """The local and another host: two run directories, each with a working directory."""
+    """Yield the local and another host: two run directories, each with a working directory."""
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     pair = (Host(tmp_path / "here", path), Host(tmp_path / "there", path))
     try:

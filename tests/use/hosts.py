@@ -20,7 +20,7 @@ GUEST = "qemu-system-x86_64 -m 1G -accel kvm ..."
 
 
 class Host:
-    """A run directory and a working directory."""
+    """Host, represented by a run directory and a working directory."""
 
     def __init__(self, folder: Path, path: str) -> None:
         self.folder = folder
@@ -37,7 +37,7 @@ class Host:
         self.waiting: list[subprocess.Popen[str]] = []
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command to completion."""
+        """Run a shell command to completion, in the working directory. Raises TimeoutExpired after `TIMEOUT`."""
         return subprocess.run(
             ["sh", "-c", command],
             cwd=self.work,
@@ -48,7 +48,7 @@ class Host:
         )
 
     def start(self, command: str, announcement: str) -> subprocess.Popen[str]:
-        """Start a command that waits, and return when it has printed `announcement`."""
+        """Start a command that keeps running. Return its process when its output matches the pattern `announcement`."""
         log = self.folder / f"log{len(self.waiting)}"
         with open(log, "w") as file:
             process = subprocess.Popen(
@@ -69,11 +69,11 @@ class Host:
         return process
 
     def has(self, name: str) -> bool:
-        """Whether a workload of this name exists."""
+        """Return whether a workload of this name exists."""
         return name in Registry(self.run_directory).entries()
 
     def provide(self, name: str) -> None:
-        """Start a guest of this name if it does not exist; pages may assume that it does."""
+        """Start a guest of this name if none exists. Pages of the documentation may assume that the guest exists."""
         if not self.has(name):
             done = self.run(f"pageferry run {name} --detach -- {GUEST}")
             assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
-"""The commands and Python programs of README and guide work as documented.
+"""Tests of the commands and Python programs in README and the guide.
 
-Each page is followed from top to bottom, block by block. Guests that a page assumes are started when they are first
-named. Output blocks are not compared.
+Each page is followed from top to bottom, block by block. A guest that a page assumes is started before the first
+command that names it. Output blocks are not compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.use.hosts import ROOT, Host
 PAGES = ["README.md", "docs/guide/qemu.md", "docs/guide/python.md", "docs/guide/ram.md"]
 ANOTHER_HOST = "other host"
 OURS = {"make demo", "make test"}
-"""Commands that run this test, or run beside it."""
+"""Commands in the pages that are not run here."""
 VERBS = {"migrate", "checkpoint", "large-pages", "sharing", "peek"}
 """Verbs whose arguments are names of workloads that must exist."""
 NAME = re.compile(r"[a-z]+[0-9]*")
@@ -31,7 +31,7 @@ NAME = re.compile(r"[a-z]+[0-9]*")
 
 @dataclass
 class Page:
-    """A page of the documentation, as a session on two hosts."""
+    """Page of the documentation, followed on two hosts."""
 
     here: Host
     there: Host
@@ -55,13 +55,13 @@ class Page:
             host.provide(name)
         done = host.run(command)
         if done.returncode == UnsupportedError.exit_code:
-            # This machine lacks a feature; `check` reports that, and the message names it.
+            # This machine lacks a feature, which the message names. `pageferry check` reports it too.
             assert "swap" in done.stderr or "KSM" in done.stderr, done.stderr
             return
         assert done.returncode == 0, f"{command}\nexit code {done.returncode}\n{done.stdout}{done.stderr}"
 
     def some_process(self) -> int:
-        """Pid of a process with 80 MiB of distinct pages."""
+        """Return the pid of a process with 80 MiB of distinct pages. The first call starts the process."""
         if self.process is None:
             program = "import time; memory = bytearray(b'%4096d' % 7 * 20000); print('.', flush=True); time.sleep(1000)"
             self.process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
@@ -70,7 +70,7 @@ class Page:
         return self.process.pid
 
     def program(self, text: str) -> None:
-        """Run a Python program, with a receiver if it migrates."""
+        """Run a Python program of the page. Start a receiver first if the program migrates."""
         port = free_port()  # the receiver of a guest still listens on the other port
         text = text.replace("7070", str(port))
         file = self.here.work / "program.py"
@@ -91,13 +91,13 @@ class Page:
 
 
 def free_port() -> int:
-    """A TCP port on which no process listens."""
+    """Return a TCP port on which no process listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
 
 def needed(command: str) -> list[str]:
-    """Names of the workloads that a command needs."""
+    """Return the names of the workloads that a command requires."""
     program, verb, *words = command.split()
     if program != "pageferry" or verb not in VERBS:
         return []
@@ -105,7 +105,7 @@ def needed(command: str) -> list[str]:
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
-    """Language and text of each fenced block."""
+    """Return the language and text of each fenced block of a page."""
     return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
 
 

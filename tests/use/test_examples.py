@@ -1,4 +1,4 @@
-"""The programs in examples/ work as documented."""
+"""Tests of the programs in examples/."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def free_port() -> int:
-    """A TCP port on which no process listens."""
+    """Return a TCP port on which no process listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
@@ -47,7 +47,7 @@ def test_counters_are_saved_and_migrated_consistently(kind: str, hosts: tuple[Ho
 
 
 class Client(threading.Thread):
-    """Requests entries of the index continuously, and records failures."""
+    """Thread that requests entries of the index continuously, and records wrong answers."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
