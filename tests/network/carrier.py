@@ -7,7 +7,7 @@ and /dev/net/tun, but no qdisc: many kernels lack netem, and netem cannot corrup
 The namespaces have no names, so they vanish with this process, which exits at the end of its standard input. Other
 processes enter them through the descriptors in the first line of output::
 
-{"hosts": [{"address": "10.77.0.1", "namespace": "/proc/4711/fd/5"}, ...]}
+    {"hosts": [{"address": "10.77.0.1", "namespace": "/proc/4711/fd/5"}, ...]}
 
 Each line of standard input is an `Order`; the reply `{}` means that it is in effect.
 """

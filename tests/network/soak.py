@@ -96,7 +96,7 @@ def plan(seed: int, step: int, names: list[str]) -> Plan:
 
 
 def _options(dice: random.Random) -> list[str]:
-    """Return options with a random number of streams, and a random value of each option that has a fixed set of values."""
+    """Return a random number of streams, and a random value of each option that has a fixed set of values."""
     words = ["--streams", str(dice.choice((1, 1, 2, 4))), "--max-downtime", "5000"]
     for name, kind in get_type_hints(Options).items():
         if get_origin(kind) is Literal:
