@@ -36,7 +36,7 @@ OURS: dict[str, tuple[str, ...]] = {"lazy": (), "stop": ("--mode", "stop")}
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Measure both loads with each method."""
+    """Measure each method under both loads."""
     runs = []
     image = setting.folder / "image"
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
@@ -70,7 +70,7 @@ def guests(place: Place, words: str, load: str) -> Iterator[tuple[PageferryLine,
 
 
 def save(line: PageferryLine, image: Path, *words: str) -> dict[str, Any]:
-    """Save with `pageferry checkpoint`. Return its figures, with `begin` and `end` on the monotonic clock."""
+    """Save a guest with `pageferry checkpoint`. Return the figures, with `begin` and `end` on the monotonic clock."""
     process = pageferry("checkpoint", line.name(line.hops), str(image), "--output", "json", *words)
     told = expect(process, "checkpoint")
     end = time.monotonic()
@@ -99,7 +99,7 @@ def told_by(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_by_qemu(line: QemuLine, image: Path, capabilities: Sequence[str], stopped: bool = False) -> dict[str, Any]:
-    """Save the running guest to a file with QEMU's own migration. Return the figures."""
+    """Save the running guest to a file with QEMU's own migration. Return the figures, like `save`."""
     assert line.current is not None
     monitor = line.current.monitor
     line.set_up(line.current, {name: name in capabilities for name in CAPABILITIES})
@@ -128,7 +128,7 @@ def save_by_qemu(line: QemuLine, image: Path, capabilities: Sequence[str], stopp
 
 
 def _go_on(monitor: Monitor) -> None:
-    """Resume a guest whose migration has just completed; QEMU refuses until its cleanup is complete."""
+    """Resume a guest whose migration has just completed. Retry while QEMU refuses, until its cleanup is complete."""
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -141,9 +141,10 @@ def _go_on(monitor: Monitor) -> None:
 
 
 def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Save a running guest.
+    """Resume a guest, save it while it runs, and pause it again.
 
-    Return the figures, with its pause according to QEMU's events, and its loss of write rate.
+    Return the figures of `save`, the pause according to QEMU's events, and the loss of write rate. Raises RuntimeError
+    if the guest has found wrong pages.
     """
     assert line.current is not None
     monitor = line.current.monitor

@@ -101,7 +101,7 @@ async def save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
 
 
 async def _rate(workload: RemoteArena, meanwhile: Any) -> dict[str, Any]:
-    """Return the writes per second during an awaitable, the longest write, and the awaitable's result."""
+    """Await `meanwhile`. Return its result, the writes per second during it, and the longest write, microseconds."""
     before, began = await workload.report(), time.perf_counter()
     result = await meanwhile
     after, ended = await workload.report(), time.perf_counter()

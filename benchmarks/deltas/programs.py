@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 ROWS = 100_000
 PAUSE = 0.0005
-"""Seconds between two small batches, so that a program is busy, but not at full speed."""
+"""Seconds between two batches of writes, so that a program does not run at full speed."""
 
 
 def database(choice: random.Random) -> Callable[[], object]:

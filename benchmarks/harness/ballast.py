@@ -23,7 +23,7 @@ class Ballast:
         self._held: mmap.mmap | None = None
 
     def hold(self) -> None:
-        """Allocate the memory. Fast for memory that was freed recently, otherwise slow."""
+        """Allocate the memory. This is fast for memory that was freed recently, otherwise slow."""
         if self._held is None:
             self._held = mmap.mmap(-1, self.size, flags=_FLAGS)
             self._held.madvise(mmap.MADV_HUGEPAGE)

@@ -20,7 +20,7 @@ CHECKER = ROOT / ".cache" / "guest" / "checker"
 
 
 def require(target: str, *programs: str) -> None:
-    """Exit with a message if programs or files are missing."""
+    """Exit with a message unless all programs and files exist and the process runs as root."""
     missing = [str(path) for path in (KERNEL, QEMU) if not path.exists()]
     missing += [program for program in programs if shutil.which(program) is None]
     if missing or os.geteuid() != 0:

@@ -48,7 +48,7 @@ class SerialLines:
         return spoken
 
     def time_to_writes(self, start: float, count: int) -> float | None:
-        """Return the seconds from `start` until `count` more pages had been written; None if they have not been."""
+        """Return the seconds from `start` until `count` more pages had been written; None if fewer were written."""
         ticks = list(self.ticks)
         before = max((writes for at, writes in ticks if at <= start), default=0)
         return next((at - start for at, writes in ticks if at > start and writes >= before + count), None)

@@ -2,9 +2,9 @@
 
 Measures the cost of sampling for a workload, and the accuracy of its results. A process reads memory at random while 1,
 5, 25 or 100 % of its huge pages are sampled per second, in windows of 200 ms. Periods with and without sampling
-alternate. Each is compared with the previous one, by wall-clock time and by the CPU time of the reader, which depends
-less on other load on the machine. For accuracy, another process reads known numbers of base pages. Finally the cold
-memory of a workload that writes to a part of its memory is evicted to a cold store, and reloaded.
+alternate. Each period is compared with the previous period, by wall-clock time and by the CPU time of the reader, which
+depends less on other load on the machine. For accuracy, another process reads known numbers of base pages. Finally the
+cold memory of a workload that writes to a part of its memory is evicted to a cold store, and reloaded.
 
 Writes raw data and tables to benchmarks/results. The exit code is 0 unless an operation failed. Missed targets are
 printed, but are not errors.
@@ -83,7 +83,7 @@ def reader(kind: str, mebibytes: int, mode: str) -> Iterator[Reader]:
 
 
 async def stretch(one: Reader, part: float, seconds: float) -> tuple[float, float, list[float]]:
-    """Sample a fraction of the huge pages for `seconds`.
+    """Sample a fraction of the huge pages each second, for `seconds`.
 
     Return the accesses per second, the accesses per CPU second, and the CPU microseconds per sampled page.
     """
@@ -124,7 +124,7 @@ async def slowdown(kind: str, mebibytes: int, repetitions: int, seconds: float) 
 
 
 async def accuracy(kind: str, mebibytes: int) -> Run:
-    """Return the fraction of huge pages that are classified exactly."""
+    """Sample a reader with a known pattern. Return the percentage of huge pages whose activity is exact."""
     wrong, samples = [], 0
     with reader(kind, mebibytes, "pattern") as one, one.target() as target:
         before = one.large()
@@ -217,7 +217,10 @@ def measure_damo(_: Setting) -> list[Run]:
 
 
 def _vaddr() -> str:
-    """Return `yes` or `no`, by DAMON's list of operations or the kernel's configuration; `not known` without either."""
+    """Return whether the kernel supports DAMON for virtual addresses: `yes`, `no` or `not known`.
+
+    Read DAMON's list of operations, or the kernel's configuration without such a list.
+    """
     offers = Path("/sys/kernel/mm/damon/admin/kdamonds").glob("*/contexts/*/avail_operations")
     offered = [offer.read_text().split() for offer in offers]
     if offered:

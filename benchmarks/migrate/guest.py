@@ -1,7 +1,7 @@
 """Migration of a guest between QEMU processes, and the figures measured for each migration.
 
 A *line* is a guest together with a method of migration. The guest is booted once and then migrated repeatedly, each
-time to a new QEMU. Between migrations the guest is paused, so that it does not compete with those of other lines.
+time to a new QEMU. Between migrations the guest is paused, so that it does not compete with the guests of other lines.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(slots=True)
 class Running:
-    """QEMU that runs the guest, or waits for it."""
+    """QEMU process that runs the guest, or waits to receive it."""
 
     monitor: Monitor
     pid: int
@@ -152,9 +152,9 @@ class Line(ABC):
         return run
 
     def _look_after(self, run: dict[str, Any]) -> None:
-        """End the benchmark if a guest is damaged, or lost by pageferry.
+        """Raise RuntimeError if the guest has found wrong pages, or if pageferry has lost it.
 
-        A guest that QEMU has lost is only reported.
+        Only report a guest that QEMU has lost.
         """
         if self.serial.errors:
             raise RuntimeError(f"{self.label}: the guest has found wrong pages")

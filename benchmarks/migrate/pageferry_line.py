@@ -34,7 +34,7 @@ def expect(process: Process, kind: str) -> dict[str, Any]:
 
 
 def reap(process: Process) -> float:
-    """Wait for a process, and return its CPU time in seconds."""
+    """Wait for a process, and return its CPU time in seconds. Raises RuntimeError if it failed."""
     if process.stdout is not None:
         process.stdout.close()
     _, status, usage = os.wait4(process.pid, 0)

@@ -22,7 +22,8 @@ LARGE_PAGES = ("keep", "ignore")
 FULL, SMALL = 512 << 20, 64 << 20
 BALLAST = 1152 << 20
 SLOW = 14
-"""Writes of at least 2**14 ns (16 us) count as slow. On an idle machine these are writes that cause a page fault."""
+"""Binary logarithm of the minimum duration of a slow write, nanoseconds (16 us). On an idle machine, slow writes are
+those that cause a page fault."""
 WRITER = {"working_set": 0.1, "scatter": True, "zero_fraction": 0.1, "rate": 400 << 20}
 """Options of a workload that writes to a tenth of all pages at random.
 
@@ -31,9 +32,9 @@ The migration converges, and every huge page is used.
 
 
 def choices() -> list[tuple[str, str]]:
-    """Return all combinations.
+    """Return all combinations of both options.
 
-    Those that ignore huge pages are last, because the workload may lose them permanently.
+    Combinations that ignore huge pages are last, because the workload may lose its huge pages permanently.
     """
     return [(populate, large) for large, populate in itertools.product(LARGE_PAGES, POPULATE)]
 

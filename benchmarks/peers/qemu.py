@@ -15,7 +15,7 @@ BANDWIDTH = 10 << 30
 DEFAULT_BANDWIDTH = 128 << 20
 """Default of `max-bandwidth` since QEMU 5.2, bytes per second."""
 DOWNTIME_LIMIT = 300
-"""Default of QEMU and of pageferry, milliseconds."""
+"""Downtime limit, milliseconds: the default of QEMU and of pageferry."""
 CHANNELS = 2
 
 

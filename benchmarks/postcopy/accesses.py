@@ -39,7 +39,7 @@ FULL, SMALL = 512 << 20, 32 << 20
 ACCESSES = 2000
 """Number of pages that are read, in random order. During the push, only accesses to missing pages are counted."""
 WAITED = 5000
-"""Nanoseconds. If an access is faster, its page was present."""
+"""Minimum latency of an access to a missing page, nanoseconds. If an access is faster, its page was present."""
 METHODS: dict[str, int | None] = {"idle": None, "pushed at 1 Gbit/s": 125_000_000, "pushed without limit": 0}
 """Push bandwidth in bytes per second, 0 for unlimited; None: no push, only requested pages are sent."""
 
@@ -65,7 +65,7 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
         missing.insert(0, pages)
         source, ours = Mapping(there, length), Mapping(here, length)
         large = source.large_units()
-        # The destination does this before the source pauses.
+        # The destination of a migration preallocates memory before the source pauses.
         asyncio.run(preallocate.allocate(Placer([TargetRegion(ours, SMALL_PAGE, large)], []), [large]))
         server = PageServer([source], [missing], links[0][0], links[0][1:], bandwidth=bandwidth or 0)
         server.start()

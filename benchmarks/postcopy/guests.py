@@ -28,7 +28,7 @@ MODES = ("postcopy", "hybrid")
 
 
 class LateQemuLine(QemuLine):
-    """Guest that is migrated by QEMU's own post-copy; `hybrid` starts it after the first round.
+    """Guest that is migrated by QEMU's own post-copy, which mode `hybrid` starts after the first round.
 
     Options of a migration: `mode`.
     """
@@ -50,9 +50,9 @@ class LateQemuLine(QemuLine):
         return told | {"blocked-ms": destination.monitor.execute("query-migrate").get("postcopy-blocktime")}
 
     def never_ends(self, seconds: float) -> dict[str, Any]:
-        """Migrate by pre-copy over the same link, and cancel after `seconds`.
+        """Migrate by pre-copy over the same link, and give up after `seconds`.
 
-        Return whether the migration was completed.
+        Return whether the migration completed, its duration in milliseconds, and its number of rounds.
         """
         source = self.current
         assert source is not None

@@ -70,7 +70,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 def restore(line: PageferryLine, image: Path, usual: float, *options: str, watched: float = WATCHED) -> dict[str, Any]:
     """Restore with `pageferry restore`, and return the figures.
 
-    The guest is observed for `watched` seconds, or until all of its memory is loaded.
+    The guest is observed for at least `watched` seconds and, with prefetch, until all of its memory is loaded.
     """
     line.hops += 1
     name = line.name(line.hops)

@@ -57,7 +57,10 @@ def sums(processes: list[tuple[int, int]]) -> tuple[int, int]:
 
 
 def run_ksm_alone(processes: list[tuple[int, int]], mib: int) -> float:
-    """Register all memory with KSM. Return the CPU time, seconds."""
+    """Register all memory of the processes with KSM, and run KSM until it merges few further pages.
+
+    Return the CPU time of ksmd, seconds.
+    """
     for pid, address in processes:
         with process_target(pid) as target:
             ranges.advise(target, Range(pid, address, mib << 20), Advice.MERGEABLE)
@@ -65,7 +68,10 @@ def run_ksm_alone(processes: list[tuple[int, int]], mib: int) -> float:
 
 
 def run_pageferry(processes: list[tuple[int, int]], found: dict[str, Any], threshold: int) -> float:
-    """Share only the selected huge pages. Return the CPU time, seconds."""
+    """Share only the selected huge pages of the processes, and add the statistics to `found`.
+
+    Return the CPU time of pageferry and ksmd, seconds.
+    """
     names = [f"pid:{pid}" for pid, _ in processes]
     begin = time.process_time()
     result = asyncio.run(api.share_async(names, threshold=threshold, merge_with_others=True))
@@ -94,13 +100,13 @@ def measure(line: str, mib: int) -> dict[str, Any]:
 
 
 def scan_rates(mib: int) -> Run:
-    """Return the scan rates of one thread, GB per CPU second: shared file, other process, and plain copy."""
+    """Measure the scan rates of one thread, GB per CPU second: shared file, other process, and plain copy."""
     fd, _ = memory_file(mib << 20)
     mapping = Mapping(fd, mib << 20)
     memory = memoryview(mapping).cast("B")
     for at in range(0, mib << 20, LARGE_PAGE):
         memory[at : at + LARGE_PAGE] = os.urandom(LARGE_PAGE)
-    copy = bytearray(1 << 20)  # it stays in the CPU cache, so that the rate is that of reading
+    copy = bytearray(1 << 20)  # the copy stays in the CPU cache, so that only the reads take time
     rates: dict[str, list[float]] = {"copy": [], "file": [], "process": []}
     with lookalikes(mib) as processes:
         pid, address = processes[0]

@@ -42,9 +42,9 @@ MAX_SECONDS = 150
 
 
 def main() -> int:
-    """Measure all systems and write the table.
+    """Measure the selected systems, and print the table. Write it to files after a complete run.
 
-    Return the exit code, 0 if everything could be measured; missed targets are not errors.
+    Return the exit code: 0 if all systems could be measured, otherwise 1. Missed targets are not errors.
     """
     args = _arguments()
     machine.require("make systems", "rustc", "setpriv")

@@ -25,9 +25,10 @@ WRITER = {"working_set": 0.1, "zero_fraction": 0.1, "rate": 40 << 20}
 """Options of a workload that writes to the first tenth of its memory, in order."""
 SCATTERED = WRITER | {"scatter": True}
 QUIET = {"working_set": 0.01, "zero_fraction": 0.5, "rate": 1 << 20}
-"""Options of a workload with half of its pages zero, few of which are sent again."""
+"""Options of a workload half of whose pages are zero pages. Few of its pages are sent again."""
 NO_MOUNTS = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
-"""Command prefix without the right to mount a tmpfs with huge pages: the program has to make its huge pages itself."""
+"""Command prefix that drops CAP_SYS_ADMIN. The command cannot mount a tmpfs with huge pages, so that it has to make its
+huge pages itself."""
 
 
 def arena(setting: Setting, switches: Switches) -> list[Row]:
@@ -148,7 +149,7 @@ def _mapped(ledger: Ledger, ballast: Ballast, choice: str) -> float:
 
 
 async def _stalls(ledger: Ledger, off: bool) -> tuple[float, float]:
-    """Return the longest write in milliseconds, when paused during the copy and when traced."""
+    """Return the longest write, milliseconds, of a writer paused during the copy and of a traced writer."""
     workload = await open_workload(ledger.name)
     assert isinstance(workload, RemoteArena)
     try:

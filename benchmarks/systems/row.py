@@ -19,13 +19,13 @@ class Row:
     """Name and unit of the figure."""
     without: float | None
     mechanism: float | None
-    """Figure with the mechanism; if it is disabled, measured like `without`. None: not measured."""
+    """Figure with the mechanism, measured like `without` if the mechanism is disabled; None if not measured."""
     target: str
     """Target in words, as in docs/benchmarks.md."""
     reached: bool
     peer: float | None = None
     whose: str = ""
-    """Name of the program that is compared."""
+    """Name of the program with which `peer` was measured."""
 
     @classmethod
     def unmeasured(cls, system: str, exercised: str, why: BaseException) -> Row:
@@ -41,7 +41,7 @@ class Switches:
     off: frozenset[str]
 
     def choose(self, system: str, mechanism: str, without: str) -> str:
-        """Return the option with which the mechanism is measured."""
+        """Return `without` if the mechanism of the system is disabled, otherwise `mechanism`."""
         return without if system in self.off else mechanism
 
 
