@@ -3,8 +3,8 @@
     python examples/counters_asyncio.py receive 127.0.0.1:7070
     python examples/counters_asyncio.py send 127.0.0.1:7070 counters.img     # checkpoints first, then migrates
 
-An asyncio.Lock is `on_pause`. A coroutine may hold it across an await. It is acquired on the event loop that created
-the arena. The loop keeps running while the arena is checkpointed or migrated.
+`on_pause` is an asyncio.Lock, which a coroutine may hold across an await. Pageferry acquires the lock on the event loop
+that created the arena. The loop keeps running while the arena is checkpointed or migrated.
 
 Requires numpy.
 """
@@ -22,12 +22,12 @@ ROWS, COLUMNS = 256, 1024
 
 
 def view(arena: pageferry.Arena) -> numpy.ndarray:
-    """Return the counters: the two halves of each row are equal between two steps."""
+    """Return the counters as an array. The two halves of each row are equal between two steps."""
     return numpy.frombuffer(arena, dtype=numpy.int64).reshape(ROWS, 2, COLUMNS // 2)
 
 
 def check(arena: pageferry.Arena, name: str) -> None:
-    """Report whether every step is complete, and exit with 1 if not."""
+    """Print whether every step is complete, and exit with 1 if not."""
     table = view(arena)
     complete = bool((table[:, 0] == table[:, 1]).all())
     print(f"{name}: {table[:, 0].sum()} additions, {'complete' if complete else 'torn'}", flush=True)

@@ -5,7 +5,8 @@
 
 Every worker maps the memory through the descriptor of the arena, and acquires a lock of multiprocessing for each step.
 `on_pause` acquires that lock, so that no worker is within a step. The workers are traced like the program itself. After
-a migration their mappings are read-only; `on_moved` therefore tells the workers to end before it releases the lock.
+a migration, their mappings are read-only. Therefore `on_moved` sets an event that ends the workers before it releases
+the lock.
 
 Requires numpy.
 """
@@ -28,12 +29,12 @@ SIZE = ROWS * COLUMNS * 8
 
 
 def view(memory: Any) -> numpy.ndarray:
-    """Return the counters: the two halves of each row are equal between two steps."""
+    """Return the counters as an array. The two halves of each row are equal between two steps."""
     return numpy.frombuffer(memory, dtype=numpy.int64).reshape(ROWS, 2, COLUMNS // 2)
 
 
 def check(arena: pageferry.Arena, name: str) -> None:
-    """Report whether every step is complete, and exit with 1 if not."""
+    """Print whether every step is complete, and exit with 1 if not."""
     table = view(arena)
     complete = bool((table[:, 0] == table[:, 1]).all())
     print(f"{name}: {table[:, 0].sum()} additions, {'complete' if complete else 'torn'}", flush=True)

@@ -5,7 +5,7 @@
 
 A step adds 1 to both halves of a row, under a lock. The lock itself is `on_pause`: pageferry acquires it to pause the
 arena, and releases it when the arena has resumed or has been migrated. Both programs check that no step was saved or
-migrated by half.
+migrated incompletely.
 
 Requires numpy.
 """
@@ -24,12 +24,12 @@ ROWS, COLUMNS = 256, 1024
 
 
 def view(arena: pageferry.Arena) -> numpy.ndarray:
-    """Return the counters: the two halves of each row are equal between two steps."""
+    """Return the counters as an array. The two halves of each row are equal between two steps."""
     return numpy.frombuffer(arena, dtype=numpy.int64).reshape(ROWS, 2, COLUMNS // 2)
 
 
 def check(arena: pageferry.Arena, name: str) -> None:
-    """Report whether every step is complete, and exit with 1 if not."""
+    """Print whether every step is complete, and exit with 1 if not."""
     table = view(arena)
     complete = bool((table[:, 0] == table[:, 1]).all())
     print(f"{name}: {table[:, 0].sum()} additions, {'complete' if complete else 'torn'}", flush=True)

@@ -26,7 +26,7 @@ ENTRIES = 4_000_000
 
 
 class Server:
-    """Server of one request at a time from an arena, except while the arena is paused."""
+    """Server that replies to one request at a time from an arena, and to none while the arena is paused."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
@@ -112,7 +112,7 @@ def answer(server: Server, arena: pageferry.Arena, path: str) -> None:
 
 
 def hand_over(server: Server, arena: pageferry.Arena, path: str) -> None:
-    """Wait for the next process; send it the listening socket, then the memory."""
+    """Wait for the next process. Send it the listening socket, then the memory."""
     with socket.create_server(path + ".replace", family=socket.AF_UNIX) as waiting:
         connection, _ = waiting.accept()
         os.unlink(path + ".replace")

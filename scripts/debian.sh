@@ -1,6 +1,6 @@
-# Sourced: functions for Debian's package tools.
+# Functions for Debian's package tools; other scripts source this file.
 
-# Whether packages can be installed: root and apt-get.
+# Return 0 if packages can be installed: as root, with apt-get.
 can_install() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null
 }

@@ -39,7 +39,7 @@ def modules() -> None:
 
 
 def events() -> dict[str, type[Event]]:
-    """Event types by tag. Raises ValueError if two types have the same tag."""
+    """Return the event types by tag. Raises ValueError if two types have the same tag."""
     modules()
     found: dict[str, type[Event]] = {}
     for event in _below(Event):
@@ -59,7 +59,7 @@ def _below(kind: type[Event]) -> Iterator[type[Event]]:
 
 
 def page() -> str:
-    """Text of the page."""
+    """Return the text of the page."""
     found = events()
     first = ["log", "end"]
     assert [found[tag] for tag in first] == [LogHeader, LogEnd]

@@ -23,7 +23,7 @@ LATER: set[str] = set()
 
 
 def long_functions(path: Path) -> Iterator[tuple[int, str, int]]:
-    """First line, name and number of lines of each function of a file that is too long without a reason."""
+    """Yield first line, name and number of lines of each function of a file that is too long without a reason."""
     text = path.read_text()
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
@@ -34,7 +34,7 @@ def long_functions(path: Path) -> Iterator[tuple[int, str, int]]:
 
 
 def found() -> Iterator[str]:
-    """Messages on all such functions."""
+    """Yield a message for each function that is too long, except in the files of `LATER`."""
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = str(path.relative_to(ROOT))

@@ -1,4 +1,4 @@
-"""mkdocs extension: hides the `::` that announces an indented block in a docstring."""
+"""mkdocs extension that hides the `::` that announces an indented block in a docstring."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import griffe
 
 
 class LiteralBlocks(griffe.Extension):
-    """Removes the marks of literal blocks from all docstrings."""
+    """Extension that removes the marks of literal blocks from all docstrings."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Remove the marks from one docstring. Called for each module, class, function and attribute."""
+        """Remove the marks from one docstring. griffe calls this method for each object with a docstring."""
         if obj.docstring is not None:
             lines = obj.docstring.value.splitlines()
             obj.docstring.value = "\n".join(_shown(line) for line in lines if line.strip() != "::")

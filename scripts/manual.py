@@ -3,8 +3,8 @@
     python scripts/manual.py            # writes the files
     python scripts/manual.py --check    # prints the names of stale files; exit code 1 if there are any
 
-The files are part of the wheel. They are in git because maturin copies them into it and cannot run the parser:
-`pip install` of a checkout would lack them. A test compares them with the parser.
+The files are part of the wheel. They are in git because maturin copies them into the wheel and cannot run the parser.
+Without them, `pip install` of a checkout would install no manual. A test compares the files with the parser.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MANUAL = "pageferry manual"
 
 
 def pages() -> Iterator[tuple[str, str]]:
-    """Path below packaging/data/share and contents of each file."""
+    """Yield the path below packaging/data/share and the contents of each file."""
     parser = build_parser([*VERBS, "--help"])
     summary = parser.description or ""
     also = [f"pageferry-{verb}" for verb in VERBS]
@@ -47,8 +47,8 @@ def _page(name: str, parser: argparse.ArgumentParser, summary: str, also: list[s
 
 
 def main() -> int:
-    """Write the files, or check them."""
-    os.environ["COLUMNS"] = "80"  # line length of the help texts, otherwise that of the terminal
+    """Write the files, or check them with `--check`. Return the exit code: 1 if a checked file is stale."""
+    os.environ["COLUMNS"] = "80"  # line length of the help texts; the default is the width of the terminal
     stale = []
     for path, contents in pages():
         file = SHARE / path

@@ -29,7 +29,7 @@ not change. This page is made from the code.
 
 
 def page() -> str:
-    """Text of the page."""
+    """Return the text of the page."""
     rows = []
     for metric in METRICS:
         name = f"{metric.name}_total" if metric.kind == "counter" else metric.name

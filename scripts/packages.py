@@ -11,7 +11,7 @@ SOURCE_ONLY = ("argparse-manpage",)
 
 
 def requirements(source: bool) -> list[str]:
-    """Requirements, those of the build first."""
+    """Return the requirements, those of the build first: only the packages of `SOURCE_ONLY`, or all others."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     development = project["project"]["optional-dependencies"]["dev"]
     everything = [*project["build-system"]["requires"], *project["project"]["dependencies"], *development]

@@ -4,7 +4,7 @@
     python scripts/pictures.py layers     write layers.svg only
 
 layers.svg shows the packages in the layers of the import contract in pyproject.toml. demo.svg is the terminal of
-`pageferry demo`, and report.png the upper part of its report; that picture requires Chromium.
+`pageferry demo`, and report.png the upper part of its report; report.png requires Chromium.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def contract() -> list[list[str]]:
 
 
 def layers_picture(layers: list[list[str]]) -> str:
-    """Return an SVG of the layers: one row of boxes each, and an arrow that points to what a row may import."""
+    """Return an SVG of the layers: a row of boxes per layer, and an arrow in the direction of imports."""
     width, height, gap = 640, 40, 12
     rows = [*layers, ["Linux: userfaultfd, pagemap, ptrace, tmpfs"]]
     parts = []
@@ -90,7 +90,7 @@ def layers_picture(layers: list[list[str]]) -> str:
 
 
 def _escape(line: str) -> str:
-    """Escape a line for SVG; spaces stay as wide as characters."""
+    """Escape a line for SVG. Replace each space by a no-break space, because SVG collapses runs of spaces."""
     return html.escape(line).replace(" ", "\u00a0")
 
 
@@ -113,7 +113,7 @@ def run_demo(log: Path) -> str:
 
 
 def photograph(page: Path, picture: Path) -> None:
-    """Write the upper part of an HTML page as PNG."""
+    """Write the upper part of an HTML page as PNG. Exit with a message if there is no Chromium."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         sys.exit("cannot write the picture of the report: no Chromium in PATH; run `make system`")
@@ -131,7 +131,7 @@ def photograph(page: Path, picture: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the pictures."""
+    """Write layers.svg and, unless `arguments` is `["layers"]`, demo.svg and report.png."""
     PICTURES.mkdir(exist_ok=True)
     (PICTURES / "layers.svg").write_text(layers_picture(contract()))
     if arguments == ["layers"]:

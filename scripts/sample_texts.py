@@ -3,8 +3,8 @@
     scripts/sample_texts.py [SEED] [COUNT]
 
 SEED is hexadecimal (default: the first 8 digits of the parent of HEAD). Texts are docstrings, comments, paragraphs of
-the documentation, error messages, and help of options. Each is printed with its kind, file and line. Generated files
-are left out.
+the documentation, error messages, and help of options. Each text is printed with its kind, file and line. Generated
+files are left out.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Text:
 
 
 def tracked(*patterns: str) -> list[str]:
-    """Paths of tracked files that match a pattern, without generated ones."""
+    """Return the paths of tracked files that match a pattern, without generated files."""
     listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return [path for path in listed.splitlines() if not path.startswith(GENERATED)]
 
 
 def python_texts(path: str, source: str) -> Iterator[Text]:
-    """Docstrings (also of fields), error messages, help of options, and comments of a Python file."""
+    """Yield docstrings (also of fields), error messages, help of options, and comments of a Python file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield Text("docstring", path, node.lineno, textwrap.dedent(node.value.value).strip())
@@ -64,7 +64,7 @@ def python_texts(path: str, source: str) -> Iterator[Text]:
 
 
 def python_comments(path: str, source: str) -> Iterator[Text]:
-    """Comments; consecutive comment lines are one text."""
+    """Yield the comments of a Python file. Consecutive comment lines are one text."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = [token for token in tokens if token.type == tokenize.COMMENT and not _DIRECTIVE.match(token.string)]
     found = [(*token.start, token.string.lstrip("# ")) for token in comments]
@@ -72,7 +72,7 @@ def python_comments(path: str, source: str) -> Iterator[Text]:
 
 
 def rust_texts(path: str, source: str) -> Iterator[Text]:
-    """Doc comments and comments of a Rust file; consecutive comment lines are one text."""
+    """Yield doc comments and comments of a Rust file. Consecutive comment lines are one text."""
     found = []
     for number, line in enumerate(source.splitlines(), 1):
         if matched := _RUST.match(line):
@@ -81,7 +81,7 @@ def rust_texts(path: str, source: str) -> Iterator[Text]:
 
 
 def markdown_texts(path: str, source: str) -> Iterator[Text]:
-    """Paragraphs, list items and headings outside of code blocks and tables."""
+    """Yield paragraphs, list items and headings outside of code blocks and tables."""
     outside = re.sub(r"^( *)```.*?^\1```", lambda match: "\n" * match[0].count("\n"), source, flags=re.S | re.M)
     line = 1
     for block in re.split(r"(\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) ))", outside):
@@ -91,7 +91,7 @@ def markdown_texts(path: str, source: str) -> Iterator[Text]:
 
 
 def _string(node: ast.expr) -> str:
-    """Value of a string literal; replacement fields of an f-string become {}."""
+    """Return the value of a string literal, with {} for replacement fields of an f-string; empty for other nodes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -109,7 +109,7 @@ def _joined(kind: str, path: str, found: list[tuple[int, int, str]]) -> Iterator
 
 
 def texts() -> list[Text]:
-    """All texts of the project, in a fixed order."""
+    """Return all texts of the project, in a fixed order."""
     readers = {"*.py": python_texts, "*.pyi": python_texts, "*.rs": rust_texts, "*.md": markdown_texts}
     found = [
         text

@@ -1,4 +1,4 @@
-"""mkdocs hook: provides what the scripts of the theme require; without it they fail on some pages."""
+"""mkdocs hook that provides the styles and anchors that the scripts of the theme require on all pages."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ _HIGHLIGHTING = '<style id="hljs-light"></style><style id="hljs-dark"></style>'
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Set the function that makes anchors. Called after mkdocs.yml has been read."""
+    """Set the function that makes anchors. mkdocs calls this function after it has read mkdocs.yml."""
     config.mdx_configs.setdefault("toc", {})["slugify"] = anchor
     return config
 
 
 def on_post_page(output: str, **_: Any) -> str:
-    """Add the placeholders to a page. Called for each page before it is written."""
+    """Add the placeholders to a page. mkdocs calls this function before it writes each page."""
     return output.replace("</head>", f"{_HIGHLIGHTING}</head>", 1)
 
 
 def anchor(heading: str, separator: str) -> str:
-    """Anchor of a heading; it does not begin with a digit, because the theme uses anchors as CSS selectors."""
+    """Return the anchor of a heading.
+
+    An anchor does not begin with a digit, because the theme uses anchors as CSS selectors.
+    """
     found: str = _slugify(heading, separator)
     return f"n{found}" if found[:1].isdigit() else found

@@ -1,4 +1,4 @@
-"""Counts phrases that CONTRIBUTING discourages, per file.
+"""Count phrases that CONTRIBUTING discourages, per file.
 
     python scripts/wording.py            print the hits in files that exceed the table
     python scripts/wording.py --all      print all hits
@@ -63,7 +63,7 @@ _COMPILED = [(re.compile(phrase), instead) for phrase, instead in PHRASES.items(
 
 
 def files() -> Iterator[str]:
-    """Paths of the files to search, relative to the root of the tree, sorted."""
+    """Yield the paths of the files to search, relative to the root of the tree, sorted."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.pyi", "*.rs", "*.md"],
         cwd=ROOT,
@@ -77,7 +77,7 @@ def files() -> Iterator[str]:
 
 
 def hits(path: str) -> Iterator[tuple[int, str, str]]:
-    """Number and text of each line with a discouraged phrase, with the recommended words; one item per phrase."""
+    """Yield number and text of each line with a discouraged phrase, with the recommended words; one item per phrase."""
     for number, line in enumerate((ROOT / path).read_text().splitlines(), start=1):
         for phrase, instead in _COMPILED:
             if phrase.search(line):
@@ -85,19 +85,19 @@ def hits(path: str) -> Iterator[tuple[int, str, str]]:
 
 
 def counts() -> dict[str, int]:
-    """Number of hits per file, without files that have none."""
+    """Return the number of hits per file, without files that have none."""
     found = Counter({path: sum(1 for _ in hits(path)) for path in files()})
     return {path: count for path, count in found.items() if count}
 
 
 def table() -> dict[str, int]:
-    """Number of hits allowed per file; 0 for files that are not in the table."""
+    """Return the number of hits allowed per file. It is 0 for files that are not in the table."""
     allowed: dict[str, int] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     return allowed
 
 
 def grown() -> dict[str, int]:
-    """Files with more hits than the table allows, with their number of hits."""
+    """Return the files with more hits than the table allows, with their number of hits."""
     allowed = table()
     return {path: count for path, count in counts().items() if count > allowed.get(path, 0)}
 
@@ -109,7 +109,7 @@ def _print(paths: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the script and return its exit code."""
+    """Run the script. Return the exit code: 1 if a count has grown."""
     if arguments == ["--all"]:
         _print(list(files()))
         return 0
