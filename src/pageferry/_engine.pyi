@@ -1,7 +1,7 @@
-"""Rust engine: per-page and per-fault mechanisms. This stub is its reference.
+"""Rust engine: per-page and per-fault mechanisms. This stub is the reference of its interface.
 
 Lengths, offsets and addresses are in bytes unless stated otherwise. Calls that take longer than 50 us release the GIL,
-and long ones check for signals. Errors of system calls are raised as OSError with their errno.
+and long calls check for signals. Errors of system calls are raised as OSError with their errno.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,11 @@ LARGE_PAGE: int
 
 @disjoint_base
 class Mapping:
-    """Shared mapping of a file or a part of it, aligned to 2 MiB in our address space. Supports the buffer protocol.
+    """Shared mapping of a file, or of a part of a file, aligned to 2 MiB in our address space. Supports the buffer
+    protocol.
 
-    `memoryview(m)` and `numpy.frombuffer(m, ...)` return writable views without a copy. The descriptor is duplicated.
+    `memoryview(m)` and `numpy.frombuffer(m, ...)` return writable views without a copy. The constructor duplicates the
+    descriptor.
     """
 
     def __new__(cls, fd: int, length: int, offset: int = 0) -> Self: ...
@@ -27,21 +29,21 @@ class Mapping:
     def length(self) -> int:
         """Length in bytes."""
     def fileno(self) -> int:
-        """Return the descriptor of the file, which the mapping owns."""
+        """Return the descriptor of the file. The mapping owns the descriptor."""
     def data_ranges(self) -> list[_Range]:
-        """Return the ranges that hold data (SEEK_DATA, SEEK_HOLE), as (start, end). Reading any other byte would
-        allocate a page."""
+        """Return the ranges that contain data (SEEK_DATA, SEEK_HOLE), as (start, end). A read outside these ranges
+        allocates a page."""
     def large_units(self) -> list[bool]:
-        """Return which 2 MiB units are backed by a huge page. Holes are not filled."""
+        """Return, for each 2 MiB unit, whether it is backed by a huge page. Holes are not filled."""
     def close_memory(self) -> None:
-        """Make the mapping read-only. New buffers are read-only; a write through an existing one terminates the program
-        with a message and SIGSEGV."""
+        """Make the mapping read-only. New buffers are read-only. A write through an existing buffer terminates the
+        program with a message and SIGSEGV."""
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class PageSet:
-    """Set of base pages of a region. `pages` is the size of the region; page numbers start at 0."""
+    """Set of base pages of a region of `pages` pages. Page numbers start at 0."""
 
     def __new__(cls, pages: int) -> PageSet: ...
     @staticmethod
@@ -62,16 +64,16 @@ class PageSet:
     def runs(self) -> list[_Range]:
         """Return the runs of consecutive pages in the set, as (start, end)."""
     def pack(self) -> bytes:
-        """Serialise the set as its compressed bitmap."""
+        """Return the set as a compressed bitmap."""
     @staticmethod
     def unpack(data: bytes, pages: int) -> PageSet:
-        """Deserialise a packed set, for a region of `pages` pages. Allocates no more than its bitmap. Raises ValueError
-        if `data` is not a set of pages of this region."""
+        """Return the set that `pack` has serialised, for a region of `pages` pages. Allocates at most the memory of one
+        bitmap. Raises ValueError if `data` is not a set of pages of such a region."""
     def copy(self) -> PageSet: ...
 
 @final
 class Advice:
-    """Advice of madvise(2) about a range of memory: `Advice.COLD` is MADV_COLD."""
+    """Advice of madvise(2) about a range of memory. `Advice.COLD` is MADV_COLD, and so on."""
 
     COLD: Final[Advice]
     COLLAPSE: Final[Advice]
@@ -88,55 +90,59 @@ class Advice:
 
 @final
 class KeptUserfault:
-    """Userfaultfd of which its process keeps a copy, so that blocked threads stay blocked if this process exits."""
+    """Userfaultfd of another process, or of our own. Another process keeps its descriptor open, so that its blocked
+    threads stay blocked if this process exits."""
 
     @property
     def descriptor(self) -> int:
-        """Descriptor in this process, which the caller closes."""
+        """Descriptor in this process. The caller must close it."""
     @property
     def number(self) -> int | None:
-        """Number of the descriptor in the process; None for our own process."""
+        """Number of the descriptor in the other process; None for our own process."""
 
 @final
 class Space:
-    """Address space of a process; without an argument, of our own. Opening it does not affect the process.
+    """Address space of the process `pid`, by default of our own process. Creating the object does not affect the
+    process.
 
-    A system call in another process is executed by ptrace, which stops the process for less than a millisecond. Such a
-    call raises OSError with the errno of the call; PermissionError or ProcessLookupError if it cannot be executed.
+    A system call in another process is injected by ptrace, which stops the process for less than a millisecond. A
+    method that makes such a call raises OSError with the errno of the call, or PermissionError or ProcessLookupError if
+    the call cannot be injected.
     """
 
     def __new__(cls, pid: int | None = None) -> Space: ...
     @property
     def pid(self) -> int: ...
     def missing_faults(self, *, discards: bool = False) -> KeptUserfault:
-        """Create a userfaultfd for a `Pager`. With `discards`, it reports memory that is discarded, for example by a
-        balloon."""
+        """Create a userfaultfd for a `Pager`. With `discards`, the userfaultfd reports memory that the process
+        discards, for example through a balloon."""
     def write_traces(self) -> KeptUserfault:
-        """Create a userfaultfd for traces that a `Saver` leaves or takes up."""
+        """Create a userfaultfd for the traces that a `Saver` leaves installed or takes over (`traces`)."""
     def descriptor(self, number: int) -> int:
         """Return a duplicate of a descriptor of the process (pidfd_getfd)."""
     def collapse(self, address: int, length: int) -> None:
-        """Back a range by huge pages, or map existing huge pages as such (process_madvise, MADV_COLLAPSE)."""
+        """Replace the base pages of a range by huge pages, and map huge pages by PMD mappings (process_madvise,
+        MADV_COLLAPSE)."""
     def madvise(self, address: int, length: int, advice: Advice) -> None:
-        """Advise the kernel about a range. COLD, COLLAPSE and PAGEOUT do not stop the process (process_madvise); the
-        process itself executes all other advice."""
+        """Advise the kernel about a range. COLD, COLLAPSE and PAGEOUT do not stop the process (process_madvise). For
+        any other advice, the process itself calls madvise(2)."""
     def make_read_only(self, address: int, length: int) -> None:
         """Make a mapping read-only (mprotect)."""
     def mmap(self, length: int) -> int:
         """Map private memory, readable and writable, at an address that the kernel chooses. Return the address."""
     def munmap(self, address: int, length: int) -> None:
-        """Unmap a range of another process."""
+        """Unmap a range of the process (munmap)."""
     def ioctl(self, descriptor: int, request: int, argument: int) -> int:
-        """Make another process call ioctl(2) on one of its descriptors. `argument` is a number, or an address in that
+        """Make the process call ioctl(2) on one of its descriptors. `argument` is a number, or an address in the
         process. Return the result."""
     def close_fd(self, number: int) -> None:
-        """Close a descriptor of another process."""
+        """Close a descriptor of the process."""
     def getppid(self) -> int:
-        """Return the result of getppid(2), executed by another process: proof that it executes calls."""
+        """Return the result of getppid(2) in the process. For probes: shows that system calls can be injected."""
     def present(self, address: int, length: int) -> list[_Range]:
-        """Return the parts of a range whose pages are mapped, as (start, end)."""
+        """Return the parts of a range whose pages are mapped, as pairs of addresses (start, end)."""
     def large_mapped(self, address: int, length: int) -> list[_Range]:
-        """Return the parts of a range that are mapped as huge pages, as (start, end)."""
+        """Return the parts of a range that are mapped as huge pages, as pairs of addresses (start, end)."""
 
 @final
 class MappedSegment:
@@ -152,22 +158,22 @@ class MappedSegment:
     def address(self) -> int: ...
     @property
     def length(self) -> int:
-        """Bytes."""
+        """Length in bytes."""
     @property
     def region(self) -> int:
         """Index of the region."""
     @property
     def first_page(self) -> int:
-        """First page of the region that is mapped at `address`."""
+        """Number of the page of the region that is mapped at `address`."""
 
 @final
 class Trace:
     """Write traces over segments (S2): userfaultfd write protection in asynchronous mode, collected by PAGEMAP_SCAN.
 
-    With `release_after` 0, each base page is traced. With n > 0, a huge page is unprotected and mapped as such again
-    after n of its base pages were written; all of its pages count as written. `large` lists the 2 MiB units of each
-    region that are backed by huge pages; omitted regions have none. The traces are removed when the object is destroyed
-    or its process exits.
+    With `release_after` = 0, each base page is traced. With n > 0, a huge page is unprotected after n of its base pages
+    were written. It is then mapped as a huge page again, and all of its base pages count as written. `large` lists the
+    2 MiB units of each region that are backed by huge pages; an omitted region has none. The traces are removed when
+    the object is destroyed or when this process exits.
     """
 
     def __new__(
@@ -177,45 +183,45 @@ class Trace:
         large: Sequence[Sequence[bool]] | None = None,
         userfaults: dict[int, int] | None = None,
     ) -> Trace:
-        """Install the traces. `userfaults` are those of an acquired pager (`Pager.hold`); the traces then cover base
-        pages and stay until the pager is released."""
+        """Install the traces. `userfaults` are the userfaultfds of an acquired pager (`Pager.hold`). With them, the
+        traces cover base pages, and stay installed until the pager is released."""
     @property
     def install_seconds(self) -> float: ...
     @property
     def released_units(self) -> int: ...
     def collect(self, dirty: Sequence[PageSet]) -> None:
-        """Protect the pages written since the last call again, and add them to `dirty` (one set per region).
+        """Add the pages written since the last call to `dirty` (one set per region), and protect them again.
 
-        Raises ProcessLookupError if a process has exited, in which case its last writes are unknown. The pages found
-        are added nevertheless.
+        Raises ProcessLookupError if a process has exited, whose last writes are then unknown. The pages that were found
+        before the error are added nevertheless.
         """
     def peek(self, dirty: Sequence[PageSet]) -> None:
-        """Add the pages written since the last `collect`, without resetting them: the next `collect` reports them
-        again."""
+        """Add the pages written since the last `collect` to `dirty`, without protecting them: the next `collect`
+        reports them again."""
     def release(self, segment: int) -> None:
-        """Remove the traces from one segment, given by its index. Later writes to it are not reported."""
+        """Remove the trace from the segment with index `segment`. Later writes to this segment are not reported."""
     def remove(self) -> None: ...
 
 _Section = tuple[int, bytes]
-"""Kind of a section (see `pageferry.images.metadata`), and its contents."""
+"""Section of an image: its kind (see `pageferry.images.metadata`) and its contents."""
 
 _Range = tuple[int, int]
-"""Start and end of a range: bytes, addresses or pages, as the call says. The end is exclusive."""
+"""Start and end of a range, in bytes, addresses or pages as documented by the call. The end is exclusive."""
 
 _Extent = tuple[int, int]
-"""Address or offset of a part of memory or of a file, and its length, bytes."""
+"""Part of memory or of a file: its address or offset, and its length in bytes."""
 
 class _ImageFormat(TypedDict, total=False):
     codec: str
-    """Codec of the page blocks: none, lz4 (default) or zstd."""
+    """Codec of the page blocks: `none`, `lz4` (default) or `zstd`."""
     page_block: int
-    """Unit of compression, bytes (default: 64 KiB)."""
+    """Size of a page block, the unit of compression, bytes (default: 64 KiB)."""
     storage_block: int
-    """Unit of reading, bytes (default: 1 MiB)."""
+    """Maximum size of a storage block, the unit of reading, bytes (default: 1 MiB)."""
 
 @final
 class WrittenImage:
-    """Complete image file."""
+    """Result of writing an image file."""
 
     @property
     def digest(self) -> int:
@@ -226,7 +232,7 @@ class WrittenImage:
 
 @final
 class ImageWriter:
-    """Writer of images from given storage blocks, for tests."""
+    """Writer of an image from given storage blocks and page maps, for tests."""
 
     def __new__(cls, fd: int, id: bytes, **format: Unpack[_ImageFormat]) -> ImageWriter: ...
     def append(self, region: int, pages: Sequence[tuple[int, bytes]]) -> int:
@@ -237,42 +243,45 @@ class ImageWriter:
 
 @final
 class PageStore:
-    """Writer of images from selected pages of regions, while the workload may write to them. `regions` are their
-    numbers of pages.
+    """Writer of an image from selected pages, to which the workload may write at the same time. `regions` are the
+    numbers of pages of the regions.
 
-    The user of the image must know which pages were written in the meantime. Raises OSError if the image cannot be
+    The caller must find out which pages were written after they were added. Raises OSError if the image cannot be
     written.
     """
 
     def __new__(cls, fd: int, id: bytes, regions: Sequence[int], **format: Unpack[_ImageFormat]) -> PageStore: ...
     def add(self, region: int, memory: Mapping, pages: PageSet) -> PageSet:
-        """Add the present pages among `pages`. Return these pages."""
+        """Add those of `pages` that are in memory. Return the set of the added pages."""
     def finish(self, sections: Sequence[_Section], parent: ImageChain | None = None) -> WrittenImage:
-        """Write the index and sync. Pages that were not added refer to `parent`."""
+        """Write the index, and sync the file. Pages that were not added refer to `parent`."""
 
 class _PagerOptions(TypedDict, total=False):
     working_set: Sequence[int]
-    """Windows of 16 pages, counted over all regions, that are loaded first (default: none)."""
+    """Numbers of the windows that are loaded first (default: none). A window is 16 pages; windows are counted over all
+    regions."""
     begin: Literal["empty", "kept", "taken-over"]
-    """Initial state. `empty` (default): the files are emptied, and all contents are deferred. `kept`: the bitmap is
-    set, and the files hold all other pages. `taken-over`: as `kept`, from another pager."""
+    """Initial state. `empty` (default): the files are emptied, and all contents are deferred. `kept`: the bitmap
+    contains the deferred pages, and the files contain all other pages. `taken-over`: like `kept`, but another pager has
+    served this memory before."""
     fill: Literal["none", "gentle", "eager"]
-    """Loading of pages that have not been requested: not at all, with precedence for faults (default), or at full
-    speed."""
+    """Loading of pages that have not been accessed: not at all (`none`), in the background with pauses while faults
+    occur (`gentle`, default), or at full speed (`eager`)."""
     on_failure: Literal["block", "sigbus"]
-    """Result of an access to a page that cannot be loaded (default: `block`)."""
+    """Effect of an access to a page that cannot be loaded: the thread waits (`block`, default) or receives SIGBUS
+    (`sigbus`)."""
     whole_blocks: bool
-    """Whether a fault loads its whole storage block (default: True)."""
+    """Whether a fault loads the whole storage block of its page (default: True)."""
     evicting: bool
-    """Whether pages will be evicted (default: False)."""
+    """Whether `evict` may be called (default: False)."""
     checks_removals: bool
-    """Whether a reported removal is a discard only if the file system reports a hole; by default, every removal is
-    one."""
+    """Whether a removal that the userfaultfd reports counts as a discard only if the file system reports a hole there
+    (default: False: every removal counts as a discard)."""
 
 @final
 class TargetRegion:
-    """Region whose contents a `Placer` or `Pager` provides. `large` lists the 2 MiB units that are huge at the source
-    or in the image; missing ones are not."""
+    """Region whose contents a `Placer` or `Pager` provides. `large` states for each 2 MiB unit whether it is a huge
+    page at the source or in the image. Units beyond the end of `large` are not."""
 
     def __new__(cls, mapping: Mapping, page_size: int, large: Sequence[bool] = ...) -> TargetRegion: ...
     @property
@@ -288,19 +297,19 @@ class PagerCounters:
 
     @property
     def faults(self) -> int:
-        """Faults."""
+        """Number of faults."""
     @property
     def missed(self) -> int:
-        """Faults on deferred pages."""
+        """Number of faults on deferred pages."""
     @property
     def loaded(self) -> int:
-        """Pages loaded."""
+        """Number of pages loaded."""
     @property
     def prefetched(self) -> int:
-        """Pages loaded in the background."""
+        """Number of pages loaded in the background."""
     @property
     def bytes_read(self) -> int:
-        """Bytes read from the image, or received from the peer."""
+        """Number of bytes read from the image or received from the peer."""
     @property
     def service(self) -> float:
         """Total service time of the faults, seconds."""
@@ -317,26 +326,27 @@ class Failure:
         """Index of the region."""
     @property
     def page(self) -> int:
-        """Page within the region."""
+        """Number of the page within the region."""
     @property
     def accessed(self) -> bool:
-        """Whether a thread waits for the page."""
+        """Whether a thread has accessed the page and waits for it."""
     @property
     def message(self) -> str:
-        """Reason."""
+        """Reason for the failure."""
 
 @final
 class Pager:
-    """Pager: loads pages on demand, from an image or a peer, and all others in the background (S8, S10).
+    """Loader of deferred pages from an image or a peer: accessed pages on demand, all others in the background (S8,
+    S10).
 
-    `userfaults` maps the ID of every process of `segments` to a descriptor from
-    `Space.missing_faults`. `flags` is the descriptor of the deferred bitmap, a file of `flags_length` bytes from which
-    another pager can take over: bit n (little-endian) belongs to page n of all regions.
+    `userfaults` maps the ID of every process of `segments` to a descriptor from `Space.missing_faults`. `flags` is the
+    descriptor of the deferred bitmap, a file of `flags_length` bytes. Bit n (little-endian) belongs to page n, counted
+    over all regions. Another pager can take over from this file.
 
-    With `begin` = `empty`, the files must not be mapped by other processes than those of `segments`. Otherwise deferred
-    pages that are mapped are unmapped. Raises OSError if a running workload maps them again.
+    With `begin` = `empty`, only the processes of `segments` may map the files. With any other `begin`, deferred pages
+    that are mapped are unmapped first. Raises OSError if a running workload maps them again.
 
-    Dropping the pager leaves the workload blocked at its next access to a deferred page.
+    After the pager has been destroyed, the workload blocks at its next access to a deferred page.
     """
 
     def __new__(
@@ -352,8 +362,8 @@ class Pager:
     def flags_length(pages: int) -> int: ...
     @staticmethod
     def set_flags(flags: int, missing: Sequence[PageSet]) -> None:
-        """Set the bits of deferred pages in a bitmap file, given by its descriptor, with one set per region. Call this
-        before a pager uses the file."""
+        """Set the bits of deferred pages in a bitmap file. `flags` is its descriptor; `missing` contains one set per
+        region. Call this before a pager uses the file."""
     @property
     def pending(self) -> int:
         """Number of deferred pages."""
@@ -366,90 +376,97 @@ class Pager:
     def counters(self) -> PagerCounters: ...
     @property
     def histogram(self) -> list[int]:
-        """Faults by service time: bin k counts those of at least 2**(k - 1) us and less than 2**k us."""
+        """Number of faults by service time. Bin k counts service times of at least 2**(k - 1) us and less than 2**k
+        us."""
     @property
     def touched(self) -> list[int]:
-        """Windows of 16 pages in the order of their first fault on a deferred page."""
+        """Numbers of the windows of 16 pages with faults on deferred pages, in the order of their first fault."""
     @property
     def failures(self) -> list[Failure]:
         """Pages that could not be loaded."""
     def wait(self, timeout: float, known: int = 0) -> bool:
-        """Wait until the pager has finished, until there are more than `known` failures, or for `timeout` seconds.
-        Return whether it has finished."""
+        """Wait until the pager has finished or has more than `known` failures, for at most `timeout` seconds. Return
+        whether the pager has finished."""
     def fill(self, working_set: Sequence[int], eager: bool = False) -> None:
-        """Start to load the working set, then all pages, for a pager that was created with `fill` = `none`. `eager`: at
-        full speed. Call this once."""
+        """Start to load the working set and then all other pages; with `eager`, at full speed. Requires a pager that
+        was created with `fill` = `none`. Call this once."""
     def ensure(self, region: int, first: int, count: int) -> None:
-        """Load pages, for readers that bypass the workload's page tables.
+        """Load `count` pages of a region from page `first` on, and return when they are present. Required before any
+        read that bypasses the workload's page tables.
 
-        Raises ValueError if a page is damaged, ConnectionResetError if the connection to the peer is lost, OSError if
-        the pager has been stopped.
+        Raises ValueError if a page is damaged, ConnectionResetError if the connection to the peer is lost, or OSError
+        if the pager has been stopped.
         """
     def hold(self) -> dict[int, int] | None:
-        """Acquire the pager, to install write traces (`Trace`, `Saver`) until `release`. Return its userfaultfd by
-        process ID, or None if all pages are loaded or about to be. Pages are still loaded; this does not count as a
-        write.
+        """Acquire the pager, so that write traces (`Trace`, `Saver`) can use its userfaultfds until `release` is
+        called. Return the descriptor of the userfaultfd of each process ID, or None if all pages are loaded or are
+        about to be. The pager continues to load pages; loading a page does not count as a write.
 
-        Raises OSError: EBUSY if the pager is acquired already, EINVAL if the kernel lacks support.
+        Raises OSError EBUSY if the pager is already acquired, or OSError EINVAL if the kernel lacks support.
         """
     def release(self) -> None:
-        """Release the pager: remove the traces, and let it finish when all pages are loaded."""
+        """Remove the traces and release the pager, which then finishes when all pages are loaded."""
     def large(self, region: int) -> list[bool]:
-        """Return the 2 MiB units of a region that are backed by huge pages once their contents are present."""
+        """Return, for each 2 MiB unit of a region, whether it is backed by a huge page once its contents are
+        present."""
     def populate(self) -> None:
-        """Map all present pages, huge pages as such (S1), before the workload resumes on existing memory."""
+        """Map all present pages (S1), huge pages by PMD mappings. Call this before the workload resumes on existing
+        memory."""
     def reconnect(self, source: PeerSource) -> None:
-        """Continue over another connection, and repeat the requests that faults wait for. Raises ValueError if the
-        connection is in use."""
+        """Continue over another connection to the peer, and repeat the requests for which faults wait. Raises
+        ValueError if another pager uses the connection, or if the pager loads from an image."""
     def evict(self, region: int, pages: PageSet) -> int:
-        """Evict pages whose contents are in the chain; a later access loads them again. Return the number of evicted
-        pages.
+        """Evict pages whose contents are in the image chain. A later access loads them again. Return the number of
+        evicted pages.
 
-        Requires `evicting`, and the workload must be paused. Raises OSError if it maps the memory nevertheless, or if
-        its mappings cannot be changed; nothing is lost.
+        Requires `evicting`. The workload must be paused, and must not have written to the pages since they were stored.
+        Raises OSError if the workload maps the memory nevertheless, or if its mappings cannot be changed. Pages that
+        were evicted before the error stay evicted, and all others are unchanged.
         """
     def evicted(self) -> None:
-        """End evictions: the pager finishes when all pages are loaded."""
+        """Declare that no more pages will be evicted: the pager finishes when all pages are loaded."""
     def stop(self) -> None:
-        """Stop all threads. Accesses to deferred pages block until another pager takes over."""
+        """Stop all threads of the pager. Accesses to deferred pages block until another pager takes over."""
     def abandon(self) -> None:
-        """Stop all threads, for a workload that will never resume on this memory. Blocked threads continue, and read
-        zeros."""
+        """Stop all threads of the pager, for a workload that will never resume on this memory. Blocked threads of the
+        workload continue, and read zeros from deferred pages."""
 
 @final
 class SplitPage:
-    """Huge page that a `Sampler` could not restore."""
+    """Huge page whose mapping a `Sampler` could not restore."""
 
     @property
     def address(self) -> int:
         """Address of the huge page."""
     @property
     def reason(self) -> str:
-        """Error of the kernel."""
+        """Error message of the failed system call."""
 
 @final
 class Sampler:
     """Sampler of accesses to the base pages of huge pages of a process (S3). Huge pages are given by their addresses.
 
-    Splits mappings, but never huge pages. Registered pages are restored when the sampler is destroyed.
+    The sampler splits mappings, but never huge pages. It restores the mappings of registered pages when it is
+    destroyed.
     """
 
     def __new__(cls, space: Space) -> Sampler: ...
     def hold(self, pages: Sequence[int]) -> list[int]:
-        """Make each page a separate mapping, by registering it with a userfaultfd. Return the pages that are no longer
-        mapped.
+        """Register each huge page with a userfaultfd, which makes it a separate mapping. Return the huge pages that are
+        no longer mapped.
 
-        Raises OSError EBUSY if a page is registered with another userfaultfd.
+        Raises OSError EBUSY if a huge page is registered with another userfaultfd.
         """
     def split(self, pages: Sequence[int], *, marked: bool) -> None:
-        """Split the mappings of registered pages. With `marked` (shared memory), unmap their base pages, so that
-        accesses map them."""
+        """Split the PMD mappings of registered huge pages. With `marked` (for shared memory), also unmap their base
+        pages: an access then maps the base page again."""
     def cool(self, pages: Sequence[int]) -> None:
-        """Clear the accessed bits of pages and flush the TLB (MADV_COLD). Locked memory is not affected."""
+        """Clear the accessed bits of huge pages and flush the TLB (MADV_COLD). Locked memory is not affected."""
     def touched(self, pages: Sequence[int]) -> list[bytes]:
-        """Return which base pages of each page are mapped, as 512 bits (little-endian)."""
+        """Return, for each huge page, which of its base pages are mapped, as 512 bits (little-endian)."""
     def restore(self) -> list[SplitPage]:
-        """Unregister all pages, and map those that were split as huge pages again. Return those that stay split."""
+        """Unregister all huge pages, and restore their PMD mappings. Return the huge pages whose mappings stay
+        split."""
 
 @final
 class Populated:
@@ -457,23 +474,23 @@ class Populated:
 
     @property
     def large(self) -> int:
-        """Huge pages mapped as such."""
+        """Number of huge pages mapped by PMD mappings."""
     @property
     def small(self) -> int:
-        """Base pages mapped."""
+        """Number of base pages mapped."""
     @property
     def failed(self) -> int:
-        """Huge pages left to their first access."""
+        """Number of huge pages that could not be mapped; their first access maps them."""
     @property
     def seconds(self) -> float:
-        """Time in all workers, seconds."""
+        """Time spent by all workers together, seconds."""
 
 @final
 class Placer:
-    """Placer of received pages in their slots (S6, S7), which populates the workload's page tables (S1, S5).
+    """Writer of received pages to their slots (S6, S7), which also populates the workload's page tables (S1, S5).
 
-    `targets` are the regions, in new files. With `workers` > 0, units are mapped into the workload's page tables as
-    soon as all of their slots have been received.
+    `targets` are the regions, in new files. With `workers` > 0, that number of threads maps each 2 MiB unit into the
+    workload's page tables as soon as all of its pages have been received.
     """
 
     def __new__(
@@ -489,36 +506,37 @@ class Placer:
         """Number of pages that have not been received."""
     @property
     def fallbacks(self) -> int:
-        """Number of huge pages of the source that could not be allocated as such."""
+        """Number of huge pages of the source for which no huge page could be allocated."""
     @property
     def populated(self) -> Populated: ...
     def populate(self, region: int, units: Sequence[int]) -> None:
-        """Map the 2 MiB units of a region of which all pages have been received.
+        """Map those of the given 2 MiB units of a region of which all pages have been received.
 
-        Raises ValueError if there is no such region or unit.
+        Raises ValueError if the region or a unit does not exist.
         """
     def allocate_ahead(self, region: int, units: Sequence[int]) -> None:
-        """Allocate huge pages for those of the 2 MiB units that are huge at the source, unless they have been
-        allocated."""
+        """Allocate huge pages for those of the given 2 MiB units that are huge pages at the source, unless they have
+        already been allocated."""
     def finish(self, *, populate_rest: bool) -> None:
-        """Wait for the workers. With `populate_rest`, then map all other present pages by UFFDIO_CONTINUE.
+        """Wait for the workers. With `populate_rest`, map all other present pages afterwards (UFFDIO_CONTINUE).
 
-        Holes, including zero pages of units backed by base pages, are left to their first access.
+        Holes are not mapped before their first access. They include the zero pages of units that are backed by base
+        pages.
         """
 
 @final
 class ProcessRange:
-    """Range of the memory of a process that can be saved, regardless of its backing. It is read by process_vm_readv."""
+    """Range of the memory of a process, with any backing, that a `Saver` reads by process_vm_readv."""
 
     def __new__(cls, space: Space, address: int, length: int) -> ProcessRange: ...
     def data_ranges(self) -> list[_Range]:
-        """Return the ranges that are present in memory or swap, as (start, end)."""
+        """Return the ranges that are in memory or swap, as (start, end)."""
 
 class _SaverOptions(_ImageFormat, total=False):
     parent: ImageChain | None
-    """Chain of parent images. Pages that it holds are not stored again."""
+    """Chain of parent images, or None. Pages whose contents are in the chain are not stored again."""
     trap_block: int
-    """Bytes that a trap copies and unprotects (default: 64 KiB)."""
+    """Number of bytes that a trap copies and unprotects (default: 64 KiB)."""
     staging: int
     """Size of the staging buffer, bytes (default: 16 MiB)."""
     bandwidth: int
@@ -526,10 +544,11 @@ class _SaverOptions(_ImageFormat, total=False):
     packers: int
     """Number of compression threads (default: 1)."""
     traces: tuple[Literal["leave", "take-up", "begin", "borrow"], dict[int, int]] | None
-    """Use of write traces, and the userfaultfds by process ID. `leave` (from `Space.write_traces`): leave traces from
-    the snapshot point on. `take-up`: such traces were installed when `parent` was saved; only the pages that they
-    report are saved. `begin`: install traces now and leave them; all pages are saved in rounds. `borrow` (from
-    `Pager.hold`): use the traces of an acquired pager; all pages are saved."""
+    """Use of write traces, and the descriptor of the userfaultfd of each process ID; None for no traces. `leave`:
+    install traces at the snapshot point, with userfaultfds from `Space.write_traces`, and leave them installed.
+    `take-up`: use the traces that were left when `parent` was saved, and save only the pages that they report. `begin`:
+    install traces at once, save all pages in rounds, and leave the traces installed. `borrow`: use the userfaultfds of
+    an acquired pager (`Pager.hold`), and save all pages."""
 
 @final
 class SaveCounters:
@@ -537,55 +556,55 @@ class SaveCounters:
 
     @property
     def traps(self) -> int:
-        """Writes that were trapped."""
+        """Number of trapped writes."""
     @property
     def early_traps(self) -> int:
-        """Traps before the snapshot point."""
+        """Number of traps before the snapshot point."""
     @property
     def swept(self) -> int:
-        """Blocks saved by the sweep."""
+        """Number of trap blocks saved by the sweep."""
     @property
     def staging_waits(self) -> int:
-        """Traps that waited for the staging buffer."""
+        """Number of traps that waited for space in the staging buffer."""
     @property
     def longest_trap(self) -> int:
-        """Longest trap, ns."""
+        """Duration of the longest trap, ns."""
     @property
     def trap_time(self) -> int:
-        """Total time in traps, ns."""
+        """Total duration of all traps, ns."""
     @property
     def pages(self) -> int:
-        """Pages classified."""
+        """Number of classified pages."""
     @property
     def absent(self) -> int:
-        """Pages not in memory; complete after `finish`."""
+        """Number of pages that are not in memory. The count is complete after `finish`."""
     @property
     def zero(self) -> int:
-        """Pages of zeros."""
+        """Number of pages of zeros."""
     @property
     def pattern(self) -> int:
-        """Pages of one repeated word."""
+        """Number of pages of one repeated word."""
     @property
     def same_as(self) -> int:
-        """Pages equal to another page of the image."""
+        """Number of pages identical to another page of the image."""
     @property
     def data(self) -> int:
-        """Pages stored."""
+        """Number of stored pages."""
     @property
     def in_parent(self) -> int:
-        """Pages stored in the parent."""
+        """Number of pages whose contents are in the parent."""
     @property
     def stored(self) -> int:
-        """Bytes in storage blocks."""
+        """Total size of the storage blocks, bytes."""
     @property
     def blocks(self) -> int:
-        """Storage blocks."""
+        """Number of storage blocks."""
     @property
     def writes(self) -> int:
-        """Write calls."""
+        """Number of write calls."""
     @property
     def written(self) -> int:
-        """Pages that a trace has reported as written."""
+        """Number of pages that a trace has reported as written."""
 
 @final
 class SaveFinished:
@@ -599,22 +618,23 @@ class SaveFinished:
         """Size of the file, bytes."""
     @property
     def writes(self) -> int:
-        """Write calls."""
+        """Number of write calls."""
     @property
     def blocks(self) -> int:
-        """Storage blocks."""
+        """Number of storage blocks."""
 
 @final
 class Saver:
     """Lazy checkpoint (S4): saves memory as of a snapshot point to an empty file while the workload keeps running.
 
-    `regions` are pairs of a mapping, or range of a process, and the page size of its file. Creating the saver protects
-    `segments` while the workload runs; without segments, the workload must stay paused until the end. Then call `begin`
-    at the snapshot point, `sweep` when the workload has resumed, `wait` until everything is written, and `finish`, each
-    once.
+    `regions` are pairs: a `Mapping` or `ProcessRange`, and the page size of its file. Creating the saver protects
+    `segments` while the workload runs. Without segments, the workload must stay paused until `finish` returns. Then
+    call in this order: `begin` at the snapshot point, `sweep` when the workload has resumed, `wait` until it returns
+    True, `finish`.
 
-    Raises OSError with the errno of the failed call (ENOSPC: the disk is full), InterruptedError if cancelled,
-    ProcessLookupError if the workload exited, PermissionError. After an error no memory is protected.
+    Methods raise OSError with the errno of the failed call (ENOSPC if the disk is full), PermissionError if the kernel
+    denies access, InterruptedError if the checkpoint was cancelled, or ProcessLookupError if the workload exited. After
+    an error no memory is protected.
     """
 
     def __new__(
@@ -625,42 +645,47 @@ class Saver:
         id: bytes,
         **options: Unpack[_SaverOptions],
     ) -> Saver:
-        """Protect the segments, or install the traces. Raises LookupError, here or from any call before `sweep`, if the
-        traces cannot be used; save again without them."""
+        """Protect the segments, or install the traces. This and every call before `sweep` raise LookupError if the
+        traces cannot be used. Save again without traces in this case."""
     @property
     def leaves_traces(self) -> bool:
-        """Whether, after `finish`, traces cover all memory since the snapshot point."""
+        """Whether traces that cover all memory since the snapshot point stay installed after `finish`."""
     @property
     def arm_seconds(self) -> float:
         """Time to protect all memory or to install the traces, seconds."""
     @property
     def pages(self) -> Literal["swept", "written", "all"]:
-        """How pages to save are found: `swept` by traps and the sweep; `written` by a trace since the parent; `all`
-        pages, and then those that a trace reports, which is installed now. With a trace, copy in rounds while the
-        workload runs: call `copy_range` for all pages if `all`, then `collect`, `scan`, and `copy` and `collect` until
-        few pages remain. `begin` copies the last ones."""
+        """Pages to save. `swept`: all pages, found by traps and the sweep. `written`: the pages that a trace has
+        reported since the parent was saved. `all`: all pages, and then those that a new trace reports. With a trace,
+        copy pages in rounds while the workload runs. If `all`, call `copy_range` for all pages first. Then call
+        `collect` and `scan`, and repeat `copy` and `collect` until few pages remain. `begin` copies the remaining
+        pages."""
     def collect(self) -> int:
-        """Collect the pages that have been written, protect them again, and return the number of pages to copy."""
+        """Collect the pages that were written since the last call, and protect them again. Return the number of pages
+        to copy."""
     def scan(self) -> int:
-        """Find pages that have lost their contents without a write, and return the number of pages to copy. Required
+        """Find the pages that have lost their contents without a write. Return the number of pages to copy. Call this
         before `begin`."""
     def copy(self) -> None:
-        """Copy the collected pages. Wait for the staging buffer. Direct I/O must have been drained since `collect`."""
+        """Copy the collected pages. Waits for space in the staging buffer. Direct I/O must have been drained since
+        `collect`."""
     def copy_range(self, region: int, first: int, count: int) -> None:
-        """Copy all present pages of a range. Direct I/O must have been drained since the traces were installed."""
+        """Copy the present pages among `count` pages of a region, from page `first` on. Direct I/O must have been
+        drained since the traces were installed."""
     def lost(self) -> bool:
-        """Return whether memory has been discarded since the last call. If so, `scan` again: copied pages may have to
-        be copied once more."""
+        """Return whether memory has been discarded since the last call. If so, call `scan` again, because copied pages
+        may have to be copied once more."""
     def begin(self) -> float:
-        """Set the snapshot point, while the workload is paused. Return the duration in seconds."""
+        """Set the snapshot point. The workload must be paused. Return the duration of the call, seconds."""
     def sweep(self) -> None:
-        """Start to save the blocks that the workload does not write."""
+        """Start the sweep, which saves all blocks that no trap has saved."""
     def wait(self, seconds: float) -> bool:
-        """Wait up to `seconds` until everything is written or has failed. Return whether that is the case."""
+        """Wait up to `seconds` until all pages are written or the checkpoint has failed. Return whether one of these is
+        the case."""
     def cancel(self) -> None:
-        """Cancel the checkpoint. All memory is unprotected at once."""
+        """Cancel the checkpoint, and unprotect all memory at once."""
     def finish(self, sections: Sequence[_Section]) -> SaveFinished:
-        """Wait for all threads, add sections, write the index and sync."""
+        """Wait for all threads, write the sections and the index, and sync the file."""
     @property
     def counters(self) -> SaveCounters: ...
     def close(self) -> None:
@@ -668,128 +693,132 @@ class Saver:
 
 @final
 class SendProgress:
-    """Pages sent or received over streams so far; without arguments, none."""
+    """Pages that streams have sent or received so far. A new object counts nothing."""
 
     def __new__(cls) -> SendProgress: ...
     @property
     def bytes(self) -> int:
-        """Bytes transferred."""
+        """Number of bytes transferred."""
     @property
     def blocks(self) -> int:
-        """Storage blocks."""
+        """Number of storage blocks."""
     @property
     def data(self) -> int:
-        """Pages with contents."""
+        """Number of pages that are neither zero pages nor holes."""
     @property
     def zero(self) -> int:
-        """Pages of zeros."""
+        """Number of pages of zeros."""
     @property
     def absent(self) -> int:
-        """Pages that are holes."""
+        """Number of pages that are holes."""
     @property
     def pages(self) -> int:
-        """All pages."""
+        """Total number of pages."""
     def __hash__(self) -> int: ...
 
 @final
 class TlsIdentity:
-    """Certificate, including intermediate certificates, and private key (both PEM), for page streams.
+    """Certificate with its intermediate certificates, and private key (both in PEM), for page streams.
 
-    Raises ValueError if certificate or key is invalid or of an unsupported kind, or if they do not match.
+    Raises ValueError if the certificate or the key is invalid or of an unsupported kind, or if they do not match.
     """
 
     def __new__(cls, certificates: bytes, key: bytes) -> TlsIdentity: ...
     def connect(self, expected: bytes) -> TlsSession:
-        """Create the connecting side of a handshake with the peer that has this certificate (DER)."""
+        """Return the connecting side of a handshake with the peer that has the certificate `expected` (DER)."""
     def accept(self, accepted: Sequence[bytes]) -> TlsSession:
-        """Create the accepting side of a handshake with any peer that has one of these certificates (DER)."""
+        """Return the accepting side of a handshake with any peer that has one of the certificates `accepted` (DER)."""
 
 @final
 class TlsSession:
-    """One side of a TLS 1.3 connection, without I/O. Pass received bytes to `feed` and send the result of `outgoing`,
-    also after an error, because it then contains the alert.
+    """One side of a TLS 1.3 connection, without I/O. Pass received bytes to `feed`, and send the result of `outgoing`.
+    Do so after an error as well, because the result then contains the alert.
 
-    Raises PermissionError if the peer is not the expected one or violates the protocol; ValueError once a stream has
-    taken the session.
+    Methods raise PermissionError if the peer is not the expected one or violates the protocol, and ValueError after a
+    stream has taken over the session.
     """
 
     def feed(self, received: bytes) -> None: ...
     def outgoing(self) -> bytes: ...
     @property
     def established(self) -> bool:
-        """Whether the handshake is complete. The connecting side cannot know whether it has been accepted."""
+        """Whether the handshake is complete on this side. The connecting side cannot know whether the peer has accepted
+        it."""
     @property
     def peer_certificate(self) -> bytes | None:
-        """Certificate of the peer (DER); None before it was received."""
+        """Certificate of the peer (DER); None before it has been received."""
     def write(self, data: bytes) -> None:
-        """Seal data for the peer, once the handshake is complete."""
+        """Encrypt data for the peer; `outgoing` returns it. The handshake must be complete."""
     def read(self, count: int) -> bytes | None:
         """Return the next `count` bytes from the peer, or None if fewer have been received."""
 
 _Stream = int | tuple[int, TlsSession]
-"""Connected socket (the descriptor is duplicated): unencrypted, or with the TLS session established on it."""
+"""Descriptor of a connected socket, which is duplicated. Without a TLS session, the stream is unencrypted. A TLS
+session must have been established on this socket."""
 
 class _SendOptions(TypedDict, total=False):
     codec: str
-    """Codec of the page blocks: none (default), lz4 or zstd."""
+    """Codec of the page blocks: `none` (default), `lz4` or `zstd`."""
     timeout: float
-    """Time without a transferred byte after which a stream has failed, seconds (default: 30)."""
+    """Time without a transferred byte after which a stream counts as failed, seconds (default: 30)."""
     bandwidth: int
     """Bandwidth limit of all streams together, bytes per second; 0 (default) means unlimited."""
     adaptive: bool
-    """Whether blocks are not compressed while the link is faster than the codec (default: False)."""
+    """Whether blocks are sent uncompressed while the link is faster than the codec (default: False)."""
 
 class _BlockSenderOptions(_SendOptions, total=False):
     page_block: int
-    """Unit of compression, bytes (default: 64 KiB)."""
+    """Size of a page block, the unit of compression, bytes (default: 64 KiB)."""
     storage_block: int
-    """Unit of sending, bytes (default: 512 KiB)."""
+    """Maximum size of a storage block, the unit of sending, bytes (default: 512 KiB)."""
 
 @final
 class BlockSender:
-    """Sender of pages in storage blocks, over connected stream sockets (the descriptors are duplicated).
+    """Sender of pages in storage blocks over connected stream sockets, whose descriptors are duplicated.
 
-    Raises ConnectionResetError if the peer closes a stream, TimeoutError if no byte is transferred for `timeout`
-    seconds, InterruptedError if cancelled, PermissionError for a TLS error, OSError. After an error the streams are out
-    of step and must be closed.
+    Methods raise ConnectionResetError if the peer closes a stream, TimeoutError if no byte is transferred for `timeout`
+    seconds, InterruptedError if cancelled, PermissionError for a TLS error, or OSError for any other failed system
+    call. After an error the position in the streams is undefined; close them.
     """
 
     def __new__(cls, sockets: Sequence[_Stream], **options: Unpack[_BlockSenderOptions]) -> BlockSender: ...
     def send(self, regions: Sequence[Mapping], pages: Sequence[PageSet], round: int, *, barrier: bool = True) -> None:
-        """Send the pages of one set per region. With `barrier`, end the round on every stream.
+        """Send the pages of a round; `pages` contains one set per region. With `barrier`, end the round on every
+        stream.
 
-        Pages that have been freed since they were sent are sent as holes, because no trace reports them.
+        Pages that have been freed since they were sent are also sent, as holes, because no trace reports them.
         """
     @property
     def progress(self) -> SendProgress: ...
     @property
     def uncompressed(self) -> int:
-        """Number of storage blocks sent without the codec because the link was faster (`adaptive`)."""
+        """Number of storage blocks that were sent uncompressed because the link was faster than the codec
+        (`adaptive`)."""
     def cancel(self) -> None: ...
 
 @final
 class BlockReceiver:
-    """Receiver of storage blocks, which places their pages.
+    """Receiver of storage blocks, which passes their pages to `placer`.
 
-    Raises the same errors as `BlockSender`, ValueError if a block is invalid, and OSError ENOMEM without memory for its
-    pages.
+    Methods raise the same errors as those of `BlockSender`, ValueError if a block is invalid, and OSError ENOMEM if
+    memory for its pages cannot be allocated.
     """
 
     def __new__(cls, sockets: Sequence[_Stream], placer: Placer, timeout: float = 30.0) -> BlockReceiver: ...
     def receive(self, round: int) -> None:
-        """Receive until every stream has delivered the barrier of the round."""
+        """Receive blocks until the barrier of the round has been received on every stream."""
     @property
     def progress(self) -> SendProgress: ...
     def cancel(self) -> None: ...
 
 @final
 class PageServer:
-    """Source side of post-copy: serves the pages of a paused workload, requested pages first.
+    """Source side of post-copy: sends the pages of a paused workload, requested pages first.
 
-    `missing` are the pages of each region that the destination lacks. `urgent` is a connection for requests and
-    replies; `streams` are connections for all other pages. All of them must be new: not used for rounds before.
-    Replies count for the bandwidth limit without waiting for it. After a lost connection, create another server for
-    the pages that are missing then.
+    `missing` contains, for each region, the pages that the destination lacks. `urgent` is a connection for requests and
+    replies; `streams` are connections for all other pages. None of these connections may have been used for rounds.
+    Replies count towards the bandwidth limit, but do not wait for it. After a lost connection, create another server
+    for the pages that are still missing.
     """
 
     def __new__(
@@ -803,13 +832,13 @@ class PageServer:
     def start(self) -> None:
         """Start a thread that replies to requests until the peer closes the connection."""
     def push(self) -> None:
-        """Push all pages that have not been sent, starting at the last request. Return when all of them have been sent.
+        """Push all pages that have not been sent, starting at the last requested page. Return when all have been sent.
 
         Raises the same errors as `BlockSender`, and ValueError for malformed requests.
         """
     def cancel(self) -> None:
-        """Cancel the push and the replies. Do not call this before the destination has reported that it has all
-        pages."""
+        """End the push and the replies. For a successful end, first wait until the destination has reported that it has
+        all pages."""
     @property
     def progress(self) -> SendProgress: ...
     @property
@@ -822,20 +851,21 @@ class PageServer:
         """Number of pages that have not been sent."""
     @property
     def lost(self) -> str | None:
-        """Reason for which requests are no longer served; None while they are."""
+        """Reason for which requests are no longer served; None while they are served."""
 
 @final
 class PeerSource:
-    """Destination side of the connections to a `PageServer`, for one `Pager`. A reply that is late by `timeout`
-    seconds and a stream that is cut off are errors; idle connections are not."""
+    """Destination side of the connections to a `PageServer`, for one `Pager`. A reply that takes longer than `timeout`
+    seconds and a stream that ends early are errors; an idle connection is not."""
 
     def __new__(cls, urgent: _Stream, streams: Sequence[_Stream], timeout: float = 30.0) -> PeerSource: ...
     @property
     def lost(self) -> str | None:
-        """Reason for which the connection was lost; None while it works, and after all pages have been received."""
+        """Reason for which the connection was lost. None while the connection is usable, and after all pages have been
+        received."""
     @property
     def ended(self) -> bool:
-        """Whether every stream has ended."""
+        """Whether the peer has ended every stream."""
     @property
     def requests(self) -> int:
         """Number of requests sent."""
@@ -844,26 +874,26 @@ class PeerSource:
 
 @final
 class PageCounts:
-    """Numbers of pages of an image by class. A page in the parent has no other class."""
+    """Numbers of pages of an image by class. Each page is counted once; `in_parent` takes precedence."""
 
     @property
     def absent(self) -> int:
-        """Pages without contents."""
+        """Number of pages without contents."""
     @property
     def zero(self) -> int:
-        """Pages of zeros."""
+        """Number of pages of zeros."""
     @property
     def pattern(self) -> int:
-        """Pages of one repeated word."""
+        """Number of pages of one repeated word."""
     @property
     def same_as(self) -> int:
-        """Pages equal to another page of the image."""
+        """Number of pages identical to another page of the image."""
     @property
     def data(self) -> int:
-        """Pages with contents of their own."""
+        """Number of pages stored in the image."""
     @property
     def in_parent(self) -> int:
-        """Pages whose contents are in the parent."""
+        """Number of pages whose contents are in the parent."""
 
 @final
 class Finding:
@@ -871,19 +901,19 @@ class Finding:
 
     @property
     def page(self) -> int | None:
-        """Page, counted over all regions; None for a storage block to which no page refers."""
+        """Number of the damaged page, counted over all regions; None for a storage block to which no page refers."""
     @property
     def message(self) -> str:
-        """Description."""
+        """Description of the damage."""
 
 @final
 class Image:
-    """Open image. Everything except its storage blocks has been verified. Raises ValueError if it is damaged, truncated
-    or of an unsupported version. The descriptor is duplicated."""
+    """Open image file. The constructor duplicates the descriptor, and verifies everything except the storage blocks.
+    Raises ValueError if the image is damaged, truncated or of an unsupported version."""
 
     def __new__(cls, fd: int) -> Image: ...
     def fileno(self) -> int:
-        """Return the descriptor of the file, which the image owns."""
+        """Return the descriptor of the file. The image owns the descriptor."""
     @property
     def id(self) -> bytes: ...
     @property
@@ -893,7 +923,7 @@ class Image:
     def regions(self) -> int: ...
     @property
     def pages(self) -> int:
-        """Number of pages of all regions. Calls count pages over all regions, in order."""
+        """Number of pages of all regions. Page numbers in calls are counted over all regions, in their order."""
     @property
     def length(self) -> int: ...
     @property
@@ -903,25 +933,28 @@ class Image:
         """Offset and length of every storage block."""
     def section(self, kind: int) -> bytes | None: ...
     def classes(self, first: int, count: int) -> bytes:
-        """Return the class of each page, as bytes: 0 absent, 1 zero, 2 pattern, 3 same as another, 4 data."""
+        """Return the class of each of `count` pages from page `first` on, one byte per page: 0 absent, 1 zero, 2
+        pattern, 3 same as another page, 4 data."""
     def count(self, first: int, count: int) -> PageCounts:
-        """Count the pages of a range by class."""
+        """Count the classes of `count` pages from page `first` on."""
 
 @final
 class ImageChain:
-    """Image and its parents, nearest first."""
+    """Chain of images: an image and its ancestors, in the order child, parent, grandparent."""
 
     def __new__(cls, images: Sequence[Image]) -> ImageChain: ...
     def read(self, first: int, count: int) -> bytes:
-        """Read and verify pages. Raises ValueError if a block is damaged or if the image of a page is not in the
-        chain."""
+        """Read and verify `count` pages from page `first` on, and return their contents. Raises ValueError if a block
+        is damaged, or if the image that contains a page is not in the chain."""
     def differences(self, other: ImageChain, first: int, count: int) -> list[_Range]:
-        """Return the pages of a range whose contents differ, as runs (start, end)."""
+        """Return those of `count` pages from page `first` on whose contents differ between the chains, as runs (start,
+        end)."""
     @property
     def stored(self) -> int:
         """Number of pages stored in the first image."""
     def verify(self, first: int, count: int, limit: int) -> list[Finding]:
-        """Compare stored pages `first` to `first + count` with their signatures. Return up to `limit` findings."""
+        """Compare the stored pages among `count` pages from page `first` on with their signatures. Return up to `limit`
+        findings."""
     def verify_unused(self) -> list[Finding]:
         """Verify the storage blocks to which no page refers."""
     def flatten(
@@ -932,17 +965,20 @@ class ImageChain:
         sections: Sequence[_Section],
         **format: Unpack[_ImageFormat],
     ) -> WrittenImage:
-        """Write the chain as one image to an empty file, and sync. `regions` are their numbers of pages."""
+        """Write the contents of the chain as one image to an empty file, and sync the file. `regions` are the numbers
+        of pages of the regions."""
 
 _Piece = tuple[int, Mapping | Space, int, int]
-"""Index of the workload, memory, position and length. Positions are offsets in the mapping, or addresses."""
+"""Piece of memory to scan: index of the workload, memory, position and length. The position is an offset in the
+mapping, or an address in the process."""
 
 @final
 class PagerFlags:
-    """Deferred bitmap of a pager (S8), to scan memory that it fills. `fd` is its file, for `pages` pages.
+    """Deferred bitmap of a pager (S8), for scans of memory whose pages are loaded at the same time. `fd` is the
+    descriptor of the bitmap, which covers `pages` pages.
 
-    `image` is the origin of the contents, whose page map describes the deferred pages. Raises ValueError if it has
-    another number of pages.
+    `image` is the image from which the pager loads; its page map describes the deferred pages. Raises ValueError if the
+    image has another number of pages.
     """
 
     def __new__(cls, fd: int, pages: int, image: Image | None = None) -> PagerFlags: ...
@@ -953,16 +989,16 @@ class ClassCounts:
 
     @property
     def zero(self) -> int:
-        """Pages of zeros."""
+        """Number of pages of zeros."""
     @property
     def pattern(self) -> int:
-        """Pages of one repeated word with at least one duplicate."""
+        """Number of pages of one repeated word with at least one duplicate."""
     @property
     def inside(self) -> int:
-        """Other pages with a duplicate in the same workload."""
+        """Number of other pages with a duplicate in the same workload."""
     @property
     def across(self) -> int:
-        """Other pages with duplicates in other workloads only."""
+        """Number of other pages with duplicates only in other workloads."""
 
 @final
 class ScannedUnit:
@@ -973,25 +1009,25 @@ class ScannedUnit:
         """Index of the piece."""
     @property
     def position(self) -> int:
-        """Offset in the mapping, or address."""
+        """Offset in the mapping, or address in the process."""
     @property
     def length(self) -> int:
-        """Bytes; less than 2 MiB at the end of a piece."""
+        """Length in bytes; less than 2 MiB only at the end of a piece."""
     @property
     def large(self) -> bool:
-        """Whether the unit is, or will be, a huge page."""
+        """Whether the unit is a huge page, or will be one when its deferred pages are loaded."""
     @property
     def present(self) -> int:
-        """Pages in memory."""
+        """Number of pages in memory."""
     @property
     def deferred(self) -> int:
-        """Pages that a pager has not loaded yet."""
+        """Number of deferred pages."""
     @property
     def shared(self) -> int:
-        """Pages that are shared already."""
+        """Number of pages that are already shared."""
     @property
     def counts(self) -> ClassCounts:
-        """Duplicate pages."""
+        """Numbers of duplicate pages."""
 
 @final
 class SharingTotals:
@@ -999,10 +1035,10 @@ class SharingTotals:
 
     @property
     def pages(self) -> ClassCounts:
-        """Duplicate pages."""
+        """Numbers of duplicate pages."""
     @property
     def freed(self) -> ClassCounts:
-        """Pages that sharing would free."""
+        """Numbers of pages that sharing would free."""
 
 @final
 class FreedZeros:
@@ -1010,21 +1046,22 @@ class FreedZeros:
 
     @property
     def ranges(self) -> int:
-        """Ranges processed."""
+        """Number of ranges processed."""
     @property
     def pages(self) -> int:
-        """Pages freed."""
+        """Number of pages freed."""
 
 @final
 class SharingScan:
-    """Scan for duplicate base pages (S9), which does not split huge pages.
+    """Scan for duplicate base pages (S9). The scan does not split huge pages.
 
-    Pages that are not in memory are ignored, except those of `deferred`. It maps the index of a piece to (bitmap, first
-    page of the region counted over all regions, 2 MiB units that will be huge). Deferred pages count by their
-    signatures in the image, without being loaded; without an image they are ignored.
+    Pages that are not in memory are ignored, except deferred pages. `deferred` maps the index of a piece to (bitmap,
+    number of its region's first page counted over all regions, 2 MiB units that will be huge pages). Deferred pages are
+    counted by their signatures in the image, without being loaded. Without an image they are ignored.
 
-    `most_pages` is the number of pages that are recorded, at 24 bytes each. Beyond it, only one of `scale` contents is
-    recorded, and counts are scaled up. With `every` n, only every nth 2 MiB unit is scanned.
+    `most_pages` is the maximum number of pages that are recorded, at 24 bytes each. Beyond this number, only one of
+    `scale` different contents is recorded, and counts are scaled up. With `every` = n, only every nth 2 MiB unit is
+    scanned.
     """
 
     def __new__(
@@ -1039,23 +1076,24 @@ class SharingScan:
         """Number of bytes that have not been scanned."""
     @property
     def scale(self) -> int:
-        """Sampling factor: one of this many contents is recorded."""
+        """Sampling factor n: one of n different contents is recorded."""
     def step(self, bytes: int, threads: int) -> int:
-        """Scan the next units, up to `bytes`. Return the number of bytes scanned, or 0 at the end.
+        """Scan the next units, up to `bytes` bytes, in `threads` threads. Return the number of bytes scanned, or 0 at
+        the end.
 
         Raises ProcessLookupError if a process has exited.
         """
     def finish(self) -> None:
-        """Find the duplicates among the scanned pages. Completes `units` and `totals`."""
+        """Find the duplicates among the scanned pages, and complete `units` and `totals`."""
     def units(self) -> list[ScannedUnit]: ...
     @property
     def totals(self) -> SharingTotals: ...
     def curve(self, order: Sequence[int], pages_per_copy: int = 256, *, possible: bool = False) -> list[int]:
-        """Return the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units (by index) of
-        `order`.
+        """Return the numbers of pages that are freed if all shareable pages of the first 1, 2, 3... units of `order`
+        are shared. `order` contains indexes of `units`.
 
-        One copy per `pages_per_copy` pages is kept; zero pages need none. With `possible`, only zero pages of shared
-        files count.
+        One copy is kept per `pages_per_copy` duplicates; zero pages need no copy. With `possible`, only zero pages
+        count in shared files.
         """
 
 def free_zeros(
@@ -1064,46 +1102,50 @@ def free_zeros(
     seconds: float,
     waiting: tuple[PagerFlags, int] | None = None,
 ) -> FreedZeros:
-    """Punch the zero pages in `ranges` (start, length) of a file, for at most about `seconds`.
+    """Punch holes for the zero pages in `ranges` (start, length) of a file, for about `seconds` at most.
 
-    The workload must be paused, because a concurrent write would be lost. `waiting` is the deferred bitmap and the
-    first page of the mapping in it; deferred pages are skipped.
+    The workload must be paused, because a concurrent write would be lost. `waiting` is the deferred bitmap, and the
+    number of the bit of the mapping's first page. Deferred pages are skipped.
     """
 
 def end_on_truncation(code: int) -> None:
-    """Make this process exit with a message and exit code `code` on an access to memory whose file was truncated.
+    """Make this process exit with a message and exit code `code` when it accesses mapped memory whose file has been
+    truncated.
 
-    Such an access raises SIGBUS. Other causes of SIGBUS keep their default action.
+    The kernel sends SIGBUS for such an access. For any other cause, SIGBUS keeps its default action.
     """
 
 def large_tmpfs(size: int) -> int:
     """Create a detached tmpfs mount with huge=always. Return a directory descriptor for use with O_TMPFILE.
 
-    The mount is in no namespace and is freed with its last descriptor. Raises OSError EPERM without CAP_SYS_ADMIN.
+    The mount is in no mount namespace. It is freed when its last descriptor is closed. Raises OSError EPERM without
+    CAP_SYS_ADMIN.
     """
 
 def hugetlbfs(size: int) -> int:
-    """Like `large_tmpfs`, of hugetlbfs with pages of 2 MiB."""
+    """Like `large_tmpfs`, but create a hugetlbfs mount with pages of 2 MiB."""
 
 def file_system_type(fd: int) -> int:
-    """Return the type of the file system of an open file (`f_type` of statfs(2)); O_PATH suffices. Raises OSError."""
+    """Return the type of the file system of an open file (`f_type` of statfs(2)). A descriptor with O_PATH is
+    sufficient. Raises OSError."""
 
 def userfaultfd(*, user_mode_only: bool) -> int:
-    """Create a userfaultfd of this process by the system call, without features. For probes. Raises OSError."""
+    """Call userfaultfd(2) without features, and return the descriptor. For probes. Raises OSError."""
 
 def read_memory(address: int, length: int) -> bytes:
-    """Return mapped memory of this process. For probes: may wait until another thread resolves a fault."""
+    """Return the contents of mapped memory of this process. Waits if another thread must resolve a fault first. For
+    probes."""
 
 def write_memory(address: int, contents: bytes) -> None:
-    """Write to mapped memory of this process. For probes: may wait until another thread resolves a fault."""
+    """Write to mapped memory of this process. Waits if another thread must resolve a fault first. For probes."""
 
 def kernel_reads(address: int) -> None:
-    """Make the kernel read a byte at an address, for probes. Raises OSError EFAULT if it cannot."""
+    """Make the kernel read a byte at an address. For probes. Raises OSError EFAULT if the kernel cannot read it."""
 
 def kernel_writes(address: int, contents: bytes) -> int:
-    """Make the kernel write up to a page of bytes to an address, for probes. Return the number of bytes written.
+    """Make the kernel write up to one page of bytes to an address. For probes. Return the number of bytes written.
 
-    Raises OSError EFAULT.
+    Raises OSError EFAULT if the kernel cannot write to the address.
     """
 
 @final
@@ -1112,10 +1154,10 @@ class LedgerReport:
 
     @property
     def pages(self) -> int:
-        """All body pages."""
+        """Number of all body pages."""
     @property
     def checked(self) -> int:
-        """Checked pages: all that were written. Others are not read."""
+        """Checked pages. These are all pages that have been written; no other page is read."""
     @property
     def zeros(self) -> int:
         """Checked pages that are zeros, as expected."""
@@ -1124,7 +1166,7 @@ class LedgerReport:
         """Zero pages that should have contents."""
     @property
     def stale(self) -> int:
-        """Intact pages of another version than their table entry: the page or the entry has missed a write."""
+        """Intact pages whose version differs from their table entry: the page or the entry has missed a write."""
     @property
     def misplaced(self) -> int:
         """Intact pages that are copies of other pages."""
@@ -1133,25 +1175,25 @@ class LedgerReport:
         """Pages that are not intact."""
     @property
     def first_bad(self) -> int | None:
-        """First damaged page."""
+        """Number of the first damaged page; None if no page is damaged."""
     @property
     def overwritten(self) -> int:
-        """Damaged pages that operations have found and overwritten."""
+        """Damaged pages that operations of the threads have found and overwritten."""
     @property
     def versions(self) -> int:
         """Sum of all versions in the table."""
     @property
     def writes(self) -> int:
-        """Sum of the counters of writes; equals `versions`."""
+        """Sum of the write counters; equal to `versions` unless a write was lost."""
     @property
     def disagreeing(self) -> int:
-        """Number of partitions whose table does not match their counters."""
+        """Number of partitions whose table entries do not match the counters of the partition."""
     @property
     def header(self) -> bool:
         """Whether the header is intact."""
     @property
     def intact(self) -> bool:
-        """Whether no damage was found, by this verification or by operations, and all sums match."""
+        """Whether this verification and all operations have found no damage, and all sums match."""
 
 @final
 class Stalls:
@@ -1160,10 +1202,10 @@ class Stalls:
     def __new__(cls, longest: int, histogram: Sequence[int]) -> Stalls: ...
     @property
     def longest(self) -> int:
-        """Longest operation, ns."""
+        """Duration of the longest operation, ns."""
     @property
     def histogram(self) -> list[int]:
-        """Number of operations that took 2**n up to 2**(n+1) ns, by n."""
+        """Number of operations by duration. Entry n counts durations of at least 2**n ns and less than 2**(n+1) ns."""
 
 class _LedgerOptions(TypedDict, total=False):
     threads: int
@@ -1171,44 +1213,48 @@ class _LedgerOptions(TypedDict, total=False):
     seed: int
     """Seed of all contents and choices (default: 1)."""
     rate: int | None
-    """Limit of the writes of all threads together, bytes per second; None (default) means unlimited."""
+    """Limit on the write rate of all threads together, bytes per second; None (default) means unlimited."""
     working_set: float
     """Fraction of the used pages that is rewritten (default: 1)."""
     scatter: bool
-    """Whether the working set is spread over the used pages (default: False, the first ones)."""
+    """Whether the working set is spread over the used pages. If False (default), it consists of the first used
+    pages."""
     skew: float
-    """With skew k, the first fraction x of the working set receives x**(1/k) of the writes (default: 1)."""
+    """Skew k of the writes: the first fraction x of the working set receives x**(1/k) of the writes (default: 1)."""
     zero_fraction: float
-    """Fraction of the writes that zero a page (default: 0)."""
+    """Fraction of the writes that fill a page with zeros (default: 0)."""
     fill: float
     """Fraction of the pages that is used (default: 1)."""
     compressible: float
-    """Fraction of each page that is a repeated word (default: 0)."""
+    """Fraction of each page that consists of one repeated word (default: 0)."""
 
 @final
 class Ledger:
     """Built-in workload for demonstrations and tests: threads that rewrite self-describing pages of a mapping.
 
-    The memory contains a header, counters, a table of versions and the pages; all of it is migrated. `verify` detects
-    lost, stale and torn writes; the documentation of the crate `pageferry-ledger` explains how. Each thread owns one
-    partition of the pages. Several processes may each run a share of the partitions of the same memory.
+    The memory contains a header, counters, a table of versions and the body pages. All of it is migrated. `verify`
+    detects lost, stale and torn writes; the documentation of the crate `pageferry-ledger` describes the method. Each
+    thread owns one partition of the pages. Several processes can map the same memory, and each runs some of the
+    partitions.
 
-    Methods raise ValueError if an option is out of range, if the memory is too small or if it does not contain a
-    ledger, and RuntimeError if the operation is not allowed in the current state of the threads.
+    Methods raise ValueError if an option is out of range, or if the memory is too small or does not contain a ledger.
+    They raise RuntimeError if the operation is not allowed in the current state of the threads.
     """
 
     @staticmethod
     def create(mapping: Mapping, *, large_fraction: float | None = None, **options: Unpack[_LedgerOptions]) -> Ledger:
         """Create a ledger in new memory and fill it, without starting the threads.
 
-        With `large_fraction`, the fraction of the 2 MiB units that may be huge pages, all others are excluded.
+        `large_fraction` is the fraction of the 2 MiB units that may be backed by huge pages; the other units are
+        excluded. None: no unit is excluded.
         """
     @staticmethod
     def attach(mapping: Mapping, *, first_thread: int = 0, threads: int | None = None) -> Ledger:
-        """Open the ledger in existing memory, to run `threads` partitions from `first_thread` on (None: all)."""
+        """Open the ledger in existing memory, to run `threads` partitions from partition `first_thread` on. None:
+        all."""
     @property
     def options(self) -> _LedgerOptions:
-        """Options of `create`."""
+        """Options with which the ledger was created."""
     @property
     def pages(self) -> int:
         """Number of body pages."""
@@ -1222,26 +1268,28 @@ class Ledger:
     def tids(self) -> list[int]:
         """Kernel thread IDs of the threads of this object; empty if stopped."""
     def start(self, *, paused: bool = False) -> None:
-        """Start the threads. With `paused`, they wait for `resume` and access nothing before it."""
+        """Start the threads. With `paused`, they access no memory before `resume` is called."""
     def pause(self) -> None:
-        """Pause the threads between two operations, and wait for them. A signal handler that raises resumes them."""
+        """Pause each thread between two operations, and wait until all are paused. If a signal handler raises during
+        the wait, the threads resume."""
     def resume(self) -> None: ...
     def stop(self) -> None:
-        """Stop the threads between two operations. They can be started again."""
+        """Stop each thread between two operations. The threads can be started again."""
     def verify(self, *, threads: int = 0) -> LedgerReport:
-        """Verify all written pages of all partitions. The ledger must be paused in all processes. 0 threads: one per
-        CPU."""
+        """Verify all written pages of all partitions, with `threads` threads (0: one per CPU). The ledger must be
+        paused in all processes."""
     def digest(self, *, threads: int = 0) -> int:
-        """Return a 64-bit hash of all written memory of a paused ledger."""
+        """Return a 64-bit hash of all written memory of a paused ledger, computed by `threads` threads (0: one per
+        CPU)."""
     def fingerprint(self) -> int:
-        """Return a 64-bit hash of header and counters, and thereby of the table. It identifies the contents of a paused
-        ledger without reading its pages."""
+        """Return a 64-bit hash of the header and the counters, which determine the table. The hash identifies the
+        contents of a paused ledger without reading its pages."""
     def table_agrees(self) -> bool:
-        """Return whether the table of a paused ledger matches its counters. Reads the whole table."""
+        """Read the whole table of a paused ledger, and return whether it matches the counters."""
     def writes(self) -> list[int]:
-        """Return the number of writes of each partition, filling included, by all processes."""
+        """Return the number of writes to each partition by all processes, including those that filled it."""
     def stalls(self, *, reset: bool = False) -> Stalls:
-        """Return the durations of the operations of this object's threads, and forget them with `reset`."""
+        """Return the durations of the operations of this object's threads. If `reset` is true, clear them."""
     def page_offset(self, number: int) -> int:
         """Return the offset of body page `number` in the mapping."""
 
@@ -1258,7 +1306,7 @@ class FileMapping:
     def address(self) -> int: ...
     @property
     def length(self) -> int:
-        """Bytes."""
+        """Length in bytes."""
     @property
     def offset(self) -> int:
         """Offset in the file, bytes."""
@@ -1274,15 +1322,15 @@ class Mappers:
         """Shared mappings of the files."""
     @property
     def writers(self) -> list[int]:
-        """Process ID for each descriptor of a file that is open for writing."""
+        """Process ID of each descriptor that is open for writing on one of the files."""
     @property
     def unreadable(self) -> list[int]:
-        """Processes that may not be inspected."""
+        """IDs of the processes that this user is not permitted to inspect."""
 
 def scan_mappers(files: Sequence[tuple[int, int, int]]) -> Mappers:
-    """Find the processes that map files or have them open for writing, in /proc, without the GIL.
+    """Search /proc, without the GIL, for the processes that map the files or have them open for writing.
 
-    `files` are given as (st_dev, st_ino, device in /proc/PID/maps). Raises OSError.
+    Each of `files` is a tuple: st_dev, st_ino, and the device number that /proc/PID/maps shows. Raises OSError.
     """
 
 def own_mappings() -> list[_Extent]:
