@@ -1,4 +1,4 @@
-"""Argument types of several verbs: the parsers of `pageferry.values`, adapted to argparse."""
+"""Argument types that several verbs use: the parsers of `pageferry.values`, adapted to argparse."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pageferry.cli.options import argument
 from pageferry.options import parse_integer
 
 size = argument(values.parse_size)
-"""Bytes from `512M`."""
+"""Parser of a size such as `512M`; the result is in bytes."""
 seconds = argument(values.parse_duration)
-"""Seconds from `200ms`, `1m`, or a number of seconds."""
+"""Parser of a duration such as `200ms` or `1m`, or of a number of seconds; the result is in seconds."""
 integer = argument(parse_integer)
-"""An integer."""
+"""Parser of an integer."""

@@ -11,7 +11,7 @@ from pageferry.report.reporter import open_reporter
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report. Raises UnsupportedError if live migration cannot run on this host."""
+    """Check this host, and print the report. Raises UnsupportedError if live migration cannot run on this host."""
     result = check()
     with open_reporter(args.output, lambda: report.CheckView()) as reporter:
         reporter.final(result)

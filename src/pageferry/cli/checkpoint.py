@@ -18,7 +18,7 @@ from pageferry.workloads.protocols import Saveable
 
 async def run(args: argparse.Namespace) -> int:
     """Save the workload."""
-    options = Options(**given(args, Options))  # checked before anything happens
+    options = Options(**given(args, Options))  # raises UsageError before any other work
     if args.name.startswith(PREFIX):
         process = ProcessWorkload.named(args.name, args.regions)
         try:

@@ -1,4 +1,4 @@
-"""Execution of a verb: logs, signals, sinks of events, and the end of the verb as message and exit code."""
+"""Execution of a verb: logging, signals, sinks of events, and conversion of errors to a message and an exit code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Run the verb of a parsed command line. Return its exit code. Raises BrokenPipeError if stdout was closed."""
+    """Run the verb of a parsed command line, and return its exit code. Raises BrokenPipeError if the reader of stdout
+    has closed it."""
     configure_logging(args.debug, vars(args))
     with Interruption() as interruption, ExitStack() as stack:
         log: EventLog | None = None
@@ -42,7 +43,8 @@ def _run_verb(args: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _end_of(error: BaseException, args: argparse.Namespace, received: signal.Signals | None) -> int:
-    """Report on stderr how a verb ended, and return its exit code. Raises BrokenPipeError if stdout was closed."""
+    """Print the error that ended a verb to stderr, and return the exit code. Raises BrokenPipeError if the reader of
+    stdout has closed it."""
     if isinstance(error, BrokenPipeError) and _stdout_is_closed():
         raise error
     if args.debug:

@@ -1,4 +1,4 @@
-"""Guests in the foreground of a command that ends with them."""
+"""Guests that run in the foreground: the command ends when the guest exits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 async def run_in_foreground(workload: QemuWorkload) -> int | None:
-    """Wait until the guest exits, remove its entry and return its exit code. On cancellation, end the guest first."""
+    """Wait until the guest exits, remove its entry from the registry, and return its exit code. On cancellation,
+    terminate the guest and remove its entry."""
     try:
         code = await workload.ended()
     except asyncio.CancelledError:

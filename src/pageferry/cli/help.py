@@ -1,4 +1,4 @@
-"""Format of `--help`, which alone needs rich."""
+"""Formatter of `--help`. It is a separate module because it imports rich, which the parser does not need otherwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rich_argparse import RichHelpFormatter
 
 
 class HelpFormatter(RichHelpFormatter):
-    """Coloured help without rich markup: square brackets are printed literally."""
+    """Formatter of coloured help. Rich markup is disabled, so that square brackets are printed literally."""
 
     help_markup = False
     text_markup = False

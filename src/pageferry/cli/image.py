@@ -27,7 +27,7 @@ CLASSES = {
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Run the operation in a thread, so that Ctrl-C can end it between two slices."""
+    """Run the requested operation in a thread, so that Ctrl-C can cancel it, and print its result."""
     result, code = await in_thread(OPERATIONS[args.what], args)
     with open_reporter(args.output, lambda: report.ImageView()) as out:
         out.final(result)

@@ -18,7 +18,8 @@ from pageferry.workloads.target import Target, open_target_async
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Sample once or until interrupted, and reclaim if requested."""
+    """Sample huge pages, once or (with `--watch`) until cancelled, and reclaim cold memory if requested. With `--undo`,
+    load reclaimed memory back instead."""
     if args.sharing and args.watch:
         raise UsageError("--sharing cannot be combined with --watch: remove one of them")
     if args.undo and (args.watch or args.reclaim):
@@ -37,7 +38,7 @@ async def run(args: argparse.Namespace) -> int:
 
 
 async def _watch(target: Target, options: Options, policy: Threshold, out: Reporter, *, show_last: bool) -> None:
-    """Print results until cancelled; on a terminal, the last result remains visible."""
+    """Sample repeatedly and emit each result until cancelled. With `show_last`, print the last result at the end."""
     result: LargePagesResult | None = None
     try:
         while True:

@@ -15,7 +15,7 @@ from pageferry.workloads.inventory import describe_all
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Query all workloads concurrently and print them."""
+    """Query all registered workloads concurrently, and print them."""
     registry = Registry()
     found = [_with_reason(registry, info) for info in await describe_all(registry)]
     with open_reporter(args.output, lambda: report.WorkloadsView()) as reporter:
@@ -28,7 +28,7 @@ async def run(args: argparse.Namespace) -> int:
 
 
 def _with_reason(registry: Registry, info: WorkloadInfo) -> WorkloadInfo:
-    """Give the reason for a workload that is paused by a migration whose outcome is unknown."""
+    """Return `info`, with a reason added if the workload is paused by a migration whose outcome is unknown."""
     if info.status != "paused" or committed(Folder(registry, info.name)) is None:
         return info
     reason = f"committed by a migration whose outcome is unknown; run `pageferry migrate {info.name} --recover`"

@@ -12,8 +12,9 @@ from pageferry.printable import PrintableFormatter
 
 
 def with_options(text: str, names: Container[str]) -> str:
-    """Replace `max_downtime` by --max-downtime: the library names parameters, the command line options. `names`:
-    arguments of the verb."""
+    """Replace names of parameters in backticks by options, such as `max_downtime` by --max-downtime. Only the arguments
+    of the verb, `names`, are replaced. The library reports errors with names of parameters; users of the command need
+    options."""
     return re.sub(r"`([a-z_]+)`", lambda name: _option(name[1]) if name[1] in names else name[0], text)
 
 
@@ -48,13 +49,13 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in t
 
 
 def configure_logging(debug: bool, names: Container[str] = ()) -> None:
-    """Log to stderr: pageferry from level INFO, other libraries from WARNING; with `debug`, all levels. `names`: as of
-    `with_options`."""
+    """Log to stderr: messages of pageferry from level INFO, of other libraries from WARNING, and with `debug` of all
+    levels. `names` are the arguments of the verb (see `with_options`)."""
     handler = _Handler()
     handler.setFormatter(_Formatter(names))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
     logging.getLogger("pageferry").setLevel(logging.DEBUG if debug else logging.INFO)
-    # The QMP library logs every failure that it also raises; the exception is reported.
+    # The QMP library logs every error that it also raises. Only the exception is reported.
     logging.getLogger("qemu").setLevel(logging.DEBUG if debug else logging.CRITICAL)

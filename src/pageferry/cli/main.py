@@ -1,4 +1,4 @@
-"""Entry point of the command `pageferry`: parse the arguments, run the verb, return the exit code."""
+"""Entry point of the command `pageferry`: parses the arguments, runs the verb, and returns the exit code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pageferry.errors import WorkloadError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process). Return its exit code (docs/exit-codes.md)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if argv is None:  # the process runs only this command
+    if argv is None:  # this process runs nothing but the command
         end_on_truncation(WorkloadError.exit_code)
     try:
         code = _run(words)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has closed the pipe (`| head`). Discard buffered output, which would raise again at exit.
+        # The reader has closed the pipe (`| head`). Discard the buffered output: flushing it at exit would fail again.
         _discard_stdout()
         return 128 + signal.SIGPIPE
     return code

@@ -20,7 +20,7 @@ from pageferry.workloads.protocols import Migratable
 async def run(args: argparse.Namespace) -> int:
     """Migrate the workload, recover it, take it back, or switch a running migration to post-copy."""
     options = given(args, Options)
-    Options(**options)  # checked before anything happens
+    Options(**options)  # raises UsageError before any other work
     if args.switch:
         switchover_request.request(Registry().folder(args.name))
         return 0

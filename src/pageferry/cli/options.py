@@ -1,4 +1,4 @@
-"""Options of verbs, made from the fields of dataclasses (`pageferry.options`)."""
+"""Options of verbs, derived from the fields of dataclasses (`pageferry.options`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Add an option for each field of a dataclass, under the headings that the fields name."""
+    """Add an option to the parser for each field of a dataclass, in the argument group that the field names."""
     texts = _docstrings(kind) if not isinstance(parser, Parser) or parser.described else {}
     groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
     for option in options_of(kind):
@@ -37,12 +37,14 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """Return the values of the options that `add_options` has added for a dataclass, by the names of its fields."""
+    """Return the values of the options that `add_options` has added for the dataclass `kind`, by the name of the
+    field."""
     return {option.name: getattr(args, option.name) for option in options_of(kind) if not option.api_only}
 
 
 def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """Return the parser with its errors converted: argparse prefixes them with the name of the option."""
+    """Convert a parser to an argument type of argparse. Its UsageError becomes ArgumentTypeError, to which argparse
+    adds the name of the option."""
 
     def parsed(text: str) -> T:
         try:
@@ -79,14 +81,15 @@ def _help(option: Option, docstring: str, names: Collection[str]) -> str:
 
 
 def _default(option: Option) -> str | None:
-    """Return the default for the help; None for flags and where the default needs no words."""
+    """Return the text of the default value for the help; None for flags, and if the default is not to be printed."""
     if option.default in (None, ()):
         return option.kind.unset
     return None if isinstance(option.kind, Flag) else option.kind.show(option.default)
 
 
 def _plain(word: str, names: Collection[str]) -> str:
-    """Return a word without backticks: as an option if it is the name of one."""
+    """Return a word of a docstring as it is printed in the help: the option if it is the name of a field, otherwise the
+    word."""
     return _flag(word) if word in names else word
 
 

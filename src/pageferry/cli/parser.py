@@ -1,4 +1,4 @@
-"""The parser of the command line, which imports only the modules of verbs among its arguments."""
+"""Parser of the command line. It imports the modules of only those verbs that are among the arguments."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from pageferry.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser of the command and of its verbs. Abbreviations are disabled: they would freeze the names of options."""
+    """Parser of the command and of its verbs. Abbreviations of options are disabled: with them, a new option could make
+    an existing abbreviation ambiguous."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": _checker, "allow_abbrev": False, **options})
         self.described = True
-        """Whether help is needed. `pageferry.cli.options` reads it from source, which takes longer than to parse."""
+        """Whether help texts are needed. `pageferry.cli.options` reads them from source code, which takes longer than
+        to parse the arguments."""
 
     def format_help(self) -> str:
-        """Return the help text, with colours on a terminal."""
+        """Return the help text, with colours if the output is a terminal."""
         from pageferry.cli.help import HelpFormatter
 
         self.formatter_class = HelpFormatter
         return super().format_help()
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Reject an invalid choice or verb, and suggest a similar one."""
+        """Raise ArgumentError for an invalid choice or verb. The message suggests a similar one."""
         if action.choices is not None and value not in action.choices:
             known = list(action.choices)
             meant = values.suggestion(str(value), known)
@@ -39,23 +41,24 @@ class Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """Report a usage error in one line: a long usage text would hide its cause."""
+        """Print a usage error in one line, and exit. The usage text is not printed, because it would hide the error."""
         text = f"{self.prog}: error: {message} (see `{self.prog} --help`)"
         self.exit(UsageError.exit_code, f"{printable.message(text)}\n")
 
 
 def _checker(prog: str) -> argparse.HelpFormatter:
-    """Return the formatter with which argparse checks each new argument. The width is that of no terminal: asking for
-    it imports a dozen modules."""
+    """Return the formatter with which argparse checks each new argument. Its width is fixed, because a query of the
+    terminal's width imports a dozen modules."""
     return argparse.HelpFormatter(prog, width=78)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments of the command line `words`.
+    """Parse the command line `words`, and return the arguments.
 
-    Raises SystemExit after help, version, completion or a usage error.
+    Raises SystemExit after it has printed the help, the version, a completion or a usage error.
     """
-    # Defaults of shared options are set here: those of a verb's parser would override options given before the verb.
+    # The shared options have their defaults in the namespace: defaults in the parser of a verb would override options
+    # that are given before the verb.
     defaults = argparse.Namespace(output="human", log=None, debug=False, command=[])
     parser = build_parser(words)
     head, command = _split(words)
@@ -70,20 +73,20 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_separator(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """Report a usage error if the command line of QEMU is not preceded by `--`."""
+    """Report a usage error if the words contain a command line of QEMU but no `--` before it."""
     program = next((word for word in words if PurePath(word).name.startswith("qemu-system")), None)
     if args.takes_command and program is not None and "--" not in words:
         args.usage_error(f"missing -- before {program}: the command line of QEMU follows --")
 
 
 def _meant(args: argparse.Namespace, unknown: Sequence[str]) -> str:
-    """Return suggestions for unknown options: similar options of the verb."""
+    """Return the text that suggests similar options of the verb for unknown options; empty if there are none."""
     known = args.usage_error.__self__._option_string_actions
     return "".join(values.suggestion(word.split("=")[0], known) for word in unknown if word.startswith("--"))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the words into those of pageferry and the command line of another program after `--`."""
+    """Split the words at the first `--`, into the arguments of pageferry and the command line of another program."""
     if "--" not in words:
         return list(words), []
     end = words.index("--")
@@ -93,8 +96,9 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def build_parser(words: Sequence[str]) -> Parser:
     """Return the parser for the command line `words`.
 
-    All verbs are listed, but only modules of verbs among the words are imported and define their arguments. A workload
-    with the name of a verb imports one module too many, which is harmless. Completion imports all modules.
+    The parser lists all verbs. It imports the modules of only those verbs that are among `words`, and defines the
+    arguments of these verbs only. If a workload has the name of a verb, one unnecessary module is imported. For a
+    completion, all modules are imported.
     """
     shared = shared_options()
     parser = Parser(prog="pageferry", description=_DESCRIPTION, epilog=_EPILOG, parents=[shared])
@@ -144,7 +148,8 @@ _EPILOG = (
 
 
 def shared_options() -> Parser:
-    """Return the options of every verb, as a parent parser. They may precede or follow the verb; the last one wins."""
+    """Return a parent parser with the options that every verb has. They may precede or follow the verb; if an option is
+    repeated, the last value is used."""
     shared = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument(
         "--output",

@@ -22,7 +22,7 @@ MAX_LENGTH = 64 << 20
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Print the memory."""
+    """Load the requested range if its contents are deferred, and print it."""
     if args.raw and sys.stdout.isatty():
         raise UsageError("cannot write raw memory to a terminal: redirect stdout, or remove --raw")
     workload = await open_workload(args.name)

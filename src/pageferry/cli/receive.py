@@ -33,9 +33,10 @@ log = getLogger(__name__)
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Receive a workload, and wait until it ends unless it is detached."""
+    """Receive a workload, and wait until it ends unless it is detached. With `--resume`, receive the remaining memory
+    of a guest that runs on this host."""
     command = args.command
-    ReceiveOptions(**given(args, ReceiveOptions))  # checked before anything happens
+    ReceiveOptions(**given(args, ReceiveOptions))  # raises UsageError before any other work
     if (args.workload is not None) + bool(command) + args.resume != 1:
         raise UsageError("give exactly one of --workload demo, --resume, or a QEMU command line after --")
     with open_reporter(args.output, lambda: report.ReceiveView()) as out:
@@ -52,7 +53,8 @@ async def run(args: argparse.Namespace) -> int:
 
 
 def _address(args: argparse.Namespace) -> str:
-    """Return the address to listen on: by default a socket to which only this user and root can connect."""
+    """Return the address to listen on. By default, this is a Unix socket to which only this user and root can connect,
+    or with TLS or `--insecure` a free port of loopback."""
     if args.listen is not None:
         return str(args.listen)
     return "127.0.0.1:0" if args.tls or args.insecure else f"unix:{Registry().receiver_socket(args.name)}"
@@ -102,7 +104,7 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
                 return 0
             return await run_in_foreground(guest) or 0
     except BaseException:
-        if not destination.accepted:  # afterwards the destination ends the guest
+        if not destination.accepted:  # once it has accepted a source, the destination ends the guest
             await asyncio.shield(guest.discard())
         raise
 
@@ -125,7 +127,8 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
     async with _received(args, destination, out) as finishing:
         with contextlib.suppress(asyncio.CancelledError):  # SIGTERM and Ctrl-C end the workload
             await moved.wait()
-            # The workload may have migrated on already; its source must still be informed of the end of this migration.
+            # The workload may already have migrated to another host. Its source must still be informed of the end of
+            # this migration.
             await asyncio.wait({finishing}, timeout=args.timeout)
     ledger = received[-1]
     ledger.stop()
@@ -138,9 +141,9 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
 async def _received(
     args: argparse.Namespace, destination: Destination, out: Reporter
 ) -> AsyncIterator[asyncio.Task[None]]:
-    """Receive the workload, which runs on this host within the block.
+    """Receive the workload. It runs on this host when the block begins.
 
-    Yields the task that ends when the source has been informed.
+    Yields the task that informs the source of the end of the migration. The task is cancelled at the end of the block.
     """
     out.event(Listening(args.name, str(destination.reception.address)))
     try:
@@ -174,7 +177,7 @@ async def _run(destination: Destination) -> Migratable:
 
 
 def _heed_cancellation() -> None:
-    """Deliver a cancellation that was suppressed (see `to_the_end`) at the next await."""
+    """Make the next await raise CancelledError if a cancellation has been suppressed (see `to_the_end`)."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         task.cancel()

@@ -15,7 +15,7 @@ from pageferry.report.run import Run
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the logs, and print the report or write the page."""
+    """Read the logs, write the HTML page if `--html` is given, and print the report."""
     runs = [Run.of(Log.read(path)) for path in args.runs]
     if args.html is not None:
         from pageferry.report.page import page

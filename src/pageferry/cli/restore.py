@@ -26,7 +26,7 @@ log = getLogger(__name__)
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Restore the guest, or start another pager for it."""
+    """Restore the guest, or with `--takeover` start another pager for a guest that has been restored."""
     with open_reporter(args.output, lambda: report.RestoreView()) as reporter:
         if args.takeover:
             return await _take_over(args, reporter)
@@ -64,7 +64,8 @@ async def _restore(args: argparse.Namespace, reporter: Reporter, pager: PagerPro
 async def _run_in_foreground(
     args: argparse.Namespace, workload: QemuWorkload, result: RestoreResult, reporter: Reporter
 ) -> int:
-    """Report when all memory is loaded, and wait until the guest exits."""
+    """Wait until the guest exits, and report when all of its memory is loaded. Raises WorkloadError if the exit code of
+    the guest is not 0."""
     completion = asyncio.ensure_future(_report_completion(args.name, result, reporter))
     try:
         code = await run_in_foreground(workload)

@@ -16,7 +16,8 @@ log = getLogger(__name__)
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Start the guest, and wait until it exits unless it is detached."""
+    """Start the guest, and wait until it exits unless it is detached. Raises WorkloadError if the exit code of the
+    guest is not 0."""
     if not args.command:
         raise UsageError("the command line of QEMU is missing: give NAME -- QEMU ARGS...")
     workload = await QemuWorkload.start(args.name, args.command, detach=args.detach, hugetlb=args.hugetlb)

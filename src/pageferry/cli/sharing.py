@@ -18,7 +18,7 @@ from pageferry.sharing.options import Options
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Estimate, merge or undo."""
+    """Estimate what merging would free; with `--apply` merge, with `--undo` undo the merging."""
     if args.undo and args.watch:
         raise UsageError("--undo cannot be combined with --watch: remove one of them")
     with open_reporter(args.output, lambda: report.SharingView()) as out:
@@ -32,7 +32,7 @@ async def run(args: argparse.Namespace) -> int:
 
 
 async def _watch(args: argparse.Namespace, out: Reporter) -> None:
-    """Print the result of each scan until cancelled."""
+    """Scan at intervals and emit each result until cancelled."""
     pace = policy.Pace()
     while True:
         budget = args.budget or pace.budget(available())

@@ -10,10 +10,11 @@ from typing import Any, Self
 
 
 class Interruption:
-    """Context in which the first SIGINT or SIGTERM becomes a cancellation, so that the verb can undo its changes.
+    """Context in which the first SIGINT or SIGTERM cancels the verb, so that it can undo its changes.
 
-    A coroutine started by `run` is cancelled as a task; at the second signal its event loop raises KeyboardInterrupt.
-    Synchronous code receives KeyboardInterrupt, as does a coroutine at the third signal, wherever it is.
+    The first signal cancels the task of a coroutine that `run` executes. At the second signal, its event loop raises
+    KeyboardInterrupt. At the third signal, KeyboardInterrupt is raised wherever the coroutine is. Synchronous code
+    receives KeyboardInterrupt at every signal.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Interruption:
         task = asyncio.current_task()
         assert task is not None
         self._loop = loop = asyncio.get_running_loop()
-        # Only this call is guaranteed to wake the loop from a signal handler.
+        # Among the calls that a signal handler can make, only this one is guaranteed to wake the loop.
         self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
         try:
             return await coroutine
@@ -53,12 +54,14 @@ class Interruption:
         if self.received is None:
             self.received = signal.Signals(number)
         if self._loop is None or self._loop.is_closed() or self._count > 2:
-            # The interpreter may discard this exception (in finalizers), but not a cancellation.
+            # The interpreter discards an exception that is raised in a finalizer. With an event loop, the task is
+            # therefore cancelled first, and this exception is raised from the third signal on only.
             raise KeyboardInterrupt
         if self._cancel is not None:
             self._cancel()
             if self._count == 2:
-                # Raised here, the exception could discard a callback of the loop, whose task would then wait for ever.
+                # If the exception were raised here, it could interrupt the loop between two steps and discard a
+                # callback. The task that needs this callback would then wait for ever.
                 self._loop.call_soon_threadsafe(_interrupt)
 
 

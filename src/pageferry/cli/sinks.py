@@ -1,4 +1,4 @@
-"""Sinks of the events of a verb besides stdout: event log, progress record and Prometheus metrics."""
+"""Sinks that receive the events of a verb in addition to stdout: event log, progress record and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
 
 def open_sinks(args: argparse.Namespace, stack: ExitStack) -> EventLog | None:
-    """Open the requested sinks until the stack is closed, and return the event log, if any: its caller ends it.
+    """Open the requested sinks until the stack is closed. Return the event log, or None; the caller must end the log.
 
-    Raises UsageError, UnsupportedError.
+    Raises UsageError if the log or the address of the metrics is invalid, or UnsupportedError without the Prometheus
+    client.
     """
     log = _open_log(args, stack) if args.log is not None else None
     if getattr(args, "metrics", None) is not None:
@@ -56,6 +57,6 @@ def _workloads(args: argparse.Namespace) -> list[str]:
 
 
 def _subjects(args: argparse.Namespace) -> list[str]:
-    """Return the workloads of the verb, from the argument that `WORKS_ON` of its module names."""
+    """Return the workloads of the verb: the value of the argument whose name is in `WORKS_ON` of the verb's module."""
     value = getattr(args, args.works_on) if getattr(args, "works_on", None) else []
     return [value] if isinstance(value, str) else list(value)

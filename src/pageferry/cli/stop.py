@@ -16,7 +16,7 @@ TIMEOUT = 10.0
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Stop the workload and remove its entry."""
+    """Stop the workload, and remove its entry from the registry."""
     registry = Registry()
     entry = registry.lookup(args.name)
     if isinstance(entry, Claim):
@@ -32,7 +32,8 @@ async def run(args: argparse.Namespace) -> int:
 
 
 async def _quit(name: str, entry: QemuEntry, registry: Registry) -> None:
-    """Stop a guest by `quit`. Raises WorkloadError, which names --kill, if it does not respond or exit."""
+    """Stop a guest with QMP `quit`. Raises WorkloadError if the guest does not respond or does not exit; the message
+    suggests --kill."""
     try:
         guest = await QemuWorkload.attach(name, registry=registry)
     except WorkloadDied:

@@ -13,7 +13,7 @@ from pageferry.workloads.inventory import overview
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Show the workloads once, or until interrupted."""
+    """Show the workloads once with `--once`, otherwise periodically until cancelled."""
     last: Overview | None = None
     with open_reporter(args.output, lambda: report.TopView()) as out:
         if args.once:

@@ -5,14 +5,15 @@ A verb has two functions::
     def configure(parser: argparse.ArgumentParser) -> None     sets the description and adds the arguments
     def run(args: argparse.Namespace) -> int                   runs the verb, returns the exit code; may be `async def`
 
-They are in two modules, so that `--help` and the check of arguments import only the former, in `pageferry.cli.syntax`.
+`configure` is in a separate module of `pageferry.cli.syntax`, so that `--help` and the check of arguments do not import
+the module with `run`.
 
-A verb that starts another program sets `TAKES_COMMAND = True`; `args.command` has the words after `--`. A long-running
-verb sets `WORKS_ON` to the name of the argument that has its workload or workloads: `pageferry top` shows it, and it
-takes `--metrics`. Every verb has `args.output` (`human` or `json`), `args.log` and `args.debug`; events that it emits
-through `pageferry.report.reporter` are written to the log. The first SIGINT or SIGTERM cancels an asynchronous `run`,
-and raises KeyboardInterrupt in a synchronous one. The command prints errors of `pageferry.errors` that `run` raises,
-and exits with their exit code.
+A verb that starts another program sets `TAKES_COMMAND = True`; `args.command` contains the words after `--`. A
+long-running verb sets `WORKS_ON` to the name of the argument that contains its workload or workloads. `pageferry top`
+then shows the verb, and the verb accepts `--metrics`. Every verb has `args.output` (`human` or `json`), `args.log` and
+`args.debug`. Events that a verb emits through `pageferry.report.reporter` are written to the log. The first SIGINT or
+SIGTERM cancels an asynchronous `run`, and raises KeyboardInterrupt in a synchronous one. The command prints errors of
+`pageferry.errors` that `run` raises, and exits with their exit code.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """Row of the table: what `--help` needs without importing the module."""
+    """Row of the table of verbs. `--help` of the command uses it without importing the module of the verb."""
 
     module: str
-    """Full name of the module that has `configure`."""
+    """Full name of the module that contains `configure`."""
     help: str
     """Summary, one sentence."""
     work: str | None = None
-    """Full name of the module that has `run`, which is imported when the verb runs; None for the same module."""
+    """Full name of the module that contains `run`; it is imported when the verb runs. None: the same module."""
 
 
 def _verb(name: str, text: str) -> Verb:

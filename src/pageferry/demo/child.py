@@ -1,7 +1,7 @@
 """Child process that runs a share of a ledger's partitions.
 
-Started by `host.python` with the arguments FILE SIZE SOCKET; the descriptors are inherited. Orders are received over
-the socket. When the socket is closed, the parent has exited or requests the child to exit.
+`host.python` starts it with the arguments FILE SIZE SOCKET; FILE and SOCKET are inherited descriptors. The child
+receives orders over the socket, and exits when the parent closes the socket or has exited.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pageferry.demo.orders import MAX_PACKET, Answer, Order, decode_order, encod
 
 
 class Child:
-    """Receiver of the orders."""
+    """Executor of the orders that the child receives."""
 
     def __init__(self, file: int, size: int) -> None:
         self._mapping = _engine.Mapping(file, size)
         self._ledger: _engine.Ledger | None = None
 
     def obey(self, order: Order) -> Answer:
-        """Carry out one order. An error is returned as an answer."""
+        """Carry out one order and return the answer. If the order fails, the answer contains the error."""
         try:
             return self._obey(order)
         except (OSError, RuntimeError, ValueError) as error:
             return Answer(error=str(error))
 
     def _obey(self, order: Order) -> Answer:
-        if order.verb == "map":  # done already: the parent only checks that the child has started
+        if order.verb == "map":  # the constructor has mapped the file: this order only confirms it
             return Answer()
         if order.verb == "attach":
             self._ledger = _engine.Ledger.attach(self._mapping, first_thread=order.first_thread, threads=order.threads)
@@ -53,8 +53,8 @@ class Child:
 
 
 def main() -> None:
-    """Carry out orders until the parent closes its end of the socket."""
-    # Ctrl-C on the terminal is handled by the parent, which sends the order to stop between two operations.
+    """Carry out orders until the socket is closed."""
+    # The parent handles Ctrl-C on the terminal: it sends the order to stop between two operations.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     file, size, descriptor = (int(argument) for argument in sys.argv[1:4])

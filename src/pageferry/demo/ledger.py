@@ -1,4 +1,5 @@
-"""Built-in workload: an arena to which threads of one or more processes write, and which detects every lost write."""
+"""Built-in workload: an arena to which threads of one or more processes write, and in which every lost write can be
+detected."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from pageferry.workloads.lifecycle import LocalWorkload
 
 
 class LedgerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Options of a ledger, explained at `_engine.Ledger.create`. Fractions are between 0 and 1."""
+    """Options of a ledger, as in `_engine._LedgerOptions`. Fractions are between 0 and 1."""
 
     threads: int = 1
-    """Number of threads of all processes together; each owns a part of the pages."""
+    """Number of threads of all processes together. Each thread owns one partition of the pages."""
     seed: int = 1
     rate: int | None = None
-    """Bytes written per second by all threads together; None: unlimited."""
+    """Limit on the write rate of all threads together, bytes per second; None: unlimited."""
     working_set: float = 1.0
     scatter: bool = False
     skew: float = 1.0
@@ -32,7 +33,7 @@ class LedgerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LedgerArguments(TypedDict, total=False):
-    """Keyword arguments of `LedgerWorkload` for a ledger that is created."""
+    """Keyword arguments that `LedgerWorkload.create` passes to the constructor."""
 
     processes: int
     exact: bool
@@ -40,25 +41,26 @@ class LedgerArguments(TypedDict, total=False):
 
 
 class LedgerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """State of a paused ledger, by which the destination verifies that it has received the same contents."""
+    """State of a paused ledger. The destination uses it to verify that it has received the same contents."""
 
     options: LedgerOptions
     writes: list[int]
-    """Number of writes per partition."""
+    """Number of writes to each partition."""
     fingerprint: int
-    """Fingerprint of header, counters and table. If these are intact, `verify` detects every damaged page."""
+    """Fingerprint of the header and the counters, which determine the table. If header, counters and table are intact,
+    `verify` detects every damaged page."""
     digest: int | None
-    """Digest of all pages; None if not requested, because the ledger is paused while all pages are read."""
+    """Digest of all pages; None unless requested, because reading all pages makes the pause longer."""
 
 
 class LedgerWorkload(LocalWorkload):
     """Arena that contains a ledger, as a workload of this process (and of its children).
 
-    `create` makes a running one. The constructor takes an arena that will receive a ledger: `load_state` attaches to
-    the received memory, and `resume` starts the threads. With `processes` > 1 all but one share of the threads run in
-    child processes; if a child exits, the next pause raises WorkloadDied. With `exact` the state contains a digest of
-    all pages. `on_moved` is called when the ledger runs at the destination. `late`: pages may be missing when the state
-    is loaded, and are loaded on demand.
+    `create` returns a running ledger. The constructor takes an arena that will receive a ledger: loading the state
+    attaches to the received memory, and resuming starts the threads. With `processes` > 1, the threads are divided into
+    one share per process; all shares but one run in child processes. If a child exits, the next pause raises
+    WorkloadDied. With `exact`, the state contains a digest of all pages. `on_moved` is called when the ledger runs at
+    the destination. With `late`, pages may still be missing when the state is loaded; they are loaded on demand.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class LedgerWorkload(LocalWorkload):
         except BaseException:
             self.stop()
             raise
-        super().__init__(arena.lifecycle)  # the children have mapped the arena: its regions list them
+        super().__init__(arena.lifecycle)  # after the children have mapped the arena, so that its regions list them
 
     @classmethod
     def create(
@@ -105,12 +107,14 @@ class LedgerWorkload(LocalWorkload):
         large_fraction: float | None = None,
         **workload: Unpack[LedgerArguments],
     ) -> Self:
-        """Create an arena of `size` bytes, fill a ledger in it and start its threads; with a name, register it.
+        """Create an arena of `size` bytes, create and fill a ledger in it, and start the threads. With `name`, register
+        the arena.
 
-        `large_fraction`: part of the 2 MiB units that may be huge pages; the others keep base pages. None: all units
-        may be huge pages. `workload`: arguments of the constructor.
+        `large_fraction` is the fraction of the 2 MiB units that may be huge pages; the others keep base pages. None:
+        all units may be huge pages. `workload` contains arguments of the constructor.
 
-        Raises UsageError for options out of range, fewer threads than processes, or a size that is too small.
+        Raises UsageError if an option is out of range, if there are fewer threads than processes, or if the size is too
+        small.
         """
         options = options or LedgerOptions()
         arena = Arena(size, large_pages=large_pages)
@@ -132,21 +136,24 @@ class LedgerWorkload(LocalWorkload):
         return started
 
     def verify(self) -> _engine.LedgerReport:
-        """Verify every page of the paused or stopped workload. Raises WorkloadError if there is no ledger."""
+        """Verify every page of the paused or stopped workload. Raises WorkloadError if the memory does not contain a
+        ledger."""
         return self._view().verify()
 
     def stalls(self, *, reset: bool = False) -> Stalls:
-        """Return the durations of writes, in all processes."""
+        """Return the durations of the writes of all processes. If `reset` is true, clear them."""
         every = [share.stalls(reset) for share in self._shares]
         histograms = zip(*(stalls.histogram for stalls in every), strict=True)
         return Stalls(max(stalls.longest for stalls in every), [sum(bucket) for bucket in histograms])
 
     def writes(self) -> int:
-        """Return the number of pages written so far by all processes, on all hosts of the ledger, filling included."""
+        """Return the number of writes so far by all processes and on all hosts, including those that filled the
+        ledger."""
         return sum(self._local.ledger.writes())
 
     def stop(self) -> None:
-        """End all threads and child processes permanently, and release the name. The memory is not changed."""
+        """End all threads and child processes permanently, and close the arena, which releases its name. The memory is
+        not changed."""
         self._stopped = True
         self.arena.close()
         for share in reversed(self._shares):
@@ -164,7 +171,7 @@ class LedgerWorkload(LocalWorkload):
             share.start()
 
     def _pause(self) -> None:
-        for share in reversed(self._shares):  # children first: they park while this process waits for its own threads
+        for share in reversed(self._shares):  # children first: they pause while this process waits for its own threads
             share.begin_pause()
         for share in self._shares:
             share.end_pause()
@@ -173,7 +180,7 @@ class LedgerWorkload(LocalWorkload):
         for share in self._shares if not self._stopped else ():
             try:
                 share.resume()
-            except WorkloadDied:  # the other shares continue; the next pause reports it
+            except WorkloadDied:  # resume the other shares; the next pause reports the exit
                 continue
 
     def _save(self) -> bytes:
@@ -199,7 +206,7 @@ class LedgerWorkload(LocalWorkload):
             )
         if state.digest is not None and ledger.digest() != state.digest:
             raise WorkloadError("pages differ from those of the pause")
-        self._exact = state.digest is not None  # also in the next migration
+        self._exact = state.digest is not None  # for the next migration of this ledger
         self._start(state.options)
 
     def _view(self) -> _engine.Ledger:
@@ -209,9 +216,11 @@ class LedgerWorkload(LocalWorkload):
             raise WorkloadError(str(wrong)) from wrong
 
     def _mapped_again(self) -> _engine.Mapping:
-        """Map the memory again for inspection: reads through the arena's mapping would populate its page tables.
+        """Return another mapping of the memory for inspection. Reads through the arena's mapping would populate its
+        page tables.
 
-        If pages may be missing, return the arena's own mapping, since only that one is registered with userfaultfd.
+        If pages may be missing, return the arena's own mapping instead, because only this mapping is registered with a
+        userfaultfd.
         """
         if self._late:
             return self.arena

@@ -1,4 +1,5 @@
-"""Orders of the process of a ledger to its children, and their answers: one JSON packet each, over a socket pair."""
+"""Orders that the process of a ledger sends to its children, and the answers of the children. Each is one packet of
+JSON on a socket pair."""
 
 from __future__ import annotations
 
@@ -12,26 +13,26 @@ Verb = Literal["map", "attach", "start", "pause", "resume", "stop", "stalls"]
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Request for one operation. A child whose socket is closed exits."""
+    """Request for one operation of a child."""
 
     verb: Verb
     first_thread: int = 0
     threads: int = 0
-    """For `attach`: number of partitions to run."""
+    """Number of partitions to run, for `attach`."""
     reset: bool = False
-    """For `stalls`: whether to reset the durations."""
+    """Whether `stalls` clears the durations."""
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Reply to an order. The order was carried out unless there is an error."""
+    """Reply to an order. The order was carried out if `error` is None."""
 
     error: str | None = None
     tids: list[int] = []
-    """For `start`: thread ids of the writing threads."""
+    """Kernel thread IDs of the threads, in the reply to `start`."""
     longest_stall: int = 0
-    """For `stalls`: longest duration of an operation, ns."""
+    """Duration of the longest operation, ns, in the reply to `stalls`."""
     stalls: list[int] = []
-    """For `stalls`: number of operations that took 2**n up to 2**(n+1) ns, by n."""
+    """Number of operations that took at least 2**n ns and less than 2**(n+1) ns, by n, in the reply to `stalls`."""
 
 
 _encoder = msgspec.json.Encoder()
@@ -40,7 +41,7 @@ _answers = msgspec.json.Decoder(Answer)
 
 
 def encode(packet: Order | Answer) -> bytes:
-    """Encode a packet."""
+    """Encode a packet as JSON."""
     return _encoder.encode(packet)
 
 

@@ -1,8 +1,8 @@
 """Separate process for the built-in workload, started by `host.python` with the argument SETUP.
 
-SETUP is a `Setup` as JSON. The process prints a line of JSON as soon as it runs and can be migrated by its name. On
-SIGTERM or SIGINT, or when the workload has been migrated, it prints a last line with the result; the exit code is 0 if
-no write was lost::
+SETUP is a `Setup` as JSON. The process prints a line of JSON when the workload runs and can be migrated by its name.
+After SIGTERM or SIGINT, or when the workload has been migrated, the process prints a last line with the result. Its
+exit code is 0 if no write was lost::
 
     {"type": "ready", "name": "demo", "pid": 4711}
     {"type": "ledger", "reason": "stopped", "intact": true, "writes": 1234567, "checked": 65000, ...}
@@ -22,7 +22,7 @@ from pageferry.demo.ledger import LedgerOptions, LedgerWorkload
 from pageferry.errors import PageferryError, UsageError
 
 LOOK = 0.2
-"""Interval between two checks for signals, seconds."""
+"""Maximum time until a signal is noticed, seconds."""
 FOUND = ("pages", "checked", "zeros", "lost", "stale", "misplaced", "torn", "overwritten", "writes", "disagreeing")
 
 
@@ -65,14 +65,15 @@ def run(setup: Setup) -> int:
 
 
 def _first(ends: queue.SimpleQueue[str]) -> str:
-    """Wait for the end and return its reason. Polls, because another thread may handle a signal (after SIGCONT)."""
+    """Wait until the workload must end, and return the reason. Polls, because the kernel may deliver a signal to
+    another thread (after SIGCONT)."""
     while True:
         with contextlib.suppress(queue.Empty):
             return ends.get(timeout=LOOK)
 
 
 def main() -> int:
-    """Run the setup that is the only argument."""
+    """Run the workload whose setup is the only argument, and return the exit code."""
     try:
         if len(sys.argv) != 2:
             raise UsageError("one argument: a setup as JSON")

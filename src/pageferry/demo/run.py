@@ -30,7 +30,8 @@ TIMEOUT = 30.0
 async def demonstrate(demo: DemoOptions, listener: Listener, options: dict[str, Any]) -> DemoResult:
     """Start the workload, migrate it once, and verify its memory.
 
-    `options` are those of `migrate`, whose errors are raised. Raises WorkloadError if a process of the demo fails.
+    `options` are options of `migrate`. Raises the same errors as `migrate`, and WorkloadError if a process of the demo
+    fails.
     """
     setup = _setup(demo)
     receive = ("receive", f"{setup.name}-moved", "--workload", "demo", "--output", "json")
@@ -55,7 +56,8 @@ async def demonstrate(demo: DemoOptions, listener: Listener, options: dict[str, 
 
 
 def _setup(demo: DemoOptions) -> Setup:
-    """Return the setup of the process that runs the workload, whose name no other process uses."""
+    """Return the setup of the process that runs the workload. The name of the workload contains our process ID, so that
+    it is unique."""
     options = LedgerOptions(
         threads=demo.threads,
         rate=demo.rate,
@@ -68,7 +70,7 @@ def _setup(demo: DemoOptions) -> Setup:
 
 @contextlib.asynccontextmanager
 async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
-    """Run a Python child process for the duration of the block."""
+    """Run a Python module in a child process, which is terminated at the end of the block."""
     process = _start(module, *arguments)
     try:
         yield process
@@ -79,12 +81,13 @@ async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
 
 def _start(module: str, *arguments: str) -> Popen[bytes]:
     # Not asyncio.subprocess: before Python 3.12 its watcher thread waits for any state change of the child, and would
-    # consume the stop that adoption waits for. In a separate session the child does not receive Ctrl-C.
+    # consume the stop for which adoption waits. The child is in a separate session, so that it does not receive Ctrl-C.
     return start_python(module, *arguments, stdout=PIPE, stderr=PIPE, start_new_session=True)
 
 
 async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
-    """Return the next event of this type from a process. Raises WorkloadError, with its stderr, if it exits."""
+    """Return the next event of type `kind` from a process. Raises WorkloadError if the process exits (the message
+    contains its stderr), or if no such event is received within TIMEOUT."""
     assert process.stdout is not None
     assert process.stderr is not None
     try:
@@ -94,6 +97,6 @@ async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
                 if event["type"] == kind:
                     return event
     except TimeoutError as slow:
-        process.kill()  # ends the thread that reads the next line of its output
+        process.kill()  # ends the thread that waits for the next line of output
         raise WorkloadError(f"no {kind!r} event from a process of the demo within {TIMEOUT:.0f} s") from slow
     raise WorkloadError(f"a process of the demo exited: {process.stderr.read().decode().strip()}")

@@ -1,4 +1,4 @@
-"""Shares of a ledger's partitions: each is run by threads of this process, or of a separate child process."""
+"""Shares of a ledger's partitions. Each share is run by threads of this process or of a child process."""
 
 from __future__ import annotations
 
@@ -15,42 +15,44 @@ from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.python import start_python
 
 TIMEOUT = 60.0
-"""Seconds within which a child must reply."""
+"""Time within which a child must reply, seconds."""
 
-"""Longest duration, ns, and the number of operations that took 2**n up to 2**(n+1) ns, by n."""
+"""Duration of the longest operation, ns, and the number of operations that took at least 2**n ns and less than 2**(n+1)
+ns, by n."""
 
 
 class Share(Protocol):
-    """Part of a ledger's partitions, and the threads that run them. All calls raise WorkloadDied, WorkloadError."""
+    """Some of a ledger's partitions, and the threads that run them. Methods raise WorkloadDied if a process has exited,
+    and WorkloadError if an operation fails."""
 
     pid: int
     tids: list[int]
-    """Kernel thread ids; empty before `start`."""
+    """Kernel thread IDs of the threads; empty before `start`."""
 
     def attach(self, first_thread: int, threads: int) -> None:
-        """Attach to the ledger that is now in memory."""
+        """Attach to the ledger in memory, to run `threads` partitions from partition `first_thread` on."""
 
     def start(self) -> None:
-        """Create the threads, which wait for `resume`."""
+        """Start the threads paused: they wait for `resume`."""
 
     def begin_pause(self) -> None:
-        """Request the threads to park; `end_pause` waits until they do."""
+        """Request the threads to pause. `end_pause` waits until they have paused."""
 
     def end_pause(self) -> None:
-        """Wait until all threads are parked."""
+        """Wait until all threads have paused."""
 
     def resume(self) -> None:
-        """Let the threads continue."""
+        """Resume the threads."""
 
     def stop(self) -> None:
         """End the threads, and the process if it is a child. Never raises."""
 
     def stalls(self, reset: bool) -> Stalls:
-        """Return the durations of operations since the last reset."""
+        """Return the durations of the operations since the last reset. If `reset` is true, clear them."""
 
 
 class LocalShare:
-    """Threads of this process."""
+    """Share that threads of this process run."""
 
     def __init__(self, mapping: _engine.Mapping) -> None:
         self.pid = os.getpid()
@@ -60,7 +62,7 @@ class LocalShare:
 
     @property
     def ledger(self) -> _engine.Ledger:
-        """Ledger object that the threads belong to."""
+        """Ledger whose partitions the threads run. Raises WorkloadError before `attach`."""
         if self._ledger is None:
             raise WorkloadError("there is no ledger in this memory yet")
         return self._ledger
@@ -75,7 +77,7 @@ class LocalShare:
         self.tids = self.ledger.tids
 
     def begin_pause(self) -> None:
-        """Do nothing: `end_pause` parks the threads of this process."""
+        """Do nothing: `end_pause` pauses the threads of this process."""
 
     def end_pause(self) -> None:
         """See `Share`."""
@@ -97,13 +99,15 @@ class LocalShare:
 
 
 class ChildShare:
-    """Threads of a child process, which maps the same file. The child exits when this object closes the socket."""
+    """Share that threads of a child process run. The child maps the same file, and exits when `stop` closes the
+    socket."""
 
     def __init__(self, mapping: _engine.Mapping) -> None:
         self.tids: list[int] = []
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._orders.settimeout(TIMEOUT)
-        # This does not count as handing out: the child maps the memory now, and pageferry finds the mapping.
+        # Not `arena.fileno()`, after which any process could map the memory: the child maps it now, and pageferry finds
+        # the mapping.
         memory = _engine.Mapping.fileno(mapping)
         arguments = [str(memory), str(mapping.length), str(theirs.fileno())]
         with theirs:
@@ -133,7 +137,7 @@ class ChildShare:
 
     def stop(self) -> None:
         """See `Share`."""
-        with contextlib.suppress(WorkloadError):  # the child has exited, or is exiting
+        with contextlib.suppress(WorkloadError):  # the child has already exited
             self._do(Order("stop"))
         self._orders.close()
         try:

@@ -1,6 +1,6 @@
 """Output of commands: results on stdout and progress on stderr, human-readable or as JSON.
 
-The views of the human-readable output are imported when they are used, because they import rich.
+A view of the human-readable output is imported when it is used, because it imports rich.
 """
 
 from typing import TYPE_CHECKING

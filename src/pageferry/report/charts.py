@@ -1,7 +1,8 @@
-"""Charts as SVG text, as pure functions of numbers. Marks have tooltips, and the page has a table beside each.
+"""Charts as SVG text. The functions depend on their arguments only. Marks have tooltips, and the page contains a table
+of the values below each chart.
 
-Axes start at 0 unless they are named logarithmic. Colours are numbers of the page's palette: 1 transferred,
-2 remaining, 3 activity of the workload, 4 destination or duplicate, 5 other, 0 muted.
+Axes start at 0 unless their names contain `logarithmic`. Colours are numbers in the palette of the page: 1 transferred, 2 remaining, 3 activity of the workload,
+4 destination or duplicate, 5 other, 0 muted.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pageferry.report.svg import WIDTH, Format, Frame, binary_ticks, chart, elem
 Points = Sequence[tuple[float, float]]
 
 MAX_LABELS = 9
-"""Maximum number of labels below an axis; more would overlap."""
+"""Maximum number of labels below an axis; a larger number would overlap."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Named values of one colour."""
+    """Values of one name and one colour, one per group of columns."""
 
     name: str
     colour: int
@@ -28,7 +29,8 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Line through points. `area`: tint the area below it. `steps`: draw horizontal steps."""
+    """Line through points. `area`: whether the area below the line is tinted. `steps`: whether the line is drawn as
+    horizontal steps."""
 
     name: str
     colour: int
@@ -39,7 +41,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Formatters of the values on both axes, and the name of the x axis. `binary`: y ticks in binary units."""
+    """Formatters of the values on both axes, and the name of the x axis. `binary`: whether the ticks of the y axis are
+    round in binary units."""
 
     x: Format
     y: Format
@@ -49,7 +52,7 @@ class Axes:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """Single bar. `note`: label to print after it instead of its value."""
+    """Bar of a chart. `note`: label that is printed after the bar instead of its value."""
 
     name: str
     value: float
@@ -59,7 +62,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Row of cells with values from 0 (empty) to 1 (full). `note`: label to print after it."""
+    """Row of cells with values from 0 (empty) to 1 (full). `note`: label that is printed after the row."""
 
     name: str
     cells: Sequence[float]
@@ -70,7 +73,7 @@ class Strip:
 def columns(
     label: str, names: Sequence[str], series: Sequence[Series], form: Format, axis: str, *, binary: bool = False
 ) -> str:
-    """Return a chart of grouped vertical bars, one group per name."""
+    """Return a chart of vertical bars in groups. Each name is a group with one bar per series."""
     most = max((value for one in series for value in one.values), default=0)
     frame = Frame(max(len(names), 1), (binary_ticks if binary else ticks)(most))
     slot = frame.inner_width / max(len(names), 1)
@@ -100,7 +103,7 @@ def columns(
 
 
 def lines(label: str, drawn: Sequence[Line], axes: Axes, marks: Sequence[tuple[float, str]] = ()) -> str:
-    """Return a line chart. `marks`: labelled positions on the x axis."""
+    """Return a line chart. `marks` are positions on the x axis and their labels."""
     points = [point for one in drawn for point in one.points]
     most_x = max([x for x, _ in points] + [x for x, _ in marks], default=1) or 1
     frame = Frame(most_x, (binary_ticks if axes.binary else ticks)(max((y for _, y in points), default=0)), top=22)
@@ -146,7 +149,8 @@ def _mark(frame: Frame, x: float, word: str) -> str:
 def histogram(
     label: str, edges: Sequence[str], counts: Sequence[int], axis: str, marks: Sequence[tuple[float, str]]
 ) -> str:
-    """Return a histogram: `counts[k]` between `edges[k]` and `edges[k + 1]`; `marks`: positions in bins."""
+    """Return a histogram. Bin k has `counts[k]` and lies between `edges[k]` and `edges[k + 1]`. `marks` are positions,
+    in bins from the left, and their labels."""
     frame = Frame(len(counts) or 1, ticks(max(counts, default=0)), top=12 + 11 * len(marks))
     parts = [frame.y_axis(lambda value: f"{value:,.0f}")]
     for number, count in enumerate(counts):
@@ -201,7 +205,7 @@ def bars(label: str, rows: Sequence[Bar], form: Format) -> str:
 
 
 def stack(label: str, parts: Sequence[Bar], form: Format) -> str:
-    """Return one horizontal bar divided into parts."""
+    """Return a horizontal bar that is divided in proportion to the parts."""
     whole = sum(part.value for part in parts) or 1
     drawn, x = [], 0.0
     for part in parts:
@@ -215,7 +219,8 @@ def stack(label: str, parts: Sequence[Bar], form: Format) -> str:
 
 
 def strips(label: str, rows: Sequence[Strip], left: str = "", right: str = "") -> str:
-    """Return rows of cells, darker for higher values. `left`, `right`: labels of the ends of the rows."""
+    """Return rows of cells, which are darker for higher values. `left` and `right` are labels for the ends of the
+    rows."""
     height, note = 30.0, 74.0 if any(row.note for row in rows) else 0.0
     space = WIDTH - note
     parts = []
@@ -248,7 +253,7 @@ def heat(label: str, rows: Sequence[Strip], axis: str) -> str:
 
 
 def _cells(row: Strip, x: float, y: float, width: float, height: float) -> str:
-    """Return one rectangle per run of identical cells."""
+    """Return the cells of a row as SVG, with one rectangle per run of identical cells."""
     parts, cell = [], width / max(len(row.cells), 1)
     start = 0
     for number in range(1, len(row.cells) + 1):
@@ -273,7 +278,7 @@ def _cells(row: Strip, x: float, y: float, width: float, height: float) -> str:
 
 
 def dots(label: str, points: Points, most: tuple[float, float], axes: Axes) -> str:
-    """Return a scatter plot. `most`: upper ends of the x axis and the y axis."""
+    """Return a scatter plot. `most` contains the maximum values of the x axis and of the y axis."""
     frame = Frame(most[0] or 1, binary_ticks(most[1]))
     parts = [frame.y_axis(axes.y), frame.floor(), frame.x_axis(ticks(most[0], 5), axes.x, axes.name)]
     for x, y in points:

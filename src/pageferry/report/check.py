@@ -1,4 +1,4 @@
-"""Human-readable output of `pageferry check`: features, systems, QEMU binaries and a summary."""
+"""Human-readable output of `pageferry check`: kernel features, systems, QEMU binaries and a summary."""
 
 from __future__ import annotations
 

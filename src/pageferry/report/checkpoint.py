@@ -23,7 +23,7 @@ class CheckpointView(PlainView):
         self._lines: list[str] = []
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """Return a line for a step; None for progress."""
+        """Return a line for an event that ends a step; None for progress."""
         match event:
             case ArmedEvent():
                 return (

@@ -7,9 +7,9 @@
     {"at-ms": 612.9, "type": "migration", "status": "completed", ...}         result, if any
     {"at-ms": 613.0, "type": "end", "exit-code": 0, ...}                      exit code and error
 
-`at-ms` is the time since the first line, by the monotonic clock. Each line is one write(2), so that the log of a killed
-command has all its events; the file is synced at the end. A log without an `end` line belongs to a command that was
-killed or is still running. An incomplete last line is ignored.
+`at-ms` is the time since the first line, ms, by the monotonic clock. Each line is written by write(2) at once, so that
+the log of a killed command contains all of its events. The file is synced at the end. A log without an `end` line
+belongs to a command that was killed or is still running. A reader ignores an incomplete last line.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Kind = TypeVar("Kind", bound=Event)
 MAX_LENGTH = 1 << 30
 """Maximum size of a log, bytes."""
 OF_THE_PARSER = ("verb", "version", "completion", "takes_command", "works_on")
-"""Attributes of the namespace that are not arguments of the verb."""
+"""Attributes of the argparse namespace that are not arguments of the verb."""
 HIDDEN = ("pass", "secret", "token", "psk", "credential")
-"""Arguments whose names contain one of these words are not recorded."""
+"""Words that mark secrets: the value of an argument whose name contains one of them is not recorded."""
 
 
 def header(verb: str, arguments: Mapping[str, Any]) -> LogHeader:
@@ -68,13 +68,15 @@ def _shown(name: str, value: Any) -> Any:
     if value is not None and any(word in name.lower() for word in HIDDEN):
         return "(hidden)"
     if name == "command" and value:
-        # The command line of a guest can contain passwords in many places.
+        # The command line of a guest can contain passwords in many places. Only the program and the number of arguments
+        # are recorded.
         return [value[0], f"({len(value) - 1} arguments)"]
     return value if isinstance(value, (str, int, float, list, type(None))) else str(value)
 
 
 class EventLog:
-    """Writer of an event log. A write error is logged once and ends the log; the command continues."""
+    """Writer of an event log. After a write error, which is reported as a warning, nothing more is written; the command
+    continues."""
 
     def __init__(self, path: Path | str, first: LogHeader, clock: Callable[[], float] = time.monotonic) -> None:
         """Create or truncate the file. Raises UsageError if it cannot be opened."""
@@ -88,7 +90,7 @@ class EventLog:
         self.event(first)
 
     def event(self, event: Event) -> None:
-        """Write an event or a result."""
+        """Append an event or a result as one line."""
         if self._file is None:
             return
         at = round((self._clock() - self._began) * 1e3, 3)
@@ -111,7 +113,7 @@ class EventLog:
         try:
             os.fsync(self._file)
         except OSError:
-            pass  # reported already
+            pass  # write errors have been reported, and the command succeeds without its log
         finally:
             os.close(self._file)
             self._file = None
@@ -129,12 +131,12 @@ class Line:
     at: float
     """Milliseconds since the first line."""
     tag: str
-    """Type of the event, `type` in the file."""
+    """Type of the event (`type` in the file)."""
     fields: dict[str, Any]
-    """Fields by their names in JSON."""
+    """All other fields, by their names in JSON."""
 
     def to(self, kind: type[Kind]) -> Kind:
-        """Return the event as a record. Raises msgspec.ValidationError."""
+        """Return the event as a record of type `kind`. Raises msgspec.ValidationError if its fields do not match."""
         return msgspec.convert({**self.fields, "type": kind.__struct_config__.tag}, kind)
 
 
@@ -145,18 +147,18 @@ class Log:
     path: Path
     header: LogHeader
     lines: list[Line]
-    """Events and results."""
+    """Events and results, in order, without the header and the end line."""
     end: LogEnd | None
-    """None if the command was killed or is still running."""
+    """Contents of the end line; None if the command was killed or is still running."""
     ended_at: float | None
     """Milliseconds since the first line."""
     cut: bool
     """Whether the last line is incomplete."""
 
     def of(self, kind: type[Kind]) -> list[tuple[float, Kind]]:
-        """Return the events of a kind with their times, milliseconds.
+        """Return the events of type `kind` with their times, milliseconds since the first line.
 
-        Events that do not match the record are omitted: another version of pageferry has written them.
+        Events that do not match the record are omitted, because another version of pageferry has written them.
         """
         found = []
         for line in self.lines:

@@ -12,13 +12,14 @@ Outcome = Literal["done", "failed", "interrupted", "unfinished"]
 
 
 class LogHeader(Event, frozen=True, kw_only=True, tag="log"):
-    """First line of a log: the command."""
+    """First line of a log: the command and its environment."""
 
     schema: int
     """Version of the events that follow."""
     verb: str
     arguments: dict[str, Any]
-    """Arguments by name, with defaults and without secrets. A command line after `--` is reduced to its program."""
+    """Arguments by name, with defaults and without secrets. Of a command line after `--`, only the program and the
+    number of arguments are recorded."""
     pageferry: str
     """Version of pageferry."""
     kernel: str
@@ -26,7 +27,7 @@ class LogHeader(Event, frozen=True, kw_only=True, tag="log"):
     host: str
     pid: int
     started: str
-    """Start time, UTC, ISO 8601."""
+    """Start time of the command, UTC, in ISO 8601 format."""
 
 
 class LogEnd(Event, frozen=True, kw_only=True, tag="end"):
@@ -34,39 +35,39 @@ class LogEnd(Event, frozen=True, kw_only=True, tag="end"):
 
     exit_code: int
     error: str | None = None
-    """Class of the error: one of docs/exit-codes.md, or a Python exception."""
+    """Class of the error: one of docs/exit-codes.md or another Python exception. None if the command succeeded."""
     message: str | None = None
 
 
 class FactRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Fact in JSON output."""
+    """Key figure of a run, in JSON output."""
 
     name: str
     value: float | str | None
     unit: str
-    """`bytes`, `bytes/s`, `ms`, `us`, `count`, `part` (of 1) or `text`."""
+    """Unit of the value: `bytes`, `bytes/s`, `ms`, `us`, `count`, `part` (fraction of 1) or `text`."""
 
 
 class FigureRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Numbers of a figure in JSON output."""
+    """Table of the values of a figure, in JSON output."""
 
     name: str
     title: str
     columns: list[tuple[str, str]]
-    """Name and unit of each column; units as in facts."""
+    """Name and unit of each column; the units are those of `FactRecord.unit`."""
     rows: list[list[float | str | None]]
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Run in JSON output."""
+    """Summary of one log, in JSON output."""
 
     path: str
     verb: str
     subject: str
-    """Workload, process or image that the command worked on."""
+    """Workload, process or image on which the command operated; empty if there is none."""
     started: str
     outcome: Outcome
-    """`unfinished`: killed or still running."""
+    """Outcome of the command. `unfinished`: the command was killed or is still running."""
     exit_code: int | None
     message: str | None
     duration_ms: float
@@ -80,4 +81,4 @@ class ReportResult(Event, frozen=True, kw_only=True, tag="report"):
 
     runs: list[RunRecord]
     html: str | None
-    """Path of the page, if --html was given."""
+    """Path of the HTML page; None without --html."""

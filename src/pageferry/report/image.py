@@ -16,7 +16,7 @@ class ImageView(PlainView):
     """View of `pageferry.images.events`."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the result as a table or as lines."""
+        """Return a summary as a table, and any other result as lines."""
         match result:
             case ImageSummary():
                 return _summary(result)

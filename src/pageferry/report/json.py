@@ -12,7 +12,7 @@ from pageferry.printable import printable_json
 
 
 class JsonReporter:
-    """Reporter that writes and flushes each event and the result as one line; `type` is its kind."""
+    """Reporter that writes each event and the result as one line, and flushes it. `type` is the kind of the event."""
 
     def __init__(self, stream: BinaryIO | None = None) -> None:
         self._stream = stream or sys.stdout.buffer

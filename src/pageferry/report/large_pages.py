@@ -17,7 +17,7 @@ SLOTS = 512
 BINS = ("0", "1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127", "128-255", "256-511", "512")
 SHADES = " ░▒▓█"
 COLUMNS = 64
-"""Width of the heat map; one column is 8 base pages."""
+"""Width of the heat map, columns; each column represents 8 base pages."""
 ROWS = 24
 """Maximum number of rows of the heat map."""
 BAR = 40
@@ -27,7 +27,7 @@ class LargePagesView(PlainView):
     """View of `pageferry.large_pages.events`."""
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """Return a line for a round, or for one of many results."""
+        """Return a line for a round, or for a result of `--watch`."""
         match event:
             case SampleEvent():
                 return (
@@ -42,7 +42,7 @@ class LargePagesView(PlainView):
                 return super().line(event)
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Return the whole result with --watch; otherwise a line."""
+        """Return the complete display for a result of `--watch`, and a line for any other event."""
         return self.result(event) if isinstance(event, LargePagesResult) else self.line(event)
 
     def result(self, result: msgspec.Struct) -> RenderableType:
@@ -86,7 +86,7 @@ def _histogram(bins: list[int]) -> RenderableType:
 
 
 def _heat_map(samples: list[Sample]) -> RenderableType:
-    """Return one row per sample, with the 512 base pages of a huge page from left to right."""
+    """Return the heat map: one row per sampled huge page, with its 512 base pages from left to right."""
     table = Table.grid(padding=(0, 1))
     shown = thinned(sorted(samples, key=lambda sample: -sample.activity), ROWS)
     for sample in shown:

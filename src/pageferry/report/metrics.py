@@ -1,7 +1,7 @@
 """Prometheus metrics of a running command (`--metrics HOST:PORT`).
 
 The values are taken from the events of the command. `METRICS` lists all metrics; the page Metrics of the documentation
-is made from it.
+is generated from this list.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ log = getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric and the source of its value."""
+    """Metric and the source of its value."""
 
     name: str
     """Name without the suffix `_total` of counters."""
     kind: Literal["gauge", "counter"]
     help: str
     events: tuple[str, ...]
-    """Types of the events that have the value."""
+    """Types of the events that contain the value."""
     field: str
-    """Path of the field in the event, with dots for nested fields."""
+    """Path of the field in the event. Dots separate the names of nested fields."""
     factor: float = 1.0
     adds: bool = False
-    """Whether each event has an increment, not the total."""
+    """Whether an event contains an increment instead of the total."""
 
 
 _MIGRATED = ("migration", "demo")
@@ -197,13 +197,13 @@ METRICS = (
     Metric("pageferry_sharing_freed_bytes", "counter", "Bytes freed by sharing.", ("sharing",), "freed", adds=True),
 )
 EVENTS = "pageferry_events"
-"""Name of the counter of events, labelled by `type`."""
+"""Name of the counter of events; its label `type` is the type of the event."""
 INFO = "pageferry_command_info"
-"""Name of the metric that is always 1 and has the labels `version`, `verb` and `subject`."""
+"""Name of the metric that describes the command: its value is 1, and its labels are `version`, `verb` and `subject`."""
 
 
 class Metrics:
-    """Sink that keeps the values of events, and collector that passes them to the Prometheus client."""
+    """Sink that records the values of events, and collector from which the Prometheus client obtains them."""
 
     def __init__(self, verb: str, subject: str) -> None:
         from importlib.metadata import version
@@ -224,7 +224,7 @@ class Metrics:
                     self.values[metric.name] = before + value * metric.factor
 
     def collect(self) -> Iterator[Family]:
-        """Return all metrics that have a value."""
+        """Yield all metrics that have a value."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         info = GaugeMetricFamily(INFO, "Running command.", labels=list(self.labels))
@@ -243,10 +243,11 @@ class Metrics:
 
 
 class MetricsServer:
-    """HTTP server for scrapes, in a separate thread until it is closed."""
+    """HTTP server from which Prometheus scrapes the metrics. It runs in a separate thread until `close` is called."""
 
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        """Start the server. Raises UnsupportedError without the client library, UsageError if it cannot listen."""
+        """Start the server. Raises UnsupportedError if the client library is not installed, UsageError if the server
+        cannot listen on the address."""
         try:
             from prometheus_client import CollectorRegistry, start_http_server
         except ImportError as missing:
@@ -266,14 +267,15 @@ class MetricsServer:
         log.info("serving metrics at %s", self.url)
 
     def close(self) -> None:
-        """Stop the server."""
+        """Stop the server and wait for its thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
 
 def address(text: str, *, insecure: bool) -> tuple[str, int]:
-    """Parse HOST:PORT with an IP address. Raises UsageError if it is invalid, or not loopback and not `insecure`."""
+    """Parse HOST:PORT, where HOST is an IP address, `localhost` or empty (loopback). Raises UsageError if the text is
+    invalid, or if the address is not loopback and `insecure` is false."""
     host, separator, port = text.rpartition(":")
     try:
         found = ipaddress.ip_address("127.0.0.1" if host in ("", "localhost") else host.strip("[]"))

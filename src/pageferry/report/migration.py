@@ -34,7 +34,7 @@ class MigrationView(PlainView):
         self._rounds: list[str] = []
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """Return a line for a phase or round; None for progress."""
+        """Return a line for the end of a phase or round; None for progress."""
         match event:
             case SetupEvent():
                 return (
@@ -59,7 +59,7 @@ class MigrationView(PlainView):
                 return super().line(event)
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Return the completed rounds, and a progress bar for the current one."""
+        """Return the lines of completed rounds, and a progress bar for the current round."""
         shown = Table.grid()
         if (line := self.line(event)) is not None:
             self._rounds.append(line)
@@ -82,7 +82,7 @@ class DemoView(MigrationView):
     """View of a migration of the built-in workload, and of the verification of its memory."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the table of the migration, and whether writes were lost."""
+        """Return the table of the migration, and a line that states whether writes were lost."""
         if not isinstance(result, DemoResult):
             return super().result(result)
         verdict = "no lost writes" if result.intact else "WRITES LOST"
@@ -91,7 +91,7 @@ class DemoView(MigrationView):
 
 
 class ReceiveView(PlainView):
-    """View of a receiver: one sentence per event."""
+    """View of `pageferry receive`: one sentence per event."""
 
     def line(self, event: msgspec.Struct) -> str | None:
         """Return the sentence for an event; None for progress."""

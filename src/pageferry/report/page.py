@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML file without scripts, for light and dark displays, phones and paper."""
+"""Report as one self-contained HTML file without scripts, for light and dark displays, phones and paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 
 def page(runs: Sequence[Run]) -> str:
-    """Return the text of the file."""
+    """Return the HTML text of a report of the runs."""
     titles = ", ".join(run.title for run in runs)
     style = (files(__package__) / "page.css").read_text(encoding="utf-8")
     several = " several" if len(runs) > 1 else ""

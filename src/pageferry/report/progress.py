@@ -18,7 +18,7 @@ from pageferry.migration import events as migration
 from pageferry.sharing import events as sharing
 
 INTERVAL = 0.2
-"""Minimum time between two updates of the record within a phase, seconds."""
+"""Minimum time between two updates of the record in the same phase, seconds."""
 
 PHASES = {
     "setup": "copying",
@@ -30,11 +30,12 @@ PHASES = {
     "sharing": "watching",
     "restore": "running",
 }
-"""Phase that starts with an event, by the type of the event."""
+"""Name of the phase that an event starts, by the type of the event."""
 
 
 class Progress:
-    """Sink that keeps the progress record of this command in the directories of its workloads."""
+    """Sink that writes the progress record of this command to the directories of its workloads, and removes it at the
+    end."""
 
     def __init__(self, verb: str, names: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         registry = Registry()
@@ -55,7 +56,7 @@ class Progress:
             jobs.remove(folder, self.job.pid)
 
     def event(self, event: Event) -> None:
-        """Update the record from an event."""
+        """Update the record from an event. A change within a phase is written at most every INTERVAL seconds."""
         changes = self._changes(event)
         if not changes:
             return

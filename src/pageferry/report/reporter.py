@@ -1,4 +1,4 @@
-"""Output of a command: events while it runs, and one result at the end."""
+"""Output of a command: events while the command runs, and one result at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Reporter(Protocol):
         """Emit an event, such as the end of a round."""
 
     def final(self, result: Event) -> None:
-        """Emit the result: at most one, after the last event."""
+        """Emit the result. A command has at most one result, which follows the last event."""
 
     def __enter__(self) -> Self: ...
 
@@ -30,7 +30,7 @@ class Reporter(Protocol):
 
 
 class Sink(Protocol):
-    """Further receiver of all events and the result, such as an event log."""
+    """Additional receiver of all events and of the result, such as an event log."""
 
     def event(self, event: Event) -> None:
         """Receive an event or the result."""
@@ -41,7 +41,8 @@ _SINKS: ContextVar[tuple[Sink, ...]] = ContextVar("sinks", default=())
 
 @contextmanager
 def add_sink(sink: Sink) -> Iterator[None]:
-    """Pass the events of every reporter opened within the block to this sink too."""
+    """Within the block, add a sink to every reporter that is opened: it receives the events before the reporter
+    does."""
     token = _SINKS.set((*_SINKS.get(), sink))
     try:
         yield
@@ -50,7 +51,7 @@ def add_sink(sink: Sink) -> Iterator[None]:
 
 
 def open_reporter(output: str, view: Callable[[], View] | None = None) -> Reporter:
-    """Return the reporter for `--output`: `json`, or `human` with the view that `view` makes (default: `PlainView`)."""
+    """Return the reporter for the value of `--output`. For `human`, `view` creates the view (default: `PlainView`)."""
     reporter = _for_stdout(output, view)
     sinks = _SINKS.get()
     return _WithSinks(reporter, sinks) if sinks else reporter

@@ -25,7 +25,7 @@ class RestoreView(PlainView):
         self._reported: set[str] = set()
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """Return a line when the guest runs, and one for each page that cannot be loaded."""
+        """Return a line when the guest runs, and a line for each page that cannot be loaded."""
         match event:
             case RunningEvent():
                 ran = duration(event.time_to_running / 1e3)
@@ -57,7 +57,7 @@ class RestoreView(PlainView):
         return lines
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the result as a table, that of a takeover as lines."""
+        """Return the result of a restore as a table, and the result of a takeover as lines."""
         match result:
             case RestoreResult():
                 return named_values(_rows(result))

@@ -1,4 +1,4 @@
-"""One run of a report: its command, outcome, facts and figures."""
+"""Run of a command in a report: its log, outcome, facts and figures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pageferry.report.figures.base import Cell, Fact, Figure
 
 KINDS = (migration, checkpoint, restore, large_pages, sharing)
 NAMES = ("name", "target", "names", "image")
-"""Arguments that name the subject of a verb; the first one present is used."""
+"""Names of the arguments that contain the subject of a verb. The first that is present is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A log with its facts and figures."""
+    """Log of a command, with its facts and figures."""
 
     log: Log
     facts: list[Fact]
@@ -33,12 +33,12 @@ class Run:
             facts = [fact for kind in KINDS for fact in kind.facts(log)]
             return cls(log, facts, [figure for kind in KINDS for figure in kind.figures(log)])
         except (ArithmeticError, LookupError, TypeError, ValueError) as wrong:
-            # Types have been checked; contradictory numbers cause these exceptions.
+            # The types of all fields have been checked. Numbers that contradict each other cause these exceptions.
             raise UsageError(f"cannot report {log.path}: its events are inconsistent ({wrong})") from wrong
 
     @property
     def subject(self) -> str:
-        """Workload, process or image that the command worked on; empty if there is none."""
+        """Workload, process or image on which the command operated; empty if there is none."""
         given: Any = next(
             (self.log.header.arguments.get(name) for name in NAMES if self.log.header.arguments.get(name)), ""
         )
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def message(self) -> str | None:
-        """Reason why the command failed or has no end; None if it succeeded."""
+        """Reason for which the command failed, or for which its log has no end line; None if it succeeded."""
         end = self.log.end
         if end is None:
             return "The log has no end line: the command was killed or is still running."
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def took(self) -> float:
-        """Milliseconds from the first to the last line."""
+        """Duration from the first to the last line of the log, ms."""
         lines = self.log.lines
         if self.log.ended_at is not None:
             return self.log.ended_at
@@ -113,7 +113,7 @@ def _signal(number: int) -> str:
 
 
 def families(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return the groups of two or more runs of the same verb, in the order given. `demo` counts as `migrate`."""
+    """Return the groups of two or more runs of the same verb, in the order of `runs`. `demo` counts as `migrate`."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         verb = run.log.header.verb
@@ -122,7 +122,8 @@ def families(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def side_by_side(runs: Sequence[Run]) -> list[tuple[Fact, list[Cell]]]:
-    """Return the facts that two or more runs have, with the value of each run, in order of first appearance."""
+    """Return the facts that at least two runs have, in the order of their first appearance, each with its value in
+    every run (None: no value)."""
     found: dict[tuple[str, str], Fact] = {}
     for run in runs:
         for fact in run.facts:

@@ -1,4 +1,4 @@
-"""Human-readable output of `pageferry report`: facts, and the numbers of each figure with bars."""
+"""Human-readable output of `pageferry report`: facts, and a table with bars for each figure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STYLES = {"done": "bold green", "failed": "bold red", "interrupted": "bold yello
 
 
 class RunsView(PlainView):
-    """View of runs. The result record is for JSON output."""
+    """View of runs. It ignores the result record, which is for JSON output."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = runs

@@ -1,4 +1,4 @@
-"""Human-readable output of `pageferry sharing`: classes, curve and freed memory."""
+"""Human-readable output of `pageferry sharing`: classes of duplicate pages, curve of freed memory, and changes made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SharingView(PlainView):
     """View of `pageferry.sharing.events`."""
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """Return a line for a step or for one of many results; None for progress."""
+        """Return a line for a step, or for a result of `--watch`; None for progress."""
         match event:
             case ScanEvent():
                 return None
@@ -41,7 +41,7 @@ class SharingView(PlainView):
                 return super().line(event)
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Return a progress bar during the scan; otherwise a line."""
+        """Return a progress bar during the scan, and a line for any other event."""
         if not isinstance(event, ScanEvent):
             return self.line(event)
         bar = Table.grid(padding=(0, 1))
@@ -50,7 +50,7 @@ class SharingView(PlainView):
         return bar
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the estimate as tables, and the changes made."""
+        """Return the estimate as tables, followed by the changes made."""
         if not isinstance(result, SharingResult):
             return super().result(result)
         parts: list[RenderableType] = [_classes(result), Text(), _curve(result), Text(), Text(_scan(result))]

@@ -1,6 +1,6 @@
 """SVG text: elements, axes and scales shared by all charts.
 
-Colours are CSS variables of the page (`--c1` and so on), so that charts follow its light or dark palette.
+Colours are CSS variables of the page (`--c1` and so on), so that charts use the light or dark palette of the page.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 400
-"""Width of every chart in user units: text of size 11 remains readable on a display of 390 pixels."""
+"""Width of every chart, SVG user units. With this width, text of size 11 is readable on a display of 390 pixels."""
 
 Format = Callable[[float], str]
 
 
 def element(name: str, content: str = "", title: str | None = None, **attributes: float | str | None) -> str:
-    """Return an element. Underscores in names of attributes become hyphens; `title` is the tooltip."""
+    """Return an SVG element. Underscores in names of attributes become hyphens. `title` is the tooltip."""
     pairs = (
         f' {key.rstrip("_").replace("_", "-")}="{_value(value)}"'
         for key, value in attributes.items()
@@ -45,7 +45,7 @@ def _value(value: float | str) -> str:
 
 
 def ticks(most: float, count: int = 4, steps: Sequence[float] = (1, 2, 5, 10)) -> list[float]:
-    """Return about `count` round numbers from 0 to the first one that is not less than `most`."""
+    """Return about `count` equidistant round numbers, from 0 to the first that is at least `most`."""
     if not most > 1e-300 or not math.isfinite(most):
         return [0.0, 1.0]
     rough = most / count
@@ -55,7 +55,7 @@ def ticks(most: float, count: int = 4, steps: Sequence[float] = (1, 2, 5, 10)) -
 
 
 def binary_ticks(most: float, count: int = 4) -> list[float]:
-    """Return ticks for bytes: round numbers of a binary unit."""
+    """Return ticks for a number of bytes: round numbers in a binary unit."""
     unit = 1024.0 ** max(int(math.log(max(most, 1), 1024) + 1e-9), 0)
     return [tick * unit for tick in ticks(most / unit, count)]
 
@@ -74,24 +74,24 @@ class Frame:
 
     @property
     def inner_width(self) -> float:
-        """Width of the plot area."""
+        """Width of the plot area, user units."""
         return WIDTH - self.left - self.right
 
     @property
     def base(self) -> float:
-        """Position of the x axis, from the top."""
+        """Position of the x axis, user units from the top."""
         return self.height - self.bottom
 
     def x(self, value: float) -> float:
-        """Return the position of a value, from the left."""
+        """Return the position of a value on the x axis, user units from the left."""
         return self.left + self.inner_width * value / (self.most_x or 1)
 
     def y(self, value: float) -> float:
-        """Return the position of a value, from the top."""
+        """Return the position of a value on the y axis, user units from the top."""
         return self.base - (self.base - self.top) * value / (self.ticks_y[-1] or 1)
 
     def y_axis(self, form: Format) -> str:
-        """Return grid lines with their values."""
+        """Return the horizontal grid lines and their labels."""
         parts = []
         for tick in self.ticks_y:
             y = self.y(tick)
@@ -100,7 +100,7 @@ class Frame:
         return "".join(parts)
 
     def x_axis(self, ticks_x: Iterable[float], form: Format, name: str) -> str:
-        """Return tick marks with their values, and the name of the axis."""
+        """Return the tick marks of the x axis with their labels, and the name of the axis."""
         parts = []
         for tick in ticks_x:
             if tick > self.most_x * 1.0001:
@@ -112,7 +112,7 @@ class Frame:
         return "".join(parts)
 
     def x_name(self, name: str) -> str:
-        """Return the name of the x axis."""
+        """Return the text element with the name of the x axis."""
         return text(self.left + self.inner_width / 2, self.height - 3, name, "middle", "name")
 
     def floor(self) -> str:

@@ -1,4 +1,5 @@
-"""Human-readable output: the result on stdout; progress on stderr, live on a terminal, else a line per event."""
+"""Human-readable output: the result on stdout, and progress on stderr. Progress is a live display on a terminal,
+otherwise a line per event."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ from pageferry.printable import printable
 from pageferry.report.view import View
 
 WIDE = 500
-"""Width for files and pipes, columns: wide enough that no line is folded or cut."""
+"""Width of output to files and pipes, columns. It is large enough that no line is folded or truncated."""
 
 
 class PlainView:
-    """View of any record as names and values of its fields. Views of commands derive from it."""
+    """View that shows the names and values of a record's fields. It is the base class of the views of commands."""
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """Return `kind: name value, name value`."""
+        """Return the event as a line of the form `kind: name value, name value`."""
         fields = ", ".join(f"{name} {value}" for name, value in _fields(event).items())
         return f"{type(event).__name__.lower()}: {fields}"
 
@@ -34,7 +35,7 @@ class PlainView:
         return self.line(event)
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return a table of names and values."""
+        """Return a table of the names and values of the fields."""
         table = Table.grid(padding=(0, 2))
         for name, value in _fields(result).items():
             table.add_row(name, str(value))
@@ -59,7 +60,7 @@ class HumanReporter:
         self._live: Live | None = None
 
     def event(self, event: Event) -> None:
-        """Update the live display; without a terminal, print a line."""
+        """Update the live display if stderr is a terminal; otherwise print a line."""
         if self._progress.is_terminal:
             self._show(self._view.live(event))
         elif (line := self._view.line(event)) is not None:
@@ -97,7 +98,8 @@ class _Console(Console):
         super().__init__(emoji=False, markup=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render with the text of every segment filtered; control codes of rich are separate segments."""
+        """Render with the text of every segment filtered (`printable`). Control codes of rich are in separate segments,
+        which are not filtered."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 

@@ -1,4 +1,4 @@
-"""Human-readable output of `pageferry top`: a line for the host, a table of workloads and operations."""
+"""Human-readable output of `pageferry top`: a line for the host, and a table of workloads and operations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TopView(PlainView):
     """View of `workloads.events.Overview`."""
 
     def line(self, event: msgspec.Struct) -> str | None:
-        """Return a line per workload."""
+        """Return one line per workload, with the time of day."""
         if not isinstance(event, Overview):
             return super().line(event)
         clock = time.strftime("%H:%M:%S", time.localtime(event.time))

@@ -9,7 +9,7 @@ def size(count: float) -> str:
     while abs(count) >= 1024 and unit < len(_BINARY) - 1:
         count /= 1024
         unit += 1
-    # Three significant digits; whole numbers without a decimal point.
+    # Print three significant digits, and whole numbers without a decimal point.
     digits = 0 if unit == 0 or abs(count) >= 99.95 or count == int(count) else 1
     return f"{count:.{digits}f} {_BINARY[unit]}"
 
@@ -31,5 +31,5 @@ def duration(seconds: float) -> str:
 
 
 def ms(milliseconds: float) -> str:
-    """Format milliseconds, as `duration` does seconds."""
+    """Format milliseconds, in the same form as `duration`."""
     return duration(milliseconds / 1e3)

@@ -16,7 +16,7 @@ class View(Protocol):
         """Return an event as a line of text; None to omit it."""
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Return the live display after this event; None to leave the display unchanged."""
+        """Return the content of the live display after this event; None leaves the display unchanged."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the result as printed on stdout."""
+        """Return the result in the form that is printed on stdout."""

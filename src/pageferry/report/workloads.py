@@ -13,7 +13,7 @@ from pageferry.workloads.events import Listing, WorkloadInfo
 
 
 class WorkloadsView(PlainView):
-    """View as a table with one row per workload."""
+    """View of workloads as a table with one row per workload."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
         """Return the table of a `Listing` or of a single `WorkloadInfo`."""

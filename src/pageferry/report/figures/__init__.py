@@ -1,1 +1,1 @@
-"""Facts and figures of reports: one module per kind of run, which derives both from an event log."""
+"""Facts and figures of reports. There is one module per kind of run; it derives both from an event log."""

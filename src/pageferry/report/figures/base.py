@@ -24,7 +24,7 @@ FORMS: dict[Unit, Callable[[Any], str]] = {
 
 
 def shown(value: Cell, unit: Unit) -> str:
-    """Format a value; a dash for None."""
+    """Return the value as text in its unit; a dash for None."""
     return "–" if value is None else FORMS[unit](value)
 
 
@@ -42,28 +42,28 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Chart with the table of its numbers."""
+    """Chart and the table of its values."""
 
     name: str
-    """Identifier, the same in all runs."""
+    """Identifier of the figure, the same in all runs."""
     title: str
     caption: str
-    """Explanation, one or two sentences."""
+    """Text below the chart, one or two sentences."""
     svg: str
     columns: Sequence[tuple[str, Unit]]
     rows: Sequence[Sequence[Cell]]
     legend: Sequence[tuple[int, str]] = field(default_factory=tuple)
-    """Colours of the palette with their meanings."""
+    """Numbers of the colours in the palette, and their meanings."""
 
 
 def time_axis(most: float) -> Callable[[float], str]:
-    """Return the formatter for an axis of up to `most` seconds, with one unit for all ticks."""
+    """Return a formatter for the ticks of an axis from 0 to `most` seconds. It uses one unit for all ticks."""
     factor, unit = (1.0, "s") if most >= 1 else (1e3, "ms")
     return lambda value: f"{value * factor:g} {unit}" if value else "0"
 
 
 def thinned(rows: Sequence[Any], most: int) -> list[Any]:
-    """Return at most `most` rows, evenly spaced, including the last one."""
+    """Return up to `most` of the rows, evenly spaced and including the last row."""
     if len(rows) <= most:
         return list(rows)
     last = len(rows) - 1

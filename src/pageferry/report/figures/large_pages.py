@@ -16,7 +16,7 @@ BINS = ("0", "1", "2–3", "4–7", "8–15", "16–31", "32–63", "64–127", 
 
 
 def facts(log: Log) -> list[Fact]:
-    """Return the facts of the sampling."""
+    """Return the facts of the last result in the log."""
     results = log.of(LargePagesResult)
     if not results:
         return [Fact("rounds", len(log.of(SampleEvent)), "count", lead=True)] if log.of(SampleEvent) else []
@@ -41,7 +41,7 @@ def facts(log: Log) -> list[Fact]:
 
 
 def figures(log: Log) -> list[Figure]:
-    """Return the figures of the last result."""
+    """Return the figures of the last result in the log."""
     results = log.of(LargePagesResult)
     if not results or not results[-1][1].samples:
         return []
@@ -71,7 +71,7 @@ def _histogram(result: LargePagesResult) -> list[Figure]:
 
 
 def _heat_map(result: LargePagesResult) -> list[Figure]:
-    """Return a heat map of at most MAX_ROWS samples, by decreasing activity."""
+    """Return a heat map of up to MAX_ROWS samples, in order of decreasing activity."""
     chosen = thinned(sorted(result.samples, key=lambda sample: -sample.activity), MAX_ROWS)
     if not any(sample.activity for sample in chosen):
         return []

@@ -1,4 +1,4 @@
-"""Figure of the service times of page faults, of a restore and of post-copy."""
+"""Figure of the service times of page faults during a restore or after a post-copy switch-over."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pageferry.report.units import duration
 
 
 def latency(times: Latency) -> list[Figure]:
-    """Return the histogram of service times; empty if there were no faults."""
+    """Return the histogram of service times; an empty list if there were no faults."""
     filled = [number for number, count in enumerate(times.bins) if count]
     if not filled:
         return []
@@ -38,7 +38,7 @@ def latency(times: Latency) -> list[Figure]:
 
 
 def _edge(power: int) -> str:
-    """Return the label of the upper end of bin number `power`."""
+    """Return the label of the upper edge of bin number `power`."""
     if power < 0:
         return "0"
     micros = 1 << power
@@ -49,6 +49,7 @@ def _edge(power: int) -> str:
 
 
 def _place(value: float, first: int, last: int) -> float:
-    """Return the position in bins from the left. Values are upper ends of bins, or the maximum within the last bin."""
+    """Return the position of a service time, in bins from the left. `value` is the upper edge of a bin, or the maximum
+    within the last bin."""
     power = math.log2(max(value, 1))
     return min(max(power - (first - 1), 0), last - first + 1)

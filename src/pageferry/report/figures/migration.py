@@ -17,13 +17,13 @@ MAX_ROWS = 40
 
 
 def result_of(log: Log) -> MigrationResult | None:
-    """Return the result of `migrate` or `demo`, if the log has one."""
+    """Return the result of `migrate` or `demo`; None if the log does not contain it."""
     found: Sequence[tuple[float, MigrationResult]] = log.of(MigrationResult) or log.of(DemoResult)
     return found[-1][1] if found else None
 
 
 def facts(log: Log) -> list[Fact]:
-    """Return the facts of a migration; without a result, those of its progress."""
+    """Return the facts of a migration. Without a result, they describe its progress."""
     result, rounds = result_of(log), log.of(RoundEvent)
     if result is None:
         return _unfinished(log)

@@ -1,4 +1,5 @@
-"""Figures of duplicate pages: classes, and memory freed by the number of huge pages split."""
+"""Figures of duplicate pages: their classes, and the memory that is freed as a function of the number of split huge
+pages."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ MAX_ROWS = 40
 
 
 def facts(log: Log) -> list[Fact]:
-    """Return the facts of the last result."""
+    """Return the facts of the last result in the log."""
     results = log.of(SharingResult)
     if not results:
         return []
@@ -38,7 +39,7 @@ def facts(log: Log) -> list[Fact]:
 
 
 def figures(log: Log) -> list[Figure]:
-    """Return the figures of the last result."""
+    """Return the figures of the last result in the log."""
     results = log.of(SharingResult)
     if not results:
         return []
