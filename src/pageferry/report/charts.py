@@ -1,8 +1,8 @@
 """Charts as SVG text. The functions depend on their arguments only. Marks have tooltips, and the page contains a table
 of the values below each chart.
 
-Axes start at 0 unless their names contain `logarithmic`. Colours are numbers in the palette of the page: 1 transferred, 2 remaining, 3 activity of the workload,
-4 destination or duplicate, 5 other, 0 muted.
+Axes start at 0 unless their names contain `logarithmic`. Colours are numbers in the palette of the page: 1 transferred,
+2 remaining, 3 activity of the workload, 4 destination or duplicate, 5 other, 0 muted.
 """
 
 from __future__ import annotations
