@@ -28,7 +28,7 @@ PROGRESS_INTERVAL = 0.2
 
 
 class Attempt(ABC):
-    """Attempt to save a prepared workload to an empty file. Raises LookupError if the trace cannot be used."""
+    """One attempt to save a prepared workload to an empty file."""
 
     def __init__(self, preparation: Preparation, file: int) -> None:
         self.preparation = preparation
@@ -44,7 +44,8 @@ class Attempt(ABC):
         self._open_saver: Saver | None = None
 
     async def run(self) -> None:
-        """Save the workload, which runs afterwards, even after an error."""
+        """Save the workload, and restore its previous state, even after an error. Raises LookupError if the write trace
+        cannot be used."""
         await self.request.workload.prepare_pause()
         try:
             await self._save()
@@ -57,7 +58,8 @@ class Attempt(ABC):
         """Save all memory as of the snapshot point, and complete the image."""
 
     async def _restore_state(self) -> None:
-        """Restore the previous state: the workload runs, on PMD mappings."""
+        """Resume the workload if it is paused, and restore the PMD mappings of its huge pages unless they must stay
+        split."""
         if self._paused:
             self.statistics.enter(Phase.RESUME)
             await self.request.workload.resume()
@@ -74,7 +76,7 @@ class Attempt(ABC):
         return self._open_saver
 
     async def _arm(self, segments: list[Any]) -> None:
-        """Open the saver, which protects these segments."""
+        """Open the saver, which write-protects the given segments."""
         self.statistics.enter(Phase.ARM)
         self._open_saver = await self.preparation.engine(lambda: self._new_saver(segments))
 
@@ -139,7 +141,8 @@ class Attempt(ABC):
         self._paused = True
         stopped = await pause_to_save(self.request.workload)
         self.statistics.enter(Phase.STOP, at=stopped)
-        # Before memory is protected: saving the state may itself write to memory (devices flush their queues).
+        # The state is saved before memory is protected, because saving it may write to memory: devices flush their
+        # queues.
         self.statistics.enter(Phase.STATE)
         state = await self.request.workload.save_state()
         self.statistics.paused = self.request.workload.stays_paused
@@ -172,7 +175,8 @@ class Attempt(ABC):
 
 
 class LazyAttempt(Attempt):
-    """Attempt that protects the memory, pauses the workload at the snapshot point, and saves while it runs."""
+    """Attempt that protects the memory, pauses the workload at the snapshot point only, and saves while the workload
+    runs."""
 
     def __init__(self, preparation: Preparation, file: int, live: Migratable) -> None:
         super().__init__(preparation, file)
@@ -182,12 +186,12 @@ class LazyAttempt(Attempt):
         await self._arm(self.preparation.memory.segments)
         try:
             await self._save_in_rounds()
-            await self.live.check_mappers()  # again, since all known mappings are protected
+            await self.live.check_mappers()  # repeated now that all known mappings are protected
             self._report_armed()
             state = await self._pause()
             self._refuse_registered_buffers()
             self.statistics.enter(Phase.PROTECT)
-            self._saver.begin()  # not in a thread: switching to one would take longer
+            self._saver.begin()  # not in another thread: the switch would prolong the pause
             await self._resume()
             self.statistics.enter(Phase.SAVE)
             fault_point("checkpoint.instant")
@@ -198,7 +202,7 @@ class LazyAttempt(Attempt):
             await self._close_saver()
 
     async def _save_in_rounds(self) -> None:
-        """Save pages in rounds while the workload runs, if a trace reports the written ones. Deferred pages are loaded
+        """Save pages in rounds while the workload runs, if a trace reports the written pages. Load deferred pages
         first."""
         hold, loop, regions = self.preparation.hold, asyncio.get_running_loop(), self._region_pages()
 
@@ -249,7 +253,7 @@ class StoppedAttempt(Attempt):
 
 
 def attempt(preparation: Preparation, file: int) -> Attempt:
-    """Return an attempt in the mode of the checkpoint."""
+    """Return an attempt in the mode of the checkpoint; in mode `stop` if the workload cannot be saved while it runs."""
     live = preparation.request.workload.live
     if preparation.options.mode == "stop" or live is None:
         return StoppedAttempt(preparation, file)
@@ -261,7 +265,7 @@ def _drained() -> None:
 
 
 def _loader(hold: AcquiredPager) -> Callable[[int, int, int], None]:
-    """Return a function that loads pages, with a fault point."""
+    """Return a function that loads deferred pages through the acquired pager."""
 
     def load(region: int, first: int, count: int) -> None:
         hold.ensure(region, first, count)

@@ -1,4 +1,5 @@
-"""Write traces of a checkpoint: the one that its parent has left, and the one that it leaves for its child."""
+"""Write traces of a checkpoint: the trace since the checkpoint of the parent, and the trace left for that of a
+child."""
 
 from __future__ import annotations
 
@@ -15,16 +16,16 @@ from pageferry.workloads.persistent_trace import Unusable
 from pageferry.workloads.protocols import Migratable
 
 Means = Literal["trace", "compare", "none"]
-"""How the pages that the parent holds are found; `none` without a parent."""
+"""Method of finding the pages that the parent contains: its write trace, or a comparison; `none` without a parent."""
 
 
 Traces = tuple[Literal["leave", "take-up", "begin", "borrow"], dict[int, int]]
-"""Use of write traces by a `Saver`, and the userfaultfds by process ID."""
+"""Parameter `traces` of a `Saver`: its use of the write traces, and the userfaultfds by process ID."""
 
 
 class Tracking:
-    """Traces of one checkpoint. Its calls can block for a millisecond per process: do not call them from the event
-    loop."""
+    """Write traces of one checkpoint. Methods can block for a millisecond per process, and must not be called from the
+    event loop."""
 
     def __init__(
         self,
@@ -47,12 +48,13 @@ class Tracking:
         self.pinned = False
         """Whether buffers in the memory are registered with io_uring.
 
-        They stay pinned, and traces do not report I/O into them.
+        Such buffers stay pinned, and traces do not report I/O into them.
         """
         self._ours: dict[int, int] = {}
 
     def take_up(self) -> None:
-        """Take up the trace since the parent. Remove any trace that cannot be used."""
+        """Take over the trace since the parent if it can be used; otherwise remove any trace, and record the reason in
+        `note`."""
         if self._hold is not None:
             self.note = "its memory was still coming"
             self.leaves = False  # a trace on the pager's userfaultfd ends with the pager
@@ -72,12 +74,12 @@ class Tracking:
         """Record that the trace cannot be used, and remove it."""
         self.note, self.means = why, "none" if self.parent is None else "compare"
         self._hold = None
-        self.leaves = self.leaves and not self.direct_io  # it would need rounds again
+        self.leaves = self.leaves and not self.direct_io  # a new trace would require rounds again
         self._close()
         persistent_trace.forget(self.workload)
 
     def traces(self) -> Traces | None:
-        """Return the traces for the saver; None without any."""
+        """Return the traces for the saver; None if it uses none. Begin a trace first if one is to be left."""
         if self._hold is not None:
             return "borrow", self._hold.userfaults
         if self.means == "trace":
@@ -91,8 +93,8 @@ class Tracking:
         return ("begin" if self.direct_io else "leave"), self._ours
 
     def finish(self, image: tuple[str, str] | None) -> bool:
-        """Leave the trace for a child of the image (id, digest), or remove it if there is none. Return whether one is
-        left."""
+        """Leave the trace for a child of `image` (id and digest). Remove it if `image` is None or no trace is to be
+        left. Return whether a trace was left."""
         self._close()
         if image is not None and self.leaves:
             fault_point("checkpoint.trace-left")

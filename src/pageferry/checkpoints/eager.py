@@ -13,7 +13,8 @@ from pageferry.pager import eager
 
 
 def load(image: ImageFile, targets: Sequence[TargetRegion], reason: str, listener: Listener) -> Pager:
-    """Load all contents of an image into files that no workload runs on yet; return the pager, which has finished.
+    """Load all contents of an image into the memory of a workload that does not run yet. Return the pager, which has
+    finished.
 
     `reason`: why contents are not loaded on demand. Raises ImageError for a page that cannot be read.
     """
@@ -22,7 +23,7 @@ def load(image: ImageFile, targets: Sequence[TargetRegion], reason: str, listene
 
 
 def reporter(listener: Listener) -> Callable[[int, int, int], None]:
-    """Return a function that emits the progress as an event: see `pager.eager.Report`."""
+    """Return a `pager.eager.Report` function that emits the progress as ProgressEvent."""
 
     def report(deferred: int, prefetched: int, bytes_read: int) -> None:
         progress = ProgressEvent(

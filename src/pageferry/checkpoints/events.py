@@ -12,21 +12,22 @@ from pageferry.images.metadata import Codec
 
 
 class ArmedEvent(Event, frozen=True, kw_only=True, tag="armed"):
-    """All memory is protected; the workload has not been paused yet."""
+    """All memory is ready to be saved. In mode `lazy`, it is write-protected, and the workload has not been paused
+    yet."""
 
     memory: int
     """Size of all regions, bytes."""
     present: int
     """Memory that is present, bytes."""
     large_pages: int
-    """Number of huge pages."""
+    """Number of huge pages in the memory."""
     arm_ms: float
-    """Time for protecting the memory, milliseconds."""
+    """Time to protect the memory and to save in rounds, milliseconds."""
 
 
 class InstantEvent(Event, frozen=True, kw_only=True, tag="snapshot-point"):
-    """The pause at which the memory is saved has ended. The workload runs, or stays paused if its user had paused
-    it."""
+    """The pause at the snapshot point has ended. The workload runs, or stays paused if the user had paused it
+    before."""
 
     downtime: float
     """Duration of the pause, milliseconds."""
@@ -38,13 +39,13 @@ class SavingEvent(Event, frozen=True, kw_only=True, tag="checkpoint-progress"):
     """Progress of a checkpoint. Sent several times a second."""
 
     done: int
-    """Pages saved."""
+    """Number of pages saved."""
     total: int
-    """Pages that were present."""
+    """Number of pages that were present when the checkpoint started."""
     traps: int
     """Writes of the workload that waited for their page block to be copied."""
     stored: int
-    """Length of the storage blocks, bytes."""
+    """Total length of the storage blocks, bytes."""
 
 
 class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -54,9 +55,9 @@ class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     stop: float
     device_state: float
     protect: float
-    """Protecting again the pages written since they were saved in rounds."""
+    """Time to protect again the pages that were written after a round had saved them."""
     save: float
-    """Saving all memory; mode `stop` only."""
+    """Time to save all memory; 0 except in mode `stop`."""
     resume: float
 
 
@@ -64,23 +65,24 @@ class PageCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Number of pages by class; together they are all pages of the workload."""
 
     absent: int
-    """Not present."""
+    """Pages that are not present."""
     zero: int
     pattern: int
-    """Filled with one 64-bit word."""
+    """Pages filled with one repeated 64-bit word."""
     same_as: int
-    """Identical to another page of the image."""
+    """Pages identical to another page of the image."""
     data: int
-    """All other contents."""
+    """Pages with any other contents."""
     in_parent: int
-    """Identical to the same page of the parent image, regardless of the class."""
+    """Pages identical to the same page of the parent image, regardless of their contents."""
 
 
 class TrapCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Statistics of traps."""
+    """Statistics of traps, the first writes of the workload to protected memory."""
 
     before: int
-    """Traps before the snapshot point: the page was only unprotected, and protected again in the pause."""
+    """Number of traps before the snapshot point. The page was only unprotected, and was protected again in the
+    pause."""
     longest_us: float
     mean_us: float
     staging_waits: int
@@ -93,35 +95,36 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     status: Literal["completed"]
     workload: str
     image: str
-    """Absolute path."""
+    """Absolute path of the image."""
     id: str
     """Identifier of the image."""
     digest: str
     """Digest of the image. A child refers to its parent by id and digest."""
     parent: str | None
     tracking: Literal["trace", "compare", "none"]
-    """How the pages that the parent holds were found: from the write trace that it left, or by comparing all pages."""
+    """How pages that the parent contains were found: from the write trace since the parent, or by comparing all pages;
+    `none` without a parent."""
     tracking_note: str
-    """Why no write trace could be used."""
+    """Reason why no write trace could be used; empty if there is none."""
     tracked: bool
-    """Whether a write trace was left for the next checkpoint: each first write to a page then costs a minor fault."""
+    """Whether a write trace was left for the next checkpoint. The first write to each page then costs a minor fault."""
     written: int
     """Number of pages that the write trace reported, counted once per round."""
     rounds: int
-    """Number of rounds in which they were saved before the pause."""
+    """Number of rounds that saved written pages before the pause."""
     drains: int = 0
-    """Number of short pauses before these rounds in which direct I/O was completed."""
+    """Number of short pauses, before rounds, in which direct I/O was completed."""
     drain_time: float = 0.0
-    """Total duration of these pauses, milliseconds."""
+    """Total duration of the short pauses for direct I/O, milliseconds."""
     mode: Mode
     codec: Codec
     total_time: float
     phases: dict[str, float] = msgspec.field(default_factory=dict)
     """Duration of the consecutive phases, which add up to `total-time`: set-up, arm (protect, and save in rounds),
     stop, state, protect, resume, save, publish (restore huge mappings, name the image). The phases from stop to resume
-    are the downtime; in mode `stop`, it includes arm and save."""
+    are the downtime; in mode `stop`, the downtime includes arm and save."""
     arm_time: float
-    """Time for protecting the memory while the workload ran."""
+    """Time to protect the memory and to save in rounds."""
     downtime: float
     downtime_parts: Downtime
     memory: int
@@ -137,17 +140,18 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     """Writes of the workload that waited for their page block to be copied."""
     trap_details: TrapCount
     paused: bool = False
-    """Whether its user had paused the workload: it stays paused, and is so after a restore from the image."""
+    """Whether the user had paused the workload before. It stays paused, and is paused after a restore from the
+    image."""
     compression: float
     """Compression ratio of the data pages; 1 if there are none."""
 
 
 class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
-    """The guest runs, or is paused as it was when it was saved; its memory is being loaded."""
+    """The guest runs, or is paused if it was paused when it was saved. Its deferred memory is being loaded."""
 
     workload: str
     time_to_running: float
-    """Milliseconds, without the start of QEMU."""
+    """Time from the start of the command until the guest ran, without the start of QEMU, milliseconds."""
     deferred: int
     """Deferred memory, bytes."""
     paused: bool = False
@@ -160,7 +164,7 @@ class EagerEvent(Event, frozen=True, kw_only=True, tag="restore-eager"):
     length: int
     """Memory in the image, bytes."""
     reason: str
-    """Why page faults of the workload cannot be handled, and what to do about it."""
+    """Reason why page faults of the workload cannot be handled, and a remedy."""
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="restore-progress"):
@@ -181,25 +185,25 @@ class ProgressEvent(Event, frozen=True, kw_only=True, tag="restore-progress"):
 
 
 class TouchedEvent(Event, frozen=True, kw_only=True, tag="touched"):
-    """Pages that the guest has accessed while they were deferred, since the last of these events."""
+    """Pages that the guest has accessed while they were deferred, since the previous event of this type."""
 
     windows: list[int]
     """Windows of 16 pages, numbered over all regions, in the order of their faults; may contain duplicates."""
 
 
 class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Parts of the time until the guest ran, milliseconds: consecutive ones, which add up to `total`, and `open_image`,
-    which overlaps with the first two."""
+    """Parts of the time until the guest ran, milliseconds. The parts are consecutive and add up to `total`, except
+    `open_image`, which overlaps with `qemu_start` and `adopt`."""
 
     total: float
     qemu_start: float
-    """From the start of QEMU until its monitor replied and its memory was found."""
+    """Time from the start of QEMU until its monitor replied and its memory was found."""
     open_image: float
-    """Opening the image while QEMU starts; time beyond that start is part of `adopt`."""
+    """Time to open the image while QEMU starts. Any time after the start of QEMU is part of `adopt`, too."""
     adopt: float
-    """Until the pager handled every access to missing memory."""
+    """Time until the pager handled every access to missing memory."""
     load: float = 0.0
-    """Loading all contents, if they cannot be loaded on demand."""
+    """Time to load all contents, if they cannot be loaded on demand."""
     device_state: float
     resume: float
 
@@ -214,9 +218,9 @@ class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     workload: str
     image: str
     paused: bool = False
-    """Whether the guest was paused by its user when it was saved; it stays paused until its user resumes it."""
+    """Whether the user had paused the guest when it was saved. It stays paused until the user resumes it."""
     time_to_running: float
-    """From the start of the command until the guest ran, without the start of QEMU."""
+    """Time from the start of the command until the guest ran, without the start of QEMU."""
     time_parts: TimeToRunning
     memory: int
     deferred: int
@@ -234,4 +238,4 @@ class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     longest_us: float
     service_times: Latency
     eager_reason: str | None = None
-    """Why all contents were loaded before the guest ran; None if they are loaded on demand."""
+    """Reason why all contents were loaded before the guest ran; None if they are loaded on demand."""

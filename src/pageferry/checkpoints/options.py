@@ -17,7 +17,7 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a checkpoint, as those of `pageferry checkpoint`.
+    """Options of a checkpoint: those of `pageferry checkpoint`, `packers` and `at_instant`.
 
     Sizes are in bytes and rates in bytes per second, or strings such as `64K`. Raises UsageError.
     """

@@ -1,4 +1,4 @@
-"""Preparation of a workload for a checkpoint: its memory, its traces, and the pager that is acquired for it."""
+"""Preparation of a workload for a checkpoint: its memory, its write traces, and its pager if memory is deferred."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ log = getLogger(__name__)
 
 
 class Preparation:
-    """Everything that a checkpoint needs of its workload, from `set_up` to `close`."""
+    """Resources that a checkpoint requires of its workload, from `set_up` to `close`."""
 
     def __init__(self, request: Request, statistics: Statistics) -> None:
         self.request = request
         self.options = request.options
-        """Options in effect: a workload with registered buffers is saved in mode `stop`."""
+        """Options in effect. Unlike in the request, the mode is `stop` if buffers are registered with io_uring."""
         self.statistics = statistics
         self.hold: AcquiredPager | None = None
-        """Acquired pager of a workload with deferred memory."""
+        """Acquired pager of a workload with deferred memory; None if no memory is deferred."""
         self.large: list[list[bool]] = []
-        """2 MiB units of each region that are backed by huge pages."""
+        """For each region, whether each 2 MiB unit is backed by a huge page."""
         self.present = 0
         """Present memory, bytes."""
         self._memory: Readable | None = None
         self._tracking: Tracking | None = None
 
     async def set_up(self) -> None:
-        """Open the memory, and take up the trace that the parent has left. Call `close` even if this fails."""
+        """Open the memory, and take over the trace since the parent. `close` must be called even after an error."""
         if (live := self.request.workload.live) is not None:
             await self._set_up_live(live)
         else:
@@ -52,7 +52,7 @@ class Preparation:
         self.present = self.memory.present() if self.hold is None else self.memory.size
 
     async def _set_up_live(self, live: Migratable) -> None:
-        """Open the memory of a workload that can be saved while it runs, and take up the trace since the parent."""
+        """Open the memory of a workload that can be saved while it runs, and take over the trace since the parent."""
         pinned = await self._switch_mode_for_registered_buffers(live)
         if self.options.mode == "lazy":
             self.hold = await deferred_access.acquire_uffd(live)
@@ -67,7 +67,8 @@ class Preparation:
         await self.engine(tracking.take_up)
 
     async def _switch_mode_for_registered_buffers(self, live: Migratable) -> bool:
-        """Switch to mode stop for a workload with registered buffers: neither traces nor traps cover writes to them."""
+        """Switch to mode `stop` if buffers are registered with io_uring: neither traces nor traps report writes to
+        them. Return whether there are such buffers."""
         regions = live.regions
         if not any(await self.engine(lambda: registered_buffers(regions))):
             return False
@@ -85,21 +86,23 @@ class Preparation:
 
     @property
     def keeps_small_mappings(self) -> bool:
-        """Whether huge pages must stay mapped by PTEs after the checkpoint: a persistent trace needs PTEs, and the
-        pager maps deferred memory as huge pages when it is loaded."""
+        """Whether huge pages must stay mapped by PTEs after the checkpoint. A persistent trace requires PTEs. Deferred
+        memory is mapped as huge pages by the pager when it is loaded."""
         return self.hold is not None or (self._tracking is not None and self._tracking.leaves)
 
     def traces(self) -> Traces | None:
-        """Return the traces for the saver; None without any."""
+        """Return the traces for the saver; None if it uses none."""
         return self._tracking.traces() if self._tracking is not None else None
 
     def traced_segments(self) -> list[Any]:
-        """Return the segments whose trace is used: in mode stop, those of a trace that exists already."""
+        """Return the segments whose trace is used in mode `stop`: all if the trace since the parent is used, otherwise
+        none."""
         traced = self._tracking is not None and self._tracking.means == "trace"
         return self.memory.segments if traced else []
 
     async def lose_trace(self, why: str) -> None:
-        """Remove a trace that cannot be used; the next attempt compares with the parent."""
+        """Remove a trace that cannot be used, so that the next attempt compares with the parent. If the pager is
+        acquired, release it, and wait until no memory is deferred."""
         tracking = self._tracking
         assert tracking is not None, "without traces the saver raises no LookupError"
         await self.engine(lambda: tracking.lost(why))
@@ -114,14 +117,15 @@ class Preparation:
             self.statistics.means, self.statistics.note = self._tracking.means, self._tracking.note
 
     async def leave_trace(self, covers_memory: bool) -> None:
-        """Leave the trace for a child of the image, or remove it unless it covers all memory."""
+        """Leave the trace for a child of the image if it covers all memory; otherwise remove it."""
         if self._tracking is not None:
             tracking, self._tracking = self._tracking, None
             image = (self.request.id.hex(), f"{self.statistics.image.digest:016x}") if covers_memory else None
             self.statistics.tracked = await self.engine(lambda: tracking.finish(image))
 
     async def close(self) -> None:
-        """Remove the trace unless it was left, release the pager, and unmap the memory. May be called twice."""
+        """Remove the trace unless `leave_trace` was called, release the pager, and unmap the memory. May be called
+        twice."""
         tracking, self._tracking = self._tracking, None
         try:
             if tracking is not None:
@@ -137,14 +141,16 @@ class Preparation:
             await in_thread(hold.release)
 
     async def drain(self) -> None:
-        """Complete direct I/O that may be older than the trace just installed or collected, before memory is read."""
+        """Complete direct I/O that may have started before the trace was installed or collected. Call this before
+        memory is read."""
         drains = self.statistics.drains
         assert drains is not None, "a process is saved in mode stop"
         drains.due = True
         await drains.drain_if_due()
 
     async def engine(self, call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:
-        """Run an engine call in a thread, as `on_thread` does, with its errors translated."""
+        """Run an engine call in a thread (see `on_thread`). Raises WorkloadDied if the workload has exited,
+        WorkloadError if permission is denied or the memory is in use (EBUSY)."""
         name = self.request.workload.name
         try:
             return await on_thread(call, cancel)

@@ -1,4 +1,4 @@
-"""Request for one checkpoint, checked before anything happens."""
+"""Request for one checkpoint, checked when it is created."""
 
 from __future__ import annotations
 

@@ -73,8 +73,8 @@ class RestoredArena(Arena):
         if not self.pager.finished:
             Space().madvise(self.address, self.length, Advice.DONTFORK)
             forks.before_fork(self, RestoredArena._before_fork)
-        # The end of an arena's first use is not reported, so the working set is recorded when the arena or the program
-        # ends.
+        # No event marks the end of an arena's first use. The working set is therefore recorded when the arena is
+        # deleted or the program exits.
         weakref.finalize(self, _learn, working_set, self.pager, options.prefetch, os.getpid())
 
     def collapse(self) -> int:
@@ -106,8 +106,8 @@ class RestoredArena(Arena):
         return self.pager.pending * SMALL_PAGE
 
     def ensure(self, offset: int, length: int) -> None:
-        """Load part of the memory, for callers that read the file bypassing this mapping. Raises ImageError,
-        UsageError."""
+        """Load a range of the memory (bytes), for callers that read the file without this mapping. Raises ImageError if
+        a page cannot be read, UsageError if the range is invalid."""
         self.check_here()
         values.count("offset", offset, 0, self.length)
         if values.count("length", length, 0, self.length) > self.length - offset:
@@ -123,25 +123,26 @@ class RestoredArena(Arena):
         interruptible(lambda: load_all(self.pager, self.length, str(self.image.path)))
 
     def _before_fork(self) -> None:
-        """Load all contents, since a child has no pager. A child that only executes a program does not map them."""
+        """Load all contents before a fork, because the child has no pager. This is not called for a child that only
+        executes a program: it does not map the memory (MADV_DONTFORK)."""
         load_pages(self.pager, 0, self.length // SMALL_PAGE, str(self.image.path))
         Space().madvise(self.address, self.length, Advice.DOFORK)
         forks.forget(self)
 
 
 def restore(path: str | Path, name: str | None = None, *, listener: Listener = ignore, **options: Any) -> RestoredArena:
-    """Create an arena from an image. It is usable at once: accessed pages are loaded first, the others in the
-    background. With a `name`, it is registered on this host.
+    """Create an arena from an image. The arena is usable at once: accessed pages are loaded first, the others in the
+    background. With a `name`, the arena is registered on this host.
 
     If this user cannot handle page faults (including those of system calls), all contents are loaded before this
-    returns, with a warning in the log; `listener` is called with an EagerEvent, which states the reason, and with
-    ProgressEvents.
+    function returns, with a warning in the log; `listener` is called with an EagerEvent, which states the reason, and
+    with ProgressEvents.
 
     `options`: with `eager`, load in the background at full speed, without yielding to accesses. With `prefetch=False`,
-    load only accessed pages. The others are those of `Arena`: state, on_pause, on_resume, on_moved, direct_io, loop.
-    The saved state is passed to `state`, or stored in `received_state`. The image is only read, and can be restored any
-    number of times concurrently; it must not be moved until `deferred` is 0. This call blocks; a coroutine awaits
-    `restore_async` instead.
+    load only accessed pages. All other options are those of `Arena`: state, on_pause, on_resume, on_moved, direct_io,
+    loop. The saved state is passed to `state`, or stored in `received_state`. The image is only read, and can be
+    restored any number of times concurrently; it must not be moved until `deferred` is 0. This call blocks; a coroutine
+    awaits `restore_async` instead.
 
     Raises ImageError if the image cannot be used, UsageError if it is not of an arena.
     """
@@ -157,7 +158,7 @@ async def restore_async(
     loop: asyncio.AbstractEventLoop | None = None,
     **options: Any,
 ) -> RestoredArena:
-    """Restore an arena as `restore` does, without blocking the event loop of the caller.
+    """Like `restore`, but without blocking the event loop of the caller.
 
     `loop` (default: the running event loop) runs coroutine callbacks. `options` are the other parameters of `restore`.
     """
@@ -175,7 +176,7 @@ def _size(image: ImageFile) -> int:
 
 
 def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> None:
-    if pid == os.getpid() and pager.touched:  # not in a forked child, nor of an arena that was not used
+    if pid == os.getpid() and pager.touched:  # not in a forked child, and not for an unused arena
         working_set.learn(pager.touched, prefetch)
 
 
@@ -202,7 +203,7 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], optio
 
 
 def _loaded(image: ImageFile, arena: RestoredArena, reason: str, listener: Listener) -> Pager:
-    """Load all contents now. Raises ImageError."""
+    """Load all contents now, and return the pager, which has finished. Raises ImageError."""
     log.warning(
         "%s: loading all %d MiB in advance, on-demand loading is unavailable: %s",
         image.path,
@@ -214,7 +215,8 @@ def _loaded(image: ImageFile, arena: RestoredArena, reason: str, listener: Liste
 
 
 def _answer(pager: Pager, answers: PagerServer) -> None:
-    """Close the server when all contents are present. The pager is not kept once the arena has given up its name."""
+    """Wait until all contents are present or the server is closed, and close it. This thread then no longer refers to
+    the pager."""
     while not answers.closed.is_set() and not pager.wait(1.0, len(pager.failures)):
         pass
     answers.close()

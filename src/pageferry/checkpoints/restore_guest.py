@@ -49,16 +49,16 @@ async def restore_guest(
     pager: PagerProcess | None = None,
     **options: Any,
 ) -> tuple[QemuWorkload, RestoreResult]:
-    """Start QEMU from the user's command line, and resume the guest at once where the image was taken.
+    """Start QEMU with the user's command line, and resume the guest at once from the state in the image.
 
-    Its memory is loaded on demand by a pager process that outlives this one; the result has the time until the guest
-    ran. If page faults of QEMU cannot be handled, all memory is loaded before the guest runs, and the result has the
-    reason. `options` are the fields of `pageferry.checkpoints.restore_options.GuestOptions`. `pager`: one that the
-    caller has started, to save time.
+    The guest's memory is loaded on demand by a pager process that outlives this process. The result contains the time
+    until the guest ran. If page faults of QEMU cannot be handled, all memory is loaded before the guest runs, and the
+    result contains the reason. `options` are the fields of `pageferry.checkpoints.restore_options.GuestOptions`.
+    `pager`: pager process that the caller has already started, to save time.
 
-    Raises ImageError, UsageError (not an image of a guest), RestoreError (it does not match this guest), and the errors
-    of `QemuWorkload.start`; nothing is left behind then. Raises RestoreError if the pager exits after the guest was
-    resumed; the guest then waits for its memory.
+    Raises ImageError, UsageError if the image is not of a guest, RestoreError if the image does not match this guest,
+    and the errors of `QemuWorkload.start`; QEMU and the pager are then ended. Raises RestoreError if the pager exits
+    after the guest was resumed; the guest then waits for its memory.
     """
     chosen = values.options(GuestOptions, options)
     folder = Folder(registry or Registry(), name)
@@ -79,10 +79,11 @@ class GuestRestore:
         self._pager = pager
         self._times = Stopwatch("qemu_start")
         self._loaded: tuple[str, Loading] | None = None
-        """Why all contents were loaded before the guest ran, and the final progress."""
+        """Reason why all contents were loaded before the guest ran, and the final progress; None if they are loaded on
+        demand."""
 
     async def run(self, arguments: Sequence[str]) -> tuple[QemuWorkload, RestoreResult]:
-        """Restore the guest with this command line of QEMU."""
+        """Restore the guest with the given command line of QEMU."""
         opening = asyncio.ensure_future(self._pager.open(self.path, self.folder.name))  # faster than the start of QEMU
         opening.add_done_callback(_retrieve)
         try:
@@ -110,7 +111,8 @@ class GuestRestore:
     # -- before the guest runs
 
     async def _start_guest(self, arguments: Sequence[str], opening: asyncio.Future[Opened]) -> QemuWorkload:
-        """Start QEMU. If that fails, an image that cannot be used is the more useful error."""
+        """Start QEMU. If the start fails and the image cannot be used either, raise the error of the image, which is
+        more useful."""
         try:
             return await QemuWorkload.start(
                 self.folder.name,
@@ -130,7 +132,7 @@ class GuestRestore:
             raise
 
     async def _prepare(self, workload: QemuWorkload, image: Opened) -> None:
-        """Let the pager handle every access to missing memory, or load everything if it cannot."""
+        """Make the pager handle every access to missing memory; if it cannot, load all memory."""
         self._check(workload, image)
         work = Deferred(
             image=str(self.path.absolute()),
@@ -170,14 +172,14 @@ class GuestRestore:
         return progress
 
     async def _withdraw(self, workload: QemuWorkload) -> None:
-        """End a guest that was not restored. Its pager ends first."""
+        """End the pager, and then the guest, which was not restored."""
         await in_thread(self._pager.give_up)
         await workload.discard()
 
     # -- while it runs
 
     async def _running(self, image: Opened, paused: bool) -> RestoreResult:
-        """Let the pager continue without this process, and return the result so far."""
+        """Detach from the pager, emit events, and return the result so far."""
         result = self._result(image, paused)
         if self._loaded is not None:
             self._pager.close()
@@ -230,13 +232,14 @@ class GuestRestore:
 
 
 def _retrieve(reply: asyncio.Future[Any]) -> None:
-    """Retrieve an error of the pager that is no longer awaited, which asyncio would report."""
+    """Retrieve the error of a reply that is no longer awaited. Otherwise, asyncio would report it."""
     if not reply.cancelled():
         reply.exception()
 
 
 async def completed(folder: Folder, result: RestoreResult, listener: Listener) -> RestoreResult:
-    """Wait until all memory is loaded; return the final result. Raises RestoreError if the pager has exited."""
+    """Wait until all memory is loaded, emitting the progress, and return the final result. Raises RestoreError if the
+    pager has exited."""
     begun, known, finished = result, 0, False
     while not finished:
         status = await in_thread(client.ask, folder, PagerRequest(what="touched", first=known))
@@ -263,7 +266,8 @@ async def completed(folder: Folder, result: RestoreResult, listener: Listener) -
 
 
 def _last_words(folder: Folder, known: int) -> PagerStatus | None:
-    """Return the summary that the pager has left when it finished."""
+    """Return the summary that the pager wrote when it finished, without the first `known` windows; None if there is
+    none."""
     status = folder.load(records.SUMMARY, PagerStatus)
     return msgspec.structs.replace(status, touched=status.touched[known:]) if status is not None else None
 

@@ -11,7 +11,7 @@ from pageferry.workloads.arena.options import ArenaOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestOptions:
-    """Options of the restore of a guest, as those of `pageferry restore`. Raises UsageError."""
+    """Options of the restore of a guest, the same as those of `pageferry restore`. Raises UsageError."""
 
     eager: bool = False
     """Load in the background at full speed, without yielding to accesses."""

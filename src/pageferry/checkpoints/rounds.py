@@ -1,8 +1,9 @@
 """Rounds of a checkpoint that has a write trace (S4): copy written pages while the workload runs, until few remain for
 the pause.
 
-Every copy follows a collection, which protects the pages before they are read: a later write is reported again. The
-engine copies and keeps the sets of pages (`Saver.collect`, `Saver.copy`), without the GIL.
+Every copy follows a collection. The collection protects the written pages before they are read, so that a later write
+is reported again. The engine copies pages and keeps the sets of written pages (`Saver.collect`, `Saver.copy`), without
+the GIL.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal, Protocol
 CHUNK = 4096
 """Number of pages that are loaded and copied at a time: 16 MiB."""
 ATTEMPTS = 3
-"""Number of attempts, if memory is discarded during the rounds."""
+"""Maximum number of attempts, if memory is discarded during the rounds."""
 
 
 class Copier(Protocol):
@@ -41,7 +42,7 @@ class Copier(Protocol):
 
 
 def _nothing_deferred(_region: int, _first: int, _count: int) -> None:
-    """All pages are present."""
+    """Do nothing: all pages are present."""
 
 
 class Rounds:
@@ -84,8 +85,8 @@ class Rounds:
         drain: Callable[[], object],
         load: Callable[[int, int, int], object],
     ) -> None:
-        """Copy all pages as they are loaded: the first round without a trace since the parent."""
-        drain()  # of I/O that had pinned pages before the trace was installed
+        """Load and copy all pages, chunk by chunk. This is the first round if there is no trace since the parent."""
+        drain()  # completes I/O that pinned pages before the trace was installed
         for region, pages in enumerate(regions):
             for first in range(0, pages, CHUNK):
                 count = min(CHUNK, pages - first)
@@ -104,10 +105,11 @@ class Rounds:
     def _converge(self, saver: Copier, remaining: int, drain: Callable[[], object]) -> None:
         while remaining > self.max_remaining:
             before = remaining
-            drain()  # of I/O that had pinned pages before they were collected
+            drain()  # completes I/O that pinned pages before they were collected
             saver.copy()
             remaining = saver.collect()
             self.count += 1
-            # Pages saved again cost twice: together, at most one additional copy of the first round.
+            # Every round must at least halve the number of pages. All rounds together then save at most twice the pages
+            # of the first.
             if remaining > before // 2:
                 raise LookupError("rounds do not converge: memory is written faster than saved")

@@ -1,4 +1,4 @@
-"""Saves a workload while it runs (S4). `Save.run` is the whole sequence."""
+"""Checkpoint of a workload while it runs (S4). `Save.run` is the whole sequence."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ async def checkpoint_async(
     listener: Listener = ignore,
     **options: Any,
 ) -> CheckpointResult:
-    """Save a running workload to an image at `path`; it keeps running. The image appears when it is complete.
+    """Save a running workload to an image, while the workload keeps running. The image appears at `path` when it is
+    complete.
 
-    With `parent`, an earlier image of the same workload, only pages that differ from it are stored, and the image
-    requires it. `options` are the fields of `pageferry.checkpoints.options.Options`: mode, codec, bandwidth (bytes per
-    second), track, packers; in bytes trap_block, page_block, storage_block, staging, at_instant. `listener` is called
-    with an event for every step.
+    With `parent`, an earlier image of the same workload, only pages that differ from the parent are stored, and the new
+    image requires the parent. `options` are the fields of `pageferry.checkpoints.options.Options`: mode, codec,
+    bandwidth (bytes per second), track, packers; in bytes trap_block, page_block, storage_block, staging, at_instant.
+    `listener` is called with an event for every step.
 
-    Raises CheckpointError if no image was written (such as for a full disk); the workload keeps running. Raises
-    ImageError for a parent that cannot be used, WorkloadDied, WorkloadError, UsageError.
+    Raises CheckpointError if no image was written, for example because the disk is full; the workload keeps running.
+    Raises ImageError if the parent cannot be used, WorkloadDied, WorkloadError, UsageError.
     """
     saveable(workload)
     chosen = values.options(Options, options)
@@ -65,7 +66,7 @@ checkpoint = synchronous(checkpoint_async)
 async def save(
     workload: Saveable, path: Path, parent: Path | None, options: Options, listener: Listener
 ) -> CheckpointResult:
-    """Save a workload, as `checkpoint_async` does, with options that have been checked."""
+    """Like `checkpoint_async`, but with arguments that have been checked."""
     if workload.live is None:
         options = replace(options, mode="stop")
     statistics = Statistics(options.mode)
@@ -88,7 +89,7 @@ class Save:
         self._preparation = Preparation(request, statistics)
 
     async def run(self) -> CheckpointResult:
-        """Save the workload. After an error it keeps running, and the unfinished image is removed."""
+        """Save the workload. After an error, the workload keeps running, and the unfinished image is removed."""
         try:
             with _writing(self.request.path), new_file(self.request.path) as file:
                 await self._preparation.set_up()
@@ -118,7 +119,7 @@ class Save:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Translate errors of the file system."""
+    """Translate every OSError of the block to CheckpointError."""
     try:
         yield
     except OSError as error:

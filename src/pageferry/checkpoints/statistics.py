@@ -20,14 +20,14 @@ class Phase(StrEnum):
 
     SET_UP = "set-up"
     ARM = "arm"
-    """Protect the memory, and save in rounds."""
+    """Protection of the memory, and rounds."""
     STOP = "stop"
     STATE = "state"
     PROTECT = "protect"
     RESUME = "resume"
     SAVE = "save"
     PUBLISH = "publish"
-    """Restore huge mappings, and name the image."""
+    """Restoration of huge mappings, and publication of the image."""
     PUBLISHED = "published"
 
 
@@ -35,20 +35,20 @@ _ATTEMPT: dict[Mode, tuple[Phase, ...]] = {
     "lazy": (Phase.ARM, Phase.STOP, Phase.STATE, Phase.PROTECT, Phase.RESUME, Phase.SAVE, Phase.PUBLISH),
     "stop": (Phase.STOP, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME, Phase.PUBLISH),
 }
-"""Order of the phases of one attempt."""
+"""Phases of one attempt in their order, by mode."""
 
 _DOWNTIME: dict[Mode, tuple[Phase, ...]] = {
     "lazy": (Phase.STOP, Phase.STATE, Phase.PROTECT, Phase.RESUME),
     "stop": (Phase.STOP, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME),
 }
-"""Phases in which the workload is paused."""
+"""Phases in which the workload is paused, by mode."""
 
 
 class Statistics:
     """Phase of a checkpoint, the time of each phase, and the statistics that its phases record.
 
-    The phases of an attempt follow each other in the order of its mode. An attempt that fails goes to RESUME if the
-    workload is paused, and to PUBLISH, from which another attempt may begin.
+    The phases of an attempt follow each other in the order of its mode. A failed attempt enters RESUME if the workload
+    is paused, and then PUBLISH. Another attempt can follow PUBLISH.
     """
 
     def __init__(self, mode: Mode) -> None:
@@ -56,7 +56,7 @@ class Statistics:
         self.phase = Phase.SET_UP
         self._times = Stopwatch(Phase.SET_UP.value)
         self.paused = False
-        """Whether its user had paused the workload."""
+        """Whether the user had paused the workload before the checkpoint."""
         self.memory = 0
         """Size of the memory, bytes."""
         self.means: Means = "none"
@@ -74,7 +74,7 @@ class Statistics:
     def enter(self, phase: Phase, at: float | None = None) -> None:
         """End the current phase and begin this one, now or at an earlier time of `time.perf_counter`.
 
-        Raises RuntimeError if it may not follow the current phase.
+        Raises RuntimeError if `phase` cannot follow the current phase.
         """
         if phase not in self._following():
             raise RuntimeError(f"checkpoint phase {phase} cannot follow phase {self.phase}")
@@ -96,17 +96,17 @@ class Statistics:
 
     @property
     def downtime(self) -> float:
-        """Duration of the pause, milliseconds; complete when the phase after it has begun."""
+        """Duration of the pause, milliseconds. The value is final when the phase after the pause has begun."""
         return sum(self._milliseconds(phase) for phase in _DOWNTIME[self.mode])
 
     @property
     def image(self) -> SaveFinished:
-        """The image that has been written."""
+        """Image that has been written, after `saved`."""
         assert self._finished is not None
         return self._finished
 
     def saved(self, saver: Saver, rounds: Rounds, finished: SaveFinished) -> None:
-        """Record the results of a saver: its counters, its rounds, and what `Saver.finish` returned."""
+        """Record the results of a saver: its counters, the rounds, and the result of `Saver.finish`."""
         self._counters = saver.counters
         self.rounds = rounds.count
         self.arm_seconds = saver.arm_seconds + rounds.seconds
