@@ -1,5 +1,5 @@
-"""Pauses a guest that waits for an unreadable page. A separate module, because it is rarely needed and slow to import,
-and a guest waits for its pager to start.
+"""Pause of a guest that waits for an unreadable page. This is a separate module, because it is rarely needed and slow
+to import: a guest waits for the start of its pager.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ _TIMEOUT = 3.0
 
 
 def stop_guest(qmp_socket: str) -> bool:
-    """Request a guest to pause. Return False if its vCPUs do not return from the access in time.
+    """Request a pause of a guest by QMP. Return False if the guest does not pause in time, or if QMP fails.
 
-    It pauses as soon as they do, so it does not run by itself after another pager has loaded the page.
+    A guest whose vCPUs wait for the page pauses as soon as they return from the access. It therefore does not continue
+    to run when another pager has loaded the page.
     """
     try:
         asyncio.run(_stop(qmp_socket))

@@ -1,8 +1,8 @@
 """Client of a pager (S8).
 
-A reader of memory that bypasses the page tables of its workload calls `ensure` first. A migration or a checkpoint
-installs write traces on those page tables, and borrows the userfaultfd of the pager for that: see
-`workloads.deferred_access`. A caller that needs exclusive use of the page tables calls `wait_complete`.
+A reader that bypasses the page tables of the workload calls `ensure` first. A migration or a checkpoint installs write
+traces on these page tables with the userfaultfd of the pager, which it acquires (`workloads.deferred_access`). A caller
+that needs exclusive use of the page tables calls `wait_complete`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Reply = TypeVar("Reply", bound=msgspec.Struct)
 class Connection:
     """Connection to the pager of a workload, for one request at a time. Raises OSError if no pager listens.
 
-    `timeout`: maximum time to wait for a reply, seconds.
+    `timeout`: maximum time to wait for a reply, seconds; None for no limit.
     """
 
     def __init__(self, folder: Folder, timeout: float | None = None) -> None:
@@ -77,7 +77,8 @@ class Connection:
 
 
 def connect(folder: Folder) -> Connection:
-    """Connect to the pager, or to the next one while one takes over from another. Raises RestoreError."""
+    """Connect to the pager. Retry for `HANDOVER` seconds, because another pager may be taking over. Raises
+    RestoreError."""
     deadline = time.monotonic() + HANDOVER
     while True:
         try:
@@ -91,7 +92,7 @@ def connect(folder: Folder) -> Connection:
 def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT) -> PagerStatus | None:
     """Send a request to the pager of a workload; return its reply, or None if no restore is in progress.
 
-    Raises RestoreError if one is in progress and its pager does not respond, ImageError if the image cannot be read.
+    Raises RestoreError if the pager of a restore in progress does not respond, ImageError if the image cannot be read.
     """
     if not is_restoring(folder):
         return None
@@ -115,7 +116,7 @@ def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT
 
 
 def check(status: PagerStatus) -> None:
-    """Raise the error in a reply, if there is one: RestoreError, ImageError."""
+    """Raise the error in a reply, if any: RestoreError if the link to the source is lost, otherwise ImageError."""
     if status.error is not None:
         raise RestoreError(status.error) if status.paused is not None else ImageError(status.error)
 
@@ -129,7 +130,8 @@ def gone(folder: Folder, failed: Exception) -> RestoreError:
 
 
 def _is_over(folder: Folder, failed: Exception) -> bool:
-    """Return whether a pager was killed after its work was complete: it removes its record first, then its socket."""
+    """Return whether the pager was killed after it had completed its work. A pager removes its record first, then its
+    socket."""
     recorded = any((folder.path / name).exists() for name in (RECORD, POSTCOPY))
     return isinstance(failed, ConnectionRefusedError) and not recorded
 
@@ -142,8 +144,8 @@ def status(folder: Folder) -> PagerStatus | None:
 def deferred_bits(folder: Folder) -> tuple[int, tuple[str, ImageIdentity] | None] | None:
     """Return the deferred bitmap of a workload, and the image with its deferred pages; None if no page is deferred.
 
-    The bitmap is a descriptor, which the caller closes. The image is None for contents of another host, and for a cold
-    store, whose pages are loaded on demand only. Raises RestoreError.
+    The bitmap is a descriptor, which the caller closes. The image is None if contents are fetched from another host, or
+    loaded from a cold store, which is done on demand only. Raises RestoreError.
     """
     record = folder.load(RECORD, Deferred)
     image = (record.image, record.identity) if record is not None and record.cold is None else None

@@ -1,7 +1,7 @@
 """Loading of all contents before the workload runs, for hosts where its page faults cannot be handled (S10).
 
-The pager of a lazy restore is used without an address space to watch. Its background thread loads everything before the
-workload runs, so no access and no system call reaches a page that is not loaded.
+This uses the pager of a lazy restore, without an address space to watch. The background thread of the pager loads all
+contents before the workload runs, so that no access and no system call reaches a page that is not loaded.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ _POLL = 0.2
 """Interval of reports, seconds."""
 
 Report = Callable[[int, int, int], None]
-"""Called with the deferred memory in bytes, the number of pages loaded, and the number of bytes read."""
+"""Function that is called with the deferred memory in bytes, the number of pages loaded, and the number of bytes
+read."""
 
 
 def load(image: ImageFile, targets: Sequence[TargetRegion], report: Report) -> Pager:
-    """Load all contents of an image into files that no workload runs on yet; return the pager, which has finished.
+    """Load all contents of an image into the memory of a workload that does not run yet. Return the pager, which has
+    finished.
 
     Raises ImageError for a page that cannot be read.
     """

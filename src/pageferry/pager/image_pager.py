@@ -31,18 +31,18 @@ from pageferry.pager.service import PagerService
 log = logging.getLogger("pageferry.pager")
 
 _POLL = 0.05
-"""Interval at which to check that the workload lives, seconds."""
+"""Interval of checks whether the workload still runs, seconds."""
 _SELDOM = 0.5
-"""Interval of these checks for the pager of a cold store, which rarely has work, seconds."""
+"""Interval of checks whether the workload still runs, for the pager of a cold store, which rarely has work, seconds."""
 _MOST_KEPT = 1 << 17
 """Maximum number of touched windows in the summary: 8 GiB of memory."""
 
 
 class ImagePager:
-    """Loads the memory of one workload from an image, first on demand only, and from `fill` on in the background too.
+    """Pager that loads the memory of one workload from an image: on demand, and after `fill` in the background too.
 
-    Raises RestoreError, WorkloadError, UsageError (another pager is running), CannotHandleFaults; nothing of it is left
-    behind then.
+    The constructor raises RestoreError, WorkloadError, UsageError if another pager is running, and CannotHandleFaults.
+    After an error, nothing of this pager is left behind.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class ImagePager:
         try:
             self._start(taken_over)
             fault_point("pager.registered")
-            # Only now: a bitmap without a pager that has set it means that all pages are present. Not synced, because
-            # the guest waits for this, and does not outlive the host.
+            # Stored only after the pager has set the bitmap: a record with an empty bitmap would mean that all pages
+            # are present. Not synced: the guest waits for this write, and does not survive a crash of the host anyway.
             self.work = msgspec.structs.replace(work, userfaults=self.service.userfaults)
             folder.store(records.RECORD, self.work, synced=False)
             self.service.serve(str(image.path), image.identity)
@@ -97,7 +97,8 @@ class ImagePager:
         )
 
     def _watched(self) -> Iterator[tuple[int, Segment]]:
-        """Yield what this pager watches, with region numbers: every mapping, or the parts of them in a cold store."""
+        """Yield the segments that this pager watches, with the number of their region: all mappings, or for a cold
+        store only the parts that are in it."""
         for number, region in enumerate(self.regions):
             parts = [(0, region.length)] if self.work.cold is None else self.work.cold[number]
             for segment in region.segments:
@@ -106,13 +107,14 @@ class ImagePager:
     # -- while the workload runs
 
     def fill(self) -> None:
-        """Load all contents in the background from now on, unless the restore is without prefetch."""
+        """Start to load all contents in the background, unless the restore is without prefetch."""
         if not self._filling:
             self._filling = True
             self.service.pager.fill(self.working_set.windows, self.work.eager)
 
     def end_evictions(self) -> None:
-        """Finish when all pages are loaded; until then, the pager of an evicting reclaim does not finish."""
+        """Allow the pager to finish when all pages are loaded. Before this call, the pager of an evicting reclaim does
+        not finish."""
         if self._evicting:
             self._evicting = False
             self.service.pager.evicted()
@@ -137,7 +139,8 @@ class ImagePager:
         self._finish()
 
     def close(self) -> None:
-        """Release the memory. Missing pages stay missing, for another pager."""
+        """Stop the pager, and close the files of the memory. Missing pages stay missing, so that another pager can take
+        over."""
         self.service.close()
         while self.regions:
             os.close(self.regions.pop().fd)
@@ -170,7 +173,7 @@ class ImagePager:
         else:
             self._make_large()
         status = server.status(touched=pager.touched[:_MOST_KEPT])
-        self.folder.store(records.SUMMARY, status)  # before the record is removed: its readers then look for this
+        self.folder.store(records.SUMMARY, status)  # before the record is removed: its readers then read the summary
         self.service.forget(records.RECORD)
         fault_point("pager.forgotten")
         self.service.release_userfaults()
@@ -179,7 +182,7 @@ class ImagePager:
         log.info("%s: restore complete: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
 
     def _make_large(self) -> None:
-        """Collapse the split pages to huge pages again, where possible."""
+        """Collapse the split pages to huge pages again, where possible. In a program, undo MADV_DONTFORK."""
         for number, segment in self._watched():
             if self.regions[number].page_size == SMALL_PAGE:
                 space = self.service.spaces[segment.pid]
@@ -200,7 +203,8 @@ class ImagePager:
                 Path(own.path).unlink(missing_ok=True)
 
     def _is_own(self, own: OwnImage) -> bool:
-        """Return whether the file at the path is that image: the one that is open, or one of the same identity."""
+        """Return whether the file at `own.path` is the image `own`: the same file as an open image, or an image of the
+        same identity."""
         try:
             found = os.lstat(own.path)
             opened = [os.fstat(link.image.fileno()) for link in self.image.links if link.identity == own.identity]

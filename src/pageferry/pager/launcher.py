@@ -24,7 +24,7 @@ from pageferry.pager.protocol import PagerRequest, PagerStatus
 from pageferry.pager.records import Deferred
 
 _END_TIMEOUT = 0.3
-"""Maximum time to wait for a killed pager, seconds: one that waits for a disk does not end."""
+"""Maximum time to wait for the exit of a killed pager, seconds. A process that waits for a disk does not exit."""
 
 T = TypeVar("T")
 Expected = TypeVar("Expected", bound=orders.Reply)
@@ -33,7 +33,8 @@ Expected = TypeVar("Expected", bound=orders.Reply)
 class PagerProcess:
     """Pager process, started by the constructor. It outlives this process once it serves a workload.
 
-    Orders to it are coroutines, except in a pause. They raise the errors of the pager, and RestoreError if it exits.
+    Methods that send an order are coroutines, except `evict`, which is called in a pause. They raise the errors of the
+    pager, and RestoreError if the pager exits.
     """
 
     def __init__(self) -> None:
@@ -86,20 +87,20 @@ class PagerProcess:
         return self._ask(orders.Evict(region=region, pages=pages.pack()), orders.Evicted).pages
 
     async def end_evictions(self) -> int:
-        """Let the pager finish when all pages are loaded. Return the number of deferred pages."""
+        """Allow the pager to finish when all pages are loaded. Return the number of deferred pages."""
         return (await in_thread(self._ask, orders.EndEvictions(), orders.Evicted)).pages
 
     def leave(self) -> None:
-        """Let the pager continue without this process: it loads in the background, if the restore is with prefetch."""
-        with contextlib.suppress(OSError):  # it has exited: requests to the workload report that
+        """Detach from the pager, which continues without this process. It loads in the background if the restore is
+        with prefetch."""
+        with contextlib.suppress(OSError):  # the pager has exited: later requests to it report that
             orders.send(self._connection, orders.Fill())
         self.close()
 
     # -- its end
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work`, which must not be completed without the pager. Raises RestoreError if the pager exits
-        first."""
+        """Await `work` and return its result. If the pager exits first, cancel `work`, and raise RestoreError."""
         task = asyncio.ensure_future(work)
         ended = asyncio.ensure_future(self.wait_for_end())
         try:
@@ -127,7 +128,7 @@ class PagerProcess:
         self.close()
 
     def close(self) -> None:
-        """Close the connection: a process that serves no workload exits. May be called twice."""
+        """Close the connection. A pager process that serves no workload then exits. May be called twice."""
         with contextlib.suppress(OSError):  # it has exited
             self._connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for a reply
         self._connection.close()
@@ -135,7 +136,7 @@ class PagerProcess:
         self._process.stderr.close()
 
     def _ask(self, order: orders.AnyOrder, kind: type[Expected]) -> Expected:
-        with contextlib.suppress(BrokenPipeError):  # it has exited: there is no reply
+        with contextlib.suppress(BrokenPipeError):  # the pager has exited: there is no reply
             orders.send(self._connection, order)
         return self._reply(kind)
 
@@ -158,8 +159,8 @@ class PagerProcess:
 async def take_over(folder: Folder, path: str | Path | None = None) -> PagerStatus | None:
     """Start another pager for a guest whose pager has exited. `path`: new path of the image.
 
-    Return the progress of the restore. Raises UsageError if there is nothing to take over, RestoreError (another image,
-    or a failed pager), ImageError.
+    Return the progress of the restore. Raises UsageError if all memory is loaded, RestoreError if `path` is another
+    image or the new pager fails, ImageError.
     """
     record = folder.load(records.RECORD, Deferred)
     if record is None:
@@ -194,7 +195,7 @@ async def _dismiss_failed(folder: Folder) -> None:
 
 
 async def dismiss(folder: Folder, status: PagerStatus) -> None:
-    """Stop the pager that returned this status. Accesses to missing pages wait until another one takes over."""
+    """Stop the pager that returned this status. Accesses to missing pages wait until another pager takes over."""
     started = proc.start_time(status.pager)
     await in_thread(client.ask, folder, PagerRequest(what="stop"))
     if started is not None:

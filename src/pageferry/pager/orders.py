@@ -11,8 +11,8 @@ Each message is MessagePack after its length, 8 bytes in little-endian order, ov
     Evict ────────────────▶                 (only for a cold store)
            ◀─────────────── Evicted
 
-The process may fail instead of replying (`Failed`). When the command closes the socket, or exits, a process that serves
-a workload continues on its own as after Fill; any other one exits. If page faults cannot be handled, Serve fails, and
+If an order fails, the reply is `Failed`. When the command closes the socket or exits, a process that serves a workload
+continues as after Fill; a process that serves no workload exits. If page faults cannot be handled, Serve fails, and
 `Load` loads all contents before the workload runs::
 
     Load ─────────────────▶
@@ -36,11 +36,11 @@ _FAILURES = {"CannotHandleFaults": CannotHandleFaults}
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Message of a command."""
+    """Base of the messages of a command."""
 
 
 class Open(Order, frozen=True, kw_only=True):
-    """Open an image."""
+    """Order to open an image."""
 
     path: str
     """Absolute path."""
@@ -51,7 +51,7 @@ class Open(Order, frozen=True, kw_only=True):
 
 
 class Serve(Order, frozen=True, kw_only=True):
-    """Serve a workload from the open image."""
+    """Order to serve a workload from the open image."""
 
     registry: str
     """Run directory with the directory of the workload."""
@@ -64,17 +64,17 @@ class Serve(Order, frozen=True, kw_only=True):
 
 
 class Load(Order, frozen=True, kw_only=True):
-    """Load all contents of the open image now."""
+    """Order to load all contents of the open image now."""
 
     work: Deferred
 
 
 class Fill(Order, frozen=True, kw_only=True):
-    """Load in the background too. No reply."""
+    """Order to load in the background too. It has no reply."""
 
 
 class Evict(Order, frozen=True, kw_only=True):
-    """Evict pages of a paused workload."""
+    """Order to evict pages of a paused workload."""
 
     region: int
     pages: bytes
@@ -82,15 +82,15 @@ class Evict(Order, frozen=True, kw_only=True):
 
 
 class EndEvictions(Order, frozen=True, kw_only=True):
-    """Finish when all pages are loaded."""
+    """Order to finish when all pages are loaded."""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Message of a pager process."""
+    """Base of the messages of a pager process."""
 
 
 class Failed(Reply, frozen=True, kw_only=True):
-    """Failure of an order."""
+    """Reply to an order that failed."""
 
     kind: str
     """Name of the error class."""
@@ -114,7 +114,7 @@ class Opened(Reply, frozen=True, kw_only=True):
     state: bytes
     """Device state of the workload."""
     seconds: float
-    """Time to open the image."""
+    """Time to open the image, seconds."""
 
 
 class Serving(Reply, frozen=True, kw_only=True):
@@ -137,7 +137,7 @@ class Evicted(Reply, frozen=True, kw_only=True):
     """Reply to `Evict` and `EndEvictions`."""
 
     pages: int
-    """Number of pages: of those evicted, or of all that are deferred."""
+    """Number of pages: evicted pages in the reply to `Evict`, deferred pages in the reply to `EndEvictions`."""
 
 
 AnyOrder = Open | Serve | Load | Fill | Evict | EndEvictions
@@ -154,13 +154,13 @@ def send(connection: socket.socket, message: AnyOrder | AnyReply) -> None:
 
 
 def receive_order(connection: socket.socket) -> AnyOrder | None:
-    """Receive an order; None if the command has closed the connection."""
+    """Receive an order. Return None if the command has closed the connection."""
     data = _receive(connection)
     return _orders.decode(data) if data is not None else None
 
 
 def receive_reply(connection: socket.socket) -> AnyReply | None:
-    """Receive a reply; None if the process has exited."""
+    """Receive a reply. Return None if the process has exited."""
     data = _receive(connection)
     return _replies.decode(data) if data is not None else None
 

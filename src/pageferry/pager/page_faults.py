@@ -1,7 +1,7 @@
 """Permission to handle page faults of a process, including those of its system calls and of KVM.
 
-Required for loading memory on demand: lazy restore (S10), post-copy (S8), cold stores (S3). Without it, a system call
-that accesses a deferred page would fail with EFAULT, so these operations are refused.
+This permission is required to load memory on demand: lazy restore (S10), post-copy (S8), cold stores (S3). Without it,
+a system call that accesses a deferred page would fail with EFAULT, so these operations are refused.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ class CannotHandleFaults(UnsupportedError):
 
 
 def userfaults(spaces: Mapping[int, Space]) -> tuple[dict[int, int], dict[int, int]]:
-    """Create a userfaultfd in each process. Return our descriptors, and the numbers of those that the processes keep.
+    """Create a userfaultfd in each process. Return, by pid, the descriptors in this process, and the numbers of the
+    descriptors that the processes keep.
 
-    They report discarded ranges. Raises CannotHandleFaults or ProcessLookupError; no
-    descriptor is left in any process then.
+    The userfaultfds report discarded ranges. Raises CannotHandleFaults or ProcessLookupError; no descriptor is left in
+    any process then.
     """
     ours: dict[int, int] = {}
     kept: dict[int, int] = {}
@@ -61,7 +62,7 @@ def check(pids: Iterable[int]) -> None:
 
 
 def close(spaces: Mapping[int, Space], ours: Mapping[int, int], kept: Mapping[int, int]) -> None:
-    """Close the descriptors that `userfaults` returned, here and in the processes."""
+    """Close the descriptors that `userfaults` returned, in this process and in the processes of the workload."""
     for descriptor in ours.values():
         os.close(descriptor)
     for pid, number in kept.items():

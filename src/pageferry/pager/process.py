@@ -1,8 +1,8 @@
 """Pager process: loads the contents of a workload's memory, and outlives the command.
 
-A command starts it once, by `host.python`, before anything else, so that the start of the interpreter overlaps with the
-start of QEMU; it opens the image, which no other process does. Standard input is the socket for `orders`. A fork of the
-command would save the start of the interpreter, but a program with threads must not be forked, and one way serves both
+A command starts the pager process first, by `host.python`, so that the start of the interpreter overlaps with the start
+of QEMU. Only the pager process opens the image. Its standard input is the socket for `orders`. It is not a fork of the
+command, which would save the start of the interpreter, because a program with threads must not be forked
 (docs/decisions/0017).
 
 The process exits when all contents are loaded, or with the workload. If it is killed, the workload waits at the next
@@ -37,7 +37,7 @@ log = logging.getLogger("pageferry.pager")
 
 
 class Session:
-    """Orders of one command."""
+    """Session that executes the orders of one command."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -46,13 +46,14 @@ class Session:
         """Pager of the workload, after `Serve`."""
 
     def until_serving(self) -> bool:
-        """Carry out orders until the process serves a workload. Return False if the command does not need it."""
+        """Execute orders until the process serves a workload. Return False if the command closes the connection before
+        that."""
         while self.pager is None and self._next():
             pass
         return self.pager is not None
 
     def until_closed(self) -> None:
-        """Carry out orders until the command closes the connection, then continue without it."""
+        """Execute orders until the command closes the connection, then continue as after `EndEvictions` and `Fill`."""
         try:
             while self._next():
                 pass
@@ -62,7 +63,7 @@ class Session:
             self._connection.close()
 
     def _next(self) -> bool:
-        """Carry out one order. Return False if the command has closed the connection, or does not receive replies."""
+        """Execute one order. Return False if the command has closed the connection, or does not receive replies."""
         order = orders.receive_order(self._connection)
         if order is None:
             return False
@@ -150,7 +151,7 @@ class Session:
 
 
 def _log_to(folder: Folder) -> None:
-    """Redirect standard error to the log: no process reads it from here on."""
+    """Redirect standard error to the log, because no process reads the pipe from now on."""
     descriptor = files.open_private(folder.path / records.LOG, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 2)
     os.close(descriptor)

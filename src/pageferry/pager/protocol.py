@@ -22,7 +22,7 @@ class PagerRequest(msgspec.Struct, frozen=True, kw_only=True):
     what: Literal["status", "touched", "ensure", "settle", "hold", "release", "stop"]
     region: int = 0
     first: int = 0
-    """First page in the region; for `touched`, the number of windows that the client has already."""
+    """First page in the region; for `touched`, the number of windows that the client has already received."""
     count: int = 0
     """Number of pages."""
 
@@ -34,7 +34,7 @@ class HoldGiven(msgspec.Struct, frozen=True, kw_only=True):
     """Process id of the pager."""
     userfaults: dict[int, int] | None = None
     """Number of the userfaultfd in the pager's process, by pid of the workload's processes. None if the pager was not
-    acquired: this is not supported, nothing is deferred, or it is `busy`."""
+    acquired, because that is not supported, no page is deferred, or the pager is `busy`."""
     large: list[bytes] = []
     """One byte per 2 MiB unit of each region: 1 if it will be backed by a huge page."""
     busy: bool = False
@@ -42,7 +42,7 @@ class HoldGiven(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PagerStatus(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Reply to every other request."""
+    """Reply to every request except `hold`, and to a `hold` that failed."""
 
     image: str
     pager: int
@@ -67,18 +67,19 @@ class PagerStatus(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     failures: list[str]
     """Pages that cannot be read, with the cause."""
     accessed: int
-    """Number of these pages that the workload waits for."""
+    """Number of unreadable pages that the workload waits for."""
     touched: list[int] = msgspec.field(default_factory=list)
-    """Reply to `touched`: further windows of 16 pages, in the order of their first fault."""
+    """Touched windows of 16 pages, in the order of their first fault: in the reply to `touched` those from window
+    `first` on, in the summary of the pager all of them."""
     flags: str = ""
-    """Path of the deferred bitmap, if not in the workload's directory: that of a program that restores its own
-    arena."""
+    """Path of the deferred bitmap of a program that restores its own arena; empty if the bitmap is in the workload's
+    directory."""
     paused: str | None = None
-    """Why no pages are received: the link to the source was lost."""
+    """Reason why no pages are received: the link to the source was lost. None if pages can be received."""
     error: str | None = None
-    """Why the request failed."""
+    """Reason why the request failed; None if it succeeded."""
 
     @property
     def stall_reason(self) -> str | None:
-        """Why pages are not loaded, in one line: a lost link, or a page that cannot be read. None if they are."""
+        """Reason why pages are not loaded: a lost link, or a page that cannot be read. None if pages are loaded."""
         return self.paused or next(iter(self.failures), None)

@@ -1,4 +1,4 @@
-"""Records of a workload with deferred memory (S8): files in its directory, with which any pager can take over.
+"""Records of a workload with deferred memory (S8): files in its directory, which allow another pager to take over.
 
 During a restore or the post-copy phase of a migration, the directory of the workload contains::
 
@@ -8,12 +8,11 @@ During a restore or the post-copy phase of a migration, the directory of the wor
     pager.sock      request socket of the pager: one JSON object per line in each direction
     pager.log       log of the pager
 
-These files are removed when nothing is deferred, and the pager leaves::
+When nothing is deferred, these files are removed, and the pager writes::
 
     restored.json   its final PagerStatus, with the windows that were accessed
 
-The directory of an arena whose program has taken the descriptor of its memory, which can no longer be evicted,
-contains::
+If a program has obtained the descriptor of its arena's memory, no page may be evicted, and the directory contains::
 
     handed-out      an empty file
 """
@@ -50,7 +49,8 @@ class SegmentRecord(msgspec.Struct, frozen=True):
 
 
 class RegionRecord(msgspec.Struct, frozen=True):
-    """Record of a `memory.regions.Region`, without its file, which is mapped at the segments."""
+    """Record of a `memory.regions.Region`. The file is not recorded: `open_region` opens it through the first
+    segment."""
 
     name: str
     length: int
@@ -72,7 +72,7 @@ class Deferred(msgspec.Struct, frozen=True, kw_only=True):
     image: str
     """Path of the image when the restore began."""
     identity: ImageIdentity
-    """Identity of that image; contents are loaded from no other one."""
+    """Identity of the image. Contents are not loaded from any other image."""
     qmp_socket: str | None
     regions: list[RegionRecord]
     userfaults: dict[int, int]
@@ -81,7 +81,7 @@ class Deferred(msgspec.Struct, frozen=True, kw_only=True):
     eager: bool
     cold: list[list[tuple[int, int]]] | None = None
     """Huge pages split for a cold store (S3), per region, as (first byte, length); None for a restore. All other memory
-    is present. Pages are loaded on demand only, and the images in `own` are removed after the last one."""
+    is present. Pages are loaded on demand only. When all are loaded, the images in `own` are removed."""
     own: list[OwnImage] = []
     """Images that reclaim has created for this cold store. A pager removes these and no other files."""
 
@@ -97,7 +97,7 @@ class PostcopyRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Units of each region that are backed by huge pages at the source: one bit per 2 MiB, least significant bit
     first."""
     userfaults: dict[int, int]
-    """See `Deferred`."""
+    """Number of the userfaultfd in each process, by pid."""
 
 
 def is_restoring(folder: Folder) -> bool:
@@ -148,9 +148,11 @@ def create_flags(folder: Folder | None, length: int) -> int:
 
 
 def open_flags(folder: Folder, length: int) -> int:
-    """Open and lock the deferred bitmap that another pager has left. There is one pager at a time.
+    """Open and lock the deferred bitmap that another pager has left, and return its descriptor, which the caller
+    closes.
 
-    Raises UsageError if that one is running, RestoreError if the bitmap is of other memory.
+    The lock ensures that only one pager runs. Raises UsageError if the other pager is running, RestoreError if the
+    length of the bitmap does not match the memory.
     """
     descriptor = os.open(folder.path / FLAGS, os.O_RDWR | os.O_CLOEXEC)
     _lock(folder, descriptor)

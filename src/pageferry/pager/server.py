@@ -27,7 +27,8 @@ class _Hold:
         self._held = False
 
     def give(self, regions: int) -> HoldGiven:
-        """Acquire the pager."""
+        """Acquire the pager for this client. Return the reply, which is `busy` if another client has acquired the
+        pager."""
         try:
             userfaults = self._pager.hold()
         except OSError as error:
@@ -44,7 +45,7 @@ class _Hold:
 
 
 class PagerServer:
-    """Replies to requests on a socket until it is closed. Each client is served by a separate thread.
+    """Server that replies to requests on a socket until it is closed, with one thread per client.
 
     `origin`: origin of the contents, for messages; `regions`: name and length of each region; `flags`: path of the
     deferred bitmap, if not in the workload's directory; `identity`: identity of the image.
@@ -66,7 +67,7 @@ class PagerServer:
         self.flags = flags
         self.identity = identity
         self.paused: str | None = None
-        """Why no pages are received at the moment; None if they are."""
+        """Reason why no pages are received at the moment; None if they are received."""
         self.asked_to_stop = threading.Event()
         self.closed = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)

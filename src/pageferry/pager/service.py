@@ -1,7 +1,7 @@
 """Pager service of one workload: everything that does not depend on the source of the contents.
 
-There are three sources: an image (`image_pager`), a cold store, which is an image too, and the source of a post-copy
-migration (`migration.postcopy_destination`). Each gives the service a function that creates the engine's pager.
+The source is an image (`image_pager`), including that of a cold store, or the source of a post-copy migration
+(`migration.postcopy_destination`). The users of the service provide a function that creates the engine's pager.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pageferry.pager import page_faults, records
 from pageferry.pager.server import PagerServer
 
 MakePager = Callable[[dict[int, int], int], Pager]
-"""Creates a pager from our descriptors of the userfaultfds, by process ID, and the descriptor of the deferred
-bitmap."""
+"""Function that creates a pager from this process's descriptors of the userfaultfds, by process ID, and from the
+descriptor of the deferred bitmap."""
 
 
 class PagerService:
     """Memory of a workload, its userfaultfds and deferred bitmap, its pager, and the server for requests to it.
 
-    `folder`: directory of the workload; None for one that no other process can find. Raises CannotHandleFaults,
-    ProcessLookupError.
+    `folder`: directory of the workload; None for a workload that is not registered. The constructor raises
+    CannotHandleFaults, ProcessLookupError.
     """
 
     def __init__(self, regions: Sequence[Region], folder: Folder | None) -> None:
@@ -47,7 +47,7 @@ class PagerService:
     # -- start
 
     def take_bitmap(self, folder: Folder) -> None:
-        """Open the deferred bitmap that another pager has left. Raises UsageError (it is running), RestoreError."""
+        """Open the deferred bitmap that another pager has left. Raises the same errors as `records.open_flags`."""
         self._flags = records.open_flags(folder, self._bitmap_length)
 
     @property
@@ -55,8 +55,8 @@ class PagerService:
         return Pager.flags_length(sum(region.length for region in self.regions) // SMALL_PAGE)
 
     def start(self, make: MakePager, taken_over: Mapping[int, int] | None = None) -> None:
-        """Start the pager. `taken_over`: numbers of the userfaultfds that another pager has left in the processes,
-        after `take_bitmap`; otherwise each process gets one, and a bitmap is created.
+        """Start the pager. `taken_over`: by pid, the numbers of the userfaultfds that another pager has left in the
+        processes; requires `take_bitmap`. If None, create a userfaultfd in each process, and a bitmap.
 
         Raises CannotHandleFaults; no process keeps a new descriptor then.
         """
@@ -80,8 +80,8 @@ class PagerService:
         return {pid: self.spaces[pid].descriptor(number) for pid, number in userfaults.items()}
 
     def serve(self, origin: str, identity: ImageIdentity | None = None) -> None:
-        """Answer requests on the socket in the workload's directory. `origin`: origin of the contents, for
-        messages."""
+        """Start to serve requests on the socket in the workload's directory, if there is a directory. `origin`: origin
+        of the contents, for messages."""
         if self.folder is not None:
             extents = [(region.name, region.length) for region in self.regions]
             path = self.folder.socket_path(records.SOCKET)
@@ -96,18 +96,18 @@ class PagerService:
 
     @property
     def pager(self) -> Pager:
-        """Pager, after `start`."""
+        """Pager. Raises RuntimeError before `start`."""
         if self._pager is None:
             raise RuntimeError("the pager is not started")
         return self._pager
 
     @property
     def server(self) -> PagerServer | None:
-        """Server of requests; None before `serve` and after `close`, and without a directory."""
+        """Server of requests; None before `serve`, after `close`, and without a directory."""
         return self._server
 
     def ended(self) -> int | None:
-        """Return a process of the workload that has exited; None if all are running."""
+        """Return the pid of a process of the workload that has exited; None if all are running."""
         return next((pid for pid, started in self._started.items() if proc.start_time(pid) != started), None)
 
     # -- end
@@ -115,7 +115,8 @@ class PagerService:
     def forget(self, record: str) -> None:
         """Remove the record and the bitmap, after all contents are loaded.
 
-        The record first, and before the descriptors: no other pager could take over with the record alone.
+        The record is removed first, and before `release_userfaults`: no other pager could take over with the record
+        alone.
         """
         if self.folder is not None:
             self.folder.forget(record)
@@ -128,7 +129,7 @@ class PagerService:
                 self.spaces[pid].close_fd(number)
 
     def close(self) -> None:
-        """Stop the pager. Missing pages stay missing, for another pager. May be called twice."""
+        """Stop the pager. Missing pages stay missing, so that another pager can take over. May be called twice."""
         server, self._server = self._server, None
         if server is not None:
             server.close()
