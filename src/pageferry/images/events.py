@@ -25,9 +25,9 @@ class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
     name: str
     restorable: bool
     paused: bool
-    """Whether the guest had been paused by its user when it was saved; a restored guest is then paused too."""
+    """Whether the user had paused the guest when it was saved. A restored guest is then paused too."""
     created: str
-    """UTC, ISO 8601."""
+    """Time of the snapshot point, UTC, ISO 8601."""
     codec: str
     length: int
     """Size of the file, bytes."""
@@ -52,9 +52,9 @@ class Difference(Event, frozen=True, tag="image-diff"):
 
     same: bool
     pages: int
-    """Pages that differ."""
+    """Number of pages that differ."""
     runs: list[tuple[str, int, int]]
-    """(region, first byte, bytes) of each run of pages that differ."""
+    """Runs of pages that differ, each as (region, first byte, length in bytes)."""
     state_differs: bool
 
 

@@ -23,14 +23,14 @@ from pageferry.memory.regions import SMALL_PAGE
 MAX_CHAIN = 256
 """Maximum number of images in a chain."""
 SLICE = 8192
-"""Pages processed per engine call (32 MiB), between which progress is reported."""
+"""Number of pages processed per engine call (32 MiB). Progress is reported between the calls."""
 MAX_FINDINGS = 20
 """Maximum number of findings that `verify` returns."""
 
 T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
-"""Called with the number of pages done and the total."""
+"""Function that is called with the number of pages done and the total."""
 
 
 def _silent(_done: int, _total: int) -> None:
@@ -52,10 +52,10 @@ class Link:
 
 
 class ImageFile:
-    """Image with its parents. Opening it verifies everything but the contents of pages.
+    """Image with its parents. The constructor verifies everything except the contents of pages.
 
     Raises ImageError if the file is missing, not an image, truncated, damaged or of another version, or if a parent is
-    missing, not the image that the child was built on, or its own descendant.
+    missing, is not the image that the child was built on, or is its own descendant.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,10 +63,10 @@ class ImageFile:
 
     @classmethod
     def from_files(cls, files: Sequence[tuple[int, Path]]) -> Self:
-        """Use images that another process has opened: descriptor and path of each, child first.
+        """Create the object from images that another process has opened: descriptor and path of each, child first.
 
         No path is resolved, so a file that has been replaced since is not read. The descriptors are duplicated. Raises
-        ImageError as the constructor does.
+        ImageError in the same cases as the constructor, and if a descriptor is missing.
         """
         parents = iter(files[1:])
 
@@ -120,7 +120,7 @@ class ImageFile:
         return Parent(id=self.identity.id, digest=self.identity.digest, path=str(self.path.absolute()))
 
     def state(self) -> bytes:
-        """Return the state of the workload; empty for memory alone. Raises ImageError."""
+        """Return the state of the workload; empty if the image contains only memory. Raises ImageError."""
         return self.section(metadata.STATE) or b""
 
     def section(self, kind: int) -> bytes | None:
@@ -132,7 +132,8 @@ class ImageFile:
         return _checked(self.path, lambda: self.chain.read(first, count))
 
     def verify(self, progress: Progress = _silent) -> list[str]:
-        """Verify every byte of every image of the chain. Return a description of each error found."""
+        """Verify every byte of every image of the chain. Return a description of each error; stop at `MAX_FINDINGS`
+        errors."""
         found: list[str] = []
         for number, link in enumerate(self.links):
             chain = ImageChain([other.image for other in self.links[number:]])
@@ -160,7 +161,7 @@ class ImageFile:
     def flatten(self, path: str | Path, codec: str | None = None) -> None:
         """Write an image with the same contents and no parent. `path` appears when it is complete, or not at all.
 
-        Raises ImageError, OSError (disk full).
+        Raises ImageError, or OSError, for example if the disk is full.
         """
         sections = [(metadata.METADATA, metadata.encode(msgspec.structs.replace(self.metadata, parent=None)))]
         kept = (metadata.STATE, metadata.LARGE_UNITS)
@@ -193,13 +194,13 @@ def open_link(path: Path) -> Link:
 
 
 def _link(descriptor: int, path: Path) -> Link:
-    """Make a link from an open file, whose descriptor is duplicated. Raises ImageError."""
+    """Return the link for an open file, whose descriptor is duplicated. Raises ImageError."""
     image = _checked(path, lambda: Image(descriptor))
     return Link(path, image, _checked(path, lambda: metadata.decode(image.section(metadata.METADATA))))
 
 
 def _chain(link: Link, open_parent: Callable[[Link, Parent], Link]) -> Iterator[Link]:
-    """Yield the image, its parent, and so on."""
+    """Yield the image, its parent, and so on. Raises ImageError if the chain is too long or contains an image twice."""
     path = link.path
     seen = {link.image.id}
     yield link
@@ -214,7 +215,8 @@ def _chain(link: Link, open_parent: Callable[[Link, Parent], Link]) -> Iterator[
 def beside(child: Path, parent: str | Path) -> Path:
     """Return the expected path of an image's parent: its file name, in the directory of the child.
 
-    The directory recorded in the image is ignored: an image from another host could otherwise make any file be opened.
+    The directory recorded in the image is ignored. Otherwise, an image from another host could cause any file to be
+    opened.
     """
     return child.parent / Path(parent).name
 

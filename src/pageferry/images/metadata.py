@@ -31,7 +31,7 @@ class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     name: Annotated[str, Meta(min_length=1, max_length=256)]
     length: Annotated[int, Meta(gt=0, le=1 << 44, multiple_of=4096)]
-    """Bytes."""
+    """Length, bytes."""
     page_size: Annotated[int, Meta(ge=4096, le=1 << 30)]
 
 
@@ -46,7 +46,7 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True):
-    """Description of what was saved, when, and how."""
+    """Description of an image: its workload, regions, time and codec."""
 
     version: int = VERSION
     kind: Kind
@@ -54,10 +54,11 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True):
     details: dict[str, str | int | bool]
     regions: Annotated[list[RegionInfo], Meta(min_length=1, max_length=4096)]
     created: float
-    """Snapshot point, seconds since 1970."""
+    """Time of the snapshot point, seconds since 1970."""
     codec: Codec
     restorable: bool = True
-    """Whether a workload can be restored; False for memory without a state, which can only be inspected."""
+    """Whether a workload can be restored from the image. False for memory without a state, which can only be
+    inspected."""
     parent: Parent | None = None
 
 
@@ -93,12 +94,12 @@ def describe(
 
 
 def encode(metadata: Metadata) -> bytes:
-    """Return the contents of the section."""
+    """Return the contents of the section `METADATA`."""
     return msgspec.msgpack.encode(metadata)
 
 
 def decode(contents: bytes | None) -> Metadata:
-    """Parse the contents of the section. Raises ImageError."""
+    """Parse the contents of the section `METADATA`. Raises ImageError."""
     if contents is None:
         raise ImageError("the image has no metadata; use an image written by `pageferry checkpoint`")
     try:

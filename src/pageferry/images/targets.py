@@ -13,11 +13,11 @@ from pageferry.images.metadata import ImageIdentity
 from pageferry.memory.bitmaps import unpack_units
 from pageferry.memory.regions import LARGE_PAGE, Region
 
-"""(our mapping of a region's file, page size of the file, whether each 2 MiB unit is to be huge)"""
+"""Mapping of a region's file in this process, page size of the file, and whether each 2 MiB unit is to be huge."""
 
 
 def large_units(image: ImageFile) -> list[list[bool]]:
-    """Return, per region, which 2 MiB units were backed by huge pages when they were saved. Raises ImageError."""
+    """Return, per region, whether each 2 MiB unit was backed by a huge page when it was saved. Raises ImageError."""
     packed = image.section(metadata.LARGE_UNITS)
     result: list[list[bool]] = []
     at = 0

@@ -1,9 +1,9 @@
 """Working sets: pages that were accessed first after a restore are loaded first by the next one (S10).
 
 The record is the file IMAGE.ws beside the image, since images are never modified. A restore without prefetch observes
-every first access. Its record is intersected with the previous one, which leaves the pages accessed every time. A
-restore with prefetch observes only accesses to pages that the record lacks. These are stored separately, and those
-observed twice are appended to the record.
+every first access. The record is then the intersection of these pages and the previous record, so that it keeps the
+pages accessed every time. A restore with prefetch observes only accesses to pages that are not in the record. These
+pages are stored separately, and pages observed in two consecutive restores are appended to the record.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int
     image: str
-    """Id of the image: another image of that name has another working set."""
+    """Id of the image. The record is ignored for any other image at the same path."""
     runs: int
     windows: list[int]
     """Windows of 16 pages, numbered over all regions, in the order of their first access."""
@@ -40,7 +40,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkingSet:
-    """Working set of an image. A record that cannot be read counts as empty: it only saves time."""
+    """Working set of an image. A record that cannot be read counts as empty, because it is only an optimisation."""
 
     def __init__(self, image: ImageFile) -> None:
         self.path = Path(f"{image.path}.ws")
@@ -54,8 +54,8 @@ class WorkingSet:
         return self._record.windows
 
     def learn(self, touched: Sequence[int], prefetched: bool) -> None:
-        """Record the pages that were accessed during a restore, in order. Not an error if the file cannot be
-        written."""
+        """Update the record with the windows that were accessed in a restore, in order. `prefetched`: whether the
+        restore was with prefetch. A failure to write the file is only logged."""
         candidates: list[int] = []
         seen = list(dict.fromkeys(touched))[:MAX_WINDOWS]
         old = self._record
