@@ -1,9 +1,9 @@
 """Processes that can write to a workload's memory: found in /proc, and traced or refused.
 
 A process writes to memory that it maps shared and writable. A process that only holds a descriptor that is open for
-writing may write by system calls or map the memory at any time. No trace records that, so the process is refused. The
-following cannot be found: a descriptor in flight between two processes, one that is registered with io_uring, and
-processes outside the PID namespace of this process. See docs/guide/python.md.
+writing may write by system calls or map the memory at any time. No trace reports such writes, so the process is
+refused. The following cannot be found: a descriptor in flight between two processes, one that is registered with
+io_uring, and processes outside the PID namespace of this process. See docs/guide/python.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Found:
     holders: tuple[int, ...]
     """Processes that have the file open for writing and do not map it."""
     unreadable: tuple[int, ...]
-    """Processes that may not be inspected."""
+    """Processes that this user is not permitted to inspect."""
 
 
 def find(file: int, length: int, sharing: Sharing) -> Found:
@@ -90,8 +90,8 @@ def check_again(name: str, traced: Iterable[Segment], found: Found) -> None:
 def refuse_strangers(name: str, regions: Sequence[Region]) -> None:
     """Raise WorkloadError if a process other than the guest's own, or pageferry's, maps the guest's memory for writing.
 
-    A pause of the guest does not stop such a process. Processes that may not be inspected belong to other users, who
-    cannot open the file for writing unless its permissions allow that.
+    A pause of the guest does not stop such a process. Processes that cannot be inspected belong to other users. They
+    cannot open the file for writing unless its permissions allow it.
     """
     ids, own = [], set()
     for region in regions:
@@ -143,7 +143,7 @@ def _is_ours(pid: int, address: int) -> bool:
 
 
 def _is_pageferry(pid: int) -> bool:
-    """Return whether a process has loaded pageferry's engine, and so reads the memory for another command."""
+    """Return whether a process has loaded pageferry's engine, and thus accesses the memory for another command."""
     with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
         return b"/_engine.abi3.so" in file.read()
     return False

@@ -28,7 +28,7 @@ class Segment:
     """Start of the mapping within the region, bytes."""
 
     def within(self, parts: Iterable[tuple[int, int]]) -> Iterator[Segment]:
-        """Yield the parts of the mapping that map these parts of its region, given as (first byte, length)."""
+        """Yield the parts of this mapping that map the given parts of the region, each as (first byte, length)."""
         for start, length in parts:
             first = max(start, self.offset)
             end = min(start + length, self.offset + self.length)
@@ -41,7 +41,7 @@ class Region:
     """Contiguous part of a workload's memory that is backed by one shared file."""
 
     name: str
-    """Name, the same on all hosts: QEMU's ramblock id, or `arena`; of any other process, the file that it maps."""
+    """Name, the same on all hosts: QEMU's ramblock id, `arena`, or for any other process the mapped file."""
     length: int
     """Length, bytes."""
     fd: int

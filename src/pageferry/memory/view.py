@@ -15,11 +15,11 @@ from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region
 
 
 class Extent(Protocol):
-    """Piece of memory: a region of a workload, or a range of a process."""
+    """Range of memory: a region of a workload, or a range of a process."""
 
     @property
     def name(self) -> str:
-        """Name in an image."""
+        """Name of the region in an image."""
 
     @property
     def length(self) -> int:
@@ -68,7 +68,7 @@ class Readable:
 
 
 class HasRegions(Protocol):
-    """Workload with its memory."""
+    """Workload with regions of memory."""
 
     @property
     def name(self) -> str:
@@ -76,13 +76,14 @@ class HasRegions(Protocol):
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """Regions of its memory."""
+        """Regions of the workload's memory."""
 
 
 class Memory(Readable):
     """Regions of a workload, mapped into this process, with page sets and segments for them.
 
-    Raises WorkloadDied if a process of the workload has exited, WorkloadError if its memory cannot be mapped.
+    The constructor raises WorkloadDied if a process of the workload has exited, WorkloadError if its memory cannot be
+    mapped.
     """
 
     def __init__(self, workload: HasRegions) -> None:
@@ -132,7 +133,7 @@ class Memory(Readable):
         return [made(region.length // SMALL_PAGE) for region in self.regions]
 
     def data_of(self, pages: list[PageSet]) -> list[PageSet]:
-        """Return the given pages that are present; all others are holes, which read as zeros."""
+        """Return those of the given pages that are in data extents. The others are in holes, which read as zeros."""
         found = []
         for mapping, wanted in zip(self.mappings, pages, strict=True):
             holes = PageSet.full(wanted.pages)
