@@ -26,9 +26,9 @@ CALLER: ContextVar[asyncio.AbstractEventLoop | None] = ContextVar("caller", defa
 
 
 def program_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop of the program: the one that awaits a `beside_loop` operation, or else the running one.
+    """Return the event loop that awaits a `beside_loop` operation, otherwise the running event loop.
 
-    None if there is neither.
+    Return None if there is neither.
     """
     if (caller := CALLER.get()) is not None:
         return caller
@@ -44,7 +44,7 @@ _pool = Workers("pageferry-call", 64)
 async def in_thread(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """Run a call on a daemon thread. On cancellation the call continues, and its result is dropped.
 
-    Like asyncio.to_thread, whose threads, however, keep the process from exiting while a call blocks.
+    Unlike the threads of asyncio.to_thread, the thread does not keep the process from exiting while the call blocks.
     """
     return await asyncio.wrap_future(_pool.submit(lambda: call(*arguments, **options)))
 
@@ -65,7 +65,8 @@ async def on_thread(call: Callable[[], T], cancel: Callable[[], object] | None =
 def interruptible(call: Callable[[], T]) -> T:
     """Run a call on a daemon thread and wait for its result, so that Ctrl-C ends the wait at once.
 
-    The call itself continues after an interrupt, and its result is dropped.
+    The call itself continues after an interrupt, and its result is dropped. In any other thread than the main thread,
+    which receives no signals, run the call directly.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()  # signal handlers run in the main thread only
@@ -94,7 +95,7 @@ def synchronous(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]
 
 
 async def beside_loop(work: Work[T], listen: Callable[[Any], object]) -> T:
-    """Run a coroutine on an event loop in a separate thread, which a blocked loop of the caller does not stop.
+    """Run a coroutine on an event loop in a separate thread, so that it continues while the caller's loop is blocked.
 
     `work` receives a listener for its events. `listen` is called with each event on the caller's loop, in order, before
     this function returns. If `listen` raises, the work is cancelled, and the error is raised. Cancellation cancels the
@@ -148,7 +149,7 @@ class _Operation(Generic[T]):
         with self._lock:
             self._cancelled, task = True, self._task
         if task is not None:
-            with contextlib.suppress(RuntimeError):  # its loop has just been closed
+            with contextlib.suppress(RuntimeError):  # the loop of the task has just been closed
                 task.get_loop().call_soon_threadsafe(task.cancel)
 
     def _hear(self, event: Any) -> None:

@@ -29,7 +29,8 @@ def check() -> Check:
 
 
 def obstacle(features: Mapping[str, Feature], guests: bool) -> str | None:
-    """Return the reason why arenas, or with `guests` guests, cannot be migrated, and a remedy; None if they can."""
+    """Return the reason why arenas (and guests, if `guests` is true) cannot be migrated, and a remedy; None if they
+    can."""
     for needs, what in ((ARENAS_MOVE, "arenas and guests"), (GUESTS_MOVE, "QEMU guests") if guests else ((), "")):
         if missing := lacking(needs, features):
             first = features[missing[0]]

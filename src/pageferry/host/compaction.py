@@ -16,7 +16,8 @@ COMPACT = Path("/proc/sys/vm/compact_memory")
 _ORDER = 9
 """Order of a block of 2 MiB in base pages."""
 _TIMEOUT = 2.0
-"""Seconds to wait for compaction. On large hosts it takes longer, and continues while the first huge pages are used."""
+"""Seconds to wait for compaction. On large hosts, compaction takes longer, and continues while the first huge pages are
+used."""
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def compact_memory(wanted: int, *, buddyinfo: Path = BUDDYINFO, compact: Path = 
     """Compact memory if fewer than `wanted` huge pages are free. Return the number of free huge pages afterwards.
 
     The kernel also compacts when a huge page is allocated, but briefly, and less after each failure: on a host with
-    fragmented memory, most of a guest would be backed by base pages. Does nothing without root.
+    fragmented memory, most of a guest would be backed by base pages. Without root, memory is not compacted.
     """
     try:
         free = free_large_pages(buddyinfo)

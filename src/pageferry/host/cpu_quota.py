@@ -1,9 +1,8 @@
-"""CPU time limit of processes by their control group, which ends with the process that has set it.
+"""Limit on the CPU time of processes, set in their control group. The limit ends with the process that has set it.
 
 If the cpu controller belongs to cgroup v1, the processes are moved to a child of their group. In cgroup v2, a group
-with processes cannot have children with controllers, so the group of the processes is limited itself, provided that it
-contains no other processes. A guardian process (`guardian`) restores the groups, also if this process is
-killed.
+with processes cannot have children with controllers, so the group of the processes itself is limited, provided that it
+contains no other processes. A guardian process (`guardian`) restores the groups, even if this process is killed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pageferry.host.guardian import Action, EmptyGroup, Guardian, WriteFile
 PERIOD = 100_000
 """Period of a limit, microseconds; the default of the kernel."""
 MIN_QUOTA = 1000
-"""Minimum of a limit that the kernel accepts, microseconds per period."""
+"""Minimum limit that the kernel accepts, microseconds per period."""
 TIMEOUT = 10.0
 """Seconds to wait for the guardian to exit."""
 
@@ -60,7 +59,8 @@ def _unescaped(path: bytes) -> bytes:
 class CpuQuota:
     """Limit on the total CPU time of processes, until `close` or the exit of this process.
 
-    Raises WorkloadError, with the reason, if no limit can be set, and WorkloadDied if a process has exited.
+    The constructor raises WorkloadError, with the reason, if no limit can be set, and WorkloadDied if a process has
+    exited.
     """
 
     def __init__(self, pids: Sequence[int]) -> None:
@@ -117,7 +117,8 @@ class CpuQuota:
 
 
 def _group_of(pids: Sequence[int]) -> tuple[int, Path]:
-    """Return version and directory of the group with a cpu controller that contains all of the processes."""
+    """Return the version and the directory of the group with a cpu controller that contains all of the processes.
+    Raises WorkloadError if there is none."""
     found = {_place(pid) for pid in pids}
     if len(found) != 1:
         raise WorkloadError("its processes are in different control groups; start them in one group")

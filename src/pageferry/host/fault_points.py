@@ -22,7 +22,7 @@ _planned: list[tuple[str, str]] = [
 
 
 def fault_point(name: str) -> None:
-    """Run the action of this fault point if PAGEFERRY_FAULT names it."""
+    """Run the action of this fault point if PAGEFERRY_FAULT names it. Raises ValueError if the action is unknown."""
     if not _planned or _planned[0][0] != name:
         return
     match _planned.pop()[1]:

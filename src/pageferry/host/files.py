@@ -31,7 +31,7 @@ _KINDS = {
     stat.S_IFBLK: "a block device",
 }
 _NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
-"""Errors of open(2) with O_TMPFILE where it is unsupported; the directory exists, which excludes other causes."""
+"""Errors of open(2) if O_TMPFILE is unsupported. The directory exists, which excludes other causes."""
 
 
 class SpecialFile(OSError):
@@ -116,10 +116,10 @@ def new_file(
 ) -> Iterator[int]:
     """Yield a descriptor of a file that is published as `path` when the block ends without an error.
 
-    It replaces a file of that name. Until then the file is unnamed, so that nothing is left if the writer is killed. On
-    file systems without O_TMPFILE it has a hidden name, and the next writer of `path` removes a left-over file.
-    `synced`: whether the file is durable when the block has ended. `linked`: called when the file has its hidden name.
-    Raises OSError.
+    The file replaces an existing file of that name. Until then it is unnamed, so that nothing is left if the writer is
+    killed. On file systems without O_TMPFILE, the file has a hidden name, and the next writer of `path` removes a
+    left-over file. `synced`: whether the file is durable when the block has ended. `linked`: called when the file has
+    its hidden name. Raises OSError.
     """
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -144,7 +144,7 @@ def new_file(
 
 
 def _unpublished(name: str, folder: int, mode: int) -> tuple[int, str | None]:
-    """Create a locked file, unnamed or with a hidden name, and return descriptor and name.
+    """Create a locked file, unnamed or with a hidden name. Return the descriptor and the name (None if unnamed).
 
     The lock shows that the writer runs.
     """

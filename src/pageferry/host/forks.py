@@ -1,7 +1,8 @@
 """Actions of this program before fork(2), and the number of its forks.
 
-A child has neither our pager threads nor our traces: contents must be loaded, and traces given up, before it exists.
-Processes that only execute another program (subprocess, posix_spawn) are not forks in this sense: nothing is called.
+A child has neither the pager threads nor the traces of its parent: before a fork, contents must be loaded and traces
+removed. Processes that only execute another program (subprocess, posix_spawn) are not forks in this sense: nothing is
+called.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def before_fork(owner: T, action: Callable[[T], object]) -> None:
 
 
 def forget(owner: object) -> None:
-    """Call no action for this owner any longer."""
+    """Remove the action of an owner, if it has one."""
     _actions.pop(owner, None)
 
 
@@ -36,7 +37,7 @@ def count() -> int:
 
 
 def _before_fork() -> None:
-    """Run all actions, also after one that fails. Python prints the error; the program forks in any case."""
+    """Run all actions, even if one of them fails. Python prints the error, and the program forks in any case."""
     global _count
     _count += 1
     failures: list[Exception] = []

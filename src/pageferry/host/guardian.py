@@ -1,4 +1,4 @@
-"""Guardians: small processes that undo temporary changes if this process exits before it has done so.
+"""Guardians: small processes that undo temporary changes if this process exits before it has undone them.
 
 A command that has stopped a guest, set a limit or changed a setting of the kernel can be killed at any time. It
 therefore first starts a guardian and gives it a plan, which `guardian_process` executes at the end of its standard
@@ -21,25 +21,25 @@ from pageferry.host.python import start_python
 log = logging.getLogger(__name__)
 
 _running: list[processes.Outliving[bytes]] = []
-"""Guardians that may still be running; they are waited for when the next one is started."""
+"""Guardians that may still be running. Those that have exited are reaped when the next guardian is started."""
 
 
 class WriteFile(msgspec.Struct, frozen=True, tag_field="do", tag="write"):
-    """Write a text to an existing file."""
+    """Action that writes a text to an existing file."""
 
     file: str
     text: str
 
 
 class EmptyGroup(msgspec.Struct, frozen=True, tag_field="do", tag="empty-group"):
-    """Move all processes of a control group (v1) to its parent, and remove the group."""
+    """Action that moves all processes of a control group (v1) to its parent, and removes the group."""
 
     group: str
     parent: str
 
 
 class SendSignal(msgspec.Struct, frozen=True, tag_field="do", tag="signal"):
-    """Send a signal to a process."""
+    """Action that sends a signal to a process."""
 
     pidfd: int
     """Descriptor that the guardian has inherited (`descriptors`)."""
@@ -47,14 +47,15 @@ class SendSignal(msgspec.Struct, frozen=True, tag_field="do", tag="signal"):
 
 
 class MonitorCommands(msgspec.Struct, frozen=True, tag_field="do", tag="qmp"):
-    """Execute QMP commands, after cancelling a running migration. QEMU may refuse a command; the others follow."""
+    """Action that cancels a running migration and executes QMP commands. If QEMU refuses a command, the next one
+    follows."""
 
     socket: str
     commands: Sequence[dict[str, Any]]
 
 
 class Decide(msgspec.Struct, frozen=True, tag_field="do", tag="decide"):
-    """Execute `then` if the file has these contents, and otherwise `otherwise`."""
+    """Action that executes `then` if the file has the given contents, otherwise `otherwise`."""
 
     file: str
     contents: str
@@ -95,7 +96,8 @@ class Guardian:
         return self._process.stdout.readline() == b"ready\n"
 
     def plan(self, actions: Sequence[Action]) -> None:
-        """Replace the plan. The new plan is in effect from now on, even if this process exits at once."""
+        """Replace the plan. The new plan is in effect from now on, even if this process exits at once. If the guardian
+        has exited, a warning is logged."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(msgspec.json.encode(actions) + b"\n")
@@ -104,7 +106,7 @@ class Guardian:
             log.warning("the guardian of %s has exited: nothing is undone if pageferry is killed now", self._purpose)
 
     def close(self) -> None:
-        """Let the guardian execute the plan and exit, without waiting for it."""
+        """Make the guardian execute the plan and exit, without waiting for it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdout.close()
@@ -112,7 +114,7 @@ class Guardian:
             self._process.stdin.close()
 
     def finish(self, timeout: float | None = None) -> bool:
-        """Let the guardian execute the plan, and wait for its exit. Return whether all actions succeeded.
+        """Make the guardian execute the plan, and wait for its exit. Return whether all actions succeeded.
 
         Raises TimeoutError after `timeout` seconds.
         """

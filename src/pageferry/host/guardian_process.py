@@ -1,9 +1,10 @@
 """Guardian process: executes a plan when the process that started it exits. `python guardian_process.py PURPOSE`.
 
-A script in a separate session that uses only the standard library, so that it starts within milliseconds. It writes a
-line when it is ready, then reads plans from its standard input, one JSON list of actions per line; each replaces the
-plan before. At the end of the input, when its parent has closed it or has exited, the guardian executes the last plan.
-`host.guardian` defines the actions. The exit code is 0 if all actions succeeded. PURPOSE is only shown by ps(1).
+The script runs in a separate session, and uses only the standard library, so that it starts within milliseconds. It
+writes a line when it is ready, then reads plans from its standard input, one JSON list of actions per line. Each plan
+replaces the previous one. At the end of the input, when the parent has closed the pipe or exited, the guardian executes
+the last plan. `host.guardian` defines the actions. The exit code is 0 if all actions succeeded. PURPOSE is only shown
+by ps(1).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import time
 from typing import IO, Any
 
 TIMEOUT = 86400.0
-"""Seconds to retry: QEMU does not reply while it waits for a disk, or while another client uses the monitor."""
+"""Seconds to retry QMP commands: QEMU does not reply while it waits for a disk or another client uses the monitor."""
 ATTEMPTS = 200
-"""Attempts to empty a control group, one each 10 ms."""
+"""Maximum number of attempts to empty a control group, one every 10 ms."""
 
 _MIGRATING = frozenset({"setup", "active", "device", "pre-switchover", "cancelling"})
 
@@ -28,7 +29,7 @@ Action = dict[str, Any]
 
 
 def main() -> int:
-    """Wait for the end of the parent, then execute its plan."""
+    """Wait until the parent closes the pipe or exits, then execute its plan. Return the exit code."""
     # Signals of a terminal or service manager to its process group must not end this process.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -36,13 +37,13 @@ def main() -> int:
         os.write(1, b"ready\n")
     plan: list[Action] = []
     for line in sys.stdin:
-        if line.endswith("\n"):  # else the parent exited while writing: the previous plan holds
+        if line.endswith("\n"):  # otherwise the parent exited while writing: the previous plan remains
             plan = json.loads(line)
     return 0 if _execute(plan) else 1
 
 
 def _execute(plan: list[Action]) -> bool:
-    """Execute all actions, also after one that fails. Return whether all succeeded."""
+    """Execute all actions, even if one of them fails. Return whether all succeeded."""
     succeeded = True
     for action in plan:
         try:
@@ -57,7 +58,7 @@ def _write_file(action: Action) -> None:
 
 
 def _empty_group(action: Action) -> None:
-    """Move the processes of a control group (v1) to its parent, and remove it."""
+    """Move the processes of a control group (v1) to its parent, and remove the group."""
     group = action["group"]
     with contextlib.suppress(FileNotFoundError):  # never created, or already removed
         _write(os.path.join(group, "cpu.cfs_quota_us"), "-1")
@@ -79,7 +80,7 @@ def _send_signal(action: Action) -> None:
 
 
 def _decide_by_file(action: Action) -> None:
-    """Execute one of two plans. Only the parent, which has exited, could have written the file."""
+    """Execute one of two plans, depending on a file. Only the parent, which has exited, could have written the file."""
     try:
         with open(action["file"], encoding="utf-8") as file:
             holds = file.read() == action["contents"]
@@ -120,7 +121,8 @@ def _converse(path: str, commands: list[dict[str, Any]], deadline: float) -> Non
 
 
 def _command(monitor: IO[str], command: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a command; an empty one if QEMU refuses the command: the guardian cannot report errors."""
+    """Execute a command. Return its result, which is empty if QEMU refuses the command: the guardian cannot report
+    errors."""
     monitor.write(json.dumps(command) + "\n")
     monitor.flush()
     reply = _reply(monitor)

@@ -4,8 +4,8 @@
 
     /run/pageferry/web/job-4711.json    `Job` of the verb that runs as process 4711
 
-The verb replaces its record periodically, and removes it at its end. No operation depends on it: it is not synced. The
-record of a process that has exited without removing it is ignored, and removed by the next reader.
+The verb replaces its record periodically, and removes the record at its end. No operation depends on the record, so it
+is not synced. The record of a process that has exited without removing it is ignored, and removed by the next reader.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def remove(folder: Path, pid: int) -> None:
 
 
 def running(folder: Path) -> list[Job]:
-    """Return the running verbs of a workload, in the order of their start."""
+    """Return the running verbs of a workload, in the order of their start. Remove the records of exited processes."""
     found, namespace = [], proc.namespace()
     for path in folder.glob(f"{_PREFIX}*.json"):
         job = _read(path)

@@ -41,8 +41,8 @@ class RamFile:
 def create_ram_file(size: int, *, hugetlb: bool = False) -> RamFile:
     """Create a file for `size` bytes of guest memory. With `hugetlb`, pages are reserved when the file is mapped.
 
-    Nothing is allocated. Raises UnsupportedError if `hugetlb` is not permitted, or if too few huge pages are free.
-    Without `hugetlb`, falls back to /dev/shm with a warning, and raises UnsupportedError if that is too small.
+    No page is allocated. Raises UnsupportedError if `hugetlb` is not permitted, or if too few huge pages are free.
+    Without `hugetlb`, falls back to /dev/shm with a warning, and raises UnsupportedError if /dev/shm is too small.
     """
     return _hugetlb_file(size) if hugetlb else _tmpfs_file(size)
 
@@ -92,7 +92,8 @@ def _hugetlb_file(size: int) -> RamFile:
 
 
 def _huge_pages_available() -> int:
-    """Return the number of free, unreserved huge pages plus that of surplus pages that the kernel may still add."""
+    """Return the number of free, unreserved huge pages, plus the number of surplus pages that the kernel can still
+    add."""
     if not _HUGE_PAGE_COUNTS.is_dir():
         return 0
 

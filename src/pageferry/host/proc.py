@@ -113,7 +113,7 @@ def namespace() -> str | None:
         numbers = status(int(os.readlink("/proc/self")))[b"NSpid"]
     except FileNotFoundError:  # the file is not visible in this container
         return None
-    if len(numbers) != 1:  # the first is that in the namespace of /proc, the last ours
+    if len(numbers) != 1:  # one pid per namespace, from that of /proc to that of this process
         return None
     return ",".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))
 
@@ -125,7 +125,7 @@ def start_time(pid: int) -> int | None:
     """Return the start time of process `pid`, in clock ticks since boot; None if all of its threads have exited.
 
     None also means that no such process exists. A process whose main thread is a zombie runs as long as another of its
-    threads does.
+    threads runs.
     """
     fields = _stat_fields(f"{pid}")
     if fields is None or (_state(fields) in _DEAD_STATES and not any(_living_threads(pid))):
@@ -164,7 +164,8 @@ def threads(pid: int) -> tuple[int, ...]:
 
 
 def inner_threads(pid: int) -> dict[int, int]:
-    """Return the threads of a process: id in the process's own PID namespace -> id in our namespace (`NSpid`).
+    """Return the threads of a process: id in the PID namespace of the process -> id in the namespace of /proc
+    (`NSpid`).
 
     Raises WorkloadDied if it has exited.
     """
@@ -179,7 +180,7 @@ def inner_threads(pid: int) -> dict[int, int]:
 
 
 def status(pid: int, thread: int | None = None) -> dict[bytes, list[bytes]]:
-    """Return the fields of /proc/PID/status, or of that of one thread, by name.
+    """Return the fields of /proc/PID/status, or of the status file of one thread, by name.
 
     Raises WorkloadDied if it has exited.
     """
@@ -267,7 +268,7 @@ def mappings(pid: int) -> list[Mapping]:
 
 
 def file_mappings(pid: int) -> Iterator[Mapping]:
-    """Yield the file-backed mappings of a process, by address. Raises as `mappings`."""
+    """Yield the file-backed mappings of a process, by address. Raises the same errors as `mappings`."""
     return (mapping for mapping in mappings(pid) if mapping.inode != 0)
 
 

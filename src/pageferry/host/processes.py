@@ -24,7 +24,7 @@ class Outliving(subprocess.Popen[AnyStr]):
 async def wait_for_end(pid: int, started: int) -> None:
     """Wait until the process `pid` that started at `started` (see `proc.start_time`) has exited.
 
-    It need not be a child.
+    The process need not be a child of this process.
     """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Start of Python children, in this module only.
+"""Start of Python child processes, which only this module starts.
 
 `python -m` puts the current directory first on `sys.path`: a child that is started in a directory of another user would
 import code from there. A child therefore runs isolated (`-I`: no current directory, no PYTHON* variables, no user

@@ -20,7 +20,8 @@ from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.qmp_peer import Peer, peer_of
 
 TIMEOUT = 10.0
-"""Seconds to wait for the greeting. Every pageferry command closes its session in less time."""
+"""Seconds to wait for the greeting. QEMU serves one QMP client at a time, and every pageferry command closes its
+session in less time."""
 
 Command = dict[str, Any]
 """QMP command as sent on the wire: `execute` and, if needed, `arguments`."""
@@ -33,7 +34,8 @@ class _Client(QMPClient):
     """QMP client whose connection can be closed without waiting, which the library does not support."""
 
     def expect_abandonment(self) -> None:
-        """Retrieve errors of the library's tasks: the call that they interrupt reports them, if there is one."""
+        """Retrieve errors of the library's tasks, which asyncio would report otherwise. A call that such an error
+        interrupts raises it."""
         if self._bh_tasks is not None:
             self._bh_tasks.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
@@ -111,7 +113,7 @@ class Monitor:
         )
 
     async def run(self, command: Command) -> Any:
-        """Run a QMP command given as data, and return its result. Raises as `execute`."""
+        """Run a QMP command given as data, and return its result. Raises the same errors as `execute`."""
         return await self._execute(command["execute"], command.get("arguments"))
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None) -> Any:
@@ -182,7 +184,7 @@ class Monitor:
         return False
 
     def abandon(self) -> None:
-        """Close the session without waiting; QEMU serves the next client."""
+        """Close the session without waiting. QEMU then serves the next client."""
         self._client.abandon()
 
     async def close(self) -> None:

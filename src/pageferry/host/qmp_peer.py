@@ -34,7 +34,7 @@ class Peer:
     """Listener of a Unix socket."""
 
     pid: int | None
-    """Pid in our PID namespace; 0 if the listener is not visible there, None if it has exited."""
+    """Pid in the PID namespace of this process; 0 if the listener is not visible there, None if it has exited."""
     uid: int
     """User id of the listener when it called listen(2)."""
 
@@ -56,8 +56,9 @@ def peer_of(connection: socket.socket) -> Peer:
 def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> int:
     """Return the pid of the process that serves the QMP socket at `path` and whose monitor reports these vCPU threads.
 
-    Raises UnsupportedError if the process is outside of our PID namespace, WorkloadError if the threads are not its own
-    or if this user has no rights over the process, WorkloadDied.
+    Raises UnsupportedError if the process is outside of the PID namespace of this process. Raises WorkloadError if the
+    listener has exited, if the threads are not those of exactly one such process, or if this user has no rights over
+    it.
     """
     if peer.pid == 0:
         raise UnsupportedError(
@@ -97,7 +98,8 @@ def _matches(pid: int, peer: Peer, vcpu_threads: Sequence[int]) -> bool:
 
 
 def _check_caller(peer: Peer, path: str) -> None:
-    """Raise WorkloadError if this process has no rights over processes of the listening user, or UnsupportedError."""
+    """Raise WorkloadError if this process has no rights over processes of the listening user, UnsupportedError if /proc
+    is that of another PID namespace."""
     if proc.namespace() is None:
         raise UnsupportedError(
             "cannot use /proc: it belongs to another PID namespace; mount proc(5) in the namespace of pageferry"

@@ -49,7 +49,7 @@ VERSION = 1
 """Version of the entries; other versions are rejected."""
 
 MAX_SOCKET_PATH = 107
-"""sun_path of unix(7), without the final NUL."""
+"""Maximum length of a socket path, bytes: sun_path of unix(7) without the final NUL."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ENTRY_FILE = "workload.json"
@@ -167,7 +167,7 @@ class Folder:
         return path
 
     def publish(self, entry: AnyEntry) -> None:
-        """Store the entry of the workload; replaces the claim or an earlier entry."""
+        """Store the entry of the workload. It replaces the claim or an earlier entry."""
         with self.registry.locked():
             self.store(_ENTRY_FILE, entry)
 
@@ -198,12 +198,14 @@ class Folder:
     def store(self, file_name: str, record: msgspec.Struct, *, synced: bool = True) -> None:
         """Store a durable record of this workload: write it under a temporary name, sync it, and rename it.
 
-        Not `synced`: the record outlives processes, but not a crash of the host, after which it is not needed.
+        Without `synced`, the record outlives processes, but not a crash of the host. This is for records that are not
+        needed after a crash.
         """
         files.replace_file(self.path / file_name, msgspec.json.encode(record), synced=synced)
 
     def load(self, file_name: str, kind: type[Record]) -> Record | None:
-        """Load a durable record of this workload; None if there is none. Raises WorkloadError if it cannot be read."""
+        """Return a durable record of this workload; None if there is none. Raises WorkloadError if it cannot be
+        read."""
         path = self.path / file_name
         try:
             return msgspec.json.decode(files.read_regular(path, MAX_RECORD, follow=False), type=kind)
@@ -274,12 +276,13 @@ class Registry:
         return str(self.path / f".{name}.receive")
 
     def folder(self, name: str) -> Folder:
-        """Return the directory of a registered workload, for its durable records. Raises as `lookup`."""
+        """Return the directory of a registered workload, for its durable records. Raises the same errors as
+        `lookup`."""
         self.lookup(name)
         return Folder(self, name)
 
     def entries(self) -> dict[str, AnyEntry]:
-        """Return the entries of workloads that run, or may run (`Entry.liveness`), by name; claims are left out.
+        """Return the entries of workloads that run, or may run (`Entry.liveness`), by name, without claims.
 
         Raises WorkloadError if an entry cannot be read.
         """

@@ -75,17 +75,18 @@ def rollup(pid: int) -> dict[str, int]:
 
 
 def total(pid: int, name: str) -> int:
-    """Return one size of `rollup`, bytes; 0 if the kernel does not report it. Raises as `rollup`."""
+    """Return one size of `rollup`, bytes; 0 if the kernel does not report it. Raises the same errors as `rollup`."""
     return rollup(pid).get(name, 0)
 
 
 def spare_mappings(pid: int) -> int:
-    """Return the number of mappings that can be added to a process up to half of its limit. Raises as `smaps`."""
+    """Return the number of mappings that can be added to a process up to half of its limit. Raises the same errors as
+    `smaps`."""
     return max(int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid)), 0)
 
 
 def _lines(pid: int, name: str) -> list[bytes]:
-    """Return the lines of a file in /proc/PID."""
+    """Return the lines of a file in /proc/PID. Raises WorkloadDied, and UnsupportedError without permission."""
     try:
         return proc.lines(proc.read(pid, name))
     except PermissionError as refused:

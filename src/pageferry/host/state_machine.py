@@ -14,7 +14,7 @@ class WrongState(RuntimeError):
 
 
 class StateMachine(Generic[S]):
-    """State of an operation. `transitions`: the states that may follow each state; none for those that are not in it.
+    """State of an operation. `transitions`: states that may follow each state. A state without an entry is final.
 
     `what`: name of the operation, for messages.
     """
@@ -30,7 +30,7 @@ class StateMachine(Generic[S]):
         return self._state
 
     def enter(self, state: S) -> None:
-        """Change to a state that may follow the current one. Raises WrongState for any other."""
+        """Change to a state that may follow the current one. Raises WrongState for any other state."""
         if state not in self._transitions.get(self._state, ()):
             raise WrongState(f"{self._what} is in state '{self._state}', and cannot change to '{state}'")
         self._state = state

@@ -16,7 +16,7 @@ class Stopwatch:
         self._spent: dict[str, float] = {}
         self._running: dict[str, float] = {"total": self._since}
         self.phases: dict[str, float] = {}
-        """Seconds of consecutive phases, by name; together they are the total."""
+        """Duration of the consecutive phases in seconds, by name. The durations add up to the total."""
         self._phase = phase
 
     def start(self, name: str, at: float | None = None) -> None:
@@ -28,8 +28,8 @@ class Stopwatch:
         self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - self._running.pop(name)
 
     def phase(self, name: str, at: float | None = None) -> None:
-        """End the current phase and start this one at the same time, so that phases add up: now or, with `at`, at an
-        earlier time of `time.perf_counter`, but not before the current phase.
+        """End the current phase and start the phase `name` at the same time, so that phases add up. `at`: time of the
+        change (`time.perf_counter`), limited to the start of the current phase; None for now.
         """
         now = time.perf_counter() if at is None else max(at, self._since)
         if self._phase is not None:

@@ -19,7 +19,7 @@ _Jobs = SimpleQueue[Callable[[], None] | None]
 class Workers:
     """Threads that run calls in the context of the submitter, at most `limit` at a time; with a limit of 1, in order.
 
-    An idle thread takes the next call. The threads end when this object is collected.
+    An idle thread takes the next call. The threads end when this object is garbage-collected.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -68,7 +68,7 @@ def _job(future: Future[T], call: Callable[[], T]) -> Callable[[], None]:
         try:
             result = context.run(call)
         except BaseException as error:
-            del call  # releases objects of the call before the caller continues, which may depend on that
+            del call  # releases objects of the call before the caller continues: it may depend on that
             future.set_exception(error)
         else:
             del call

@@ -1,4 +1,4 @@
-"""Features that this kernel permits to this user, determined by trying them (`pageferry check`).
+"""Features that this kernel allows for this user, determined by trying them (`pageferry check`).
 
 Versions are never compared, because distributions backport and disable features. Each probe performs the real operation
 on its own memory: a trace must report a write, a collapse must produce a huge page in the page table. No machine-wide
@@ -33,9 +33,10 @@ class Feature(msgspec.Struct, frozen=True, rename="kebab"):
 
 
 def check_features(probes: Sequence[Probe] = PROBES, deadline: float = DEADLINE) -> dict[str, Feature]:
-    """Probe features; return the results by name. Takes at most `deadline` seconds, and far less unless a probe blocks.
+    """Probe features; return the results by name. It takes at most `deadline` seconds, and far less unless a probe
+    blocks.
 
-    Forks; no other thread may be running.
+    The function forks, so no other thread may be running.
     """
     outcomes = run_all([probe.attempt for probe in probes], deadline)
     return {

@@ -1,4 +1,4 @@
-"""Probes in child processes: one that blocks or crashes is reported, and affects no other process.
+"""Probes in child processes: a probe that blocks or crashes is reported, and affects no other process.
 
 All probes run in parallel, each in a separate fork and process group, so that processes started by a probe end with it.
 A fork requires that no other thread of the process holds locks, which is true of the command.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import msgspec
 
 DEADLINE = 5.0
-"""Limit for all probes together, seconds; normally they take a fraction of a second."""
+"""Time limit for all probes together, seconds. Normally, they take a fraction of a second."""
 
 _POLL = 0.002
 
@@ -31,7 +31,7 @@ class Unavailable(Exception):
         super().__init__(reason)
         self.reason = reason
         self.remedy = remedy
-        """Remedy that replaces those of the probe's table; None for the table's."""
+        """Remedy that replaces the remedies in the table of probes; None for those in the table."""
         self.error = error
         """Errno of the failed operation; None if there is none."""
 
@@ -90,7 +90,7 @@ def run_all(works: Sequence[Callable[[], str]], deadline: float = DEADLINE, *, g
     """Run functions in children, in parallel. Return results and failures in the same order.
 
     `deadline`: limit for all of them together, seconds. Without `groups`, the children stay in the caller's process
-    group: for children of a probe, which end with the probe.
+    group. This is for children of a probe, which end with the probe.
     """
     children: list[_Child] = []
     try:
@@ -123,14 +123,14 @@ def _start(work: Callable[[], str], groups: bool) -> _Child:
     pid = os.fork()
     if pid == 0:
         try:
-            writing = fcntl.fcntl(writing, fcntl.F_DUPFD, 3)  # its number may be that of a closed standard stream
+            writing = fcntl.fcntl(writing, fcntl.F_DUPFD, 3)  # not 0 to 2, which `_settle` replaces
             _settle(groups)
             os.write(writing, msgspec.json.encode(outcome_of(work)))
         finally:
             os._exit(0)
     os.close(writing)
     if groups:
-        # The child does the same, so that the group exists before the parent may have to kill it.
+        # The child does the same. Both do it, so that the group exists before the parent may have to kill it.
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
     return _Child(pid, reading, groups)
@@ -149,7 +149,7 @@ def _settle(group: bool) -> None:
 
 
 def _reap(pid: int) -> int | None:
-    """Kill a process and return its wait status; None if it cannot exit (it waits in the kernel) and is left behind."""
+    """Reap a killed process and return its wait status; None if it does not exit, because it waits in the kernel."""
     end = time.monotonic() + 0.5
     while time.monotonic() < end:
         try:

@@ -34,9 +34,9 @@ DEVICE = "/dev/userfaultfd"
 """Device that provides a userfaultfd for all faults to each user that may open it."""
 
 MISSING, WP, MINOR = 1, 2, 4
-"""Modes of a registration."""
+"""Modes of a registration with a userfaultfd."""
 FAULT_WP, FAULT_MINOR = 2, 4
-"""Flags of a fault."""
+"""Flags of a reported fault."""
 
 _USERFAULTFD_IOC_NEW = 0xAA00
 _EVENT_PAGEFAULT = 0x12
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def step(name: str) -> Iterator[None]:
-    """Set the file name of an OSError that is raised meanwhile to the name of the failed step."""
+    """Set the file name of an OSError that is raised in the block to `name`, the name of the failed step."""
     try:
         yield
     except OSError as refused:
@@ -133,7 +133,8 @@ class Userfault:
     """Userfaultfd of this process with the given features."""
 
     def __init__(self, *features: str, user_mode_only: bool | None = None) -> None:
-        """Create the userfaultfd. `user_mode_only` None: only if the other mode is denied, as in the engine."""
+        """Create the userfaultfd. `user_mode_only`: whether it handles only faults of user mode; None if it does so
+        only when the other mode is denied, as in the engine."""
         self.user_mode_only = bool(user_mode_only)
         self.by_device = False
         """Whether the userfaultfd was created through `DEVICE`, because the system call is denied."""

@@ -12,7 +12,8 @@ AS_ROOT = "run as root"
 
 
 def newer_kernel(release: str, option: str | None = None) -> str:
-    """Return the remedy for a kernel that lacks a feature: its first release, and the build option if there is one."""
+    """Return the remedy for a kernel that lacks a feature: the first release with the feature, and its build option, if
+    any."""
     return f"use a kernel from {release} on" + (f", built with {option}" if option else "")
 
 

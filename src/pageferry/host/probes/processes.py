@@ -1,7 +1,7 @@
 """Probes of access to the memory of another process of the same user.
 
-The other process is not a descendant of the probing process, like a QEMU that another program has started. With Yama
-(kernel.yama.ptrace_scope), this restricts the access.
+The other process is not a descendant of the probing process, as is a QEMU that another program has started. Yama
+(kernel.yama.ptrace_scope) can restrict access to such processes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Neighbour:
 def _with_neighbour(attempt: Callable[[Neighbour], str]) -> Callable[[], str]:
     def run() -> str:
         neighbour = Neighbour()
-        # From a sibling of the neighbour, not from its parent.
+        # The attempt is made by a sibling of the neighbour, not by its parent.
         (outcome,) = run_all([lambda: attempt(neighbour)], _TIMEOUT, groups=False)
         neighbour.end()
         return outcome.detail_or_raise()

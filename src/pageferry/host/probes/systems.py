@@ -1,7 +1,7 @@
 """Table of the ten systems, and the kernel mechanism that each of them uses on this host.
 
 The table lists the possible mechanisms of each system, best first, and the features (pageferry.host.probes) that each
-mechanism needs. A mechanism without needs is the behaviour without the system.
+mechanism requires. A mechanism that requires no feature is the behaviour without the system.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Mechanism:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Row of the table."""
+    """System with its possible mechanisms."""
 
     number: str
     title: str
@@ -44,7 +44,7 @@ class System:
 
 
 _FAULTS = ("userfaultfd-kernel-faults",)
-"""Features with which system calls and KVM wait at a fault instead of failing."""
+"""Feature with which system calls and KVM wait at a fault instead of failing."""
 _DEFERS = (*_FAULTS, "uffd-missing-shmem", "uffd-minor-shmem")
 
 _POPULATE = (
@@ -114,13 +114,13 @@ class SystemReport(msgspec.Struct, frozen=True, rename="kebab"):
     """Number of the system, S1 to S10."""
     title: str
     status: Status
-    """`ok`: the best mechanism. `fallback`: another one. `unavailable`: none."""
+    """`ok` if the best mechanism is available, `fallback` if another one is, `unavailable` if none is."""
     mechanism: str | None
     """Selected mechanism; None if there is none."""
     preferred: str
-    """Best mechanism."""
+    """Best mechanism of the system."""
     missing: list[str]
-    """Features that the best mechanism needs and this host lacks."""
+    """Features that the best mechanism requires and that this host lacks."""
 
 
 def choose(system: System, features: Mapping[str, Feature]) -> SystemReport:
@@ -139,5 +139,5 @@ def choose(system: System, features: Mapping[str, Feature]) -> SystemReport:
 
 
 def lacking(needs: tuple[str, ...], features: Mapping[str, Feature]) -> list[str]:
-    """Return the needed features that are unavailable."""
+    """Return the required features that are unavailable."""
     return [name for name in needs if not features[name].available]
