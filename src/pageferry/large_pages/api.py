@@ -58,8 +58,8 @@ async def sample_async(
     cold base pages.
 
     `sharing`: number of base pages of a huge page that have duplicates (S9), by (pid, address), if known. Every split
-    mapping is restored before this returns or raises. Raises UnsupportedError, WorkloadDied, WorkloadError;
-    CheckpointError if a store cannot be written.
+    mapping is restored before this function returns or raises. Raises UsageError, UnsupportedError, WorkloadDied,
+    WorkloadError, and CheckpointError if a store cannot be written.
     """
     values.instance("target", target, Target)
     values.optional(values.instance, "options", options, Options)
@@ -100,7 +100,8 @@ async def _sample_all(
 async def _run_rounds(
     tracker: Tracker, candidates: Sequence[LargePage], options: Options, listener: Listener
 ) -> tuple[list[Activity], int, Limit | None]:
-    """Run the rounds. Return the activities, the number of rounds, and what has limited their size."""
+    """Run the rounds. Return the activities, the number of rounds, and the limit of their size (None without a
+    limit)."""
     sampling = Sampling(options.sample, options.budget, options.seed)
     seen: list[Activity] = []
     done = 0
@@ -125,7 +126,8 @@ def _decide(seen: Sequence[Activity], policy: Policy, sharing: Mapping[tuple[int
 
 
 async def _reclaim(target: Target, options: Options, sampled: _Sampled) -> tuple[int, int, StoreFigures | None]:
-    """Reclaim the pages that the policy has selected. Return the huge pages split, the bytes freed, and the store."""
+    """Reclaim the pages that the policy has selected. Return the number of huge pages split, the number of bytes freed,
+    and the statistics of the store (None without a store)."""
     pairs = zip(sampled.activities, sampled.decisions, strict=True)
     idle = [activity for activity, decision in pairs if decision == "break"]
     if options.reclaim == "swap":
@@ -160,7 +162,7 @@ def _result(
 
 
 async def undo_async(target: Target) -> BroughtBack:
-    """Reload what is in a store, onto huge pages, and remove the store.
+    """Reload all pages that are in a store, collapse them to huge pages, and remove the store.
 
     Raises UsageError if there is no store, RestoreError if its pager has exited, ImageError if it is damaged.
     """

@@ -1,13 +1,13 @@
-"""Moves cold base pages from memory to a store: an image from which a pager reloads them on demand (S3, S10).
+"""Move of cold base pages from memory to a store: an image from which a pager reloads them on demand (S3, S10).
 
 Correctness follows from the order (see `to_store`). Pages are copied while the workload runs with write traces
 installed. The store is completed and synced. Then, in short pauses, pages that were not written since they were copied
-are evicted. A pause before anything is copied drains I/O that is in flight: it bypasses page tables, and so the traces,
-but I/O that starts later first marks its pages as written. An evicted page is reloaded by a pager on demand, by a later
+are evicted. Before any page is copied, a pause drains I/O in flight, which bypasses page tables and thus the traces.
+I/O that starts later marks its pages as written first. An evicted page is reloaded by a pager on demand, by a later
 checkpoint or migration (S8), or by `undo`.
 
-Only the huge pages that were split are registered for faults. All others keep their mapping, and can be sampled and
-reclaimed later; the store is then another image, with the previous one as its parent.
+Only the huge pages that were split are registered for faults. All other huge pages keep their mapping, and can be
+sampled and reclaimed later. A later reclaim creates another image, with the previous image as its parent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from pageferry.workloads.target import Target
 
 
 async def prepare(target: Target) -> None:
-    """Prepare a target for sampling: complete its restore. Raises UnsupportedError if it cannot have a store."""
+    """Prepare a target for sampling: complete its restore. Raises UnsupportedError if the target cannot have a store,
+    NoSuchWorkload if it is not registered."""
     if target.workload is None:
         raise UnsupportedError(
             f"cannot move memory of {target.name} to a store: it is not a managed workload and cannot be paused; "
@@ -58,11 +59,12 @@ async def prepare(target: Target) -> None:
 async def to_store(target: Target, idle: Sequence[Activity], place: Path | None, codec: metadata.Codec) -> Stored:
     """Split these huge pages of a workload, and move their cold base pages to a store.
 
-    `place`: directory for it; None for the workload's directory in the run directory. If that is in memory, the gain is
-    limited to what compression saves. The workload keeps running except for short pauses. No write is lost, regardless
-    of errors.
+    `place`: directory for the store; None for the workload's directory in the run directory. If the directory is in
+    memory, the gain is limited to what compression saves. The workload keeps running except for short pauses. No write
+    is lost, regardless of errors.
 
-    Raises CheckpointError (the store cannot be written; nothing has changed), WorkloadError, WorkloadDied.
+    Raises CheckpointError if the store cannot be written (nothing has changed then), UsageError, WorkloadError,
+    WorkloadDied.
     """
     workload = target.workload
     assert workload is not None
@@ -106,7 +108,8 @@ def _trace(target: Target, workload: Migratable, chosen: Plan) -> Trace:
 
 
 async def bring_back(target: Target) -> int:
-    """Reload everything, onto huge pages, and remove the store. Return the number of bytes that were in it.
+    """Reload all pages that are in the store, and wait until the pager has collapsed them to huge pages and removed the
+    store. Return the number of bytes that were in the store.
 
     Raises UsageError if there is no store, RestoreError if its pager has exited, ImageError if it is damaged.
     """
@@ -120,7 +123,7 @@ async def bring_back(target: Target) -> int:
             raise UsageError(f"cannot undo: {folder.name} has no memory in a store")
         started = proc.start_time(status.pager)
         await in_thread(client.wait_complete, folder)
-        if started is not None:  # it still has to collapse the huge pages
+        if started is not None:  # the pager still has to collapse huge pages
             await processes.wait_for_end(status.pager, started)
         return status.deferred
 
@@ -144,16 +147,17 @@ def _folder(workload: Migratable) -> Folder:
 
 
 async def _record(folder: Folder) -> Deferred | None:
-    """Return the record of the existing store. Its pager must respond: threads that wait for a page must not wait for
-    this."""
+    """Return the record of the existing store; None if there is none. Raises RestoreError if the pager of the store
+    does not respond: threads that wait for a page must not wait for the reclaim."""
     record = folder.load(records.RECORD, Deferred)
     if record is not None and await in_thread(client.status, folder) is None:
-        return None  # everything has just been reloaded
+        return None  # all pages have just been reloaded
     return record
 
 
 def _remove_orphans(folder: Folder, record: Deferred | None) -> None:
-    """Remove the images of a reclaim that was killed before it had evicted anything."""
+    """Remove the images of a reclaim that was killed before it evicted any page, and without a store also its
+    bitmap."""
     if record is None:
         (folder.path / records.FLAGS).unlink(missing_ok=True)
     needed = {own.path for own in record.own} if record is not None else set()

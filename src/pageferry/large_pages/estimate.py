@@ -15,27 +15,28 @@ _Z = 1.96
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Mean activity of all huge pages with its 95 % confidence interval, and the memory that is unused accordingly."""
+    """Mean activity of all huge pages with its 95 % confidence interval, and the resulting estimate of unused
+    memory."""
 
     large_pages: int
     """Number of huge pages."""
     sampled: int
     mean: float
-    """Base pages accessed per huge page and window."""
+    """Mean number of base pages accessed per huge page and window."""
     low: float
     high: float
     idle: int
-    """Estimated bytes in huge pages that are not accessed in a window."""
+    """Estimated size of the base pages in huge pages that are not accessed in a window, bytes."""
     idle_low: int
     idle_high: int
 
 
 def estimate(counts: Sequence[int], population: int) -> Estimate:
-    """Estimate for `population` huge pages from the activities of a simple random sample of them.
+    """Return the estimate for `population` huge pages from the activities of a simple random sample of them.
 
-    The half-width is 1.96 standard errors, with finite population correction. If all samples are equal, which gives no
-    estimate of the variance, it assumes full activity of as many pages as the sample could have missed (3 divided by
-    the sample size).
+    The half-width is 1.96 standard errors, with finite population correction. If all samples are equal, the variance
+    cannot be estimated. The half-width then assumes full activity of the fraction of pages that the sample could have
+    missed (3 divided by the sample size).
     """
     size = len(counts)
     population = max(population, size)

@@ -16,16 +16,16 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
     pid: int
     address: int
-    """Address in the process."""
+    """Address of the huge page in the process."""
     region: str
-    """Name of its memory: of the workload's region, or as in /proc/PID/maps."""
+    """Name of the memory: that of the workload's region, or of the mapping as in /proc/PID/maps."""
     kind: str
-    """`shared` or `anon`."""
+    """Kind of the memory: `shared` or `anon`."""
     activity: int
     """Number of base pages accessed in the window, of 512."""
     touched: str | None
-    """Accessed base pages: 512 bits in hexadecimal, bit 0 for the first. None for private memory, which yields only
-    their number."""
+    """Accessed base pages: 512 bits in hexadecimal, bit 0 for the first. None for private memory, for which only their
+    number is known."""
     decision: Decision
 
 
@@ -33,12 +33,12 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Cost of sampling."""
 
     cpu_ms: float
-    """CPU time of this command's thread, milliseconds."""
+    """CPU time of the sampling thread, milliseconds."""
     fraction: float
-    """CPU time as a fraction of one CPU, over the duration of the rounds."""
+    """CPU time divided by the duration of the rounds, as a fraction of one CPU."""
     budget: float | None
     faults: int
-    """Page faults caused in the workload, of about 1 us each."""
+    """Number of page faults caused in the workload, of about 1 us each."""
     per_page_us: float
     """CPU time per sampled page, microseconds."""
 
@@ -47,15 +47,15 @@ class StoreFigures(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Statistics of a store."""
 
     path: str
-    """Image that was written; empty if no page was cold."""
+    """Path of the image that was written; empty if no page was cold."""
     bytes: int
-    """Length of the image. On a tmpfs it occupies memory, which reduces the gain."""
+    """Length of the image. An image on a tmpfs occupies memory, which reduces the gain."""
     pages: int
-    """Base pages whose only copy this reclaim has moved to the store."""
+    """Number of base pages whose only copy this reclaim has moved to the store."""
     equal: int
-    """Base pages of the image that are identical to another one, and stored once."""
+    """Number of base pages of the image that are stored as duplicates of another page."""
     written: int
-    """Base pages that stay in memory because they were written after they had been copied."""
+    """Number of base pages that stay in memory because they were written after they had been copied."""
     pauses: int
     longest_pause_ms: float
 
@@ -67,16 +67,16 @@ class RegionActivity(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     kind: str
     bytes: int
     large_pages: int
-    """Number of huge pages mapped as such."""
+    """Number of huge pages with a PMD mapping."""
     sampled: int
     idle: int
     """Number of samples without accesses."""
     mean: float
-    """Base pages accessed per sample."""
+    """Mean number of base pages accessed per sample."""
 
 
 class SampleEvent(Event, frozen=True, kw_only=True, tag="sample-round"):
-    """A round has ended and its mappings are restored."""
+    """A round has ended, and the mappings that were split for it are restored."""
 
     round: int
     sampled: int
@@ -103,7 +103,7 @@ class LargePagesResult(Event, frozen=True, kw_only=True, tag="large-pages"):
     broken: int
     """Number of huge pages split for reclaim."""
     restored: int
-    """Number of huge mappings that were split for a window and are restored."""
+    """Number of huge mappings that were split for a window and have been restored."""
     not_restored: int
     """Number of huge mappings that could not be restored."""
     overhead: Overhead
@@ -111,7 +111,8 @@ class LargePagesResult(Event, frozen=True, kw_only=True, tag="large-pages"):
     """Memory that was excluded, with the reason."""
     store: StoreFigures | None = None
     limited_by: Literal["budget", "mappings"] | None = None
-    """Why rounds were smaller than `sample` allows: the CPU budget, or the number of mappings of a process."""
+    """Reason why rounds were smaller than `sample` allows: the CPU budget, or the limit on the number of mappings of a
+    process. None if they were not smaller."""
 
 
 class BroughtBack(Event, frozen=True, kw_only=True, tag="large-pages-undo"):

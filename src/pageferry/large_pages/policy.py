@@ -8,8 +8,8 @@ from typing import Literal, Protocol
 from pageferry import values
 
 Decision = Literal["break", "keep", "restore"]
-"""`break`: split the huge page and reclaim its cold base pages. `keep`: leave it. `restore`: it is hot; make it huge
-again if it was split before."""
+"""Decision about a huge page. `break`: it is to be split, and its cold base pages are to be reclaimed. `keep`: it is
+not to be changed. `restore`: it is hot, and is to be huge again if it was split before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +25,21 @@ class Facts:
 
 
 class Policy(Protocol):
-    """Decides about one huge page at a time."""
+    """Policy that decides about one huge page at a time."""
 
     def decide(self, facts: Facts) -> Decision:
-        """Return the decision."""
+        """Return the decision about a huge page."""
 
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Splits huge pages of low activity, and more of them when memory is scarce."""
+    """Policy that splits huge pages of low activity, and more of them when memory is scarce."""
 
     activity: int = 64
-    """Split a huge page with at most this many base pages accessed; twice as many when memory is scarce."""
+    """Maximum number of accessed base pages for which a huge page is split. The maximum is doubled when memory is
+    scarce."""
     sharing: int = 256
-    """Split a huge page with at least this many base pages to share, when memory is scarce."""
+    """Minimum number of base pages with duplicates for which a huge page is split when memory is scarce."""
     scarce: float = 0.1
     """Available fraction of memory below which memory is scarce."""
 
@@ -49,7 +50,8 @@ class Threshold:
         values.number("scarce", self.scarce, 0.0, 1.0)
 
     def decide(self, facts: Facts) -> Decision:
-        """Split a page below the thresholds, restore one of which at least half is accessed, and keep all others."""
+        """Return `break` for a page within the thresholds, `restore` if at least half of the page was accessed,
+        otherwise `keep`."""
         scarce = facts.free < self.scarce
         if facts.activity <= self.activity * (2 if scarce else 1):
             return "break"

@@ -1,8 +1,9 @@
 """Sampling window over chosen huge pages: split their mappings, observe accesses to base pages, restore the mappings.
 
 For shared memory, the accessed base pages are known exactly. For private memory, only their number is known (from the
-accessed bits, as counted in smaps). It is sampled twice: first as huge pages, which is cheap and finds those without
-accesses; then the others with their mappings split, because restoring a mapping costs a copy of the page.
+accessed bits, as counted in smaps). Private memory is sampled in two windows, because restoring a split mapping costs a
+copy of the page. The first window samples whole huge pages, which is cheap, and finds those without accesses. The
+second window samples only the other pages, with their mappings split.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pageferry.workloads.target import Area, Target
 
 SLOTS = LARGE_PAGE // SMALL_PAGE
 AGAIN = 2
-"""Number of additional windows for pages that DAMON may have sampled."""
+"""Maximum number of additional windows for pages that DAMON may have sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,11 @@ class LargePage:
     area: Area
     address: int
     others: tuple[tuple[int, int], ...] = ()
-    """Other mappings of it in the target, as (pid, address); their accesses count too."""
+    """Other mappings of the page in the target, as (pid, address). Accesses through them count too."""
 
     @property
     def mappings(self) -> tuple[tuple[int, int], ...]:
-        """All its mappings, as (pid, address)."""
+        """All mappings of the page, as (pid, address)."""
         return ((self.area.pid, self.address), *self.others)
 
 
@@ -59,16 +60,16 @@ def cold_runs(touched: int) -> list[tuple[int, int]]:
 
 
 class Tracker:
-    """Runs windows over the huge pages of a target. Leaving its `with` block restores all mappings."""
+    """Tracker that runs windows over the huge pages of a target. Leaving its `with` block restores all mappings."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self.cpu = 0.0
-        """CPU time used in this thread, seconds."""
+        """CPU time used for sampling, seconds."""
         self.restored = 0
-        """Number of huge mappings that were split and are restored."""
+        """Number of huge mappings that were split and have been restored."""
         self.small: list[SplitPage] = []
-        """Addresses of those that could not be restored, with the reason."""
+        """Huge mappings that could not be restored, each with the reason."""
         self._samplers: dict[int, Sampler] = {}
         self._split: set[tuple[int, int]] = set()
 
@@ -144,7 +145,7 @@ class Tracker:
         return [Activity(page, counts.get(page, 0), None if page in counts else 0) for page in pages]
 
     def _hold(self, pages: list[LargePage], *, split: bool) -> list[LargePage]:
-        """Start to watch the pages that still exist; return them."""
+        """Start to observe those of the pages that still exist, and return them."""
         begin = time.thread_time()
         lost: set[tuple[int, int]] = set()
         for pid, addresses in _by_process(pages).items():
@@ -177,8 +178,8 @@ class Tracker:
     async def _counts(self, pages: list[LargePage], seconds: float) -> dict[LargePage, int]:
         """Return the number of accesses in a window, for pages that have been split and cooled.
 
-        DAMON, if it runs, samples huge pages as a whole: it clears the accessed bits and marks the page as young, after
-        which all of it counts as accessed. Pages with 512 accesses therefore get up to two more windows.
+        DAMON, if it runs, samples huge pages as a whole: it clears the accessed bits and marks the page as young, so
+        that the whole page counts as accessed. Pages with 512 accesses therefore get up to two more windows.
         """
         counts = dict.fromkeys(pages, SLOTS)
         for _ in range(1 + AGAIN):
@@ -227,8 +228,9 @@ class Tracker:
         return found
 
     def _referenced(self, pages: list[LargePage]) -> dict[LargePage, int]:
-        """Return the number of base pages accessed since they were cooled. Each page is a separate mapping during the
-        window; one that is not, because the workload has changed it, counts in full.
+        """Return, by huge page, the number of base pages accessed since they were cooled. Each huge page is a separate
+        mapping during the window. A page that is not, because the workload has changed the mapping, counts as fully
+        accessed.
         """
         counts: dict[LargePage, int] = {}
         for pid, addresses in _by_process(pages).items():

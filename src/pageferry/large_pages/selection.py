@@ -64,7 +64,7 @@ class Sampling:
 
     @staticmethod
     def _apart(pages: list[LargePage], count: int) -> list[LargePage]:
-        """Return the first `count` pages, skipping neighbours in private memory, which would be merged to one
+        """Return the first `count` pages. Skip neighbours in private memory, because the kernel would merge them to one
         mapping."""
         chosen: list[LargePage] = []
         taken: set[tuple[int, int]] = set()

@@ -1,4 +1,4 @@
-"""Phases of one reclaim to a cold store: drain, write, evict. `cold_store` gives the order and the reasons."""
+"""Phases of one reclaim to a cold store: drain, write, evict. `cold_store` describes their order and its reasons."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.target import Target
 
 PAUSE = 0.01
-"""Target for the work per pause, seconds; stopping and resuming add to it."""
+"""Target for the duration of the work in a pause, seconds, without pausing and resuming the workload."""
 FIRST_BATCH = 4
-"""Huge pages evicted in the first pause; later batches are sized to fit `PAUSE`."""
+"""Number of huge pages evicted in the first pause. The size of later batches is adapted to `PAUSE`."""
 COPIED_AT_A_TIME = 32
-"""Huge pages copied per engine call, between which a cancellation takes effect."""
+"""Number of huge pages copied per engine call. A cancellation takes effect between the calls."""
 MAX_IMAGES = 64
 """Maximum number of images in the chain of a store."""
 
@@ -64,7 +64,8 @@ class Stored:
 
 @dataclass(slots=True, kw_only=True)
 class Move:
-    """Move of the planned pages of one workload to a store. The phases are called once each, in their order."""
+    """Move of the planned pages of one workload to a store. `drain`, `write` and `evict` are called once each, in this
+    order."""
 
     target: Target
     workload: Migratable
@@ -74,13 +75,13 @@ class Move:
     trace: Trace
     """Write traces over every huge page of the plan."""
     record: Deferred | None
-    """Record of the existing store."""
+    """Record of the existing store; None if there is none."""
     done: Stored = field(default_factory=Stored)
 
     # -- draining
 
     async def drain(self) -> None:
-        """Drain I/O that had started before the traces were installed, which do not report its writes.
+        """Drain I/O that started before the traces were installed, because traces do not report its writes.
 
         Pages that stay pinned, in buffers registered with io_uring, are kept. A buffer that is registered later is
         reported by the traces as written.
@@ -103,7 +104,8 @@ class Move:
     # -- writing the store
 
     async def write(self, place: Path | None, codec: metadata.Codec) -> ImageFile:
-        """Copy the cold pages to an image in `place`, which is complete and synced on return."""
+        """Copy the cold pages to an image in `place`. Return the image, which is complete and synced. Raises
+        CheckpointError if the image cannot be written, and the errors of `_directory`."""
         name, record = self.folder.name, self.record
         parent = targets.open_expected(record.image, record.identity, name) if record is not None else None
         path = self._directory(parent, place) / f"{name}.cold-{secrets.token_hex(4)}.img"
@@ -121,7 +123,9 @@ class Move:
         return image
 
     def _directory(self, parent: ImageFile | None, place: Path | None) -> Path:
-        """Return the directory of the image: that of its parent, if there is one."""
+        """Return the directory for a new image: that of `parent`, otherwise `place`, otherwise that of the workload.
+        Raises UsageError if `place` is not the directory of `parent`, WorkloadError if the chain has MAX_IMAGES
+        images."""
         name = self.folder.name
         if parent is not None and len(parent.links) >= MAX_IMAGES:
             raise WorkloadError(
@@ -160,9 +164,9 @@ class Move:
     # -- evicting
 
     async def evict(self, image: ImageFile) -> None:
-        """Evict the pages in the store, in short pauses, and leave the workload to a pager process.
+        """Start a pager process that serves the workload, and evict the pages in the store, in short pauses.
 
-        The process continues if this one is killed, and the workload never waits for another pager.
+        The pager continues if this process is killed, so that the workload never waits for another pager.
         """
         pager = PagerProcess()
         try:
@@ -179,7 +183,7 @@ class Move:
         await asyncio.shield(_leave(pager))
 
     async def _serve(self, pager: PagerProcess, image: ImageFile) -> None:
-        """Let a new pager serve the workload, in place of that of the existing store."""
+        """Make the new pager serve the workload, in place of the pager of the existing store."""
         await pager.open(image.path, self.folder.name, image.identity)
         work = self._work(image)
         if work.qmp_socket is None:
@@ -192,8 +196,8 @@ class Move:
     async def _evict_in_batches(self, pager: PagerProcess) -> None:
         """Evict pages, one batch per pause, except those written since they were copied.
 
-        The record of the store exists by now. A program that takes the descriptor of its memory either sees the record,
-        and has everything reloaded, or its mark is seen here.
+        The record of the store exists by now. A program that obtains the descriptor of its memory either finds the
+        record and has all pages reloaded, or this method finds its mark (`records.is_handed_out`) and stops.
         """
         numbers: defaultdict[Unit, list[int]] = defaultdict(list)
         for number, (unit, _) in enumerate(segments(self.workload, self.plan.units)):
@@ -232,8 +236,8 @@ class Move:
             done.pages += pager.evict(region, pages)
 
     def _keep_from_children(self, work: Deferred) -> None:
-        """Exclude memory in a store from children of the program: they have no pager, so it would read as zeros
-        there."""
+        """Exclude memory in a store from children of the program. They have no pager, so that the memory would read as
+        zeros."""
         assert work.cold is not None
         for region, parts in zip(self.workload.regions, work.cold, strict=True):
             for segment in region.segments:
@@ -265,8 +269,9 @@ class Move:
     def restore_mappings(self) -> None:
         """Map huge pages that were traced, but not split, as huge pages again.
 
-        Split ones must be left out: a page that was evicted completely is backed by a huge page again as soon as one
-        base page is reloaded, and mapping that would show zeros for all others, bypassing their userfaultfd.
+        Split pages must be left out. A page that was evicted completely is backed by a huge page again as soon as one
+        of its base pages is reloaded. Mapping that huge page would show zeros for all other base pages, bypassing their
+        userfaultfd.
         """
         large = self.memory.large_units()
         for (region, first), segment in segments(self.workload, self.plan.whole):
@@ -281,7 +286,8 @@ def resident(memory: Memory) -> int:
 
 
 async def _leave(pager: PagerProcess) -> None:
-    """Let the pager continue without this process; if nothing was evicted, wait until it has ended."""
+    """Detach from the pager, which continues without this process. If no page is deferred, wait until the pager has
+    exited."""
     if await pager.end_evictions() == 0:
         await pager.wait_for_end()
         pager.close()

@@ -14,7 +14,7 @@ from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.target import Target
 
 Unit = tuple[int, int]
-"""Huge page: (region number, its first page)."""
+"""Huge page, as (region number, number of its first page in the region)."""
 
 
 @dataclass(slots=True)
@@ -22,9 +22,10 @@ class Plan:
     """Cold pages of the chosen huge pages."""
 
     cold: dict[Unit, list[tuple[int, int]]]
-    """Runs of cold pages of the region, as (first, end), for each huge page in order."""
+    """For each huge page, in order, the runs of its cold pages, as (first, end) in the region."""
     kept: list[PageSet]
-    """Cold pages, per region, that stay: they are pinned, or were not present when they were to be copied."""
+    """Cold pages, per region, that stay in memory because they are pinned, or were not present when they were to be
+    copied."""
     broken: set[Unit] = field(default_factory=set)
     """Huge pages of which at least one page was evicted."""
 
@@ -49,7 +50,8 @@ class Plan:
 
 
 def plan(target: Target, memory: Memory, idle: Sequence[Activity]) -> Plan:
-    """Plan for the cold pages of shared huge pages, at most as many as the mapping limit allows: each costs two."""
+    """Select the shared huge pages with cold pages, and return their cold pages as a plan. Each huge page is assumed to
+    need two more mappings per process. Select at most as many as every process can map (`spare_mappings`)."""
     affordable = min((spare_mappings(pid) // 2 for pid in target.pids), default=0)
     cold: dict[Unit, list[tuple[int, int]]] = {}
     for activity in idle:
@@ -62,7 +64,7 @@ def plan(target: Target, memory: Memory, idle: Sequence[Activity]) -> Plan:
 
 
 def segments(workload: Migratable, units: Sequence[Unit]) -> list[tuple[Unit, Segment]]:
-    """Return every mapping of every huge page."""
+    """Return every mapping of the huge pages, each with its huge page."""
     return [
         (unit, part)
         for unit in units
@@ -72,7 +74,7 @@ def segments(workload: Migratable, units: Sequence[Unit]) -> list[tuple[Unit, Se
 
 
 def joined(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Merge adjacent and overlapping parts, given in order as (start, length)."""
+    """Merge adjacent and overlapping parts, given in order as (start, length), and return them."""
     found: list[tuple[int, int]] = []
     for start, length in parts:
         if found and sum(found[-1]) >= start:

@@ -1,4 +1,4 @@
-"""Splits huge pages of low activity and pages out their cold base pages to swap.
+"""Reclaim to swap: split huge pages of low activity, and page out their cold base pages.
 
 MADV_COLD on one base page, applied with process_madvise(2), splits a huge page that no other process maps. The next
 step depends on the kind of memory:
@@ -28,7 +28,7 @@ from pageferry.workloads.target import Target
 
 
 def check_swap() -> None:
-    """Raise UnsupportedError if there is no swap space to reclaim to."""
+    """Raise UnsupportedError if the host has no swap space, or no free swap space."""
     if len(proc.lines(Path("/proc/swaps").read_bytes())) < 2:
         raise UnsupportedError(
             "cannot reclaim memory to swap: this host has none; add some with swapon(8), or remove `reclaim`"
@@ -42,8 +42,8 @@ def check_swap() -> None:
 def to_swap(target: Target, idle: list[Activity]) -> tuple[int, int]:
     """Split these huge pages and page out their cold base pages.
 
-    Return how many were split, and the growth of the workload's swap usage in bytes (`Swap` in smaps). A page that
-    another process maps, or that has changed, is left as it is.
+    Return the number of huge pages split, and the growth of the workload's swap usage in bytes (`Swap` in smaps). A
+    page that another process maps, or that has changed, is left as it is.
     """
     before = {pid: total(pid, "Swap") for pid in target.pids}
     broken = sum(_reclaim(target, activity) for activity in idle)
