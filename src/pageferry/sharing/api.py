@@ -31,7 +31,7 @@ async def find_async(
     """Estimate how much memory sharing could free, within these targets (`NAME` or `pid:N`) and between them.
 
     `threshold`: minimum number of shareable base pages for which splitting a huge page pays; None to derive it from the
-    available memory. Raises the errors of `open_target` and `look`.
+    available memory. Raises UsageError, and the same errors as `open_target` and `scan.look`.
     """
     _check(options, listener)
     values.optional(values.count, "threshold", threshold, 1, 512)
@@ -51,13 +51,14 @@ async def share_async(
     listener: Listener = ignore,
     **selection: Any,
 ) -> SharingResult:
-    """Scan, then share in the huge pages where it pays.
+    """Scan the targets, then share duplicate pages in those huge pages where it pays.
 
     Pages are shared between the targets because the caller has named all of them: a process that shares pages can infer
     from the duration of its writes whether another has the same contents. `selection` are the fields of
     `pageferry.sharing.options.Selection`: threshold, max_large_pages, merge_with_others. `hot`: huge pages in use (S3),
     which are not split, as (number of the target, address or byte offset in its region). A restore in progress is
-    completed first (S8). Also raises UnsupportedError if KSM is needed and in use.
+    completed first (S8). Raises the same errors as `find_async`, and UnsupportedError if KSM is required and cannot be
+    used.
     """
     chosen = values.options(Selection, selection)
     _check(options, listener)
@@ -104,7 +105,7 @@ undo = synchronous(undo_async)
 
 
 async def _complete(target: Target) -> None:
-    """Complete a restore; memory in a cold store stays there."""
+    """Complete a restore in progress. Memory in a cold store stays there."""
     if target.workload is not None:
         folder = folder_of(target.workload)
         record = folder.load(records.RECORD, Deferred) if folder is not None else None
@@ -125,7 +126,8 @@ def _threshold(asked: int | None) -> int:
 
 @asynccontextmanager
 async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterator[list[Target]]:
-    """Open the targets, exclusively if they are named and `work` is given."""
+    """Open the targets. If `work` is given (the purpose, for messages), exclude other operations on managed
+    workloads."""
     names = values.texts("names", names)
     if len(set(names)) != len(names) or not names:
         raise UsageError("invalid workload names: expected at least one workload, and each only once")

@@ -1,7 +1,7 @@
-"""Shares pages in chosen huge pages: with KSM in private memory, by punching out zeros in the files of workloads.
+"""Sharing of pages in chosen huge pages: with KSM in private memory, by punching out zeros in files of workloads.
 
 Shared ranges are excluded from huge pages (MADV_NOHUGEPAGE); otherwise khugepaged would collapse them, which undoes the
-sharing (MADV_COLLAPSE even does so silently). Other huge pages stay as they are.
+sharing (MADV_COLLAPSE even does so silently). All other huge pages remain unchanged.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ async def apply(
 ) -> Applied:
     """Share in the chosen units; `merge_with_others` as for `ksm.check_unused`.
 
-    If merging fails or is cancelled, all advice is reverted and merged pages are copied; punched zeros need no undoing.
-    The settings of KSM are restored in any case.
+    If merging fails or is cancelled, all advice is reverted and merged pages are copied; punched-out zeros need not be
+    restored. The settings of KSM are restored in any case.
     """
     applied = Applied()
     anonymous = [unit for unit in chosen if unit.place.anonymous]
@@ -101,7 +101,8 @@ async def _merge(findings: Findings, units: Sequence[Unit], applied: Applied, li
 
 
 async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener: Listener) -> None:
-    """Punch out pages of zeros, in short pauses of the workload, so that it does not write while they are compared."""
+    """Punch out pages of zeros, in short pauses of the workload, so that the workload does not write while pages are
+    compared."""
     target, workload, mapping = place.target, place.target.workload, place.mapping
     assert workload is not None
     assert mapping is not None
@@ -141,14 +142,15 @@ def _unpinned(workload: Migratable, place: Place, left: list[tuple[int, int]]) -
 
 
 def _within(area: Area, unit: Unit) -> Range:
-    """Return the range in which a mapping shows a unit of its region; its length is not positive if there is none."""
+    """Return the range in which a mapping shows a unit of its region. The length is not positive if the mapping does
+    not show the unit."""
     start = max(unit.start, area.offset)
     end = min(unit.start + unit.length, area.offset + area.length)
     return Range(area.pid, area.address + start - area.offset, end - start)
 
 
 def _count_broken(findings: Findings) -> int:
-    """Return how many units that were huge before the scan no longer are."""
+    """Return the number of units that were backed by huge pages before the scan and no longer are."""
     now = SharingScan([place.engine_piece() for place in findings.places], 1 << 20)
     large = {(unit.piece, unit.position) for unit in now.units() if unit.large}
     numbers = {id(place): number for number, place in enumerate(findings.places)}

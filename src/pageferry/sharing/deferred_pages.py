@@ -20,13 +20,13 @@ class DeferredPages:
     """Deferred contents of a workload."""
 
     flags: PagerFlags
-    """Deferred bitmap, with the image if the contents come from one."""
+    """Deferred bitmap, with the image from which the contents are loaded, if there is one."""
     known: bool
-    """Whether the image tells the contents; they are excluded from the scan otherwise."""
+    """Whether the contents are known from an image. Unknown contents are excluded from the scan."""
     first_pages: Sequence[int]
-    """First page of each region, counted over all regions."""
+    """Number of the first page of each region, counted over all regions."""
     large: Sequence[Sequence[bool]]
-    """2 MiB units of each region that will be backed by huge pages."""
+    """For each region, whether each 2 MiB unit will be backed by a huge page; empty if unknown."""
 
 
 def look(workload: Migratable) -> DeferredPages | None:
@@ -43,7 +43,7 @@ def look(workload: Migratable) -> DeferredPages | None:
     try:
         lengths = [region.length // SMALL_PAGE for region in workload.regions]
         if os.fstat(descriptor).st_size != Pager.flags_length(sum(lengths)):
-            return None  # being created: the workload has not run yet
+            return None  # the bitmap is still being created: the workload has not run yet
         image = targets.open_expected(*source, workload.name) if source is not None else None
         return DeferredPages(
             flags=PagerFlags(descriptor, sum(lengths), image.image if image is not None else None),

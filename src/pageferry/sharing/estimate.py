@@ -1,4 +1,4 @@
-"""Estimates how much memory sharing could free, and how many huge pages have to be split for it."""
+"""Estimates of the memory that sharing could free, and of the number of huge pages to split for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ POINTS = 64
 
 
 def freed_by(findings: Findings, units: Sequence[Unit], *, possible: bool = True) -> list[int]:
-    """Return the bytes freed by sharing in the first 1, 2, 3... of the units: all contents, or those possible here."""
+    """Return the number of bytes freed by sharing in the first 1, 2, 3... units. `possible`: whether only the contents
+    are shared that can be shared on this host."""
     order = [unit.number for unit in units]
     pages_per_copy = ksm.pages_per_copy() if possible else _UNLIMITED
     return [pages * SMALL_PAGE for pages in findings.engine.curve(order, pages_per_copy, possible=possible)]
@@ -24,7 +25,7 @@ _UNLIMITED = (1 << 32) - 1
 
 
 def result(findings: Findings, threshold: int) -> SharingResult:
-    """Return the estimate to report."""
+    """Return the result of a scan, with the estimate."""
     everything = policy.best_first(findings.units, possible=False)
     possible = policy.best_first(findings.units, possible=True)
     reclaimable = sum(findings.freed.values()) * SMALL_PAGE
@@ -48,7 +49,8 @@ def result(findings: Findings, threshold: int) -> SharingResult:
 
 
 def _by_large_pages(units: Sequence[Unit], freed: Sequence[int]) -> list[int]:
-    """Return the bytes freed with 0, 1, 2... huge pages split; units of base pages come first."""
+    """Return the number of bytes freed with 0, 1, 2... huge pages split, where units of base pages precede huge
+    pages."""
     small = sum(not unit.large for unit in units)
     return [freed[small - 1] if small else 0, *freed[small:]]
 

@@ -17,7 +17,7 @@ class ScanEvent(Event, frozen=True, tag="scan"):
 
 
 class ApplyEvent(Event, frozen=True, tag="apply"):
-    """Step of sharing."""
+    """A step of sharing begins."""
 
     step: str
     detail: str = ""
@@ -29,7 +29,7 @@ class Class(msgspec.Struct, frozen=True, rename="kebab"):
     pages: int
     """Number of base pages with duplicates; of class `zero`, all pages."""
     reclaimable: int
-    """Memory that sharing them would free, bytes."""
+    """Memory that sharing these pages would free, bytes."""
 
 
 class Point(msgspec.Struct, frozen=True, rename="kebab"):
@@ -50,7 +50,7 @@ class ScanReport(msgspec.Struct, frozen=True, rename="kebab"):
     """Scanned memory, bytes."""
     ms: float
     every: int
-    """One of this many 2 MiB units was scanned; classes and curve refer to these only."""
+    """One of this many 2 MiB units was scanned. Classes and curve refer to the scanned units only."""
     scale: int
     """One of this many contents was recorded, chosen by hash; counts are scaled up."""
 
@@ -66,39 +66,40 @@ class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
     already_shared: int
     """Memory not scanned because processes share it since a fork, or KSM has merged it."""
     reclaimable: int
-    """Memory that sharing all classes would free, if every huge page with such a page were split."""
+    """Memory that sharing all classes would free, if every huge page with a shareable page were split."""
     possible: int
     """Part of `reclaimable` that `--apply` can free."""
     classes: dict[str, Class]
-    """By class: `zero`, `pattern`, `inside` (duplicates within a workload), `across` (duplicates in other workloads
-    only)."""
+    """Statistics by class: `zero`, `pattern`, `inside` (duplicates within a workload), `across` (duplicates in other
+    workloads only)."""
     curve: list[Point]
-    """Curve of memory freed over huge pages split, best ones first."""
+    """Curve of memory freed over the number of huge pages split, in order of decreasing gain."""
     scan: ScanReport
     threshold: int
-    """Minimum number of shareable base pages for which a huge page is split, from the available memory."""
+    """Minimum number of shareable base pages for which a huge page is split, as requested or from the available
+    memory."""
     not_shareable: list[str]
     """Limits of sharing on this host, with the reason."""
     deferred: int = 0
-    """Deferred memory of a workload that is being restored, counted by the signatures in its image without loading
-    it."""
+    """Deferred memory of workloads that are being restored. It is scanned by the signatures in the image, and not
+    loaded."""
     freed: int | None = None
     """Memory freed, by the PSS of processes (anonymous memory) and the blocks of files."""
     estimated: int | None = None
-    """Estimate for the chosen huge pages."""
+    """Estimate of the memory freed in the chosen huge pages."""
     large_pages_chosen: int | None = None
     large_pages_broken: int | None = None
     ksm_scans: int | None = None
     """Number of full scans of KSM over the chosen ranges."""
     ksm_cpu_ms: float | None = None
-    """CPU time of ksmd during the run."""
+    """CPU time of ksmd during the run, milliseconds."""
     longest_pause_ms: float | None = None
-    """Longest pause of a workload, for punching out zeros of its files."""
+    """Longest pause of a workload to punch out zeros of its files, milliseconds."""
     pauses: int | None = None
 
 
 class Undone(Event, frozen=True, tag="sharing-undone"):
-    """Result of `--undo`."""
+    """Result of `pageferry sharing --undo`."""
 
     workloads: list[str]
     bytes: int

@@ -1,8 +1,8 @@
-"""Runs the kernel's same-page merging (KSM) on chosen ranges: start, watch, stop, restore its settings.
+"""Runs of the kernel's same-page merging (KSM) on chosen ranges: start, monitor, stop, restore its settings.
 
 See Documentation/admin-guide/mm/ksm.rst. Merged pages stay merged when KSM is stopped (`run` = 0). KSM is one service
-for the whole machine: it is refused if another process uses it, and a guardian process restores the settings if this
-one exits.
+for the whole machine. Its use is refused if another process uses it, and a guardian process restores the settings if
+this process exits.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ SWITCHES = {
     "advisor_mode": "none",  # otherwise pages_to_scan cannot be set (Linux 6.8)
     "sleep_millisecs": "0",
     "pages_to_scan": "4096",
-    "smart_scan": "0",  # it skips pages that did not merge, for longer each time (Linux 6.7)
+    "smart_scan": "0",  # smart_scan skips pages that did not merge, for longer each time (Linux 6.7)
     "use_zero_pages": "1",  # pages of zeros are freed without a copy, and are the same for all processes anyway
     "run": "1",
 }
 """Settings for a run, applied in this order if the kernel has them."""
 QUIET_SCANS, GAIN = 2, 1.01
-"""KSM is stopped after this many consecutive full scans that merge less than 1 % more. A page must be unchanged in two
-scans, and a huge page of identical pages is split in one scan and merged in the next."""
+"""Number of consecutive full scans that merge less than 1 % more pages (`GAIN`), after which KSM is stopped. A page
+must be unchanged in two scans, and a huge page of identical pages is split in one scan and merged in the next."""
 MAX_SCANS, TIMEOUT = 12, 300.0
-"""Limits for a workload that writes to merged pages as fast as they are merged: scans, seconds."""
+"""Limits of a run, in full scans and in seconds, for a workload that writes to merged pages as fast as they are
+merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def check_unused(pids: Collection[int], *, merge_with_others: bool = False) -> N
     """Raise UnsupportedError if KSM is missing, not permitted, or used by a process other than `pids`.
 
     Other processes may have offered memory to KSM while it is stopped (QEMU does so with private memory, unless run
-    with `mem-merge=off`); it would be merged with that of `pids`. `merge_with_others` permits that.
+    with `mem-merge=off`); this memory would be merged with that of `pids`. `merge_with_others` allows it.
     """
     if not os.access(FOLDER / "run", os.W_OK):
         raise UnsupportedError(
@@ -84,7 +85,8 @@ def check_unused(pids: Collection[int], *, merge_with_others: bool = False) -> N
 
 
 async def run_once() -> Run:
-    """Run KSM until further scans merge hardly any pages, then stop it."""
+    """Run KSM until further scans merge hardly any pages, then stop it and restore its settings. Return the statistics.
+    Raises WorkloadError if the guardian does not start, or if the settings cannot be restored."""
     with _running():
         begin_cpu, deadline = _ksmd_seconds(), time.monotonic() + TIMEOUT
         first = last = int(_read("full_scans"))
@@ -138,7 +140,7 @@ def _merged() -> int:
 
 
 def _users() -> Iterator[int]:
-    """Yield the processes that have offered memory to KSM (/proc/PID/ksm_stat, Linux 6.1)."""
+    """Yield the pids of processes that have offered memory to KSM (/proc/PID/ksm_stat, Linux 6.1)."""
     for pid in proc.pids():
         with contextlib.suppress(OSError, WorkloadDied):
             lines = proc.lines(proc.read(pid, "ksm_stat"))

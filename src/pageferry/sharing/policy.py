@@ -1,6 +1,6 @@
 """Sharing policy: which huge pages to split, and how fast to scan.
 
-Its inputs are numbers of shareable pages, the available memory, and the hot huge pages if they are known.
+Its inputs are the numbers of shareable pages, the available memory, and the hot huge pages if they are known.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MIN_SHAREABLE = 8
 
 
 def threshold(free: float) -> int:
-    """Return the number of shareable pages from which on a huge page is split, if the fraction `free` of memory is
-    available. Linear in `free`."""
+    """Return the minimum number of shareable pages for which a huge page is split. `free`: available fraction of
+    memory. The number is linear in `free` between `SCARCE` and `PLENTY`."""
     part = (min(max(free, SCARCE), PLENTY) - SCARCE) / (PLENTY - SCARCE)
     return round(MIN_THRESHOLD + part * (MAX_THRESHOLD - MIN_THRESHOLD))
 
@@ -38,7 +38,8 @@ def best_first(units: Iterable[Unit], *, possible: bool) -> list[Unit]:
 def choose(
     units: Sequence[Unit], least: int, hot: Collection[tuple[int, int]] = frozenset(), most: int | None = None
 ) -> list[Unit]:
-    """Choose the units to share in: huge pages with at least `least` pages that can be shared here, without hot ones.
+    """Choose the units to share in: units of base pages, and huge pages that are not hot and have at least `least`
+    pages that can be shared on this host.
 
     `hot`: (number of the place's workload, start) of huge pages in use. `most`: maximum number of huge pages to split.
     """

@@ -20,7 +20,7 @@ class Range:
     pid: int
     address: int
     length: int
-    """Bytes."""
+    """Length, bytes."""
 
     @property
     def end(self) -> int:
@@ -59,14 +59,14 @@ def advise(target: Target, one: Range, *advices: Advice) -> None:
 def take_back(target: Target, one: Range) -> None:
     """Unmerge a range, and allow huge pages in it.
 
-    One 2 MiB unit at a time: the process itself executes the calls, and is interrupted meanwhile.
+    Each call covers one 2 MiB unit, because the process itself executes the calls and is interrupted during each.
     """
     for start in range(one.address, one.end, LARGE_PAGE):
         advise(target, Range(one.pid, start, min(LARGE_PAGE, one.end - start)), Advice.UNMERGEABLE, Advice.HUGEPAGE)
 
 
 def affordable(pid: int, ranges: Sequence[Range]) -> Sequence[Range]:
-    """Return the leading ranges that leave the process half of the mappings it can have.
+    """Return as many of the first ranges as leave the process half of its maximum number of mappings.
 
     A separate range costs two mappings: the kernel splits the mapping before and after it.
     """
@@ -89,7 +89,8 @@ def pss(ranges: Sequence[Range]) -> int:
 def undo(target: Target) -> int:
     """Revert all advice in the target, and collapse it to huge pages. Return the number of bytes processed.
 
-    Such ranges are mergeable and excluded from huge pages; in the files of a workload, excluded from huge pages.
+    Such a range is excluded from huge pages and, unless it is in a file of a workload, mergeable. Ranges that are
+    registered with a userfaultfd are skipped.
     """
     undone = 0
     for pid in target.pids:

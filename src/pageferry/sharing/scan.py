@@ -25,7 +25,7 @@ from pageferry.sharing.options import Options
 from pageferry.workloads.target import Area, Target
 
 SLICE = 64 << 20
-"""Bytes scanned per step, between which the budget is applied and a cancellation takes effect."""
+"""Number of bytes scanned per step. Between steps, the budget is applied and a cancellation takes effect."""
 PAGE_COST = 24
 """Memory that the scan needs per scanned page, bytes."""
 REPORT_EVERY = 0.1
@@ -67,7 +67,7 @@ class Place:
         return self.workload, self.mapping, self.start, self.length
 
     def engine_deferred(self) -> tuple[PagerFlags, int, Sequence[bool]] | None:
-        """Return the arguments of `SharingScan` for its deferred contents, or None if there are none."""
+        """Return the arguments of `SharingScan` for the deferred contents of this memory; None if there are none."""
         if self.deferred is None:
             return None
         assert self.region is not None
@@ -76,7 +76,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Contents of a 2 MiB unit, or of the part of one that an area has. Counts are of base pages."""
+    """Contents of a 2 MiB unit, or of the part of a unit that belongs to an area. Counts are of base pages."""
 
     number: int
     """Number of the unit in the scan."""
@@ -85,12 +85,12 @@ class Unit:
     """Offset in the region, or address in the process, bytes."""
     length: int
     large: bool
-    """Whether it was backed by a huge page when the scan began, or will be when nothing is deferred."""
+    """Whether the unit was backed by a huge page when the scan began, or will be when nothing is deferred."""
     present: int
     deferred: int
-    """Deferred pages, known by their signatures."""
+    """Number of deferred pages, whose signatures are known."""
     shared: int
-    """Pages already shared, by fork or KSM; not scanned."""
+    """Number of pages already shared, by fork or KSM. These pages are not scanned."""
     zero: int
     pattern: int
     inside: int
@@ -103,8 +103,8 @@ class Unit:
 
     @property
     def possible(self) -> int:
-        """Number of these pages that can be shared: all in private memory, zeros in shared files on a tmpfs of base
-        pages."""
+        """Number of shareable pages that can be shared. In private memory, all of them. In a shared file, the zero
+        pages if the page size is 4 KiB, otherwise none."""
         if self.place.anonymous:
             return self.shareable
         assert self.place.region is not None
@@ -132,10 +132,10 @@ class Findings:
 
 
 async def look(targets: Sequence[Target], options: Options, listener: Callable[[ScanEvent], object]) -> Findings:
-    """Scan the memory of targets. A cancellation takes effect between slices.
+    """Scan the memory of targets, and return the findings. A cancellation takes effect between slices.
 
     Raises WorkloadDied if a process exits, UnsupportedError without permission to read its memory, RestoreError or
-    ImageError if contents are deferred and cannot be determined.
+    ImageError if contents are deferred and cannot be determined, WorkloadError for any other failure.
     """
     places = list(_places(targets))
     begin = time.monotonic()
@@ -192,7 +192,8 @@ def _rest(used: float, budget: float, threads: int) -> float:
 
 
 def _places(targets: Sequence[Target]) -> Iterator[Place]:
-    """Yield all memory to scan. A file that several targets map is scanned once: its pages are shared already."""
+    """Yield all memory to scan. A file that several targets map is scanned once, because its pages are shared
+    already."""
     known: set[tuple[int, int]] = set()
     for number, target in enumerate(targets):
         still = deferred_pages.look(target.workload) if target.workload is not None else None
