@@ -8,9 +8,9 @@
     pageferry.checkpoint(arena, "table.img")          # while the arena is in use
     arena = pageferry.restore("table.img")            # returns at once; memory is loaded on demand
 
-After a migration whose outcome is unknown (`errors.OutcomeUnknown`), `recover` asks the receiver for it, and
-`take_back` resumes the arena at the source. `large_pages` estimates how much of each huge page of a process is used,
-and reclaims cold memory; `sharing` finds duplicate pages, and merges them where it pays off. `errors` defines the
+After a migration whose outcome is unknown (`errors.OutcomeUnknown`), `recover` requests the outcome from the receiver,
+and `take_back` resumes the arena at the source. `large_pages` estimates how much of each huge page of a process is
+used, and reclaims cold memory; `sharing` finds duplicate pages, and merges them where it pays off. `errors` defines the
 exceptions. The command `pageferry` provides the same operations for QEMU guests.
 """
 

@@ -1,4 +1,4 @@
-"""Access activity of huge pages (S3) as input of sharing, and duplicate pages (S9) as input of reclaim."""
+"""Access activity of huge pages (S3) as input for sharing, and duplicate pages (S9) as input for reclaim."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pageferry.workloads.target import Target, open_target_async
 HOT = 64
 """Minimum number of base pages accessed in a window for which sharing does not split a huge page."""
 SAMPLING = Options(sample=0.25, rounds=4, budget=None)
-"""Samples every huge page: a quarter of them in each of four rounds."""
+"""Options to sample every huge page: a quarter of them in each of four rounds."""
 
 
 async def hot_large_pages(names: Sequence[str], listener: Listener = ignore) -> set[tuple[int, int]]:
-    """Return the huge pages in use, in the form that `sharing.api.share` takes.
+    """Return the huge pages in use (see `HOT`), in the form that `sharing.api.share` accepts.
 
-    Raises the errors of `open_target` and `sample`.
+    Raises the same errors as `open_target` and `sample`.
     """
     hot: set[tuple[int, int]] = set()
     for number, name in enumerate(names):
@@ -32,7 +32,8 @@ async def hot_large_pages(names: Sequence[str], listener: Listener = ignore) -> 
 
 
 async def shareable_pages(target: Target, listener: Listener = ignore) -> dict[tuple[int, int], int]:
-    """Count the base pages with a duplicate in the target, per huge page, as `large_pages.api.sample` takes them."""
+    """Count the base pages with a duplicate in the target, per huge page, in the form that `large_pages.api.sample`
+    accepts."""
     findings = await scan.look([target], ScanOptions(), listener)
     found: dict[tuple[int, int], int] = {}
     for unit in findings.units:
@@ -47,7 +48,8 @@ async def shareable_pages(target: Target, listener: Listener = ignore) -> dict[t
 
 
 def _start(target: Target, found: Sample) -> int:
-    """Return the address of the huge page as the sharing scan counts it: in its region, or in its process."""
+    """Return the position of the huge page in the sharing scan: its offset in a region, or its address in the
+    process."""
     for area in target.areas:
         if area.pid == found.pid and area.address <= found.address < area.end:
             return found.address if area.region is None else area.offset + found.address - area.address

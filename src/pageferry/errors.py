@@ -28,8 +28,8 @@ workload paused.
 
 The class names the party that failed, not the operation: the caller's values, the host, the workload, the peer or the
 connection, an image. `migrate`, for example, raises MigrationError for failures of the peer and the connection, and
-WorkloadError for those of the workload; so do `checkpoint` and `restore`. `except PageferryError` catches all errors
-that an operation raises deliberately. Values are checked first: after UsageError, nothing has changed.
+WorkloadError for failures of the workload. `except PageferryError` catches all errors that an operation raises
+deliberately. Values are checked first: after UsageError, nothing has changed.
 """
 
 from pageferry.printable import printable
@@ -52,7 +52,7 @@ class UsageError(PageferryError, ValueError):
 
 
 class WrongType(UsageError, TypeError):
-    """An argument has the wrong type, or is unknown."""
+    """An argument has the wrong type, or an option is unknown."""
 
 
 class UnsupportedError(PageferryError):

@@ -26,14 +26,14 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     bins: list[int]
     """Bin k counts durations from 2^(k-1) us up to, but not including, 2^k us; bin 0 those below 1 us."""
     p50_us: float
-    """Median. Percentiles are upper ends of bins, or the maximum if that is less."""
+    """Median, microseconds. Each percentile is the upper end of its bin, or the maximum if that is less."""
     p90_us: float
     p99_us: float
     longest_us: float
 
     @classmethod
     def of(cls, bins: Sequence[int], longest_us: float) -> Self:
-        """Return the latency of a histogram and its maximum."""
+        """Create a record from a histogram and its maximum in microseconds. Trailing empty bins are removed."""
         filled = list(bins)
         while filled and not filled[-1]:
             filled.pop()

@@ -8,7 +8,8 @@ from importlib import import_module
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` for a package. `homes`: module that defines, or is, each name."""
+    """Return `__getattr__` and `__dir__` for a package. `homes`: for each name, the module that defines it, or the
+    submodule of this name."""
 
     def get(name: str) -> object:
         if name not in homes:

@@ -10,9 +10,10 @@
         def __post_init__(self) -> None:
             check(self)
 
-The command line makes an option of each field (`pageferry.cli.options`): the name, default and choices are those of the
-field, the help is its docstring. A text in the annotation is the heading under which `--help` lists the option. Fields
-of type bool, str, Path or Literal need no kind. A field marked `API_ONLY` is not an option of the command.
+The command line provides one option per field (`pageferry.cli.options`). Its name, default and choices are those of the
+field, and its help is the docstring of the field. A text in the annotation is the heading under which `--help` lists
+the option. Fields of type bool, str, Path or Literal require no `Kind` in the annotation. A field marked `API_ONLY` is
+not an option of the command.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ API_ONLY = object()
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """Kind of a value. Subclasses check a value of the API, and parse that of the command line."""
+    """Kind of a value. Subclasses check values of the Python API, and parse arguments of the command line."""
 
     placeholder: ClassVar[str] = "TEXT"
-    """Value in the help, unless `metavar` is set."""
+    """Placeholder of the value in the help, unless `metavar` is set."""
 
     metavar: str | None = None
     unset: str | None = None
@@ -56,7 +57,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
         return text
 
     def show(self, value: Any) -> str:
-        """Return a default in a form that `parse` takes."""
+        """Return a default value in a form that `parse` accepts."""
         return str(value)
 
 
@@ -128,7 +129,7 @@ class Rate(Kind, frozen=True):
 
 
 class Fraction(Kind, frozen=True):
-    """A fraction above 0, or with `zero` from 0, or a text such as `5%`."""
+    """A fraction greater than 0 (with `zero`, also 0), or a text such as `5%`."""
 
     placeholder = "FRACTION"
 
@@ -196,7 +197,7 @@ class Texts(Kind, frozen=True):
 
 
 class PathName(Kind, frozen=True):
-    """A path, as a text or path."""
+    """A path, given as a string or a path object."""
 
     placeholder = "FILE"
 
@@ -218,14 +219,14 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def options_of(kind: type) -> tuple[Option, ...]:
-    """Return the options of a dataclass, in its order."""
+    """Return the options of a dataclass, in the order of its fields."""
     if kind not in _KNOWN:
         _KNOWN[kind] = tuple(_options(kind))
     return _KNOWN[kind]
 
 
 def check(options: Any) -> None:
-    """Replace the value of every field by its checked form. Raises UsageError."""
+    """Check the value of every field, and replace it by the checked form. Raises UsageError."""
     for option in options_of(type(options)):
         value = getattr(options, option.name)
         if value is not None or not option.optional:
@@ -240,7 +241,7 @@ def parse_integer(text: str) -> int:
 
 
 _KNOWN: dict[type, tuple[Option, ...]] = {}
-"""Options by class: to resolve annotations takes longer than to check values."""
+"""Cache of options by class: resolving annotations takes longer than checking values."""
 
 
 def _options(kind: type) -> Iterator[Option]:

@@ -30,17 +30,18 @@ def message(text: str) -> str:
 
 
 def printable_json(line: bytes) -> bytes:
-    """Return a JSON document with escapes for the same characters. Its values do not change."""
+    """Return a JSON document with escapes for the characters that `printable` escapes. The values in it do not
+    change."""
     if line.isascii() and b"\x7f" not in line:  # the encoder has escaped C0 already
         return line
     return _UNSAFE.sub(_escape_json, line.decode()).encode()
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formatter that filters the messages of all libraries."""
+    """Formatter of log records that escapes unsafe characters in the messages of all libraries."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the filtered message."""
+        """Return the formatted and escaped message."""
         return message(super().format(record))
 
 

@@ -1,7 +1,7 @@
 """Checks and parsers of argument values, shared by the Python API and the command line.
 
 A value is a number in the documented unit, or a text such as `30ms`, `10s`, `1.5G` or `5%`. Every check takes the name
-of the parameter for its message, and raises `UsageError`; for a value of the wrong type `WrongType`, which is also a
+of the parameter for its message. It raises `UsageError`, or for a value of the wrong type `WrongType`, which is also a
 `TypeError`. Messages put names of parameters in backticks; the command line replaces them by options
 (`pageferry.cli.execution`).
 """
@@ -129,7 +129,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def choice(name: str, value: object, choices: Collection[str]) -> str:
-    """Check one of several words."""
+    """Check that the value is one of several words."""
     if not isinstance(value, str):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected one of {', '.join(choices)}")
     if value not in choices:
@@ -149,14 +149,14 @@ def text(name: str, value: object) -> str:
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
-    """Check several texts. A single text is invalid: it would be taken as a sequence of characters."""
+    """Check a sequence of texts. A single text is invalid: it would be interpreted as a sequence of characters."""
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected several texts")
     return tuple(text(name, one) for one in value)
 
 
 def path(name: str, value: object) -> Path:
-    """Check a path, given as a text or a path."""
+    """Check a path, given as a string or a path object. Return a `Path`."""
     if not isinstance(value, str | os.PathLike):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected a path")
     plain = os.fspath(value)
@@ -166,14 +166,14 @@ def path(name: str, value: object) -> Path:
 
 
 def function(name: str, value: T) -> T:
-    """Check a callable."""
+    """Check that the value is callable."""
     if not callable(value):
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected a function")
     return value
 
 
 def instance(name: str, value: object, *kinds: type[T]) -> T:
-    """Check an instance of one of several classes."""
+    """Check that the value is an instance of one of the classes."""
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected {expected}")
@@ -235,7 +235,8 @@ def _shown(value: object) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration as `parse_duration` takes it, in the largest unit of which it is a multiple of 1 or more."""
+    """Return a duration in a form that `parse_duration` accepts, in the largest of h, s and ms that does not exceed it,
+    otherwise in s."""
     for unit, factor in (("h", 3600.0), ("s", 1.0), ("ms", 1e-3)):
         if seconds >= factor:
             return f"{seconds / factor:g}{unit}"
@@ -243,7 +244,7 @@ def duration_text(seconds: float) -> str:
 
 
 def size_text(count: int) -> str:
-    """Return a number of bytes as `parse_size` takes it, in the largest unit of which it is a whole multiple."""
+    """Return a number of bytes in a form that `parse_size` accepts, in the largest unit of which it is a multiple."""
     for unit in "TGMK":
         if count and count % _BYTES[unit] == 0:
             return f"{count // _BYTES[unit]}{unit}"
