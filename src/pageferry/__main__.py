@@ -2,7 +2,7 @@
 
 import sys
 
-if not sys.flags.safe_path:  # the current directory, which another user may control
+if not sys.flags.safe_path:  # sys.path[0] is the current directory, which another user may control
     del sys.path[0]
 
 from pageferry.cli.main import main

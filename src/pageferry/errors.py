@@ -132,7 +132,7 @@ class Cancelled(MigrationError):
 class OutcomeUnknown(MigrationError):
     """No reply to the commit was received: the workload stays paused at the source until it is recovered.
 
-    `pageferry.recover` asks `peer` (HOST:PORT) for the outcome of `migration`. `hostname`: name to expect in the
+    `pageferry.recover` requests the outcome of `migration` from `peer` (HOST:PORT). `hostname`: name to expect in the
     certificate of the peer; empty without TLS.
     """
 

@@ -30,7 +30,7 @@ from pageferry import values
 from pageferry.errors import UsageError
 
 API_ONLY = object()
-"""Mark of a field that the command line does not set."""
+"""Marker of a field that the command line does not set."""
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,11 +77,11 @@ class Duration(Kind, frozen=True):
         return f"a plain number is in {'seconds' if self.plain == 1.0 else 'milliseconds'}"
 
     def check(self, name: str, value: object) -> float:
-        """Return seconds."""
+        """Return the duration in seconds."""
         return values.duration(name, value, self.least, self.most)
 
     def parse(self, text: str) -> float:
-        """Return seconds."""
+        """Return the duration in seconds."""
         return values.parse_duration(text, self.plain)
 
     def show(self, value: float) -> str:
@@ -98,11 +98,11 @@ class Size(Kind, frozen=True):
     most: int
 
     def check(self, name: str, value: object) -> int:
-        """Return bytes."""
+        """Return the size in bytes."""
         return values.size(name, value, self.least, self.most)
 
     def parse(self, text: str) -> int:
-        """Return bytes."""
+        """Return the size in bytes."""
         return values.parse_size(text)
 
     def show(self, value: int) -> str:
@@ -116,11 +116,11 @@ class Rate(Kind, frozen=True):
     placeholder = "SIZE"
 
     def check(self, name: str, value: object) -> int:
-        """Return bytes per second."""
+        """Return the rate in bytes per second."""
         return values.rate(name, value)
 
     def parse(self, text: str) -> int:
-        """Return bytes per second."""
+        """Return the rate in bytes per second."""
         return values.parse_rate(text)
 
     def show(self, value: int) -> str:

@@ -181,12 +181,12 @@ def instance(name: str, value: object, *kinds: type[T]) -> T:
 
 
 def optional(check: Callable[..., T], name: str, value: object, *arguments: Any) -> T | None:
-    """Apply `check` to the value unless it is None."""
+    """Return the value as checked by `check`, or None if it is None."""
     return None if value is None else check(name, value, *arguments)
 
 
 def options(kind: type[T], given: Mapping[str, Any]) -> T:
-    """Return a dataclass of options from keyword arguments. Raises WrongType if one is unknown."""
+    """Return a dataclass of options from keyword arguments. Raises WrongType if an option is unknown."""
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
     for name in given:
         if name not in known:

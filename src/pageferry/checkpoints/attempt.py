@@ -107,7 +107,7 @@ class Attempt(ABC):
         await asyncio.shield(in_thread(saver.close))
 
     async def _complete(self, state: bytes) -> None:
-        """Save all pages, then the sections and the index."""
+        """Save all remaining pages, then the sections and the index."""
         preparation = self.preparation
         self._saver.sweep()
         while not await preparation.engine(lambda: self._saver.wait(PROGRESS_INTERVAL)):

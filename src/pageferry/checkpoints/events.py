@@ -43,7 +43,7 @@ class SavingEvent(Event, frozen=True, kw_only=True, tag="checkpoint-progress"):
     total: int
     """Number of pages that were present when the checkpoint started."""
     traps: int
-    """Writes of the workload that waited for their page block to be copied."""
+    """Number of writes of the workload that waited until their trap block was copied."""
     stored: int
     """Total length of the storage blocks, bytes."""
 
@@ -137,7 +137,7 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     blocks: int
     """Number of storage blocks."""
     traps: int
-    """Writes of the workload that waited for their page block to be copied."""
+    """Number of writes of the workload that waited until their trap block was copied."""
     trap_details: TrapCount
     paused: bool = False
     """Whether the user had paused the workload before. It stays paused, and is paused after a restore from the
@@ -175,11 +175,11 @@ class ProgressEvent(Event, frozen=True, kw_only=True, tag="restore-progress"):
     faults: int
     """Number of accesses that waited for the pager."""
     missed: int
-    """Number of these accesses whose page was deferred."""
+    """Number of accesses that waited for the pager and whose page was deferred."""
     prefetched: int
     """Number of pages loaded before they were requested."""
     bytes_read: int
-    """Bytes of storage blocks read."""
+    """Number of bytes of storage blocks read."""
     failures: list[str]
     """Pages that cannot be read, with the cause."""
 
@@ -228,11 +228,11 @@ class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     faults: int
     """Number of accesses that waited for the pager."""
     missed: int
-    """Number of these accesses whose page was deferred."""
+    """Number of accesses that waited for the pager and whose page was deferred."""
     prefetched: int
     """Number of pages loaded before they were requested."""
     bytes_read: int
-    """Bytes of storage blocks read."""
+    """Number of bytes of storage blocks read."""
     service_us: float
     """Mean service time of a fault, microseconds."""
     longest_us: float

@@ -45,7 +45,7 @@ class RestoredArena(Arena):
 
     @classmethod
     def from_image(cls, image: ImageFile, options: RestoredArenaOptions, listener: Listener = ignore) -> Self:
-        """See `restore`."""
+        """Create the arena from an open image (see `restore`)."""
         size = _size(image)
         file, large_pages_by = memory_file(size)
         try:
@@ -61,7 +61,7 @@ class RestoredArena(Arena):
         return self
 
     def _load_from(self, image: ImageFile, options: RestoredArenaOptions, listener: Listener) -> None:
-        """Start the pager, or load everything if page faults of this process cannot be handled."""
+        """Start the pager, or load all contents if page faults of this process cannot be handled."""
         self.image = image
         working_set = WorkingSet(image)
         self._flags = records.create_flags(None, Pager.flags_length(image.pages))

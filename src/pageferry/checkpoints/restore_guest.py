@@ -1,4 +1,4 @@
-"""Restores QEMU guests from images: a guest runs at once, and its memory is loaded on demand (S10)."""
+"""Restore of QEMU guests from images: a guest runs at once, and its memory is loaded on demand (S10)."""
 
 from __future__ import annotations
 

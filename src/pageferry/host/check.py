@@ -12,7 +12,8 @@ from pageferry.host.qemus import QemuSearch
 
 
 def check() -> Check:
-    """Run all probes. Takes less than a second, or a few seconds if a probe blocks; forks (see `check_features`)."""
+    """Run all probes, and return the results. This takes less than a second, or a few seconds if a probe blocks, and
+    forks (see `check_features`)."""
     with QemuSearch() as search:
         features = check_features()
         qemus = search.results()

@@ -44,7 +44,7 @@ def compact_memory(wanted: int, *, buddyinfo: Path = BUDDYINFO, compact: Path = 
         return 0
     if free >= wanted:
         return free
-    # A daemon thread: the program does not wait for it at exit, and its exit ends the write.
+    # The thread is a daemon: the program does not wait for it at exit, and the exit of the program ends the write.
     thread = threading.Thread(target=_compact, args=(compact,), name="pageferry-compaction", daemon=True)
     thread.start()
     thread.join(_TIMEOUT)

@@ -36,7 +36,7 @@ class Mount:
     """Group that is shown at the root of the mount."""
     point: Path
     controllers: frozenset[str]
-    """Controllers of version 1; empty in version 2, where each group has its own."""
+    """Controllers of version 1; empty in version 2, where each group has its own controllers."""
 
 
 def mounts() -> Iterator[Mount]:

@@ -91,7 +91,8 @@ def replace_file(path: Path, contents: bytes, *, mode: int = PRIVATE, synced: bo
 def create_log(path: Path) -> int:
     """Create a log that only its owner can read, and return its descriptor. Replaces a file of the same name.
 
-    Raises SpecialFile if the path exists and is not a regular file, OSError (EPERM: the file is of another user).
+    Raises SpecialFile if the path exists and is not a regular file, OSError (EPERM if the file belongs to another
+    user).
     """
     with contextlib.suppress(FileNotFoundError):
         earlier = os.lstat(path)

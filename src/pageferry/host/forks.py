@@ -19,7 +19,8 @@ _count = 0
 
 
 def before_fork(owner: T, action: Callable[[T], object]) -> None:
-    """Call `action(owner)` before every fork while `owner` exists, until `forget`. One action per owner.
+    """Call `action(owner)` before every fork, while `owner` exists and until `forget` is called. An owner has one
+    action.
 
     `action` must not refer to the owner, which would keep it alive.
     """

@@ -56,7 +56,7 @@ class Mapping:
 
     @property
     def end(self) -> int:
-        """First byte after the mapping."""
+        """Address of the first byte after the mapping."""
         return self.address + self.length
 
     @property

@@ -69,7 +69,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
     started: int
     """`proc.start_time` of the process, to detect a reused pid."""
     boot: str = ""
-    """`proc.boot_id` of the host at that time; empty in entries of older versions."""
+    """`proc.boot_id` of the boot in which the process runs; empty in entries of older versions."""
     namespace: str = ""
     """`proc.namespace` to which `pid` and `started` refer; empty in entries of older versions."""
     version: int = VERSION

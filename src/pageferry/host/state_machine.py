@@ -36,5 +36,5 @@ class StateMachine(Generic[S]):
         self._state = state
 
     def is_in(self, *states: S) -> bool:
-        """Return whether the current state is one of these."""
+        """Return whether the current state is one of `states`."""
         return self._state in states

@@ -16,7 +16,7 @@ class RegionSummary(msgspec.Struct, frozen=True, rename="kebab"):
 
 
 class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
-    """Result of `image info`."""
+    """Result of `pageferry image info`."""
 
     path: str
     id: str
@@ -40,7 +40,7 @@ class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
 
 
 class Verification(Event, frozen=True, tag="image-verify"):
-    """Result of `image verify`."""
+    """Result of `pageferry image verify`."""
 
     path: str
     intact: bool
@@ -48,7 +48,7 @@ class Verification(Event, frozen=True, tag="image-verify"):
 
 
 class Difference(Event, frozen=True, tag="image-diff"):
-    """Result of `image diff`."""
+    """Result of `pageferry image diff`."""
 
     same: bool
     pages: int
@@ -59,7 +59,7 @@ class Difference(Event, frozen=True, tag="image-diff"):
 
 
 class Flattened(Event, frozen=True, tag="image-flatten"):
-    """Result of `image flatten`."""
+    """Result of `pageferry image flatten`."""
 
     path: str
     length: int

@@ -15,7 +15,8 @@ FIRST_GUESS = {"shared": 40e-6, "anon": 700e-6}
 Limit = Literal["budget", "mappings"]
 
 MAX_PAGES = 8192
-"""Maximum number of pages per round. Each is a separate mapping during the window, and a process can have 65,530."""
+"""Maximum number of pages per round. Each is a separate mapping during the window, and a process can have 65,530
+mappings."""
 
 
 class Sampling:

@@ -1,1 +1,1 @@
-"""Memory of workloads: regions, their mappings in processes, and our own view of them."""
+"""Memory of workloads: regions, their mappings in processes, and their view in this process."""

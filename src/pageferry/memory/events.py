@@ -13,4 +13,4 @@ class Peeked(Event, frozen=True, kw_only=True, tag="memory"):
     offset: int
     length: int
     data: str
-    """Hexadecimal."""
+    """Contents in hexadecimal."""

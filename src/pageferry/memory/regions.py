@@ -59,7 +59,7 @@ class Identity:
     """Kind, name and details of a workload. A destination may refuse them before other data is sent."""
 
     kind: str
-    """`arena`, `qemu` or `process`."""
+    """Kind of the workload: `arena`, `qemu` or `process`."""
     name: str
     details: dict[str, Any] = field(default_factory=dict)
     """Details that depend on the kind, for checks and messages (QEMU version, machine type...)."""

@@ -52,7 +52,8 @@ class Readable:
 
     @property
     def segments(self) -> list[MappedSegment]:
-        """Mappings whose writes can be traced; none of a process that is saved while it is stopped."""
+        """Mappings in which writes can be traced; empty for memory that can be saved only while its process is
+        stopped."""
         return []
 
     def large_units(self) -> list[list[bool]]:
@@ -167,7 +168,7 @@ def _collapse(space: Space, address: int, length: int) -> None:
 
 
 def segments_of(regions: Sequence[Region]) -> list[MappedSegment]:
-    """Return the segments of the regions. Raises ProcessLookupError, OSError."""
+    """Return the segments of the regions. Raises ProcessLookupError if a process has exited, OSError."""
     spaces = {pid: Space(pid) for pid in {segment.pid for region in regions for segment in region.segments}}
     return [
         MappedSegment(spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)

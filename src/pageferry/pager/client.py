@@ -31,7 +31,8 @@ Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
 class Connection:
-    """Connection to the pager of a workload, for one request at a time. Raises OSError if no pager listens.
+    """Connection to the pager of a workload, for one request at a time. The constructor raises OSError if no pager
+    listens.
 
     `timeout`: maximum time to wait for a reply, seconds; None for no limit.
     """
@@ -103,7 +104,7 @@ def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT
                 status = connection.exchange(question, PagerStatus)
             break
         except (OSError, msgspec.MsgspecError) as failed:
-            if not is_restoring(folder):  # completed just now
+            if not is_restoring(folder):  # the restore has just been completed
                 return None
             if time.monotonic() > deadline:
                 if _is_over(folder, failed):
@@ -158,7 +159,7 @@ def deferred_bits(folder: Folder) -> tuple[int, tuple[str, ImageIdentity] | None
         path = answer.flags
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC), image
-    except FileNotFoundError:  # completed just now
+    except FileNotFoundError:  # the restore has just been completed
         return None
 
 

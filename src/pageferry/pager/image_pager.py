@@ -182,7 +182,8 @@ class ImagePager:
         log.info("%s: restore complete: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
 
     def _make_large(self) -> None:
-        """Collapse the split pages to huge pages again, where possible. In a program, undo MADV_DONTFORK."""
+        """Collapse the split pages to huge pages again, where possible. Revert MADV_DONTFORK, unless the workload is a
+        guest."""
         for number, segment in self._watched():
             if self.regions[number].page_size == SMALL_PAGE:
                 space = self.service.spaces[segment.pid]

@@ -83,7 +83,7 @@ class PagerProcess:
             yield reply
 
     def evict(self, region: int, pages: PageSet) -> int:
-        """Evict pages of a paused workload. Return their number. Blocks for milliseconds."""
+        """Evict pages of a paused workload. Return the number of evicted pages. Blocks for milliseconds."""
         return self._ask(orders.Evict(region=region, pages=pages.pack()), orders.Evicted).pages
 
     async def end_evictions(self) -> int:
@@ -129,7 +129,7 @@ class PagerProcess:
 
     def close(self) -> None:
         """Close the connection. A pager process that serves no workload then exits. May be called twice."""
-        with contextlib.suppress(OSError):  # it has exited
+        with contextlib.suppress(OSError):  # the pager has exited
             self._connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for a reply
         self._connection.close()
         assert self._process.stderr is not None

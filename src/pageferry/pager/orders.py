@@ -129,7 +129,7 @@ class Loading(Reply, frozen=True, kw_only=True):
     prefetched: int
     """Number of pages loaded."""
     bytes_read: int
-    """Bytes of storage blocks read."""
+    """Number of bytes of storage blocks read."""
     finished: bool
 
 

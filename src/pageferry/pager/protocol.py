@@ -13,7 +13,7 @@ MAX_TOUCHED = 16384
 
 
 class PagerRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Request to a pager. The reply to `ensure` is sent when the pages are present, that to `settle` when no
+    """Request to a pager. The reply to `ensure` is sent when the pages are present, the reply to `settle` when no
     userfaultfd covers the workload.
 
     The reply to `hold` is `HoldGiven`. The pager stays acquired until `release`, or until the connection is closed.
@@ -70,7 +70,7 @@ class PagerStatus(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Number of unreadable pages that the workload waits for."""
     touched: list[int] = msgspec.field(default_factory=list)
     """Touched windows of 16 pages, in the order of their first fault: in the reply to `touched` those from window
-    `first` on, in the summary of the pager all of them."""
+    `first` on, in the summary of the pager the first ones."""
     flags: str = ""
     """Path of the deferred bitmap of a program that restores its own arena; empty if the bitmap is in the workload's
     directory."""

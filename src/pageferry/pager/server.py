@@ -127,7 +127,7 @@ class PagerServer:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed
+            except OSError:  # the server has been closed
                 return
             threading.Thread(target=self._serve, args=(connection,), name="pageferry-pager", daemon=True).start()
 

@@ -96,7 +96,7 @@ async def _share(
 
 
 async def undo_async(names: Sequence[str]) -> int:
-    """Undo sharing: copy merged pages, allow huge pages, and collapse to them. Return the bytes processed."""
+    """Undo sharing: copy merged pages, allow huge pages, and collapse to them. Return the number of bytes processed."""
     async with _opened(names, "the end of sharing") as targets:
         return sum([await in_thread(ranges.undo, target) for target in targets])
 

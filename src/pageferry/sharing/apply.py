@@ -1,7 +1,7 @@
 """Sharing of pages in chosen huge pages: with KSM in private memory, by punching out zeros in files of workloads.
 
-Shared ranges are excluded from huge pages (MADV_NOHUGEPAGE); otherwise khugepaged would collapse them, which undoes the
-sharing (MADV_COLLAPSE even does so silently). All other huge pages remain unchanged.
+Shared ranges are excluded from huge pages (MADV_NOHUGEPAGE). Otherwise, khugepaged would collapse them, which undoes
+the sharing. MADV_COLLAPSE would do so silently. All other huge pages remain unchanged.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_possible(targets: Sequence[Target], merge_with_others: bool) -> None:
 async def apply(
     findings: Findings, chosen: Sequence[Unit], listener: Listener, *, merge_with_others: bool = False
 ) -> Applied:
-    """Share in the chosen units; `merge_with_others` as for `ksm.check_unused`.
+    """Share pages in the chosen units. `merge_with_others`: see `ksm.check_unused`.
 
     If merging fails or is cancelled, all advice is reverted and merged pages are copied; punched-out zeros need not be
     restored. The settings of KSM are restored in any case.
@@ -113,7 +113,7 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
                 await in_thread(ranges.advise, target, one, Advice.NOHUGEPAGE)
     left = [(unit.start, unit.length) for unit in units]
     waiting = None
-    if place.deferred is not None:  # a cold store
+    if place.deferred is not None:  # the workload has a cold store
         assert place.region is not None
         waiting = place.deferred.flags, place.deferred.first_pages[place.region]
     listener(ApplyEvent("giving zeros back", f"{len(left)} units of 2 MiB, in pauses of about {PAUSE * 1e3:.0f} ms"))

@@ -122,7 +122,8 @@ def _running() -> Iterator[None]:
 
 
 def undo_order(switches: dict[str, str]) -> list[tuple[str, str]]:
-    """Return the settings in the order in which to restore them: KSM stops first, the advisor takes over last."""
+    """Return the settings in the order in which to restore them: `run` first, which stops KSM, and `advisor_mode`
+    last."""
     first, last = [("run", switches["run"])], [("advisor_mode", switches.get("advisor_mode", ""))]
     rest = [(name, value) for name, value in switches.items() if name not in ("run", "advisor_mode")]
     return first + rest + (last if "advisor_mode" in switches else [])

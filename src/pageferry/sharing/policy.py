@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pageferry.sharing.scan import Unit
 
 PLENTY, SCARCE = 0.5, 0.1
-"""Available fractions of memory between which the threshold varies. At `PLENTY` only the best huge pages are split, at
-`SCARCE` almost any."""
+"""Available fractions of memory between which the threshold varies. At `PLENTY`, only the best huge pages are split; at
+`SCARCE`, almost any."""
 MAX_THRESHOLD, MIN_THRESHOLD = 256, 16
 """Thresholds at `PLENTY` and `SCARCE`: shareable base pages, of 512."""
 MIN_SHAREABLE = 8
@@ -64,8 +64,8 @@ class Pace:
     hurried: bool = False
 
     def budget(self, free: float) -> float:
-        """Return the fraction of a CPU: `HURRIED` below `LOW` available memory, `RELAXED` above `HIGH`, unchanged
-        between."""
+        """Return the fraction of a CPU: `HURRIED` below `LOW` available memory, `RELAXED` above `HIGH`, otherwise the
+        previous fraction."""
         if free < self.LOW:
             self.hurried = True
         elif free > self.HIGH:

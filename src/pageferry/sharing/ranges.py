@@ -87,7 +87,8 @@ def pss(ranges: Sequence[Range]) -> int:
 
 
 def undo(target: Target) -> int:
-    """Revert all advice in the target, and collapse it to huge pages. Return the number of bytes processed.
+    """Revert all advice in the target, and collapse the ranges that had advice to huge pages. Return the number of
+    bytes processed.
 
     Such a range is excluded from huge pages and, unless it is in a file of a workload, mergeable. Ranges that are
     registered with a userfaultfd are skipped.

@@ -1,8 +1,8 @@
 """Scan for duplicate base pages: memory is hashed in slices, at a limited rate, without splitting huge pages.
 
-Shared files are read through our mappings, anonymous memory with process_vm_readv(2). Pages that are not present are
-skipped, except those that a restore has deferred (S8): their signatures are known, and they are not loaded. The
-findings are hints: sharing compares the pages.
+Shared files are read through mappings in this process, anonymous memory with process_vm_readv(2). Pages that are not
+present are skipped, except those that a restore has deferred (S8): their signatures are known, and they are not loaded.
+The findings are hints: sharing compares the pages.
 """
 
 from __future__ import annotations

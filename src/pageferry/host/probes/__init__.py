@@ -33,10 +33,10 @@ class Feature(msgspec.Struct, frozen=True, rename="kebab"):
 
 
 def check_features(probes: Sequence[Probe] = PROBES, deadline: float = DEADLINE) -> dict[str, Feature]:
-    """Probe features; return the results by name. It takes at most `deadline` seconds, and far less unless a probe
-    blocks.
+    """Probe features, and return the results by name. The function takes at most `deadline` seconds, and far less
+    unless a probe blocks.
 
-    The function forks, so no other thread may be running.
+    This function forks, so no other thread may be running.
     """
     outcomes = run_all([probe.attempt for probe in probes], deadline)
     return {

@@ -1,7 +1,7 @@
 """Kernel calls of probes: userfaultfd, PAGEMAP_SCAN and madvise on memory of this process.
 
-The engine makes all calls except the ioctls of userfaultfd that only probes need. Their structures and numbers are
-those of linux/userfaultfd.h.
+The engine makes all calls except the ioctls of userfaultfd that only probes need. The structures and numbers of these
+ioctls are those of linux/userfaultfd.h.
 """
 
 from __future__ import annotations

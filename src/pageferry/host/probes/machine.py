@@ -1,4 +1,4 @@
-"""Probes of KSM, KVM, control groups and network namespaces."""
+"""Probes of KSM, KVM and control groups."""
 
 from __future__ import annotations
 

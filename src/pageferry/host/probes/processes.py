@@ -1,6 +1,6 @@
 """Probes of access to the memory of another process of the same user.
 
-The other process is not a descendant of the probing process, as is a QEMU that another program has started. Yama
+The other process is not a descendant of the probing process, just as a QEMU started by another program is not. Yama
 (kernel.yama.ptrace_scope) can restrict access to such processes.
 """
 
