@@ -1,4 +1,4 @@
-"""Docstrings of fields: texts below the annotations of a class, which exist in its source only."""
+"""Docstrings of fields: texts below the annotations of a class. They exist only in the source of the class."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checkpoints: memory saved while the workload runs, and read back while it runs (S4, S8, S10)."""
+"""Checkpoints: memory is saved while the workload runs, and loaded while the restored workload runs (S4, S8, S10)."""

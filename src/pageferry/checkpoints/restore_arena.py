@@ -123,8 +123,8 @@ class RestoredArena(Arena):
         interruptible(lambda: load_all(self.pager, self.length, str(self.image.path)))
 
     def _before_fork(self) -> None:
-        """Load all contents before a fork, because the child has no pager. This is not called for a child that only
-        executes a program: it does not map the memory (MADV_DONTFORK)."""
+        """Load all contents before a fork, because the child has no pager. A child that only executes a program does
+        not map the memory (MADV_DONTFORK), and does not cause this call."""
         load_pages(self.pager, 0, self.length // SMALL_PAGE, str(self.image.path))
         Space().madvise(self.address, self.length, Advice.DOFORK)
         forks.forget(self)

@@ -65,8 +65,8 @@ async def on_thread(call: Callable[[], T], cancel: Callable[[], object] | None =
 def interruptible(call: Callable[[], T]) -> T:
     """Run a call on a daemon thread and wait for its result, so that Ctrl-C ends the wait at once.
 
-    The call itself continues after an interrupt, and its result is dropped. In any other thread than the main thread,
-    which receives no signals, run the call directly.
+    The call itself continues after an interrupt, and its result is dropped. In any thread but the main thread, run the
+    call directly, because signals do not interrupt it.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()  # signal handlers run in the main thread only

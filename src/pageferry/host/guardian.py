@@ -1,8 +1,8 @@
 """Guardians: small processes that undo temporary changes if this process exits before it has undone them.
 
-A command that has stopped a guest, set a limit or changed a setting of the kernel can be killed at any time. It
-therefore first starts a guardian and gives it a plan, which `guardian_process` executes at the end of its standard
-input: when this process closes the guardian, and also when this process exits.
+A command that has stopped a guest, set a limit or changed a setting of the kernel can be killed at any time. The
+command therefore first starts a guardian, and sends it a plan. `guardian_process` executes the plan at the end of its
+standard input: when this process closes the guardian, or exits.
 """
 
 from __future__ import annotations

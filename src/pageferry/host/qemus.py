@@ -65,7 +65,7 @@ def option_takes_value(program: str, option: str) -> bool | None:
 
 @functools.lru_cache
 def _options_of(program: str) -> dict[str, bool]:
-    """Return whether each option takes a value. Descriptions start in column 16, or after two blanks."""
+    """Return, for each option, whether it takes a value. Descriptions start in column 16, or after two blanks."""
     asked = _ask(program, "-help")
     if isinstance(asked, OSError):
         return {}

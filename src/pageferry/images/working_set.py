@@ -1,4 +1,4 @@
-"""Working sets: pages that were accessed first after a restore are loaded first by the next one (S10).
+"""Working sets: pages that were accessed first after a restore are loaded first by the next restore (S10).
 
 The record is the file IMAGE.ws beside the image, since images are never modified. A restore without prefetch observes
 every first access. The record is then the intersection of these pages and the previous record, so that it keeps the

@@ -11,7 +11,7 @@ from pageferry.large_pages.sampler import SLOTS
 from pageferry.memory.regions import SMALL_PAGE
 
 _Z = 1.96
-"""Standard errors in half the width of a 95 % interval."""
+"""Half the width of a 95 % confidence interval, in standard errors."""
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):

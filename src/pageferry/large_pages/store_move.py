@@ -83,8 +83,8 @@ class Move:
     async def drain(self) -> None:
         """Drain I/O that started before the traces were installed, because traces do not report its writes.
 
-        Pages that stay pinned, in buffers registered with io_uring, are kept. A buffer that is registered later is
-        reported by the traces as written.
+        Pages that stay pinned, in buffers registered with io_uring, are kept in memory. A buffer that is registered
+        later is reported by the traces as written.
         """
         await self.workload.prepare_pause()
         begin = time.monotonic()

@@ -43,7 +43,7 @@ def to_swap(target: Target, idle: list[Activity]) -> tuple[int, int]:
     """Split these huge pages and page out their cold base pages.
 
     Return the number of huge pages split, and the growth of the workload's swap usage in bytes (`Swap` in smaps). A
-    page that another process maps, or that has changed, is left as it is.
+    page that another process maps, or that has changed, is not reclaimed.
     """
     before = {pid: total(pid, "Swap") for pid in target.pids}
     broken = sum(_reclaim(target, activity) for activity in idle)

@@ -48,7 +48,7 @@ class Found:
 def find(file: int, length: int, sharing: Sharing) -> Found:
     """Scan /proc for processes that can write to the first `length` bytes of a file.
 
-    Mappings that pageferry has made in this process are left out. If another process shares the file, /proc is scanned
+    Mappings that pageferry has made in this process are excluded. If another process shares the file, /proc is scanned
     a second time: between fork and exec a child has all mappings and descriptors of its parent.
     """
     found = _scan(file, length, sharing)

@@ -1,8 +1,8 @@
 """Client of a pager (S8).
 
-A reader that bypasses the page tables of the workload calls `ensure` first. A migration or a checkpoint installs write
-traces on these page tables with the userfaultfd of the pager, which it acquires (`workloads.deferred_access`). A caller
-that needs exclusive use of the page tables calls `wait_complete`.
+A reader that bypasses the page tables of the workload calls `ensure` first. A migration or a checkpoint acquires the
+pager, and installs write traces on these page tables with the userfaultfd of the pager (`workloads.deferred_access`). A
+caller that needs exclusive use of the page tables calls `wait_complete`.
 """
 
 from __future__ import annotations

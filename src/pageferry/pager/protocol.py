@@ -36,7 +36,7 @@ class HoldGiven(msgspec.Struct, frozen=True, kw_only=True):
     """Number of the userfaultfd in the pager's process, by pid of the workload's processes. None if the pager was not
     acquired, because that is not supported, no page is deferred, or the pager is `busy`."""
     large: list[bytes] = []
-    """One byte per 2 MiB unit of each region: 1 if it will be backed by a huge page."""
+    """One byte per 2 MiB unit of each region: 1 if the unit will be backed by a huge page."""
     busy: bool = False
     """Whether another client has acquired the pager."""
 

@@ -135,7 +135,8 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
 
 
 def _unpinned(workload: Migratable, place: Place, left: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Exclude units that contain a registered buffer: a device would write to the page that was punched out."""
+    """Return the units without a buffer registered with io_uring: a device would write to a page that was punched
+    out."""
     assert place.region is not None
     counts = registered_buffers(workload.regions)[place.region].unit_counts()
     return [(start, length) for start, length in left if not counts[start // LARGE_PAGE]]

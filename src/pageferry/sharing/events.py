@@ -27,7 +27,7 @@ class Class(msgspec.Struct, frozen=True, rename="kebab"):
     """Pages of a class."""
 
     pages: int
-    """Number of base pages with duplicates; of class `zero`, all pages."""
+    """Number of base pages with duplicates; for class `zero`, of all base pages."""
     reclaimable: int
     """Memory that sharing these pages would free, bytes."""
 
@@ -36,7 +36,7 @@ class Point(msgspec.Struct, frozen=True, rename="kebab"):
     """Point of the curve: memory that splitting the best huge pages would free, bytes."""
 
     large_pages: int
-    """Number of huge pages split; 0 for what can be freed outside of huge pages."""
+    """Number of huge pages split; 0 for the memory that can be freed outside of huge pages."""
     reclaimable: int
     """Memory freed if all classes could be shared."""
     possible: int

@@ -27,7 +27,7 @@ def threshold(free: float) -> int:
 
 
 def best_first(units: Iterable[Unit], *, possible: bool) -> list[Unit]:
-    """Return the units with shareable pages: first those of base pages, then huge pages by decreasing gain."""
+    """Return the units with shareable pages: units of base pages first, then huge pages by decreasing gain."""
 
     def count(unit: Unit) -> int:
         return unit.possible if possible else unit.shareable

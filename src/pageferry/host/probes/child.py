@@ -70,7 +70,7 @@ class _Child:
             (os.killpg if self.leads_group else os.kill)(self.pid, signal.SIGKILL)
 
     def outcome(self, deadline: float) -> Outcome:
-        """Reap the child, kill its process group, and return the outcome that it has written."""
+        """Kill the process group of the child, reap the child, and return the outcome that it has written."""
         in_time = self.exited()
         self.kill()
         status = _reap(self.pid)

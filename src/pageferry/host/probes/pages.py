@@ -1,4 +1,5 @@
-"""Probes of page tables and huge pages: each creates some, and checks the page table for them."""
+"""Probes of page tables and huge pages: each probe creates mappings or huge pages, and checks the page table for
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probes of userfaultfd: each registers its own memory, accesses it, and checks the result of the access."""
+"""Probes of userfaultfd: each probe registers its own memory, accesses it, and checks the result of the access."""
 
 from __future__ import annotations
 
