@@ -1,10 +1,10 @@
 //! Placement of received pages in their slots, and population of the workload's page tables (S1, S5, S6, S7).
 //!
-//! A page is placed at its own offset in the region, regardless of its contents and of the order of arrival, so that a
-//! huge page of the source is a huge page at the destination. The first page of a unit allocates all of it; zero pages
-//! are zeros in it and never holes. A unit is *complete* when all of its slots have been received. From then on its
-//! contents are final or overwritten in place, so that it can be mapped into the workload's page tables as one huge
-//! page during the transfer.
+//! A page is placed at its own offset in the region, regardless of its contents and of the order in which pages are
+//! received, so that a huge page of the source is a huge page at the destination. The first page of such a unit
+//! allocates the whole huge page; zero pages are zeros in the huge page, never holes. A unit is *complete* when all of
+//! its slots have been received. From then on its contents are final or overwritten in place, so that it can be mapped
+//! into the workload's page tables as one huge page during the transfer.
 
 use std::io;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::space::{AdoptError, Space};
 use crate::uapi::{self, check};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
-/// Number of locks, which bounds the number of units whose allocation can start in parallel.
+/// Number of allocation locks, which bounds the number of units that are allocated in parallel.
 const LOCKS: usize = 64;
 
 /// Reason for which pages could not be placed.
@@ -33,7 +33,7 @@ pub enum PlaceError {
     /// The region was not announced.
     #[error("cannot place pages of region {0}: only {1} regions were announced")]
     Region(usize, usize),
-    /// Pages outside the region.
+    /// Some of the pages are outside the region.
     #[error("cannot place pages {first} to {end}: the region has {pages} pages")]
     Pages {
         /// First page.
@@ -43,7 +43,7 @@ pub enum PlaceError {
         /// Number of pages of the region.
         pages: usize,
     },
-    /// Class of pages that the protocol does not send.
+    /// The class of the pages is invalid: the protocol does not send such pages.
     #[error("cannot place pages of class {0:?}: expected data, zero or absent pages")]
     Class(Class),
     /// The file system, the huge page pool or the host is out of memory.
@@ -66,7 +66,7 @@ pub enum PlaceError {
 /// Region at the destination.
 #[derive(Debug)]
 pub struct Target {
-    /// Our mapping of its file. The file must be new, that is, all holes.
+    /// Mapping of the region's file by this process. [`Placer::place_empty`] assumes that the file consisted of holes.
     pub mapping: Arc<Mapping>,
     /// Page size of the file, bytes: 4 KiB, or 2 MiB in hugetlbfs.
     pub page_size: usize,
@@ -78,11 +78,11 @@ pub struct Target {
 struct PlacedRegion {
     target: Target,
     received: AtomicBits,
-    /// Pages with contents that a zero or absent page must clear.
+    /// Pages that were filled with data, which must be cleared if a zero or absent page is received.
     filled: AtomicBits,
     /// Units whose allocation has been attempted.
     begun: AtomicBits,
-    /// Units for which a huge page was allocated, so that all of their slots exist.
+    /// Units for which a huge page was allocated, so that all of their slots have memory.
     whole: AtomicBits,
     /// Number of pages not received, per unit.
     missing: Vec<AtomicU16>,
@@ -105,7 +105,7 @@ impl PlacedRegion {
         }
     }
 
-    /// Returns whether a unit is backed by a huge page at the source. A shorter last unit never is.
+    /// Returns whether a unit is backed by a huge page at the source; false for a last unit of less than 2 MiB.
     fn is_large(&self, unit: usize) -> bool {
         let fits = unit < self.target.mapping.pages() / SLOTS;
         fits && self.target.large.get(unit).copied().unwrap_or(false)
@@ -132,13 +132,13 @@ pub struct Populated {
     pub large: AtomicU64,
     /// Number of base pages (or hugetlbfs pages) mapped.
     pub small: AtomicU64,
-    /// Number of huge pages that could not be mapped. Their first access maps them.
+    /// Number of huge pages that could not be mapped. They are mapped on first access.
     pub failed: AtomicU64,
-    /// Time of all workers, nanoseconds.
+    /// Total time spent on the population, nanoseconds.
     pub nanoseconds: AtomicU64,
 }
 
-/// Placer of the pages of several streams, which also populates page tables in the background.
+/// Placer of the pages of several streams. It also populates page tables in the background.
 #[derive(Debug)]
 pub struct Placer {
     shared: Arc<PlacerState>,
@@ -149,7 +149,7 @@ pub struct Placer {
 #[derive(Debug)]
 struct PlacerState {
     regions: Vec<PlacedRegion>,
-    /// Locked during the allocation of a unit, which always uses the same lock.
+    /// Allocation locks. A unit always uses the same lock.
     beginning: [Mutex<()>; LOCKS],
     own: Space,
     segments: Vec<Segment>,
@@ -160,11 +160,13 @@ struct PlacerState {
 }
 
 impl Placer {
-    /// Creates a placer for `targets`, and for the `segments` in which the workload maps them. With `workers` > 0,
-    /// complete units are mapped into the workload's page tables as they arrive (S5).
+    /// Creates a placer for `targets`, and for the `segments` in which the workload maps them. With `keep_large`, units
+    /// that are backed by huge pages at the source are allocated as huge pages (S6). `workers` is the number of threads
+    /// that map units into the workload's page tables as soon as the units are complete (S5).
     ///
     /// # Errors
-    /// `InvalidInput` if a segment does not belong to a target; otherwise the error of starting a thread.
+    /// `InvalidInput` if a segment does not belong to a target; otherwise the error of opening our own address space or
+    /// of starting a thread.
     pub fn new(targets: Vec<Target>, segments: Vec<Segment>, keep_large: bool, workers: usize) -> io::Result<Self> {
         if let Some(stray) = segments.iter().find(|segment| segment.region >= targets.len()) {
             let words = format!("segment of region {}: only {} regions given", stray.region, targets.len());
@@ -207,8 +209,8 @@ impl Placer {
         self.region(region, first, count).map(drop)
     }
 
-    /// Returns the address of the slots of data pages. Their memory is allocated, in huge pages where the source has
-    /// them.
+    /// Allocates memory for the slots of data pages, in huge pages where the source has them. Returns the address of
+    /// the slots.
     ///
     /// # Errors
     /// If there are no such pages, or if memory cannot be allocated.
@@ -235,7 +237,7 @@ impl Placer {
         Ok(())
     }
 
-    /// Places zero or absent pages.
+    /// Places zero or absent pages: clears the slots that were filled with data.
     ///
     /// # Errors
     /// If there are no such pages, or if they are of another class.
@@ -261,7 +263,8 @@ impl Placer {
     }
 
     /// Allocates a huge page for a unit that is backed by one at the source, before its first page is placed (S6).
-    /// Other streams wait: base pages allocated in between would have to be copied, and could prevent the allocation.
+    /// Other streams wait for the allocation: base pages allocated in between would have to be copied, and could
+    /// prevent it.
     fn begin(&self, region: &PlacedRegion, unit: usize) {
         if region.begun.get(unit) {
             return;
@@ -275,7 +278,8 @@ impl Placer {
         }
     }
 
-    /// Allocates the huge page of a unit that is backed by one at the source, before its first page arrives.
+    /// Allocates the huge page of a unit that is backed by one at the source, before the first page of the unit is
+    /// received.
     pub fn allocate_ahead(&self, region: usize, unit: usize) {
         if let Some(found) = self.shared.regions.get(region).filter(|found| found.is_large(unit)) {
             self.begin(found, unit);
@@ -305,12 +309,12 @@ impl Placer {
     fn complete(&self, region: usize, unit: usize) {
         let queue = self.queue.lock();
         if let Some(queue) = queue.as_ref() {
-            // Succeeds: the workers exit only after the queue is closed.
+            // Cannot fail: the workers exit only after the queue is closed.
             let _ = queue.send((region, unit));
         }
     }
 
-    /// Returns our own address space, in which the targets are mapped.
+    /// Returns the address space of this process, in which the targets are mapped.
     pub(crate) fn own(&self) -> &Space {
         &self.shared.own
     }
@@ -326,7 +330,7 @@ impl Placer {
         self.shared.fallbacks.load(Ordering::Relaxed)
     }
 
-    /// Returns the counters of the population.
+    /// Returns the counters of the population of page tables.
     pub fn populated(&self) -> &Populated {
         &self.shared.populated
     }
@@ -334,7 +338,7 @@ impl Placer {
     /// Maps the complete units among `units` of a region into the workload's page tables (S1).
     ///
     /// # Errors
-    /// If there is no such region or unit. The units before it have been mapped.
+    /// If there is no such region or unit. The preceding units have been mapped.
     pub fn populate(&self, region: usize, units: &[usize]) -> Result<(), PlaceError> {
         for &unit in units {
             self.region(region, unit.saturating_mul(SLOTS), 1)?;
@@ -343,10 +347,12 @@ impl Placer {
         Ok(())
     }
 
-    /// Waits for the workers. With `rest`, then maps the present pages of units that could not be mapped as huge pages.
+    /// Waits until the workers have mapped all queued units. With `rest`, then maps the present pages of complete units
+    /// that are not mapped as huge pages.
     ///
     /// # Errors
-    /// If the workload cannot be adopted. The pages are then mapped on their first access, which is slower but correct.
+    /// If the workload cannot be adopted, or if a system call fails. The remaining pages are then mapped on first
+    /// access, which is slower but correct.
     pub fn finish(&self, rest: bool) -> Result<(), AdoptError> {
         self.join();
         if rest { self.shared.populate_small() } else { Ok(()) }
@@ -369,7 +375,8 @@ impl Drop for Placer {
 impl PlacerState {
     fn allocate_large(&self, target: &Target, unit: usize) -> io::Result<()> {
         let start = target.mapping.page(unit * SLOTS);
-        // A write fault allocates and maps the whole huge page. It changes no byte that another stream may have placed.
+        // Populating for writing allocates and maps the whole huge page. It does not change bytes that another stream
+        // may have placed.
         populate_write(start, SMALL_PAGE)?;
         if target.page_size == LARGE_PAGE || self.is_large(start)? {
             return Ok(());
@@ -381,8 +388,8 @@ impl PlacerState {
         Ok(!self.own.large_mapped(start as u64, LARGE_PAGE as u64)?.is_empty())
     }
 
-    /// Maps a complete unit in every process that maps the region. Units backed by base pages are left to
-    /// `populate_small`: collapsing would copy them and fill their holes.
+    /// Maps a complete unit that is backed by a huge page, in every process that maps the region. `populate_small` maps
+    /// units that are backed by base pages: collapsing them would copy the pages and fill holes.
     fn populate_unit(&self, region: usize, unit: usize) {
         let (found, begin) = (&self.regions[region], Instant::now());
         let (start, end) = (unit * SLOTS, (unit + 1) * SLOTS);
@@ -427,9 +434,10 @@ impl PlacerState {
     }
 }
 
-/// Allocates and maps memory without changing it. Fails with ENOMEM if there is none.
+/// Allocates and maps memory without changing its contents. Fails with ENOMEM if no memory is available.
 fn populate_write(start: *mut u8, len: usize) -> io::Result<()> {
-    // SAFETY: all callers are in this file and pass ranges within one of our mappings.
+    // SAFETY: all callers are in this file and pass ranges within one of our mappings. MADV_POPULATE_WRITE does not
+    // change contents.
     check(unsafe { libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE) }).map(drop).map_err(|error| {
         // A full file system or huge page pool is reported as EFAULT, because a write would raise SIGBUS.
         let full = error.raw_os_error() == Some(libc::EFAULT);
@@ -453,9 +461,11 @@ fn unmapped(region: &PlacedRegion, start: usize, end: usize, ranges: &mut Vec<(u
     }
 }
 
-/// Maps existing pages of `ranges` (in pages of the region) in one segment. Returns the number of bytes mapped.
+/// Maps the existing pages of `ranges`, in pages of the region, in one segment. Pages of the file have `page` bytes.
+/// Returns the number of bytes mapped.
 fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
-    // Handle faults in kernel mode too: otherwise, system calls of the workload would fail while it is registered.
+    // Handle faults in kernel mode too: otherwise, system calls of the workload would fail while the memory is
+    // registered.
     let uffd = match segment.space.full_userfault(uapi::FEATURE_MINOR_SHMEM | uapi::FEATURE_MINOR_HUGETLBFS) {
         Err(AdoptError::NoFaults(..)) => return populate_read(segment, ranges),
         made => made?,
@@ -464,7 +474,7 @@ fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<
     uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MINOR)?;
     for &(start, end) in ranges {
         if let Some((address, len)) = segment.part(start, end) {
-            // Pages that cannot be mapped are left to their first access.
+            // Ignore errors: pages that cannot be mapped are mapped on first access.
             mapped += uffd.map_existing(address, len, page).unwrap_or(0);
         }
     }
@@ -472,7 +482,8 @@ fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<
     Ok(mapped)
 }
 
-/// Like `map_small`, without a userfaultfd: MADV_POPULATE_READ in the process. `ranges` contain no holes.
+/// Like `map_small`, but without a userfaultfd: the process calls MADV_POPULATE_READ. `ranges` must not contain holes,
+/// because the call would fill them.
 fn populate_read(segment: &Segment, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
     let mut mapped = 0;
     for &(start, end) in ranges {

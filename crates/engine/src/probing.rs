@@ -1,6 +1,7 @@
-//! Memory accesses and calls that only feature probes make.
+//! Memory accesses and system calls for feature probes.
 //!
-//! None of them needs the GIL: a thread that waits for a fault must not block the thread that resolves it.
+//! None of these functions requires the GIL: a thread that waits for a fault must not block the thread that resolves
+//! the fault.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -19,41 +20,43 @@ pub fn userfaultfd(user_mode_only: bool) -> io::Result<OwnedFd> {
     unsafe { owned(libc::syscall(libc::SYS_userfaultfd, flags)) }
 }
 
-/// Copies memory of this process. May wait until another thread resolves a fault.
+/// Returns a copy of `len` bytes at an address of this process. May wait until another thread resolves a fault.
 ///
 /// # Safety
-/// `[address, address + len)` must be mapped.
+/// `[address, address + len)` must be mapped and readable.
 pub unsafe fn read_memory(address: u64, len: usize) -> Vec<u8> {
     let mut contents = vec![0; len];
-    // SAFETY: the caller guarantees that the range is mapped; `contents` has `len` bytes.
+    // SAFETY: the caller guarantees that the range is mapped and readable; `contents` has `len` bytes, and is new, so
+    // that the ranges do not overlap.
     unsafe { std::ptr::copy_nonoverlapping(address as *const u8, contents.as_mut_ptr(), len) };
     contents
 }
 
-/// Writes to memory of this process. May wait like [`read_memory`].
+/// Writes `contents` to an address of this process. May wait until another thread resolves a fault.
 ///
 /// # Safety
 /// The range must be mapped writable, and no Rust reference to it may exist.
 pub unsafe fn write_memory(address: u64, contents: &[u8]) {
-    // SAFETY: the caller guarantees that the range is mapped writable.
+    // SAFETY: the caller guarantees that the range is mapped writable and not referenced, so that it does not overlap
+    // `contents`.
     unsafe { std::ptr::copy_nonoverlapping(contents.as_ptr(), address as *mut u8, contents.len()) };
 }
 
 /// Makes the kernel read a byte at an address.
 ///
 /// # Errors
-/// EFAULT if it cannot.
+/// EFAULT if the byte cannot be read; the error of pipe(2).
 pub fn kernel_reads(address: u64) -> io::Result<()> {
     let (_reading, writing) = pipe()?;
-    // SAFETY: the kernel checks the address.
+    // SAFETY: write(2) only reads the byte, and the kernel checks the address.
     let written = unsafe { libc::write(writing.as_raw_fd(), address as *const libc::c_void, 1) };
     if written < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Makes the kernel write up to a page of bytes to an address. Returns the number of bytes written.
+/// Makes the kernel write `contents`, at most a page, to an address. Returns the number of bytes written.
 ///
 /// # Errors
-/// EFAULT if it cannot.
+/// EFAULT if no byte can be written; the error of pipe(2) or write(2).
 ///
 /// # Safety
 /// If the range is mapped, no Rust reference to it may exist.
@@ -79,7 +82,7 @@ mod tests {
     fn kernel_accesses_report_bad_addresses() {
         let mut memory = [0_u8; 4];
         let address = memory.as_mut_ptr() as u64;
-        // SAFETY: the array is not accessed meanwhile.
+        // SAFETY: the array has room for the three bytes, and is not accessed during the call.
         assert_eq!(unsafe { kernel_writes(address, b"abc") }.expect("a write"), 3);
         assert_eq!(&memory, b"abc\0");
         kernel_reads(address).expect("a read");

@@ -27,7 +27,7 @@ impl Segment {
         self.pages(self.address, self.address + self.len)
     }
 
-    /// Returns the pages of the region between two addresses of the segment.
+    /// Returns the pages of the region between two addresses of the segment, as (first, end).
     pub(crate) fn pages(&self, start: u64, end: u64) -> (usize, usize) {
         (self.first_page + self.page_of(start), self.first_page + self.page_of(end))
     }
@@ -37,7 +37,8 @@ impl Segment {
         usize::try_from((address - self.address) / SMALL_PAGE as u64).unwrap_or(0)
     }
 
-    /// Returns where the mapped part of pages `[first, end)` of the region is, as (address, length in bytes).
+    /// Returns the address range at which the segment maps pages of `[first, end)`, as (address, length in bytes);
+    /// `None` if it maps none of them.
     pub(crate) fn part(&self, first: usize, end: usize) -> Option<(u64, u64)> {
         let (from, to) = self.extent();
         let (start, stop) = (first.max(from), end.min(to));
@@ -45,12 +46,13 @@ impl Segment {
         (start < stop).then(|| (address(start), ((stop - start) * SMALL_PAGE) as u64))
     }
 
-    /// Returns whether any of these pages of the region is mapped by this segment.
+    /// Returns whether the segment maps any of the pages `[first, end)` of the region.
     pub(crate) fn touches(&self, first: usize, end: usize) -> bool {
         self.part(first, end).is_some()
     }
 
-    /// Maps the huge page `[first, end)` as such. Returns false if that is not possible.
+    /// Maps the huge page that consists of pages `[first, end)` by a PMD entry. Returns false if the segment does not
+    /// map the whole huge page at an aligned address, or if the kernel refuses.
     pub(crate) fn map_large(&self, first: usize, end: usize) -> bool {
         let Some((address, len)) = self.part(first, end) else { return false };
         let whole = len == LARGE_PAGE as u64 && address.is_multiple_of(len);
@@ -58,10 +60,12 @@ impl Segment {
     }
 }
 
-/// Registers segments for write faults, with one userfaultfd per process, created by `make`. Nothing is protected yet.
+/// Registers segments for write faults, with one userfaultfd per process, created by `make`. Does not write-protect
+/// them.
 ///
 /// # Errors
-/// Errors of `make`; [`AdoptError::Registered`] if a segment is registered with another userfaultfd.
+/// Errors of `make` and of UFFDIO_REGISTER; [`AdoptError::Registered`] if a segment is registered with another
+/// userfaultfd.
 pub(crate) fn register_for_writes(
     segments: Vec<Segment>,
     make: impl Fn(&Space) -> Result<Userfault, AdoptError>,

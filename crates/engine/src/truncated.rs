@@ -1,11 +1,11 @@
 //! Memory files that are truncated during an operation: accesses to mapped pages beyond the end raise SIGBUS
 //! (BUS_ADRERR).
 //!
-//! A check before each read does not help, because the file may be truncated after it, and reading every page by a
-//! system call would copy all memory. Substituting zeros would be worse, because they would pass for contents. A
+//! A check before each read does not help, because the file may be truncated after the check. Reading every page by a
+//! system call would copy all memory. Zeros must not be substituted, because they would be taken for contents. A
 //! process of pageferry that serves one workload therefore exits with a message and an exit code. This is safe at every
 //! point: before the commit the source owns the workload, an image without its index is incomplete, and a workload
-//! whose pager exits waits for the next one.
+//! whose pager exits waits for the next pager.
 
 use std::io;
 use std::mem::zeroed;
@@ -29,7 +29,8 @@ static EXIT_CODE: AtomicI32 = AtomicI32::new(1);
 pub fn end_with(code: i32) -> io::Result<()> {
     EXIT_CODE.store(code, Ordering::Relaxed);
     let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = end;
-    // SAFETY: zeros are an empty mask and no flags; the handler only calls async-signal-safe functions.
+    // SAFETY: an all-zero sigaction is valid: an empty mask and no flags. It lives through the call, which does not
+    // return the old action. The handler has the signature for SA_SIGINFO, and only calls async-signal-safe functions.
     unsafe {
         let mut action: libc::sigaction = zeroed();
         action.sa_sigaction = handler as usize;

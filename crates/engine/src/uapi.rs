@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
-/// Time for which a call is retried while the address space changes.
+/// Maximum time for which a call is retried while the address space changes.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Shortest time slice of the scheduler, nanoseconds.
@@ -48,7 +48,7 @@ pub struct UffdioRange {
 #[repr(C)]
 #[derive(Default, Debug, Clone, Copy)]
 pub struct UffdioRegister {
-    /// The range to register.
+    /// Range to register.
     pub range: UffdioRange,
     /// A set of `REGISTER_MODE_*`.
     pub mode: u64,
@@ -70,7 +70,7 @@ pub struct UffdioWriteprotect {
 #[repr(C)]
 #[derive(Default, Debug, Clone, Copy)]
 pub struct UffdioContinue {
-    /// The range to map from the page cache.
+    /// Range to map from the page cache.
     pub range: UffdioRange,
     /// A set of `CONTINUE_MODE_*`.
     pub mode: u64,
@@ -132,45 +132,45 @@ pub const UFFD_DEVICE: &CStr = c"/dev/userfaultfd";
 pub const USERFAULTFD_IOC_NEW: u64 = ioc(0, UFFD, 0, 0);
 const _: () = assert!(USERFAULTFD_IOC_NEW == 0xaa00);
 
-/// Write-protect faults on anonymous memory.
+/// Feature: write-protect faults on anonymous memory.
 pub const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
-/// Events for discarded ranges (`madvise`), before the discard.
+/// Feature: events for ranges removed by madvise(2), sent before the removal.
 pub const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
-/// Missing faults on hugetlbfs.
+/// Feature: missing faults on hugetlbfs.
 pub const FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
-/// Missing faults on shared memory.
+/// Feature: missing faults on shared memory.
 pub const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
-/// Minor faults on hugetlbfs.
+/// Feature: minor faults on hugetlbfs.
 pub const FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
-/// Minor faults on shared memory.
+/// Feature: minor faults on shared memory.
 pub const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
-/// Write-protect faults on hugetlbfs and shared memory.
+/// Feature: write-protect faults on hugetlbfs and shared memory.
 pub const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-/// Write protection of unpopulated pages.
+/// Feature: write protection of unpopulated pages.
 pub const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-/// Write-protect faults are resolved and recorded by the kernel.
+/// Feature: asynchronous write-protect faults, which the kernel resolves and records.
 pub const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
-/// Faults on missing pages.
+/// Registration mode: faults on missing pages.
 pub const REGISTER_MODE_MISSING: u64 = 1;
-/// Faults on writes to protected pages.
+/// Registration mode: faults on writes to protected pages.
 pub const REGISTER_MODE_WP: u64 = 2;
-/// Faults on pages that are in the page cache but not mapped.
+/// Registration mode: faults on pages that are in the page cache but not mapped.
 pub const REGISTER_MODE_MINOR: u64 = 4;
-/// Protect the range; without this flag, unprotect it.
+/// Flag that protects the range; without it, the range is unprotected.
 pub const WRITEPROTECT_MODE_WP: u64 = 1;
 
-/// The page was written since it was last protected.
+/// Category: pages written since they were last protected.
 pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
-/// The page is mapped.
+/// Category: mapped pages.
 pub const PAGE_IS_PRESENT: u64 = 1 << 3;
-/// The page is in swap.
+/// Category: pages in swap.
 pub const PAGE_IS_SWAPPED: u64 = 1 << 4;
-/// The page is mapped by a PMD entry, or belongs to hugetlbfs.
+/// Category: pages that are mapped by a PMD entry or belong to hugetlbfs.
 pub const PAGE_IS_HUGE: u64 = 1 << 6;
-/// Protect the matching pages.
+/// Flag that write-protects the matching pages.
 pub const PM_SCAN_WP_MATCHING: u64 = 1;
-/// Fail for ranges that are not registered in WP_ASYNC mode.
+/// Flag that makes the scan fail for ranges that are not registered in WP_ASYNC mode.
 pub const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 
 const UFFDIO_API: u64 = ioc(READ | WRITE, UFFD, 0x3f, size_of::<UffdioApi>());
@@ -203,8 +203,8 @@ pub unsafe fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Reduces the time slices of the calling thread to 0.1 ms (`sched_setattr`, no effect before Linux 6.12). It is then
-/// scheduled earlier among busy threads, and yields the CPU to them earlier.
+/// Reduces the time slices of the calling thread to 0.1 ms (`sched_setattr`, no effect before Linux 6.12). Among busy
+/// threads, the thread is then scheduled earlier, and yields the CPU earlier. Errors are ignored.
 pub fn short_slices() {
     // SAFETY: getpriority takes no pointers. Process 0 means the calling thread.
     let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
@@ -219,7 +219,7 @@ pub fn short_slices() {
         sched_deadline: 0,
         sched_period: 0,
     };
-    // SAFETY: the structure lives through the call, which only reads it. A failure has no effect.
+    // SAFETY: the structure lives through the call, which only reads it.
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
 }
 
@@ -237,22 +237,22 @@ pub fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 /// The errno of the call.
 ///
 /// # Safety
-/// `request` must take a pointer to a `T`, and all addresses in it must be valid for the call.
+/// `request` must take a pointer to a `T`, and all addresses in `argument` must be valid for the call.
 pub(crate) unsafe fn ioctl<T>(fd: &impl AsRawFd, request: u64, argument: &mut T) -> io::Result<libc::c_int> {
     // SAFETY: the caller guarantees that `T` matches the request; the reference is valid during the call.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) })
 }
 
-/// Userfaultfd, of our own address space or of another one.
+/// Userfaultfd of the address space of this or another process.
 #[derive(Debug)]
 pub struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// Creates a userfaultfd of our address space, without features: for all faults if this process may have one,
-    /// otherwise for user-mode faults only.
+    /// Creates a userfaultfd of our address space, without features. It handles all faults if this process is permitted
+    /// to create such a userfaultfd, otherwise only user-mode faults.
     ///
     /// # Errors
-    /// EPERM or ENOSYS if this process may not have any.
+    /// EPERM if this process may not create a userfaultfd, ENOSYS if the system call is not available.
     pub fn own() -> io::Result<Self> {
         Self::own_full().or_else(|error| {
             // SAFETY: userfaultfd takes no pointers; the descriptor it returns is new and has no other owner.
@@ -261,7 +261,7 @@ impl Userfault {
         })
     }
 
-    /// Like `own`, but never for user-mode faults only: by the system call, or else through [`UFFD_DEVICE`].
+    /// Like `own`, but never for user-mode faults only. Uses the system call, or [`UFFD_DEVICE`] if the call fails.
     ///
     /// # Errors
     /// The error of the system call.
@@ -311,9 +311,11 @@ impl Userfault {
     /// The error of UFFDIO_UNREGISTER.
     pub fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = UffdioRange { start, len };
-        // SAFETY: as for `register`.
+        // SAFETY: the kernel interprets the range in the address space of the userfaultfd; unregistering changes no
+        // contents.
         let result = unsafe { ioctl(&self.0, UFFDIO_UNREGISTER, &mut range) };
-        // The kernel wakes before it waits for concurrent faults, one of which may have blocked after that.
+        // The kernel wakes the waiters before it waits for concurrent faults. One of these faults may have blocked in
+        // between.
         let _ = self.wake(start, len);
         result.map(drop)
     }
@@ -326,7 +328,8 @@ impl Userfault {
         let mode = if protect { WRITEPROTECT_MODE_WP } else { 0 };
         let mut argument = UffdioWriteprotect { range: UffdioRange { start, len }, mode };
         retry(|| {
-            // SAFETY: protection does not change contents.
+            // SAFETY: the kernel interprets the range in the address space of the userfaultfd; protection changes no
+            // contents.
             unsafe { ioctl(&self.0, UFFDIO_WRITEPROTECT, &mut argument) }.map(drop)
         })
     }
@@ -342,7 +345,8 @@ impl Userfault {
         while at < end {
             let range = UffdioRange { start: at, len: end - at };
             let mut argument = UffdioContinue { range, mode: 0, mapped: 0 };
-            // SAFETY: only installs page table entries for pages of the file that is mapped there.
+            // SAFETY: the kernel interprets the range in the address space of the userfaultfd, and only installs page
+            // table entries for pages of the file that is mapped there.
             let result = unsafe { ioctl(&self.0, UFFDIO_CONTINUE, &mut argument) };
             let done = u64::try_from(argument.mapped).unwrap_or(0);
             mapped += done;
@@ -357,11 +361,11 @@ impl Userfault {
         Ok(mapped)
     }
 
-    /// Returns whether a thread is removing pages of registered memory, and waits until its event has been read.
+    /// Returns whether a thread that removes pages of registered memory waits until its event is read.
     pub fn is_removing(&self) -> bool {
-        // The kernel refuses with EAGAIN before it looks at the range, which is empty and therefore changes nothing.
+        // The kernel returns EAGAIN before it checks the range. The range is empty, so that the call changes nothing.
         let mut argument = UffdioContinue { range: UffdioRange { start: 0, len: 0 }, mode: 0, mapped: 0 };
-        // SAFETY: the range is empty.
+        // SAFETY: the range is empty, so that the kernel maps nothing.
         let result = unsafe { ioctl(&self.0, UFFDIO_CONTINUE, &mut argument) };
         result.is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
     }
@@ -379,8 +383,8 @@ impl AsRawFd for Userfault {
     }
 }
 
-/// Retries a call that fails with EAGAIN, because the layout of the address space is changing. The time is bounded,
-/// because the change does not complete if its event is not read.
+/// Retries a call while it fails with EAGAIN, which means that the layout of the address space is changing. Returns the
+/// error after `RETRY_TIMEOUT`, because the change does not complete until its event is read.
 fn retry(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let begin = Instant::now();
     loop {
@@ -401,7 +405,7 @@ pub fn pagemap_scan(pagemap: &impl AsRawFd, argument: &mut PmScanArg, regions: &
     argument.size = size_of::<PmScanArg>() as u64;
     argument.vec = regions.as_mut_ptr() as u64;
     argument.vec_len = regions.len() as u64;
-    // SAFETY: `vec` and `vec_len` describe `regions`, which outlives the call.
+    // SAFETY: `vec` and `vec_len` describe `regions`, which is exclusively borrowed and outlives the call.
     let count = unsafe { ioctl(pagemap, PAGEMAP_SCAN, argument) }?;
     usize::try_from(count).map_err(io::Error::other)
 }

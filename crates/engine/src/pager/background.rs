@@ -1,4 +1,5 @@
-//! Background loading: other pages of storage blocks that were accessed, the working set, and finally all pages.
+//! Background loading: the remaining pages of storage blocks that were read for faults, the working set, and then all
+//! pages.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,7 +12,8 @@ use super::source::PageSource;
 use super::{Failure, PagerState};
 use crate::SLOTS;
 
-/// Pauses of the background reader while there are faults: the initial one, which is doubled up to the second one.
+/// Initial and maximum pause of the background thread after each load while there are faults. Each pause is twice as
+/// long as the previous one.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(250), Duration::from_millis(16));
 
 /// Installs the remaining pages of storage blocks that were loaded for a fault.
@@ -22,13 +24,13 @@ pub fn install_rest(shared: &PagerState, jobs: &Receiver<Fetched>) {
         if shared.stopping() {
             return;
         }
-        // An error is reported by the fault on the page that it affects.
+        // Ignore errors: a fault on an affected page reports them.
         let _ = shared.loader.install_block(blocks, &fetched, &mut scratch);
     }
 }
 
-/// Loads pages before they are requested: first the working set in its order, then all storage blocks in theirs. With a
-/// peer, which pushes all pages, only allocates the huge pages that they are placed in.
+/// Loads pages before they are requested: first the working set in its order, then, if `everything` is set, the storage
+/// blocks of all images. With a peer, which pushes all pages, only allocates huge pages.
 pub fn fill(shared: &PagerState, working_set: &[u32], everything: bool) {
     let PageSource::Images(blocks) = &shared.loader.source else { return allocate_large_pages(shared) };
     let mut pace = DemandThrottle { shared, faults: 0, pause: Duration::ZERO };
@@ -58,8 +60,8 @@ pub fn fill(shared: &PagerState, working_set: &[u32], everything: bool) {
     rest(shared, blocks, &mut scratch);
 }
 
-/// Allocates the huge pages of deferred contents. All of them will be needed, and otherwise the first access to each
-/// one waits until the kernel has cleared all of its 512 base pages.
+/// Allocates the huge pages of deferred contents in advance. Otherwise, the first access to each huge page would wait
+/// until the kernel has cleared all of its 512 base pages.
 fn allocate_large_pages(shared: &PagerState) {
     for (number, (region, large)) in shared.loader.memory.regions.iter().zip(&shared.large).enumerate() {
         for (unit, _) in large.iter().enumerate().filter(|(_, large)| **large) {
@@ -74,8 +76,8 @@ fn allocate_large_pages(shared: &PagerState) {
     }
 }
 
-/// Loads the pages that no storage block lists, namely patterns and duplicates. Then reports each page that could not
-/// be loaded.
+/// Loads the pages that no storage block lists, namely patterns and duplicates. Records a failure for each page that
+/// cannot be loaded.
 fn rest(shared: &PagerState, blocks: &Blocks, scratch: &mut Scratch) {
     let (mut at, pages) = (0, shared.pages());
     while let Some(page) = shared.loader.memory.flags.next(at, pages) {
@@ -94,13 +96,13 @@ fn rest(shared: &PagerState, blocks: &Blocks, scratch: &mut Scratch) {
 
 fn counted(shared: &PagerState, load: impl FnOnce() -> Result<(), LoadError>) {
     let before = shared.loader.memory.counters.loaded.load(Ordering::Relaxed);
-    // An error is reported by a fault on the page, or by `rest`.
+    // Ignore errors: a fault on the page, or `rest`, reports them.
     let _ = load();
     let after = shared.loader.memory.counters.loaded.load(Ordering::Relaxed);
     shared.loader.memory.counters.prefetched.fetch_add(after - before, Ordering::Relaxed);
 }
 
-/// Gives precedence to demand loading: the more faults, the longer the pauses.
+/// Throttle that gives precedence to faults: the more faults, the longer the pauses of background loading.
 struct DemandThrottle<'a> {
     shared: &'a PagerState,
     faults: u64,

@@ -1,4 +1,4 @@
-//! Cache of storage blocks. Each block is read by one thread; other threads that need it wait.
+//! Cache of storage blocks. Each block is read by one thread; other threads that need the block wait.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,10 +9,10 @@ use parking_lot::Mutex;
 use crate::SMALL_PAGE;
 use crate::image::{Chain, Image, ImageError, StoredBlock};
 
-/// Number of cached storage blocks, for the next faults.
+/// Maximum number of cached storage blocks.
 const KEPT: usize = 32;
 
-/// Number of spare buffers for the next blocks.
+/// Maximum number of spare buffers, which are used for the next blocks.
 const SPARE: usize = 4;
 
 /// Index of an image in the chain, and of a storage block in the image.
@@ -26,7 +26,7 @@ type Cell = Arc<OnceLock<Result<Arc<StoredBlock>, Arc<ImageError>>>>;
 pub struct Blocks {
     chain: Chain,
     recent: Mutex<VecDeque<(Number, Cell)>>,
-    /// Buffers of blocks that have left the cache.
+    /// Buffers of blocks that were removed from the cache.
     spare: Mutex<Vec<Vec<u8>>>,
     bytes: AtomicU64,
     /// For each image, the blocks whose pages are all loaded.
@@ -64,10 +64,11 @@ impl Blocks {
         self.done[number.0][number.1 as usize].store(true, Ordering::Relaxed);
     }
 
-    /// Returns a storage block.
+    /// Returns a storage block from the cache, or reads it from its image.
     ///
     /// # Errors
-    /// The error of reading or verifying the block. It is not cached, so that the next call reads again.
+    /// The error of reading or verifying the block. The error is not cached, so that the next call reads the block
+    /// again.
     pub fn get(&self, number: Number) -> Result<Arc<StoredBlock>, Arc<ImageError>> {
         let cell = self.cell(number);
         let found = cell.get_or_init(|| {
@@ -97,7 +98,8 @@ impl Blocks {
         recent.back().map(|(_, cell)| cell.clone()).unwrap_or_default()
     }
 
-    /// Keeps the buffer of a block that is no longer in use.
+    /// Keeps the buffer of a block that was removed from the cache, unless the block is still in use or there are
+    /// `SPARE` buffers already.
     fn recycle(&self, entry: Option<(Number, Cell)>) {
         let block = entry.and_then(|(_, cell)| Arc::into_inner(cell)).and_then(OnceLock::into_inner);
         if let Some(block) = block.and_then(Result::ok).and_then(Arc::into_inner) {

@@ -13,7 +13,7 @@ use crate::space::AdoptError;
 use crate::uapi::Userfault;
 use crate::wire::PeerSource;
 
-/// Reason for which a pager could not start or an operation failed.
+/// Reason for which a pager could not be started, or an operation of a pager failed.
 #[derive(Debug, Error)]
 pub enum PagerError {
     /// The regions do not match the image.
@@ -30,7 +30,7 @@ pub enum PagerError {
     /// Mappings of deferred pages could not be removed.
     #[error("cannot unmap deferred pages from the workload: {0}")]
     Mapped(#[from] AdoptError),
-    /// The workload maps deferred pages repeatedly.
+    /// The workload maps pages again after they were unmapped.
     #[error("cannot unmap deferred pages from the workload: it maps them again; pause it first")]
     Running,
     /// The peer connection cannot be used.
@@ -46,9 +46,11 @@ pub enum PagerError {
 pub enum Begin {
     /// All contents are deferred: the files are emptied, and the bitmap is set from the image.
     Empty,
-    /// The bitmap is set; the files hold all other pages. Segments without deferred pages are not registered.
+    /// The bitmap is valid, and the files hold all pages that are not deferred. Segments without deferred pages are not
+    /// registered.
     Kept,
-    /// Another pager has exited: the bitmap is valid, and faults that it had read are raised again.
+    /// The previous pager has exited. The bitmap is valid. Threads whose faults that pager had read are woken, and
+    /// fault again.
     TakenOver,
 }
 
@@ -57,7 +59,7 @@ pub enum Begin {
 pub struct Failure {
     /// Index of the region.
     pub region: usize,
-    /// Page within the region.
+    /// Index of the page in the region.
     pub page: usize,
     /// Whether a thread of the workload waits for the page.
     pub accessed: bool,
@@ -95,10 +97,11 @@ pub struct Plan {
     pub eager: bool,
     /// Whether a fault loads its whole storage block, after the surrounding pages.
     pub whole_blocks: bool,
-    /// Whether pages will be evicted. If so, the pager does not finish before [`super::Pager::evicted`].
+    /// Whether pages may be evicted. If so, the pager does not finish before [`super::Pager::evicted`] is called.
     pub evicting: bool,
-    /// Whether removals must be checked, as for programs, which may only unmap pages. Removals by QEMU are discards.
+    /// Whether removals must be checked. This is required for programs, whose removals may only unmap pages; every
+    /// removal by QEMU is a discard.
     pub checks_removals: bool,
-    /// Whether an access to a page that cannot be loaded raises SIGBUS; otherwise it blocks.
+    /// Whether an access to a page that cannot be loaded raises SIGBUS; otherwise, the access blocks.
     pub fatal: bool,
 }

@@ -1,4 +1,5 @@
-//! Demand threads: resolve the page faults of the workload. One thread waits for the next fault, the others resolve.
+//! Demand threads, which resolve the page faults of the workload. Of the threads of an address space, one waits for the
+//! next fault, while the others resolve faults.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use crate::uapi::{self, Userfault};
 /// Interval at which a waiting thread checks whether to stop.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Userfaultfd, and the faults read from it that no thread has taken.
+/// Userfaultfd, and the addresses of faults that were read from it and that no thread has taken.
 #[derive(Debug)]
 pub struct Inbox {
     uffd: Arc<Userfault>,
@@ -40,7 +41,7 @@ pub fn serve(shared: &PagerState, inbox: &Inbox) {
         shared.demanding.fetch_add(1, Ordering::AcqRel);
         let loaded = answer(shared, inbox, address, &mut scratch);
         shared.demanding.fetch_sub(1, Ordering::AcqRel);
-        // A deferred fault is counted when its pages arrive.
+        // If the pages have been requested from the peer, the fault is counted when they are installed.
         if !matches!(loaded, Some(Loaded::Later)) {
             shared.loader.memory.counters.served(begin.elapsed());
         }
@@ -50,11 +51,12 @@ pub fn serve(shared: &PagerState, inbox: &Inbox) {
     }
 }
 
-/// Returns the address of the next fault. One thread waits here for events; the others wait for its lock.
+/// Returns the address of the next fault; `None` if there was none within `POLL_INTERVAL`. One thread holds the lock
+/// and waits for events; the others wait for the lock.
 fn next(shared: &PagerState, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> {
     let mut waiting = inbox.waiting.lock();
     if waiting.is_empty() && inbox.uffd.wait(POLL_INTERVAL).ok()? {
-        // Reading the event of a removal lets it proceed. No contents may be on their way to its pages at that time.
+        // The removal proceeds when its event is read. No thread may write contents to the removed pages at that time.
         let _alone = shared.loader.memory.removing.write();
         events.clear();
         shared.loader.memory.take_reports();
@@ -76,7 +78,8 @@ fn next(shared: &PagerState, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u
     waiting.pop_front()
 }
 
-/// Loads and maps the page of a fault, at once or when its contents arrive. Returns `None` if it cannot be loaded.
+/// Loads and maps the page of a fault, or requests it from the peer. Returns `None` if no segment maps the address, or
+/// if the page cannot be loaded. In the latter case, records the failure, and poisons the page if `fatal` is set.
 fn answer(shared: &PagerState, inbox: &Inbox, address: u64, scratch: &mut Scratch) -> Option<Loaded> {
     let memory = &shared.loader.memory;
     memory.counters.faults.fetch_add(1, Ordering::Relaxed);
@@ -94,8 +97,8 @@ fn answer(shared: &PagerState, inbox: &Inbox, address: u64, scratch: &mut Scratc
                 if new {
                     eprintln!("pageferry: cannot read page {} of region {region}: {error}", page - base);
                 }
-                // No other process can stop the workload: the access raises SIGBUS instead of reading zeros. Poisoning
-                // fails with EAGAIN while a discard is pending; the woken thread then faults again.
+                // No other process can stop the workload, so that the access must raise SIGBUS; it must not read zeros.
+                // Poisoning fails with EAGAIN while a discard is pending; the woken thread then faults again.
                 let len = memory.regions[region].page_size as u64;
                 let start = address / len * len;
                 if inbox.uffd.poison(start, len).is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN)) {

@@ -15,7 +15,7 @@ use crate::pages::PageSet;
 use crate::uapi::{self, PAGE_IS_PRESENT};
 use crate::{SLOTS, SMALL_PAGE};
 
-/// See [`super::Pager::evict`].
+/// Evicts pages of a region; see [`super::Pager::evict`].
 pub fn evict(memory: &Memory, region: usize, pages: &PageSet) -> Result<usize, PagerError> {
     let Some(found) = memory.regions.get(region) else { return Ok(0) };
     if found.page_size != SMALL_PAGE || pages.pages() != found.mapping.pages() {
@@ -27,7 +27,7 @@ pub fn evict(memory: &Memory, region: usize, pages: &PageSet) -> Result<usize, P
     memory.decide(found.base, found.end());
     let units = units(pages);
     for &(first, end) in &units {
-        // Unregistering deferred pages, even briefly, would expose holes as zeros if the pager exited then.
+        // Unregistering deferred pages, even briefly, would expose holes as zeros if the pager exited during that time.
         if memory.flags.next(found.base + first, found.base + end).is_some() {
             let words = format!("cannot evict: units {} to {} have deferred pages", first / SLOTS, end.div_ceil(SLOTS));
             return Err(PagerError::Io(std::io::Error::new(std::io::ErrorKind::InvalidInput, words)));
@@ -70,8 +70,8 @@ fn units(pages: &PageSet) -> Vec<(usize, usize)> {
 fn trap(memory: &Memory, region: usize, first: usize, end: usize) -> Result<(), PagerError> {
     for Watched { segment, uffd } in memory.watched.iter().filter(|watched| watched.segment.region == region) {
         let Some((address, len)) = segment.part(first, end) else { continue };
-        // A removal of registered pages (evicted before and loaded again) would be reported as a discard, and block
-        // until the event has been read.
+        // Pages that were evicted before and loaded again are registered. Unmapping them would be reported as a
+        // removal, and block until the event has been read.
         uffd.unregister(address, len)?;
         segment.space.unmap_pages(address, len)?;
         uffd.register(address, len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;

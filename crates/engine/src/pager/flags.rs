@@ -37,15 +37,15 @@ impl Flags {
         Ok(Self { mapping: Mapping::new(file, len, 0)?, pages })
     }
 
-    /// Returns the number of pages.
+    /// Returns the number of pages of the bitmap.
     pub fn pages(&self) -> usize {
         self.pages
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index < self.pages.div_ceil(64), "word {index} of the flags of {} pages", self.pages);
-        // SAFETY: the word lies in the mapping, by the assertion; it is aligned, and all processes access it
-        // atomically.
+        // SAFETY: the word lies in the mapping, by the assertion and the length checked by `open`. The mapping is
+        // page-aligned and lives as long as `self`; all processes access the word atomically.
         unsafe { &*self.mapping.base().cast::<AtomicU64>().add(index) }
     }
 
@@ -55,7 +55,7 @@ impl Flags {
     }
 
     /// Sets the bits of a set of pages of the region that starts at page `base`. For use before other threads access
-    /// it.
+    /// the bitmap.
     pub fn set_all(&self, base: usize, pages: &PageSet) {
         for page in pages.runs().flat_map(|(start, end)| base + start..base + end) {
             self.word(page / 64).fetch_or(1 << (page % 64), Ordering::Relaxed);
@@ -77,7 +77,7 @@ impl Flags {
         self.word(page / 64).fetch_and(!(1 << (page % 64)), Ordering::AcqRel);
     }
 
-    /// Returns the first deferred page of `[first, end)`.
+    /// Returns the first deferred page of `[first, end)`, if any.
     pub fn next(&self, first: usize, end: usize) -> Option<usize> {
         let mut page = first;
         while page < end {

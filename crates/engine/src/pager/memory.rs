@@ -1,4 +1,5 @@
-//! Memory of a restored workload: install contents, clear the deferred bit, map. The order is always the same.
+//! Memory of a restored workload. For every page, the contents are written first, then the deferred bit is cleared, and
+//! then the page is mapped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,10 +18,10 @@ use crate::segment::Segment;
 use crate::uapi::Userfault;
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
-/// Number of pages that are mapped at a time: 64 KiB.
+/// Number of base pages in a window, which are mapped together: 64 KiB.
 pub const WINDOW: usize = 16;
 
-/// Reason for which a page cannot be loaded. Such a page never reads as zeros.
+/// Reason for which a page cannot be loaded. The page stays deferred, so that it never reads as zeros.
 #[derive(Debug, Error, Clone)]
 pub enum LoadError {
     /// The image is damaged, truncated or missing.
@@ -32,7 +33,7 @@ pub enum LoadError {
     /// The connection to the peer is lost.
     #[error("lost the connection to the source of the page: {0}")]
     Lost(String),
-    /// The pager has stopped; another one loads the page.
+    /// The pager has stopped; another pager must load the page.
     #[error("the pager has stopped")]
     Ended,
 }
@@ -58,7 +59,7 @@ impl From<PlaceError> for LoadError {
 /// Region whose contents are loaded by the pager.
 #[derive(Debug)]
 pub struct PagedRegion {
-    /// The pager's mapping of the file. The file holds nothing but contents of the image.
+    /// Mapping of the region's file by the pager.
     pub mapping: Arc<Mapping>,
     /// Page size of the file, bytes.
     pub page_size: usize,
@@ -72,7 +73,7 @@ impl PagedRegion {
         self.base + self.mapping.pages()
     }
 
-    /// Returns the number of base pages per page of the file, which are mapped together.
+    /// Returns the number of base pages per page of the file. They are mapped together.
     pub fn granule(&self) -> usize {
         self.page_size / SMALL_PAGE
     }
@@ -95,7 +96,7 @@ pub struct Watched {
 /// Counters of a pager.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Number of faults.
+    /// Number of page faults.
     pub faults: AtomicU64,
     /// Number of faults on deferred pages.
     pub missed: AtomicU64,
@@ -107,12 +108,13 @@ pub struct Counters {
     pub service: AtomicU64,
     /// Longest service time of a fault, nanoseconds.
     pub longest: AtomicU64,
-    /// Faults by service time: bin `k` counts those of at least 2^(k-1) us and less than 2^k us.
+    /// Number of faults by service time. Bin 0 counts faults of less than 1 us, and bin `k` faults of 2^(k-1) us to
+    /// less than 2^k us. The last bin has no upper limit.
     pub histogram: [AtomicU64; 32],
 }
 
 impl Counters {
-    /// Counts a fault with its service time.
+    /// Counts a resolved fault and its service time.
     pub fn served(&self, time: Duration) {
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.service.fetch_add(nanoseconds, Ordering::Relaxed);
@@ -130,18 +132,19 @@ pub struct Memory {
     pub flags: Flags,
     pub placer: Placer,
     pub counters: Counters,
-    /// Pages that a thread has claimed to fill, or that were discarded.
+    /// Pages that a thread has claimed in order to write their contents, or that were discarded.
     claims: AtomicBits,
-    /// Locked shared while contents are written, and exclusively while removals are read or pages evicted, so that no
-    /// contents are installed after a removal.
+    /// Lock held shared while contents are written, and exclusively while removals are read or pages are evicted. It
+    /// prevents that contents are written to pages after their removal.
     pub removing: RwLock<()>,
     /// Removals of deferred pages that may be discards.
     pub removals: Removals,
-    /// Windows in the order of their first fault.
+    /// Windows in the order of their first fault on a deferred page.
     pub touched: Mutex<Vec<u32>>,
-    /// Windows in `touched`, so that each is recorded once although pages may be evicted and loaded again.
+    /// Windows that are recorded in `touched`. Each is recorded only once, even if its pages are evicted and loaded
+    /// again.
     noted: AtomicBits,
-    /// Whether pages are mapped write-protected when their contents arrive.
+    /// Whether pages are mapped write-protected when their contents are installed.
     pub protecting: AtomicBool,
 }
 
@@ -150,7 +153,7 @@ pub struct Memory {
 pub struct Scratch {
     /// Verified contents.
     pub contents: Vec<u8>,
-    /// Pages to install from `contents`, with their offsets.
+    /// Pages to install, each with the offset of its contents in `contents`, bytes.
     pub wanted: Vec<(usize, usize)>,
 }
 
@@ -181,7 +184,8 @@ impl Memory {
         self.flags.next(base + first, base + last).is_some()
     }
 
-    /// Writes the wanted pages to their slots, clears their deferred bits, and maps them.
+    /// Writes the wanted pages to their slots, clears their deferred bits, and maps them. Does not write pages that are
+    /// present or claimed by another thread.
     pub fn install(&self, scratch: &mut Scratch) -> Result<(), LoadError> {
         scratch.wanted.sort_unstable();
         let mut rest = scratch.wanted.as_slice();
@@ -209,8 +213,9 @@ impl Memory {
                 continue;
             }
             let from = contents[offset..offset + SMALL_PAGE].as_ptr();
-            // SAFETY: the run lies in our mapping (`slots`). The claim makes this thread the only writer of the page;
-            // the workload has not mapped it, because its deferred bit is set.
+            // SAFETY: `from` points to a page of `contents`, because the slice is checked. The run lies in our mapping,
+            // and `slots` has allocated its memory. The claim makes this thread the only writer of the page; the
+            // workload has not mapped it, because its deferred bit is set.
             unsafe { std::ptr::copy_nonoverlapping(from, slots.add(at * SMALL_PAGE), SMALL_PAGE) };
             self.flags.clear(page);
             done += 1;
@@ -219,7 +224,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Claims a deferred page. Returns false if it is present or claimed by another thread.
+    /// Claims a deferred page for writing. Returns false if it is present or claimed by another thread.
     fn claim(&self, page: usize) -> bool {
         self.flags.is_set(page) && !self.claims.set(page)
     }
@@ -230,7 +235,8 @@ impl Memory {
         self.flags.set(page);
     }
 
-    /// Turns discarded deferred pages into zeros. The caller must have locked `removing` exclusively.
+    /// Marks the deferred pages of a discarded range as present: they are holes, which read as zeros. The caller must
+    /// have locked `removing` exclusively.
     pub fn discard(&self, first: usize, end: usize) {
         let mut at = first;
         while let Some(page) = self.flags.next(at, end) {
@@ -258,7 +264,8 @@ impl Memory {
         }
     }
 
-    /// Maps present pages, counted within the region. Fails only for processes that are exiting.
+    /// Maps the present pages `[start, stop)`, counted within the region, in all mappings of the workload. Ignores
+    /// errors, which occur only for exiting processes.
     fn map_run(&self, region: usize, start: usize, stop: usize, protect: bool) {
         let page = self.regions[region].page_size as u64;
         for Watched { segment, uffd } in self.watched.iter().filter(|watched| watched.segment.region == region) {
@@ -268,7 +275,7 @@ impl Memory {
         }
     }
 
-    /// Counts a fault on a deferred page, and records its window if it is the first one there.
+    /// Counts a fault on a deferred page. Records its window at the first such fault.
     pub fn missed(&self, page: usize) {
         if let Ok(window) = u32::try_from(page / WINDOW)
             && !self.noted.set(page / WINDOW)
@@ -278,18 +285,19 @@ impl Memory {
         self.counters.missed.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Maps a present page and its present neighbours.
+    /// Maps a present page together with the adjacent present pages of its window, or with all pages of its huge page
+    /// if none of them is deferred. Does nothing if the page itself is deferred.
     pub fn map_present(&self, region: usize, page: usize) -> Result<(), LoadError> {
         let found = &self.regions[region];
         let (first, end) = found.window(page);
-        // Prevents a discard of these pages until their slots are allocated.
+        // The lock prevents a discard of these pages until their slots are allocated.
         let _no_removals = self.removing.read();
         let runs = self.flags.clear_runs(first, end);
         let Some(&(start, stop)) = runs.iter().find(|(start, stop)| (*start..*stop).contains(&page)) else {
             return Ok(());
         };
         self.placer.slots(region, start - found.base, stop - start)?;
-        // If the file has a huge page there, map all of it.
+        // If the file has a huge page for the unit and none of its pages is deferred, map all of it.
         let unit = (page - found.base) / SLOTS * SLOTS;
         let (head, tail) = (found.base + unit, found.base + unit + SLOTS);
         if tail <= found.end() && self.flags.next(head, tail).is_none() && self.is_large(region, unit) {
@@ -300,7 +308,8 @@ impl Memory {
         Ok(())
     }
 
-    /// Maps the present pages of a region: units without deferred pages as huge pages, where the file has such.
+    /// Maps the present pages of a region: huge pages without deferred pages by PMD entries, all other pages as base
+    /// pages.
     pub fn populate(&self, region: usize) -> std::io::Result<()> {
         let found = &self.regions[region];
         let large = if found.granule() > 1 { Vec::new() } else { found.mapping.large_units()? };
@@ -319,7 +328,8 @@ impl Memory {
         Ok(())
     }
 
-    /// Maps a huge page in all mappings of the workload. Returns false if one of them needs base pages.
+    /// Maps a huge page, which starts at page `start` of the region, in all mappings of the workload. Returns false,
+    /// and skips the remaining mappings, if one of them cannot map it by a PMD entry.
     pub fn map_large(&self, region: usize, start: usize) -> bool {
         let touching = self.watched.iter().filter(|watched| watched.segment.region == region);
         let end = start + SLOTS;
@@ -333,12 +343,14 @@ impl Memory {
         self.placer.own().large_mapped(start, LARGE_PAGE as u64).is_ok_and(|found| !found.is_empty())
     }
 
-    /// Resolves a removal that has been notified, before events are read. `removing` must be locked exclusively.
+    /// Resolves the open removal as a discard if the file system has reported a punched hole. To be called before
+    /// events are read, with `removing` locked exclusively.
     pub fn take_reports(&self) {
         self.removals.take_reports(|runs| self.discard_all(runs));
     }
 
-    /// Records removals that were read. `removing` must be locked exclusively.
+    /// Records removals of pages, as reported by events of the userfaultfd. If removals are not checked, discards the
+    /// pages at once. `removing` must be locked exclusively.
     pub fn removed(&self, runs: Vec<(usize, usize)>) {
         if !self.removals.checked {
             return self.discard_all(&runs);
@@ -347,7 +359,8 @@ impl Memory {
         self.removals.record(deferred.then_some(runs));
     }
 
-    /// Resolves an open removal of pages before their contents are written.
+    /// Resolves the open removal if it overlaps `[first, end)`. To be called before contents are written to these
+    /// pages.
     pub fn decide(&self, first: usize, end: usize) {
         self.removals.decide(first, end, |runs| self.discard_all(runs));
     }

@@ -1,23 +1,23 @@
-//! Pager (S8, S10): lets a workload run at once and loads its pages on demand, from an image or from a peer.
+//! Pager (S8, S10): loads the pages of a running workload on demand, from an image or from a peer.
 //!
 //! ```text
 //! access ─▶ userfaultfd ─▶ demand thread ─▶ page block of the page: read, verify, write, clear the bit, map
 //!                               └─▶ rest thread: the other pages of the storage block
-//!                       background thread: the working set, then all pages; gives precedence to demand
+//!                       background thread: the working set, then all pages; gives precedence to faults
 //! ```
 //!
-//! With a peer ([`Origin::Peer`], post-copy) the demand thread only requests the pages. Requested and pushed pages
-//! arrive on streams, whose threads install them in the same way.
+//! With a peer ([`Origin::Peer`], post-copy), the demand thread only requests the pages. One thread per stream receives
+//! requested and pushed pages, and installs them in the same way.
 //!
-//! The workload's mappings are registered for MISSING and MINOR faults, so that every access to an unmapped page
-//! faults, whether the file holds the page or not. Contents are written through the pager's own mapping of the file,
-//! and then mapped in the workload (UFFDIO_CONTINUE). A huge page of the file is allocated as a whole and mapped in
-//! parts as its contents arrive. When all pages are loaded, the memory is unregistered, and huge pages are mapped as
-//! such.
+//! The workload's mappings are registered for MISSING and MINOR faults, so that the userfaultfd reports every access to
+//! an unmapped page, whether or not the file holds the page. Contents are written through the pager's own mapping of
+//! the file, and then mapped in the workload (UFFDIO_CONTINUE). A huge page of the file is allocated as a whole and
+//! mapped in parts as its contents are loaded. When all pages are loaded, the memory is unregistered, and huge pages
+//! are mapped by PMD entries.
 //!
 //! The deferred bitmap is in a file. If a pager exits, the workload blocks at its next access to a deferred page, and
-//! the next pager continues from the bitmap ([`Begin::TakenOver`]). No thread of the pager takes a lock that a faulting
-//! thread can hold.
+//! the next pager continues from the bitmap ([`Begin::TakenOver`]). No pager thread takes a lock that a faulting thread
+//! can hold: each could otherwise wait for the other.
 
 mod background;
 mod blocks;
@@ -62,24 +62,26 @@ use crate::{SLOTS, SMALL_PAGE};
 
 /// Number of threads that resolve faults, per address space.
 const SERVERS: usize = 2;
-/// Maximum number of queued storage blocks for the rest thread. Blocks beyond it are left to the background thread.
+/// Maximum number of storage blocks that are queued for the rest thread. Pages of further blocks are loaded on demand
+/// or by the background thread.
 const MAX_REST: usize = 32;
 /// Minimum number of pages for which `ensure` loads whole storage blocks.
 const MIN_BULK: usize = 1024;
-/// Number of pages that `ensure` loads between two checks for a stop.
+/// Maximum number of pages that `ensure` loads between two checks for a stop.
 const MAX_LOAD: usize = 4096;
-/// Interval of the check whether all pages are loaded: with background loading, and with demand loading only.
+/// Interval of the check whether all pages are loaded, with background loading.
 const SOON: Duration = Duration::from_millis(5);
+/// Interval of the check whether all pages are loaded, without background loading.
 const LATER: Duration = Duration::from_millis(50);
 /// Maximum number of recorded failures.
 const MAX_FAILURES: usize = 64;
 
-/// Features that the userfaultfd of a pager needs.
+/// Userfaultfd features that a pager requires.
 pub const FEATURES: u64 = uapi::FEATURE_MISSING_SHMEM
     | uapi::FEATURE_MISSING_HUGETLBFS
     | uapi::FEATURE_MINOR_SHMEM
     | uapi::FEATURE_MINOR_HUGETLBFS;
-/// Additional features that write traces through it need ([`Pager::hold`]).
+/// Additional userfaultfd features, required for write traces through the userfaultfd of a pager ([`Pager::hold`]).
 pub const TRACE_FEATURES: u64 = crate::trace::FEATURES;
 
 #[derive(Debug)]
@@ -96,10 +98,9 @@ struct PagerState {
     evicting: AtomicBool,
     fatal: bool,
     held: Mutex<Held>,
-    /// For each region, the units that are backed by huge pages once their contents are present.
+    /// For each region and unit, whether the unit is backed by a huge page once its contents are present.
     large: Vec<Vec<bool>>,
-    /// Locked shared by threads that load pages on request, and exclusively by a stop, after which no contents are
-    /// written.
+    /// Lock held shared while `ensure` loads pages. `Pager::stop` acquires it exclusively, to wait for these loads.
     loading: RwLock<()>,
 }
 
@@ -112,7 +113,8 @@ impl PagerState {
         self.loader.memory.regions.iter().map(|region| region.mapping.pages()).sum()
     }
 
-    /// Queues the remaining pages of a storage block, unless the queue is full.
+    /// Queues a storage block, so that its remaining pages are loaded. Does nothing if the pager does not load whole
+    /// blocks, if all pages of the block are loaded, or if the queue is full.
     fn queue_rest(&self, fetched: Fetched) {
         if !self.whole_blocks {
             return;
@@ -125,7 +127,8 @@ impl PagerState {
         }
     }
 
-    /// Records a failure. Returns false if it is already recorded with the same `accessed`.
+    /// Records a failure, and wakes the threads in `wait`. Returns true if the page had no recorded failure, or if its
+    /// `accessed` changes to true.
     fn fail(&self, failure: Failure) -> bool {
         let mut failures = self.failures.lock();
         let same = |other: &&mut Failure| (other.region, other.page) == (failure.region, failure.page);
@@ -147,7 +150,8 @@ impl PagerState {
         new
     }
 
-    /// Returns the pages in an address range of a process, counted over all regions.
+    /// Returns the page ranges that the segments of a userfaultfd map in an address range. Pages are counted over all
+    /// regions.
     fn pages_at(&self, uffd: &Arc<Userfault>, start: u64, end: u64) -> Vec<(usize, usize)> {
         let ours = self.loader.memory.watched.iter().filter(|watched| Arc::ptr_eq(&watched.uffd, uffd));
         let part = |Watched { segment, .. }: &Watched| {
@@ -170,7 +174,7 @@ impl PagerState {
         peer.receive(&self.loader.memory, link, stream, install);
     }
 
-    /// Stops all threads.
+    /// Requests all threads to stop, and cancels the connection to the peer.
     fn end(&self) {
         self.stop.store(true, Ordering::Release);
         if let PageSource::Peer(peer) = &self.loader.source {
@@ -186,8 +190,8 @@ impl PagerState {
         }
     }
 
-    /// Waits until all pages are loaded and the pager is neither acquired nor evicting, and finishes. Checks at an
-    /// interval, and returns early if the pager is stopped.
+    /// Waits until all pages are loaded and the pager is neither acquired nor evicting, and then finishes. Checks these
+    /// conditions every `interval`. Returns early if the pager is stopped.
     fn wait_and_finish(&self, interval: Duration) {
         let memory = &self.loader.memory;
         let unfinished = || self.is_held() || self.evicting.load(Ordering::Acquire) || memory.flags.any();
@@ -200,17 +204,19 @@ impl PagerState {
         }
     }
 
-    /// Finishes after all pages are loaded: unregisters the memory, and maps huge pages as such.
+    /// Finishes the pager after all pages are loaded: unregisters the memory, stops the other threads, and maps huge
+    /// pages by PMD entries.
     fn finish(&self) {
         self.unregister();
-        // A removal that began before that waits until a demand thread has read its event.
+        // A removal that began before the memory was unregistered waits until a demand thread has read its event.
         for Watched { uffd, .. } in &self.loader.memory.watched {
             while uffd.is_removing() && !self.stopping() {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
         self.loader.memory.removals.close();
-        // Keep receiving from the peer: it completes the block that it is pushing; its pages are ignored.
+        // Stop the other threads, but keep the link to the peer open, unlike `end`. The peer completes the block that
+        // it is pushing. The pages of that block are ignored, because none of them is deferred.
         self.stop.store(true, Ordering::Release);
         for (number, region) in
             self.loader.memory.regions.iter().enumerate().filter(|(_, region)| region.page_size == SMALL_PAGE)
@@ -225,7 +231,7 @@ impl PagerState {
     }
 }
 
-/// Running pager. Dropping it before it has finished leaves the workload blocked at its next deferred page.
+/// Running pager. If it is dropped before it has finished, the workload blocks at its next access to a deferred page.
 #[derive(Debug)]
 pub struct Pager {
     shared: Arc<PagerState>,
@@ -236,11 +242,12 @@ pub struct Pager {
 }
 
 impl Pager {
-    /// Registers the workload's mappings and resolves their faults from now on. The files must be in the state that
-    /// [`Begin`] describes.
+    /// Registers the workload's mappings, and starts the threads that resolve their faults. The files must be in the
+    /// state that [`Plan::begin`] describes.
     ///
     /// # Errors
-    /// If the configuration is inconsistent, if a mapping cannot be registered, or if a thread cannot be started.
+    /// If the configuration is inconsistent, if discards cannot be watched, if a mapping cannot be registered, if
+    /// deferred pages cannot be unmapped, or if a thread cannot be started.
     pub fn start(plan: Plan) -> Result<Self, PagerError> {
         let regions = paged_regions(&plan.targets);
         let base = regions.last().map_or(0, PagedRegion::end);
@@ -291,8 +298,8 @@ impl Pager {
         self.spawn_readers()?;
         self.spawn_servers()?;
         if begin == Begin::TakenOver {
-            // Traces of the process that had acquired the previous pager. Not earlier: this fails while a discard is
-            // pending.
+            // Remove the write traces of the process that had acquired the previous pager. The demand threads must be
+            // running, because this fails while the event of a discard has not been read.
             uffd_lending::unprotect(&self.shared.loader.memory);
         }
         let shared = self.shared.clone();
@@ -304,8 +311,8 @@ impl Pager {
         })
     }
 
-    /// Starts to load the working set and then all pages in the background, for a pager that was created without
-    /// background loading.
+    /// Starts to load the working set, and then all pages, in the background. For a pager that was started without
+    /// background loading. `eager` has the meaning of [`Plan::eager`].
     ///
     /// # Errors
     /// If the thread cannot be started.
@@ -331,7 +338,7 @@ impl Pager {
         Ok(())
     }
 
-    /// Starts a thread for each stream of the connection to a peer.
+    /// Starts a receiving thread for each stream of the connection to the peer.
     fn spawn_readers(&self) -> io::Result<()> {
         let PageSource::Peer(peer) = &self.shared.loader.source else { return Ok(()) };
         let link = peer.link();
@@ -344,10 +351,11 @@ impl Pager {
         Ok(())
     }
 
-    /// Continues over another connection to the peer, and repeats the requests that faults wait for.
+    /// Switches to another connection to the peer, and repeats all pending requests on it.
     ///
     /// # Errors
-    /// [`PagerError::Peer`] if the origin is an image, or if another pager uses the connection.
+    /// [`PagerError::Peer`] if the origin is an image, or if another pager uses the connection; [`PagerError::Io`] if a
+    /// thread cannot be started.
     pub fn reconnect(&self, link: Arc<PeerSource>) -> Result<(), PagerError> {
         let PageSource::Peer(peer) = &self.shared.loader.source else {
             return Err(PagerError::Peer("cannot reconnect: this pager loads from images"));
@@ -380,7 +388,7 @@ impl Pager {
         self.shared.loader.memory.flags.count()
     }
 
-    /// Returns the deferred pages of a region.
+    /// Returns the deferred pages of a region; `None` if there is no such region.
     pub fn missing(&self, region: usize) -> Option<PageSet> {
         let found = self.shared.loader.memory.regions.get(region)?;
         Some(self.shared.loader.memory.flags.set_in(found.base, found.base + found.mapping.pages()))
@@ -391,7 +399,8 @@ impl Pager {
         &self.shared.loader.memory.counters
     }
 
-    /// Returns the number of bytes read: of storage blocks, or over the current connection to the peer.
+    /// Returns the number of bytes of storage blocks that were read, or that were received on the current connection to
+    /// the peer.
     pub fn bytes_read(&self) -> u64 {
         match &self.shared.loader.source {
             PageSource::Images(blocks) => blocks.bytes_read(),
@@ -414,7 +423,8 @@ impl Pager {
         *self.shared.finished.0.lock()
     }
 
-    /// Waits until the pager has finished, until there are more than `known` failures, or for `timeout`.
+    /// Waits until the pager has finished, until there are more than `known` failures, or until `timeout` has passed.
+    /// Returns whether the pager has finished.
     pub fn wait(&self, timeout: Duration, known: usize) -> bool {
         let deadline = Instant::now() + timeout;
         let mut finished = self.shared.finished.0.lock();
@@ -428,7 +438,8 @@ impl Pager {
         *finished
     }
 
-    /// Loads pages of a region, for readers that bypass the workload's page tables (S8).
+    /// Loads the deferred pages among `count` pages of a region, for readers that bypass the workload's page tables
+    /// (S8). Ignores pages beyond the end of the region.
     ///
     /// # Errors
     /// If a page cannot be loaded, or if the pager has been stopped.
@@ -440,7 +451,7 @@ impl Pager {
         let _bringing = self.shared.loading.read();
         for first in (start..end).step_by(MAX_LOAD) {
             let last = end.min(first + MAX_LOAD);
-            // Another pager may have taken over: contents written from now on could be outdated.
+            // Another pager may have taken over, so that this pager could overwrite newer contents.
             if self.shared.stopping() && loader.memory.flags.next(first, last).is_some() {
                 return Err(LoadError::Ended);
             }
@@ -458,8 +469,8 @@ impl Pager {
         self.shared.large.get(region).map_or(&[], Vec::as_slice)
     }
 
-    /// Maps all present pages: huge pages without deferred pages as such, all others as base pages (S1). For a workload
-    /// that is about to resume on existing memory.
+    /// Maps all present pages into the workload's page tables (S1): huge pages without deferred pages by PMD entries,
+    /// all other pages as base pages. For a workload that is about to resume on existing memory.
     ///
     /// # Errors
     /// Errors of lseek(2), or of reading the pager's own page tables.
@@ -473,8 +484,9 @@ impl Pager {
     /// The workload must be paused and must not have written to the pages since they were stored.
     ///
     /// # Errors
-    /// If the workload maps memory although it should be paused, if its mappings cannot be changed, or if
-    /// [`Plan::evicting`] is false. Pages evicted before the error stay evicted; all others are unchanged.
+    /// If [`Plan::evicting`] is false, if the region does not consist of base pages, if a unit has deferred pages, if
+    /// the workload maps memory although it should be paused, or if its mappings cannot be changed. Pages evicted
+    /// before the error stay evicted; all others are unchanged.
     pub fn evict(&self, region: usize, pages: &PageSet) -> Result<usize, PagerError> {
         if !self.shared.evicting.load(Ordering::Acquire) {
             return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, "cannot evict: not configured")));
@@ -526,7 +538,7 @@ fn paged_regions(targets: &[Target]) -> Vec<PagedRegion> {
     targets.iter().scan(0, place).collect()
 }
 
-/// Opens the origin of the contents, and sets the deferred bitmap from an image if all contents are deferred.
+/// Opens the origin of the contents, and sets the deferred bitmap from the image if `begin` is [`Begin::Empty`].
 fn source(from: Origin, begin: Begin, flags: &Flags) -> Result<PageSource, PagerError> {
     match from {
         Origin::Images(chain) => {
@@ -546,7 +558,7 @@ fn source(from: Origin, begin: Begin, flags: &Flags) -> Result<PageSource, Pager
     }
 }
 
-/// Claims a connection for this pager.
+/// Claims a connection for this pager. Fails if another pager has claimed it.
 fn taken(link: Arc<PeerSource>) -> Result<Arc<PeerSource>, PagerError> {
     if link.take() { Ok(link) } else { Err(PagerError::Peer("connection is in use by another pager")) }
 }

@@ -1,9 +1,10 @@
-//! Peer as the origin of contents: a fault requests its window and waits; the thread that receives the pages maps them.
+//! Peer as the origin of contents. A demand thread requests the window of a fault; the thread that receives the pages
+//! maps them.
 //!
-//! No thread waits for the network while it holds a lock that others need. A demand thread requests the pages and
+//! No thread waits for the network while it holds a lock that other threads need. After a request, the demand thread
 //! continues with the next fault. Each stream has a thread that reads, verifies and installs blocks. Requests are
-//! recorded until their pages are present, so that they can be repeated on another connection if one is lost. Until
-//! then the faults stay blocked.
+//! recorded until their pages are present, so that they can be repeated on another connection if the current one is
+//! lost. The faulting threads stay blocked until then.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,23 +18,23 @@ use crate::block::Head;
 use crate::uapi::short_slices;
 use crate::wire::{MAX_REQUEST, PeerSource, Request, WireError};
 
-/// Number of pages per request without a fault. It bounds the delay of replies to faults.
+/// Maximum number of pages per request that is not caused by a fault. It bounds the delay of replies to faults.
 const BATCH: usize = 64;
 /// Interval at which a waiting thread checks the connection.
 const SLICE: Duration = Duration::from_millis(20);
 
-/// The peer, reached through one connection at a time.
+/// Peer that holds the deferred contents, reached through one connection at a time.
 #[derive(Debug)]
 pub struct Peer {
     link: Mutex<Arc<PeerSource>>,
-    /// Requested ranges with deferred pages.
+    /// Requested page ranges that have deferred pages.
     waiting: Mutex<HashMap<(usize, usize), Want>>,
     changed: Condvar,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Want {
-    /// Page of the fault, if it can be mapped alone.
+    /// Faulting page; `None` without a fault, or if the page cannot be mapped alone.
     page: Option<usize>,
     /// Whether a fault still waits for the range.
     accessed: bool,
@@ -42,7 +43,7 @@ struct Want {
     requested: Instant,
 }
 
-/// Reason for which a connection is given up.
+/// Reason for which a connection is no longer used.
 #[derive(Debug, Error)]
 enum LinkError {
     #[error(transparent)]
@@ -56,7 +57,7 @@ impl Peer {
         Self { link: Mutex::new(link), waiting: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Returns the current connection, or the last one.
+    /// Returns the current connection, or the last one if it is lost.
     pub fn link(&self) -> Arc<PeerSource> {
         self.link.lock().clone()
     }
@@ -80,7 +81,7 @@ impl Peer {
     }
 
     /// Requests the window of a fault, unless it has been requested. `page` is the faulting page, if it can be mapped
-    /// alone. Returns whether the pages are present.
+    /// alone. Returns whether that page is present; without `page`, whether the whole window is present.
     pub fn fetch(&self, memory: &Memory, range: (usize, usize), page: Option<usize>) -> bool {
         self.request(memory, range, page, true);
         let (first, end) = page.map_or(range, |page| (page, page + 1));
@@ -92,7 +93,7 @@ impl Peer {
         let want = Want { page, accessed, since: now, requested: now };
         {
             let mut waiting = self.waiting();
-            // An entry is removed when its pages arrive: do not add one for pages that are present already.
+            // Do not add an entry for present pages: entries are only removed when pages are installed.
             if memory.flags.next(range.0, range.1).is_none() || waiting.contains_key(&range) {
                 return;
             }
@@ -101,7 +102,8 @@ impl Peer {
         send(memory, &self.link(), range, page);
     }
 
-    /// Removes the requests whose pages have been installed.
+    /// Removes the requests whose pages have been installed. Counts the service time of each fault whose page is
+    /// present.
     fn settle(&self, memory: &Memory) {
         let mut waiting = self.waiting();
         let before = waiting.len();
@@ -118,7 +120,7 @@ impl Peer {
         }
     }
 
-    /// Returns whether a reply is late.
+    /// Returns whether a request is older than `timeout` and some of its pages have not been installed.
     fn is_overdue(&self, timeout: Duration) -> bool {
         self.waiting().values().any(|want| want.requested.elapsed() > timeout)
     }
@@ -142,7 +144,8 @@ impl Peer {
         Ok(())
     }
 
-    /// Reads one stream of a connection until it ends or is cancelled, and installs its pages through `install`.
+    /// Reads one stream of a connection until it ends or is cancelled, and installs its pages through `install`. On an
+    /// error, marks the connection as lost if there are deferred pages.
     pub fn receive(
         &self,
         memory: &Memory,

@@ -8,19 +8,20 @@ use crate::image::{Chain, PageEntry};
 use crate::mapping::scan;
 use crate::uapi;
 
-/// Number of attempts to unmap deferred pages from a workload that maps them again.
+/// Maximum number of attempts to unmap deferred pages from a workload that maps them again.
 const ATTEMPTS: usize = 4;
 
-/// Marks all pages other than zeros as deferred.
+/// Marks all pages of the nearest image as deferred, except zero and absent pages.
 pub fn mark(chain: &Chain, flags: &Flags) {
-    // Class and signature are valid regardless of the image of the chain that holds the contents.
+    // The class of an entry is valid regardless of the image that holds the contents.
     let stored = |entry: &PageEntry| u64::from(!matches!(entry.class(), Some(Class::Absent | Class::Zero)));
     for (index, entries) in chain.nearest().page_map().chunks(64).enumerate() {
         flags.set_word(index, entries.iter().rev().fold(0, |word, entry| word << 1 | stored(entry)));
     }
 }
 
-/// Registers the workload's mappings: from now on, every access to an unmapped page faults.
+/// Registers the workload's mappings, so that every access to an unmapped page is reported. Removes old contents:
+/// unmaps deferred pages ([`Begin::Kept`]), or empties the files ([`Begin::Empty`]).
 pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
     for watched in &memory.watched {
         let Watched { segment, uffd } = watched;
@@ -28,7 +29,7 @@ pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
             continue;
         }
         if begin == Begin::TakenOver {
-            // Raises the faults again that the previous pager had read but not resolved.
+            // Wake the threads whose faults the previous pager had read but not resolved: they fault again.
             uffd.wake(segment.address, segment.len)?;
         } else {
             uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
@@ -39,18 +40,19 @@ pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
     }
     if begin == Begin::Empty {
         for region in &memory.regions {
-            // Remove what the workload wrote and mapped before its state was loaded, so that these pages fault as well.
+            // Discard the pages that the workload wrote before its state was loaded, so that accesses to them fault
+            // too.
             region.mapping.punch(0, region.mapping.len())?;
         }
     }
     Ok(())
 }
 
-/// Unmaps deferred pages from the workload, so that it cannot see old contents.
+/// Unmaps deferred pages from the workload, so that it cannot read their old contents.
 ///
-/// The memory must be unregistered for this: the unmapping would otherwise be reported as a removal, and block until
-/// the event has been read. A running workload can therefore map a page again before the memory is registered; then
-/// another attempt follows.
+/// The memory is unregistered before it is unmapped: the unmapping would otherwise be reported as a removal, and block
+/// until the event has been read. Until the memory is registered again, a running workload can map a page again. Fails
+/// with [`PagerError::Running`] if that happens in each of several attempts.
 fn unmap_flagged(memory: &Memory, Watched { segment, uffd }: &Watched) -> Result<(), PagerError> {
     let base = memory.regions[segment.region].base;
     let (first, last) = (segment.address, segment.address + segment.len);

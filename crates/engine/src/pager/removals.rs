@@ -1,20 +1,23 @@
-//! Removals of deferred pages: distinguishes discards, after which pages are zeros, from mere unmapping.
+//! Removals of deferred pages: discards, after which pages are zeros, and mere unmapping.
 //!
-//! The kernel reports MADV_DONTNEED and MADV_REMOVE by the same event, before it performs either, and the caller waits
-//! only until the event has been read. For shared memory, the former only unmaps pages and keeps their contents; the
-//! latter punches a hole into the file. For deferred pages both have the same result, because the file has a hole there
-//! anyway. However, the file system reports every punched hole (inotify, IN_MODIFY) before the call returns.
+//! The kernel reports MADV_DONTNEED and MADV_REMOVE by the same event, before it performs the operation. The caller
+//! waits only until the event has been read. For shared memory, MADV_DONTNEED only unmaps pages and keeps their
+//! contents, whereas MADV_REMOVE punches a hole into the file. The file does not show the difference if the pages are
+//! deferred, because it has a hole there anyway. However, the file system reports every punched hole (inotify,
+//! IN_MODIFY) before the call returns.
 //!
 //! A removal of deferred pages is therefore *open* at first. Before events are read, the notifications of the file
-//! system are read: later ones belong to removals that are read then, or later. An open removal is resolved
+//! system are read: later notifications belong to removals whose events are read then, or later. An open removal is
+//! resolved
 //!
 //! - as a discard, by a notification: its pages are zeros;
-//! - as MADV_DONTNEED, when the next removal is read without a notification, because a thread makes one such call at a
-//!   time;
-//! - by an access, or when contents arrive, after [`GRACE`]: until then the call may still be running.
+//! - as MADV_DONTNEED, if the next removal is read without a notification before it, because a thread makes one such
+//!   call at a time;
+//! - before contents are written to its pages, [`GRACE`] after its event was read, because the call may be running
+//!   until then: as a discard if there is a notification, otherwise as MADV_DONTNEED.
 //!
-//! Concurrent removals by several threads are resolved together. A guest does not need this: QEMU punches before it
-//! unmaps, so that each removal is a discard.
+//! Concurrent removals by several threads are resolved together. For a guest, the distinction is not required: QEMU
+//! punches holes before it unmaps pages, so that each removal is a discard.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -26,7 +29,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::hole_notifications::Discards;
 
-/// Maximum time of a call from its removal event to its notification.
+/// Maximum time between the removal event and the notification of a call.
 const GRACE: Duration = Duration::from_millis(10);
 
 /// Page runs removed together, and the time at which their events were read.
@@ -41,14 +44,16 @@ struct Removed {
 pub struct Removals {
     /// Whether removals are checked; otherwise all of them are discards.
     pub checked: bool,
-    /// Watch for punched holes, while pages are deferred.
+    /// Inotify watch that reports punched holes; `None` if removals are not checked, or if no page is deferred any
+    /// longer.
     watch: Mutex<Option<Discards>>,
     open: Mutex<Option<Removed>>,
     any: AtomicBool,
 }
 
 impl Removals {
-    /// Creates the state. `files` are those whose removals must be checked.
+    /// Creates the state. `files` are the files in which removals must be checked; `None` if removals need not be
+    /// checked. Fails if the files cannot be watched.
     pub fn new(files: Option<Vec<RawFd>>) -> io::Result<Self> {
         let watch = files.map(|files| Discards::watch(files.into_iter())).transpose().map_err(|error| {
             let words = format!("cannot watch memory for discards: {error}; raise fs.inotify.max_user_instances");
@@ -62,7 +67,7 @@ impl Removals {
         self.open.lock()
     }
 
-    /// Returns whether a hole was punched since the last call, or if that is unknown.
+    /// Returns true if a hole was punched since the last call, or if the notifications cannot be read.
     fn punched(&self) -> bool {
         let watch = self.watch.lock();
         watch.as_ref().is_some_and(|watch| watch.seen().unwrap_or(true))
@@ -73,17 +78,17 @@ impl Removals {
         *open = removed;
     }
 
-    /// Drops notifications that the pager itself has caused.
+    /// Clears the notifications that the pager itself has caused.
     pub fn forget_reports(&self) {
         let _ = self.punched();
     }
 
-    /// Stops watching, once no page is deferred.
+    /// Closes the watch. For use when no page is deferred any longer.
     pub fn close(&self) {
         drop(self.watch.lock().take());
     }
 
-    /// Resolves the open removal as a discard if a hole was punched.
+    /// Resolves the open removal as a discard, through `discard`, if a hole was punched.
     pub fn take_reports(&self, discard: impl FnOnce(&[(usize, usize)])) {
         let mut open = self.lock();
         if self.punched()
@@ -94,13 +99,15 @@ impl Removals {
         }
     }
 
-    /// Opens a removal of deferred pages; resolves the previous one as mere unmapping.
+    /// Records a removal as open; `None` if it affects no deferred pages. Resolves the previous open removal as mere
+    /// unmapping.
     pub fn record(&self, runs: Option<Vec<(usize, usize)>>) {
         let removed = runs.map(|runs| Removed { runs, read: Instant::now() });
         self.set(&mut self.lock(), removed);
     }
 
-    /// Resolves the open removal if it overlaps `[first, end)`. `discard` is called before it counts as resolved.
+    /// Resolves the open removal if it overlaps `[first, end)`; may wait for `GRACE`. If a hole was punched, calls
+    /// `discard` before the removal counts as resolved.
     pub fn decide(&self, first: usize, end: usize, discard: impl FnOnce(&[(usize, usize)])) {
         if !self.any.load(Ordering::Acquire) {
             return;

@@ -1,5 +1,5 @@
-//! Loading of contents, from storage blocks of images or from a peer. Both kinds are installed in the same way
-//! ([`Memory::install`]).
+//! Loading of contents, from storage blocks of images or from a peer. The contents of both origins are installed in the
+//! same way ([`Memory::install`]).
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::block::{BlockError, Class, Head};
 use crate::image::{ImageError, PageEntry, StoredBlock, fill};
 use crate::placer::PlaceError;
 
-/// Number of zero pages that are installed at a time.
+/// Maximum number of zero pages that are installed at a time.
 const ZEROS: usize = 512;
 
 /// Origin of contents.
@@ -19,7 +19,7 @@ const ZEROS: usize = 512;
 pub enum PageSource {
     /// Image chain, from which requested pages are read synchronously.
     Images(Blocks),
-    /// Peer: requested pages arrive later, on the same streams as pushed ones.
+    /// Peer, from which requested pages are received asynchronously.
     Peer(Peer),
 }
 
@@ -28,9 +28,10 @@ pub enum PageSource {
 pub enum Loaded {
     /// The pages are present.
     All,
-    /// The pages are present; other pages of their storage block can be installed.
+    /// The pages are present. Other pages of their storage block may still be deferred.
     Rest(Fetched),
-    /// The pages have been requested. The thread that installs them maps them, and wakes the threads blocked on them.
+    /// The pages have been requested from the peer. The thread that installs them also maps them, and wakes the threads
+    /// blocked on them.
     Later,
 }
 
@@ -42,7 +43,8 @@ pub struct Loader {
 }
 
 impl Loader {
-    /// Resolves a fault: loads the contents of a page if they are deferred, and maps it.
+    /// Resolves a fault: loads the page if it is deferred, and maps it. Returns [`Loaded::Later`], without mapping the
+    /// page, if the page has been requested from the peer.
     pub fn touch(&self, page: usize, scratch: &mut Scratch) -> Result<Loaded, LoadError> {
         let region = self.memory.region_of(page);
         let found = &self.memory.regions[region];
@@ -65,8 +67,8 @@ impl Loader {
         Ok(loaded)
     }
 
-    /// Loads the page of a fault and the pages of its window that need no further read; the whole window if it is a
-    /// single page of the file.
+    /// Loads the page of a fault, and those pages of its window that need no further read. Loads the whole window if
+    /// the window is one (huge) page of the file. With a peer, only requests the window.
     pub fn load_for_fault(
         &self,
         page: usize,
@@ -80,7 +82,7 @@ impl Loader {
                 Ok(if present { Loaded::All } else { Loaded::Later })
             }
             PageSource::Images(_) if whole => self.load(first, end, scratch).map(|()| Loaded::All),
-            // Only the page block of the page: other pages of the window may need further page blocks.
+            // Load only the page block of the page: other pages of the window may be in further page blocks.
             PageSource::Images(blocks) => {
                 let fetched = self.load_with(blocks, page, (first, end), scratch)?;
                 Ok(fetched.map_or(Loaded::All, Loaded::Rest))
@@ -88,8 +90,8 @@ impl Loader {
         }
     }
 
-    /// Loads the deferred pages of `[first, end)`. On return all of them are present, including those loaded by other
-    /// threads.
+    /// Loads the deferred pages of `[first, end)`. On return, all of them are present, including those that other
+    /// threads load.
     pub fn load(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
         let blocks = match &self.source {
             PageSource::Images(blocks) => blocks,
@@ -102,7 +104,7 @@ impl Loader {
         Ok(())
     }
 
-    /// Like `load`, for a long range: loads whole storage blocks.
+    /// Like `load`, but loads whole storage blocks. For long ranges.
     pub fn load_many(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
         let blocks = match &self.source {
             PageSource::Images(blocks) => blocks,
@@ -121,8 +123,9 @@ impl Loader {
         Ok(())
     }
 
-    /// Installs the deferred pages of a block from a peer, with the verified data pages in the buffer. Installs nothing
-    /// of a block that does not fit the regions, and no pages that are not deferred (any longer).
+    /// Installs the deferred pages of a block from a peer, whose verified data pages are in `scratch.contents`. Skips
+    /// pages that are not deferred. Fails, and installs nothing, if the block does not fit the regions or contains an
+    /// invalid class.
     pub fn install_sent(&self, head: &Head, scratch: &mut Scratch) -> Result<(), LoadError> {
         let number = head.region as usize;
         let region = self.memory.regions.get(number).ok_or(PlaceError::Region(number, self.memory.regions.len()))?;
@@ -150,7 +153,7 @@ impl Loader {
         Ok(())
     }
 
-    /// Installs zeros in the deferred pages of a range.
+    /// Installs zeros in the deferred pages of a range. Fails if the transfers of the peer are cancelled.
     fn install_zeros(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
         scratch.contents.clear();
         scratch.contents.resize(SMALL_PAGE, 0);
@@ -176,7 +179,8 @@ impl Loader {
         Ok(())
     }
 
-    /// Loads a page and the pages of the window that are in the same page block.
+    /// Loads a page, and the pages of the window that are in the same page block. Returns the storage block, or `None`
+    /// if the page is not stored in a block (pattern or zero page).
     pub fn load_with(
         &self,
         blocks: &Blocks,
@@ -209,14 +213,14 @@ impl Loader {
             }
         }
         self.memory.install(scratch)?;
-        // Another thread has claimed the page and is copying it.
+        // Wait if another thread has claimed the page and is copying it.
         while self.memory.flags.is_set(page) {
             std::thread::yield_now();
         }
         Ok(fetched)
     }
 
-    /// Loads the deferred pages of a storage block.
+    /// Reads a storage block, unless all of its pages are loaded, and installs its deferred pages.
     pub fn load_block(&self, blocks: &Blocks, number: Number, scratch: &mut Scratch) -> Result<(), LoadError> {
         if blocks.is_done(number) {
             return Ok(());
@@ -225,7 +229,7 @@ impl Loader {
         self.install_block(blocks, &(number, block), scratch)
     }
 
-    /// Installs the deferred pages of a storage block.
+    /// Installs the deferred pages of a storage block, and records that all pages of the block are loaded.
     pub fn install_block(
         &self,
         blocks: &Blocks,
@@ -254,7 +258,8 @@ impl Loader {
         Ok(())
     }
 
-    /// Unpacks the page block of a page. Returns the storage block with its number, and the index of the page block.
+    /// Unpacks the page block that stores a page into `contents`. Returns the number of the storage block, the index of
+    /// the page block in it, and the storage block. Fails if the block does not have the page.
     fn unpack(
         &self,
         blocks: &Blocks,
@@ -273,7 +278,8 @@ impl Loader {
         Ok((number, index, block))
     }
 
-    /// Adds a page to `wanted` if its contents are in the given page block, which has been unpacked.
+    /// Adds a page to `scratch.wanted` if it is stored in page block `index` of storage block `number`, which has been
+    /// unpacked into `scratch.contents`.
     fn want(
         &self,
         blocks: &Blocks,

@@ -1,11 +1,11 @@
-//! Lending of the pager's userfaultfd, for write traces of memory whose contents are deferred (S8).
+//! Lending of the pager's userfaultfd, for write traces of memory with deferred contents (S8).
 //!
-//! Memory can be registered with only one userfaultfd at a time. During a restore it must be the pager's, because
-//! deferred pages would otherwise read as zeros. A migration or a checkpoint therefore installs its write trace (S2)
-//! through the pager's userfaultfd, which is in asynchronous mode for this purpose. While the pager is acquired it does
-//! not finish, and pages are mapped write-protected when their contents arrive: they are unchanged until they are
-//! written. All other pages that the pager maps count as written, so that no write is missed. So do all pages after the
-//! protections have been removed.
+//! Memory can be registered with only one userfaultfd at a time. During a restore, this must be the userfaultfd of the
+//! pager, because deferred pages would otherwise read as zeros. A migration or a checkpoint therefore installs its
+//! write trace (S2) through the pager's userfaultfd, which is in asynchronous mode for this purpose. While the pager is
+//! acquired, it does not finish. It then maps pages write-protected when their contents are installed, so that they
+//! count as unchanged until they are written. All other pages that the pager maps count as written, so that no write is
+//! missed. After the protections have been removed, all pages count as written.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,14 +17,14 @@ use super::memory::{Memory, Watched};
 use super::{Pager, PagerState};
 use crate::uapi::{REGISTER_MODE_MINOR, REGISTER_MODE_MISSING, REGISTER_MODE_WP};
 
-/// State of the lending.
+/// Whether the pager is acquired, that is, whether its userfaultfd is used for a write trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Held {
     /// Not acquired: the pager finishes when all pages are loaded.
     No,
     /// Acquired: the pager keeps running.
     Yes,
-    /// No longer available: the pager is finishing.
+    /// Unavailable: the pager is finishing or has finished.
     Ending,
 }
 
@@ -33,7 +33,7 @@ impl PagerState {
         self.held.lock()
     }
 
-    /// Returns whether the pager may finish now that all pages are loaded. If so, it can no longer be acquired.
+    /// Returns whether the pager may finish, because it is not acquired. If so, it can no longer be acquired.
     pub(super) fn may_end(&self) -> bool {
         let mut held = self.held();
         if *held == Held::No {
@@ -49,9 +49,9 @@ impl PagerState {
 }
 
 impl Pager {
-    /// Acquires the pager: write traces can be installed on the watched memory through [`Pager::userfaults`] until
-    /// [`Pager::release`]. Returns false if all pages are loaded, so that the memory is not registered, or soon will
-    /// not be.
+    /// Acquires the pager. Until [`Pager::release`], write traces can be installed on the watched memory through
+    /// [`Pager::userfaults`]. Returns false if the pager is finishing or has finished: the memory is then no longer
+    /// registered with it.
     ///
     /// # Errors
     /// EBUSY if the pager is acquired already, EINVAL if the kernel lacks support, ESRCH if a process has exited.
@@ -73,7 +73,7 @@ impl Pager {
         Ok(true)
     }
 
-    /// Releases the pager: removes the traces, and lets the pager finish when all pages are loaded.
+    /// Releases the pager: removes the write protections, and allows the pager to finish when all pages are loaded.
     pub fn release(&self) {
         let mut held = self.shared.held();
         if *held == Held::Yes {
@@ -83,14 +83,15 @@ impl Pager {
         }
     }
 
-    /// Returns the pager's userfaultfd of each process.
+    /// Returns the process ID and the pager's userfaultfd of that process, for each watched segment.
     pub fn userfaults(&self) -> Vec<(libc::pid_t, RawFd)> {
         let number = |Watched { segment, uffd }: &Watched| (segment.space.pid(), uffd.as_raw_fd());
         self.shared.loader.memory.watched.iter().map(number).collect()
     }
 }
 
-/// Removes all write protections. Fails only for exited processes and for memory that is not write-protected.
+/// Removes all write protections. Ignores errors, which occur only for exited processes and for memory that is not
+/// registered for write protection.
 pub fn unprotect(memory: &Memory) {
     for Watched { segment, uffd } in &memory.watched {
         let _ = uffd.write_protect(segment.address, segment.len, false);

@@ -47,11 +47,12 @@ impl Advice {
 }
 
 impl Space {
-    /// Advises the kernel about a range. Does not stop another process for `Cold`, `Collapse` and `Pageout`
-    /// (process_madvise); the process executes all other advice.
+    /// Advises the kernel about a range. For another process, `Cold`, `Collapse` and `Pageout` use process_madvise(2),
+    /// which does not stop the process; all other advice is executed by the process itself.
     ///
     /// # Errors
-    /// [`AdoptError::Call`] or [`AdoptError::Io`] with the errno of the call; other errors if it could not be executed.
+    /// [`AdoptError::Call`] or [`AdoptError::Io`] with the errno of the call; other errors if the call could not be
+    /// executed.
     pub fn madvise(&self, address: u64, len: u64, advice: Advice) -> Result<(), AdoptError> {
         if advice.is_remote() && !self.is_own() {
             return self.process_madvise(address, len, advice).map_err(Into::into);
@@ -59,8 +60,8 @@ impl Space {
         self.execute_madvise(address, len, advice.number())
     }
 
-    /// Backs `[address, address + len)` by huge pages (MADV_COLLAPSE). Existing huge pages are only mapped as such;
-    /// base pages are copied. Does not stop the process.
+    /// Backs `[address, address + len)` by huge pages (MADV_COLLAPSE). Existing huge pages are only mapped by PMD
+    /// entries; base pages are copied. Does not stop the process.
     ///
     /// # Errors
     /// The error of process_madvise(2).
@@ -82,16 +83,18 @@ impl Space {
             iov_len: usize::try_from(len).map_err(io::Error::other)?,
         };
         let (pidfd, number, flags) = (self.pidfd.as_raw_fd(), advice.number(), libc::c_uint::MIN);
-        // SAFETY: the kernel interprets the address in the other address space; this advice does not change contents.
+        // SAFETY: the iovec lives through the call. The kernel interprets the address in the other address space; this
+        // advice does not change contents.
         let result =
             unsafe { libc::syscall(libc::SYS_process_madvise, pidfd, &raw const range, 1usize, number, flags) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Unmaps a range of shared memory from the page tables of this process. The contents are not affected.
+    /// Unmaps the pages of a range of shared memory from the page tables of the process (MADV_DONTNEED_LOCKED). The
+    /// contents are not affected.
     ///
     /// # Errors
-    /// As for [`Space::madvise`].
+    /// The same errors as [`Space::madvise`].
     pub fn unmap_pages(&self, address: u64, len: u64) -> Result<(), AdoptError> {
         self.execute_madvise(address, len, libc::MADV_DONTNEED_LOCKED)
     }
@@ -99,7 +102,7 @@ impl Space {
     /// Maps the pages of a range of shared memory in the process, as if it had read them (MADV_POPULATE_READ).
     ///
     /// # Errors
-    /// As for [`Space::madvise`].
+    /// The same errors as [`Space::madvise`].
     pub fn populate_read(&self, address: u64, len: u64) -> Result<(), AdoptError> {
         self.execute_madvise(address, len, libc::MADV_POPULATE_READ)
     }
@@ -118,14 +121,14 @@ impl Space {
     /// Makes a mapping read-only.
     ///
     /// # Errors
-    /// As for [`Space::madvise`].
+    /// The same errors as [`Space::madvise`].
     pub fn make_read_only(&self, address: u64, len: u64) -> Result<(), AdoptError> {
         if !self.is_own() {
             let protection = u64::from(libc::PROT_READ.unsigned_abs());
             return self.inject(libc::SYS_mprotect, [address, len, protection, 0, 0, 0]).map(drop);
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: does not change contents; a write raises SIGSEGV.
+        // SAFETY: mprotect does not change contents; a later write raises SIGSEGV.
         check(unsafe { libc::mprotect(address as *mut libc::c_void, len, libc::PROT_READ) })?;
         Ok(())
     }
@@ -133,7 +136,7 @@ impl Space {
     /// Maps `len` bytes of private memory at an address that the kernel chooses. Returns the address.
     ///
     /// # Errors
-    /// As for [`Space::madvise`].
+    /// The same errors as [`Space::madvise`].
     pub fn mmap(&self, len: u64) -> Result<u64, AdoptError> {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         if !self.is_own() {
@@ -141,7 +144,8 @@ impl Space {
             return self.inject(libc::SYS_mmap, [0, len, protection, flags, u64::MAX, 0]);
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: creates a new mapping at an address chosen by the kernel.
+        // SAFETY: mmap creates a new mapping at an address chosen by the kernel, so that no existing mapping is
+        // affected.
         let address = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
         if address == libc::MAP_FAILED { Err(io::Error::last_os_error().into()) } else { Ok(address as u64) }
     }
@@ -149,7 +153,7 @@ impl Space {
     /// Unmaps a range of another process.
     ///
     /// # Errors
-    /// As for [`Space::madvise`].
+    /// The same errors as [`Space::madvise`].
     pub fn munmap(&self, address: u64, len: u64) -> Result<(), AdoptError> {
         self.inject(libc::SYS_munmap, [address, len, 0, 0, 0, 0]).map(drop)
     }
@@ -157,7 +161,7 @@ impl Space {
     /// Makes another process call ioctl(2). `argument` is a number, or an address in that process. Returns the result.
     ///
     /// # Errors
-    /// As for [`Space::madvise`].
+    /// The same errors as [`Space::madvise`].
     pub fn ioctl(&self, fd: libc::c_int, request: u64, argument: u64) -> Result<u64, AdoptError> {
         self.inject(libc::SYS_ioctl, [u64::from(fd.cast_unsigned()), request, argument, 0, 0, 0])
     }
@@ -165,15 +169,15 @@ impl Space {
     /// Closes a descriptor of another process.
     ///
     /// # Errors
-    /// As for [`Space::madvise`].
+    /// The same errors as [`Space::madvise`].
     pub fn close_fd(&self, fd: libc::c_int) -> Result<(), AdoptError> {
         self.inject(libc::SYS_close, [u64::from(fd.cast_unsigned()), 0, 0, 0, 0, 0]).map(drop)
     }
 
-    /// Returns the result of getppid(2), executed by another process: proof that it executes calls.
+    /// Makes another process execute getppid(2), which verifies that system calls can be injected. Returns the result.
     ///
     /// # Errors
-    /// As for [`Space::madvise`].
+    /// The same errors as [`Space::madvise`].
     pub fn getppid(&self) -> Result<u64, AdoptError> {
         self.inject(libc::SYS_getppid, [0; 6])
     }

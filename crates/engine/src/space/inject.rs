@@ -1,21 +1,21 @@
 //! Injection of system calls into another process, through one of its threads, by ptrace.
 //!
-//! The thread is stopped (PTRACE_SEIZE and PTRACE_INTERRUPT), and its registers and signal mask are saved. It is
-//! single-stepped over a `syscall` instruction of its own vdso with our arguments; then its state is restored. Other
-//! threads keep running. The kernel restarts a system call that the stop interrupted, as after a signal.
+//! The thread is stopped (PTRACE_SEIZE and PTRACE_INTERRUPT), and its registers and signal mask are saved. Then the
+//! thread is single-stepped over a `syscall` instruction of its own vdso with our arguments, and its state is restored.
+//! Other threads keep running. The kernel restarts a system call that the stop interrupted, as after a signal.
 //!
 //! Side effects that are avoided:
 //!
-//! - *32-bit code.* System call numbers are those of 64-bit code. A thread that is stopped in 32-bit code (a 32-bit
-//!   process, or some code of Wine) is rejected before anything is changed, because the numbers have another meaning
-//!   there. An x32 process runs in 64-bit mode, where the number alone selects the call; it is accepted.
+//! - *32-bit code.* The injected system call numbers have another meaning in 32-bit code. A thread that is stopped in
+//!   32-bit code (a 32-bit process, or some code of Wine) is therefore rejected before anything is changed. An x32
+//!   process is accepted, because it runs in 64-bit mode, where the number alone selects the call.
 //! - *Restarts.* `orig_rax` is restored with the other registers, so that the kernel restarts the interrupted call. The
 //!   injected calls do not change the restart block.
 //! - *Restartable sequences.* See [`super::rseq`].
 //! - *Stacks.* Nothing is pushed, called or returned from, so that red zones, signal frames and shadow stacks are
 //!   preserved.
 //!
-//! ptrace attaches to a thread of the tracer, and the kernel detaches when that thread exits. Each injection therefore
+//! The tracer is a single thread; the kernel detaches the traced thread when the tracer exits. Each injection therefore
 //! runs in a separate thread. A thread that did not stop in time is detached, so that it does not stop later.
 
 use std::cell::Cell;
@@ -29,15 +29,16 @@ use thiserror::Error;
 use super::rseq;
 use crate::{SMALL_PAGE, uapi};
 
-/// Timeout for a thread to stop. Only a thread in uninterruptible sleep does not stop at once.
+/// Timeout for a thread to stop. All threads stop at once, except threads in uninterruptible sleep.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for an injected call. Unmapping a terabyte, for example, takes the kernel some time.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time to wait for another tracer to detach.
 const TRACER_TIMEOUT: Duration = Duration::from_secs(1);
-/// Signals that the kernel sends for the result of an instruction.
+/// Signals by which the kernel reports the result of an instruction.
 const FORCED: [libc::c_int; 6] = [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS];
-/// Number of attempts to stop a thread that has executed another program or was in 32-bit code.
+/// Maximum number of attempts to stop a thread that executes another program, or is in 32-bit code or in a restartable
+/// sequence that cannot be aborted.
 const ATTEMPTS: usize = 20;
 /// Segment selector of 64-bit user code. The 32-bit one is 0x23, and local descriptor tables have no 64-bit code.
 const CODE_64: u64 = 0x33;
@@ -139,7 +140,7 @@ pub struct Stopped {
     saved: libc::user_regs_struct,
     mask: u64,
     instruction: u64,
-    /// Signals received during the stop, which are sent again when the thread has its registers back.
+    /// Set of the signals received during the stop. They are sent again after the registers are restored.
     held: Cell<u64>,
     /// Timeout for each injected call.
     timeout: Duration,
@@ -150,7 +151,8 @@ impl Stopped {
         let mut last = AdoptError::NoVdso(pid);
         for _ in 0..ATTEMPTS {
             match Self::attach_once(pid, timeout) {
-                // Between two programs there is no vdso, and a thread in 32-bit code may soon return to 64-bit code.
+                // Retry: a process that executes another program has no vdso for a moment, and a thread may soon leave
+                // 32-bit code or a restartable sequence.
                 Err(error @ (AdoptError::NoVdso(_) | AdoptError::Code32(..) | AdoptError::Sequence(..))) => {
                     last = error;
                     std::thread::sleep(Duration::from_millis(1));
@@ -194,12 +196,13 @@ impl Stopped {
     /// Executes one system call.
     ///
     /// # Errors
-    /// [`AdoptError::Call`] with its errno; other errors if it could not be executed.
+    /// [`AdoptError::Call`] with the errno of the call; other errors if the call could not be executed.
     pub fn call(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, AdoptError> {
         let mut registers = self.saved;
         registers.rip = self.instruction;
         registers.rax = number.cast_unsigned();
-        // Not in a system call any longer: the kernel must not restart the interrupted one instead of the injected one.
+        // The thread is no longer in a system call: the kernel must not restart the interrupted call instead of the
+        // injected one.
         registers.orig_rax = u64::MAX;
         [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9] = arguments;
         set_registers(self.pid, &registers)?;
@@ -212,7 +215,7 @@ impl Stopped {
         }
     }
 
-    /// Makes the process create a userfaultfd through [`uapi::UFFD_DEVICE`], which its permissions may allow it to
+    /// Makes the process create a userfaultfd through [`uapi::UFFD_DEVICE`], which the process may be permitted to
     /// open.
     ///
     /// The path is stored in a page that is mapped for this purpose, so that no memory of the program is overwritten.
@@ -241,7 +244,7 @@ impl Stopped {
         Ok(())
     }
 
-    /// Executes one instruction. Holds back signals that arrive before it has been executed.
+    /// Executes one instruction. Holds back signals that are received before the instruction has been executed.
     fn step(&self) -> Result<(), AdoptError> {
         loop {
             request(libc::PTRACE_SINGLESTEP, self.pid, 0, 0)?;
@@ -265,7 +268,7 @@ impl Stopped {
         }
     }
 
-    /// Interrupts a call that has not returned, like a signal. Returns false if the process has exited.
+    /// Interrupts an injected call that has not returned, as a signal would. Returns false if the process has exited.
     fn interrupt_call(&self) -> bool {
         if request(libc::PTRACE_INTERRUPT, self.pid, 0, 0).is_err() {
             return false;
@@ -273,7 +276,8 @@ impl Stopped {
         match wait_stopped(self.pid, STOP_TIMEOUT) {
             Ok(stop) => {
                 self.hold_back(stop);
-                // The trap after that call may still be pending, and would kill the program: the next call consumes it.
+                // The trap after the interrupted call may still be pending, and would kill the program. Another call
+                // consumes the trap.
                 let _ = self.call(libc::SYS_getpid, [0; 6]);
                 true
             }
@@ -284,7 +288,8 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        // Not stopped: it is in an injected call. It must never continue with our registers, however long that takes.
+        // ESRCH: the thread is not stopped, because it is in an injected call. Retry without a limit: the thread must
+        // never continue with our registers.
         let running = |error: io::Error| error.raw_os_error() == Some(libc::ESRCH);
         while set_registers(self.pid, &self.saved).is_err_and(running) && self.interrupt_call() {}
         // Failures mean that the process has exited, so that nothing needs to be restored.
@@ -330,8 +335,8 @@ fn set_mask(pid: libc::pid_t, mask: u64) -> io::Result<()> {
 
 /// Makes a ptrace call. `data` is a number, or the address of a structure of the type that the request expects.
 pub(super) fn request(request: libc::c_uint, pid: libc::pid_t, address: u64, data: u64) -> io::Result<()> {
-    // SAFETY: all callers are in this module and `rseq`, and pass addresses of live structures of the type in
-    // ptrace(2).
+    // SAFETY: all callers are in this module and `rseq`. As `data`, they pass a number or the address of a live
+    // structure of the type that ptrace(2) requires; all other addresses are in the traced process.
     let result = unsafe { libc::ptrace(request, pid, address, data) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -357,7 +362,8 @@ pub(super) fn peek(pid: libc::pid_t, address: u64) -> io::Result<u64> {
     if result == 0 { Ok(word) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Attaches to a thread. If it is traced, waits a short time, because another pageferry process may be the tracer.
+/// Attaches to a thread. If the thread is traced already, waits up to `TRACER_TIMEOUT` for the tracer to detach,
+/// because it may be another pageferry process.
 fn seize(pid: libc::pid_t, options: libc::c_int) -> Result<(), AdoptError> {
     let deadline = Instant::now() + TRACER_TIMEOUT;
     let mut refused = false;
@@ -374,7 +380,7 @@ fn seize(pid: libc::pid_t, options: libc::c_int) -> Result<(), AdoptError> {
         };
         match why {
             AdoptError::Traced(..) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-            // The tracer may have detached since: try once more.
+            // The tracer may have detached in the meantime: try once more.
             AdoptError::Seccomp(_) | AdoptError::NotPermitted(_) if !refused => refused = true,
             why => return Err(why),
         }
@@ -483,7 +489,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(50));
         let poll = |stopped: &Stopped| stopped.call(libc::SYS_poll, [0, 0, 600_000, 0, 0, 0]);
         let ended = on_stopped_within(Duration::from_millis(50), pid, poll);
-        // It is back in its loop, has no pending trap, and can be adopted again.
+        // The process has returned to its loop, has no pending trap, and can be adopted again.
         let again = on_stopped(pid, |stopped| stopped.call(libc::SYS_getpid, [0; 6]));
         std::thread::sleep(Duration::from_millis(50));
         let exited = child.try_wait().expect("a child");

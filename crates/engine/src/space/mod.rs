@@ -38,7 +38,7 @@ impl Space {
     /// # Errors
     /// ESRCH if there is no such process, EACCES without permission to trace it.
     pub fn open(pid: libc::pid_t) -> io::Result<Self> {
-        // SAFETY: takes no pointers; the descriptor is new.
+        // SAFETY: pidfd_open takes no pointers; the descriptor it returns is new and has no other owner.
         let pidfd = unsafe { owned(libc::syscall(libc::SYS_pidfd_open, pid, 0)) }?;
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
         Ok(Self { pid, pidfd, pagemap })
@@ -58,11 +58,11 @@ impl Space {
         u32::try_from(self.pid).is_ok_and(|pid| pid == std::process::id())
     }
 
-    /// Creates a userfaultfd of this address space with `features`. The engine holds the only reference: when it exits,
-    /// the kernel removes all registrations.
+    /// Creates a userfaultfd of this address space with `features`. This process holds the only reference: when the
+    /// process exits, the kernel removes all registrations.
     ///
-    /// Another process is stopped by ptrace (one thread, for less than a millisecond), creates the descriptor, and
-    /// closes it when we have a copy.
+    /// In another process, one thread is stopped by ptrace for less than a millisecond. It creates the descriptor, and
+    /// closes it after this process has duplicated it.
     ///
     /// # Errors
     /// [`AdoptError`] if the process cannot be adopted or may not have a userfaultfd.
@@ -76,11 +76,11 @@ impl Space {
         Ok(uffd)
     }
 
-    /// Like `userfault`, but never with a userfaultfd for user-mode faults only, with which system calls of the process
-    /// would fail (EFAULT).
+    /// Like `userfault`, but the userfaultfd always handles faults in kernel mode as well. Without this, system calls
+    /// of the process would fail (EFAULT).
     ///
     /// # Errors
-    /// [`AdoptError::NoFaults`] if the process may not have such a userfaultfd.
+    /// [`AdoptError`] if the process cannot be adopted; [`AdoptError::NoFaults`] if it may not have such a userfaultfd.
     pub fn full_userfault(&self, features: u64) -> Result<Userfault, AdoptError> {
         let uffd = if self.is_own() {
             Userfault::own_full().map_err(|error| self.refused(error))?
@@ -109,7 +109,8 @@ impl Space {
     /// `wanted` are additional features, enabled if the kernel supports all of them.
     ///
     /// # Errors
-    /// [`AdoptError::NoFaults`] if the process may not have a userfaultfd for these `faults`.
+    /// [`AdoptError`] if the process cannot be adopted; [`AdoptError::NoFaults`] if it may not have a userfaultfd for
+    /// these `faults`.
     pub fn kept_userfault(
         &self,
         features: u64,
@@ -169,11 +170,11 @@ impl Space {
         }
     }
 
-    /// Rejects a process that has reused the ID of an exited one. A process that we have stopped keeps its ID.
+    /// Fails if the process has exited, because another process may have reused its ID. A stopped process keeps its ID.
     fn check_alive(&self) -> Result<(), AdoptError> {
         let mut poll = libc::pollfd { fd: self.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         loop {
-            // SAFETY: the pollfd lives through the call.
+            // SAFETY: the pollfd lives through the call, and the count is 1.
             match check(unsafe { libc::poll(&raw mut poll, 1, 0) }) {
                 Ok(0) => return Ok(()),
                 Ok(_) => return Err(AdoptError::Gone(self.pid)),

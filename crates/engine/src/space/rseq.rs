@@ -1,14 +1,14 @@
 //! Restartable sequences (rseq(2)) of a thread that is stopped to inject system calls.
 //!
 //! A thread announces a critical section in the `rseq_cs` field of its rseq area. The kernel guarantees that a thread
-//! that was preempted or received a signal inside the section continues at its abort handler. It does so on the return
-//! to user mode: if the instruction pointer is inside the section, it redirects it (`rseq_ip_fixup` in kernel/rseq.c);
-//! otherwise the section is over, and the kernel clears `rseq_cs`.
+//! that was preempted or received a signal inside the section continues at the abort handler of the section. On the
+//! return to user mode, the kernel redirects the instruction pointer to the handler if it is inside the section
+//! (`rseq_ip_fixup` in kernel/rseq.c). Otherwise the section is over, and the kernel clears `rseq_cs`.
 //!
 //! A ptrace stop is a preemption. However, the thread first returns to user mode for the injected call, with its
 //! instruction pointer outside the section. The kernel then clears `rseq_cs`, and the section is not aborted when the
-//! thread has its registers back. Other threads have run on that CPU in the meantime, so that the section would commit
-//! invalid data.
+//! registers of the thread are restored. Other threads may have run on that CPU in the meantime, so that the section
+//! could commit invalid data.
 //!
 //! Before the first call, this module therefore does what the kernel would have done, with the same checks: it
 //! redirects the thread to the abort handler and clears `rseq_cs`. This is always allowed, because a section may be
@@ -54,7 +54,7 @@ pub fn abort(pid: libc::pid_t, registers: &mut user_regs_struct) -> Result<(), A
         return Ok(()); // the section is over
     }
     let handler = peek(pid, section + ABORT)?;
-    // Version and flags. Only older kernels support flags, which restrict the abort.
+    // This word contains version and flags. Only older kernels support flags, which restrict the abort.
     if peek(pid, section)? != 0 {
         return Err(AdoptError::Sequence(pid, "unknown version or flags of the section"));
     }
@@ -66,7 +66,8 @@ pub fn abort(pid: libc::pid_t, registers: &mut user_regs_struct) -> Result<(), A
     }
     request(libc::PTRACE_POKEDATA, pid, pointer, 0)?;
     registers.rip = handler;
-    // Sections must not make system calls. If this one did, the kernel must not restart it at the handler.
+    // Sections must not make system calls. If this section made one, the kernel must not restart the call at the
+    // handler.
     registers.orig_rax = u64::MAX;
     Ok(())
 }

@@ -4,9 +4,8 @@
 //! each of them ends the round with a barrier. Every wait is bounded: it ends on cancellation, or if the peer has not
 //! transferred a byte within the timeout.
 //!
-//! After the switch-over of a post-copy migration, the blocks come from a [`PageServer`] at the source. It pushes them
-//! over separate streams, and on one more connection it replies at once to the requests of a [`PeerSource`] at the
-//! destination.
+//! After the switch-over of a post-copy migration, a [`PageServer`] at the source sends the blocks. It pushes them over
+//! separate streams. On another connection, it replies at once to the requests of a [`PeerSource`] at the destination.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -53,7 +52,7 @@ pub enum WireError {
     /// A socket operation failed.
     #[error("page stream: {0}")]
     Io(#[from] io::Error),
-    /// A handshake or a record was refused.
+    /// A TLS handshake or record was rejected.
     #[error("page stream: {0}")]
     Tls(#[from] tls::TlsError),
     /// A block is malformed or damaged.
@@ -70,17 +69,17 @@ pub enum WireError {
 /// Counters of a sender or receiver, readable during a round.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// Bytes transferred, headers included.
+    /// Number of bytes transferred, headers included.
     pub bytes: AtomicU64,
-    /// Storage blocks.
+    /// Number of storage blocks.
     pub blocks: AtomicU64,
-    /// Pages with data.
+    /// Number of pages with data.
     pub data: AtomicU64,
-    /// Zero pages.
+    /// Number of zero pages.
     pub zero: AtomicU64,
-    /// Pages that are holes.
+    /// Number of absent pages (holes).
     pub absent: AtomicU64,
-    /// Storage blocks sent without the configured codec, because the link was faster than the compression.
+    /// Number of storage blocks sent without the configured codec, because the link was faster than the compression.
     pub uncompressed: AtomicU64,
 }
 
@@ -100,7 +99,7 @@ impl Progress {
     }
 }
 
-/// Runs `work` on every stream in parallel. The first failure cancels the other streams and is returned.
+/// Runs `work` on every stream in parallel. On the first failure, cancels the other streams and returns the error.
 fn on_all<S: Sync>(
     streams: &[S],
     cancelled: &AtomicBool,
@@ -124,14 +123,14 @@ fn on_all<S: Sync>(
     failure.into_inner().map_or(Ok(()), Err)
 }
 
-/// Sets a TCP option. Sockets of other families reject it, which is harmless.
+/// Sets a TCP option. Ignores errors, because sockets of other families reject the option.
 fn tune(socket: &OwnedFd, option: libc::c_int, value: libc::c_int) {
     let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(4);
     // SAFETY: `value` is an integer that lives through the call, and `len` is its size.
     unsafe { libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, option, (&raw const value).cast(), len) };
 }
 
-/// Rejects an empty list of streams, with which a round would end at once without having transferred anything.
+/// Returns `streams`, or `InvalidInput` if the list is empty: a round without streams would end without a transfer.
 fn at_least_one<S>(streams: Vec<S>) -> io::Result<Vec<S>> {
     if streams.is_empty() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "cannot create page streams: no sockets given"));

@@ -10,14 +10,14 @@ use crate::block::Codec;
 
 /// Longest sleep between two checks for cancellation.
 const SLICE: Duration = Duration::from_millis(20);
-/// Unused time that a stream may catch up with. It compensates for sleeps that last too long.
+/// Maximum unused time for which the limit may be exceeded afterwards. It compensates for sleeps that last too long.
 const BURST: Duration = Duration::from_millis(20);
 
 /// Bandwidth limit, shared by all streams of a sender.
 #[derive(Debug)]
 pub(super) struct RateLimit {
     bandwidth: u64,
-    /// Time at which all bytes so far should have left.
+    /// Time at which the last of the bytes counted so far may have been sent.
     due: Mutex<Instant>,
 }
 
@@ -27,7 +27,7 @@ impl RateLimit {
         Self { bandwidth, due: Mutex::new(Instant::now()) }
     }
 
-    /// Counts bytes to send. Returns the time from which they may leave.
+    /// Counts bytes to send. Returns the time from which these bytes may be sent.
     fn take(&self, bytes: usize, now: Instant) -> Instant {
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let time = Duration::from_secs_f64(bytes as f64 / self.bandwidth as f64);
@@ -37,7 +37,7 @@ impl RateLimit {
         start
     }
 
-    /// Waits until `bytes` may leave. Urgent bytes are counted but do not wait.
+    /// Counts `bytes` bytes, and waits until they may be sent. Does not wait if they are urgent.
     pub(super) fn wait(&self, bytes: usize, urgent: bool, cancelled: &AtomicBool) -> Result<(), WireError> {
         if self.bandwidth == 0 {
             return Ok(());
@@ -49,7 +49,7 @@ impl RateLimit {
         sleep_until(|| start, cancelled)
     }
 
-    /// Waits until the limit allows another send at once, including the bytes counted during the wait.
+    /// Waits until the limit allows another send at once. Takes bytes into account that are counted during the wait.
     pub(super) fn wait_for_turn(&self, cancelled: &AtomicBool) -> Result<(), WireError> {
         sleep_until(|| *self.due.lock(), cancelled)
     }
@@ -70,7 +70,7 @@ fn sleep_until(time: impl Fn() -> Instant, cancelled: &AtomicBool) -> Result<(),
 
 /// Number of blocks between two trials of the other mode: initial value and maximum.
 const GAPS: (u32, u32) = (32, 1024);
-/// Blocks of a trial. The first half is not measured: it only fills or drains the socket buffers.
+/// Number of blocks of a trial. The first half is not measured: it only fills or drains the socket buffers.
 const TRIAL: u32 = 16;
 /// Factor by which the other mode must be faster to be selected.
 const GAIN: f64 = 1.2;
@@ -79,9 +79,9 @@ const GAIN: f64 = 1.2;
 /// writing together.
 ///
 /// The cost of a mode is known only from using it: compression hides the speed of the link, and without compression the
-/// ratio is unknown. The other mode is therefore tried for a few blocks at increasing intervals, which are reset when
-/// it turns out to be faster. While blocks are compressed, no trial takes place as long as writing takes longer than
-/// packing, because then the link is the bottleneck.
+/// ratio is unknown. The other mode is therefore tried for a few blocks at increasing intervals. The interval is reset
+/// when a trial shows that the other mode is faster. While blocks are compressed, no trial takes place as long as
+/// writing takes longer than packing, because then the link is the bottleneck.
 #[derive(Debug)]
 pub(super) struct Adaptive {
     codec: Codec,
@@ -92,13 +92,13 @@ pub(super) struct Adaptive {
     /// Share of packing in the cost of compressed blocks, seconds per byte.
     packing: f64,
     gap: u32,
-    /// Blocks left until the next trial, or until the end of the current one.
+    /// Number of blocks until the next trial, or until the end of the current trial.
     left: u32,
     trying: bool,
 }
 
 impl Adaptive {
-    /// Creates the policy; with `enabled` false, every block is compressed.
+    /// Creates the policy. If `enabled` is false, every block is compressed.
     pub(super) fn new(codec: Codec, enabled: bool) -> Self {
         let enabled = enabled && codec != Codec::None;
         Self { codec, enabled, packed: true, cost: [0.0; 2], packing: 0.0, gap: GAPS.0, left: GAPS.0, trying: false }
@@ -134,7 +134,7 @@ impl Adaptive {
         }
     }
 
-    /// Starts a trial, or evaluates the one that has ended.
+    /// Starts a trial, or evaluates the trial that has ended.
     fn turn(&mut self) {
         let (ours, other) = (usize::from(self.packed), usize::from(!self.packed));
         if self.trying {
@@ -194,7 +194,7 @@ mod tests {
     fn codec_is_used_on_a_slow_link() {
         let mut adaptive = Adaptive::new(Codec::Lz4, true);
         assert_eq!(run(&mut adaptive, 4000, 1000, 5000, 50), (1000, 0));
-        // Compression that barely pays off is kept, because it costs next to nothing on this link.
+        // Compression with a small gain is kept, because it costs little on this link.
         let (packed, changes) = run(&mut adaptive, 4000, 1000, 1500, 30);
         assert!(packed > 900 && changes < 20, "{packed} packed, {changes} changes");
     }
@@ -239,7 +239,7 @@ mod tests {
         for _ in 0..200 {
             now = now.max(limit.take(64 << 10, now));
         }
-        // Of 200 blocks of 1/16 s each, the last may leave when the other 199 have left.
+        // Of 200 blocks of 1/16 s each, the last may be sent when the other 199 have been sent.
         let early = Duration::from_secs_f64(199.0 / 16.0).saturating_sub(now - start);
         assert!(early <= BURST, "{early:?} early");
         let idle = now + Duration::from_secs(100);

@@ -100,10 +100,10 @@ impl PeerSource {
         self.cancelled.load(Ordering::Acquire)
     }
 
-    /// Marks the connection as lost. Only the first reason is kept.
+    /// Cancels all transfers, and records the reason for which the connection is lost. Keeps only the first reason.
     pub(crate) fn lose(&self, reason: &dyn std::fmt::Display) {
         let mut lost = self.lost.lock();
-        // Errors after a cancellation are a consequence of it, and are not recorded.
+        // Do not record errors after a cancellation, which are its consequence.
         if !self.cancelled.swap(true, Ordering::AcqRel) {
             lost.get_or_insert(reason.to_string());
         }
@@ -126,7 +126,7 @@ impl PeerSource {
         self.streams.len()
     }
 
-    /// Reads one stream to its end. Calls `place` for every block, with the verified data pages in the buffer.
+    /// Reads one stream to its end. Calls `place` for every block, with the verified data pages in `contents`.
     ///
     /// # Errors
     /// Errors of `place` and of the stream, including a timeout while `overdue` reports that a reply is late.
@@ -140,7 +140,8 @@ impl PeerSource {
         let mut input = self.streams[stream].lock();
         let urgent = stream == 0;
         loop {
-            // The source starts to push only after the hand-over of the workload, and then continues to the end.
+            // The source starts to push only after the hand-over of the workload, and then pushes without pauses. The
+            // stream for replies may be idle unless a reply is late.
             let may_idle = |blocks| if urgent { !overdue() } else { blocks == 0 };
             let head = input.head(POSTCOPY, &self.progress, may_idle)?;
             if head.kind == Kind::Barrier {

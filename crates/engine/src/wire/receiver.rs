@@ -42,8 +42,8 @@ impl Incoming {
         Self { socket, sequence: 0, table: Vec::new(), payload: Vec::new(), scratch: Vec::new() }
     }
 
-    /// Reads the header of the next block, or the barrier of the round. Silence counts as a stall, unless `may_idle`
-    /// returns true.
+    /// Reads the header of the next block, or the barrier of the round. A timeout before the first byte is an error,
+    /// unless `may_idle` returns true for the number of blocks received so far.
     pub(super) fn head(
         &mut self,
         round: u32,
@@ -93,7 +93,8 @@ impl Incoming {
 }
 
 impl BlockReceiver {
-    /// Creates a receiver that reads from connected sockets and places pages through `placer`.
+    /// Creates a receiver that reads from connected sockets and places pages through `placer`. A stream fails if the
+    /// peer has not sent a byte for `timeout`.
     ///
     /// # Errors
     /// `InvalidInput` if `sockets` is empty; otherwise the error of the socket operation that failed.
@@ -179,13 +180,14 @@ fn read_in_place(socket: &Socket, head: &Head, slots: Vec<libc::iovec>) -> Resul
         return Ok(());
     }
     let mut buffers = slots.clone();
-    // SAFETY: the placer has reserved the slots for this stream; they lie in the mapping and are writable.
+    // SAFETY: the slots lie in a mapping of the placer, which is writable and has allocated their memory. No slot is
+    // empty, because a run has at least one page.
     unsafe { socket.read_into(&mut buffers) }?;
     let mut rest = SlotCursor::new(&slots);
     for (index, record) in head.page_blocks.iter().enumerate() {
         let mut hash = Xxh3Default::new();
         rest.take(record.raw_len.get() as usize, |chunk, len| {
-            // SAFETY: the chunk lies in a slot that the placer has reserved. A valid source sends a page once per
+            // SAFETY: the chunk lies in a slot that the placer has allocated. A valid source sends a page once per
             // round, so no other stream writes to it. If an invalid source sends it twice, the checksum does not match.
             hash.update(unsafe { std::slice::from_raw_parts(chunk, len) });
         });
@@ -204,8 +206,8 @@ fn read_packed(input: &mut Incoming, head: &Head, slots: &[libc::iovec]) -> Resu
         head.unpack(index, stored, &mut input.scratch)?;
         let mut done = 0;
         rest.take(input.scratch.len(), |chunk, len| {
-            // SAFETY: the chunk lies in a slot that the placer has reserved, and the scratch buffer holds `len` bytes
-            // from `done` on.
+            // SAFETY: the chunk has `len` bytes and lies in a slot that the placer has allocated. The scratch buffer
+            // holds `len` bytes from `done` on, and does not overlap the slot.
             unsafe { std::ptr::copy_nonoverlapping(input.scratch[done..].as_ptr(), chunk, len) };
             done += len;
         });
@@ -214,7 +216,7 @@ fn read_packed(input: &mut Incoming, head: &Head, slots: &[libc::iovec]) -> Resu
     Ok(())
 }
 
-/// Cursor over slots as one contiguous range of bytes.
+/// Cursor over the bytes of several slots.
 struct SlotCursor<'a> {
     slots: &'a [libc::iovec],
     offset: usize,

@@ -12,8 +12,8 @@ pub const MAX_REQUEST: usize = 512;
 /// Value of `page` if no page of the request has priority.
 const NONE: u32 = u32::MAX;
 
-/// Request for pages of a region. The source sends `page` first and at once, even if it has been sent before, and then
-/// those of the other pages that have not been sent.
+/// Request for pages of a region. The source sends `page` first and at once, even if it has been sent before. It then
+/// sends those of the other pages that have not been sent.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Request {
@@ -33,14 +33,15 @@ pub(super) struct PageRequest {
     pub(super) region: usize,
     pub(super) first: usize,
     pub(super) end: usize,
-    /// Page that a faulting thread waits for, if any.
+    /// Page of the region that a faulting thread waits for, if any.
     pub(super) page: Option<usize>,
 }
 
 const CHECKED: usize = size_of::<Request>() - size_of::<U64>();
 
 impl Request {
-    /// Creates a request for pages `[first, end)` of a region; a faulting thread waits for `page`.
+    /// Creates a request for pages `[first, end)` of a region. `page` is the page in this range that a faulting thread
+    /// waits for, if any.
     pub fn new(region: usize, (first, end): (usize, usize), page: Option<usize>) -> Self {
         let number = |value: usize| U32::new(u32::try_from(value).unwrap_or(NONE));
         let page = page.map_or(U32::new(NONE), |page| number(page - first));

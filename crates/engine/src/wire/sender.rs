@@ -17,7 +17,7 @@ use crate::mapping::Mapping;
 use crate::pages::PageSet;
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
-/// Number of pages that a stream takes from a round at a time.
+/// Maximum number of pages that a stream takes from a round at a time.
 const SHARE: usize = 4 * LARGE_PAGE / SMALL_PAGE;
 
 /// Block sizes, codec and bandwidth limit of a sender.
@@ -29,7 +29,7 @@ pub struct Format {
     pub adaptive: bool,
     /// Bandwidth limit of all streams together, bytes per second; 0 means unlimited.
     pub bandwidth: u64,
-    /// Data bytes of a page block.
+    /// Number of data bytes of a page block.
     pub page_block: usize,
     /// Maximum number of data bytes of a storage block.
     pub storage_block: usize,
@@ -43,7 +43,7 @@ pub struct BlockSender {
     progress: Progress,
     /// For each region, the pages whose contents the peer holds.
     held: Mutex<Vec<PageSet>>,
-    /// Watch for discards in the regions since the first send; `None` if they cannot be watched.
+    /// Inotify watch that reports discards in the regions, created at the first send; `None` if it cannot be created.
     discards: OnceLock<Option<Discards>>,
 }
 
@@ -55,7 +55,7 @@ pub(super) struct Outgoing {
     sequence: u64,
     adaptive: Adaptive,
     limit: Arc<RateLimit>,
-    /// Whether blocks are counted by the limit without waiting for it.
+    /// Whether blocks count towards the bandwidth limit without waiting for it.
     urgent: bool,
     cancelled: Arc<AtomicBool>,
 }
@@ -68,7 +68,7 @@ impl Outgoing {
         Self { socket, builder, sequence: 0, adaptive, limit, urgent: false, cancelled }
     }
 
-    /// Makes the blocks of this stream count for the limit without waiting for it.
+    /// Makes the blocks of this stream count towards the bandwidth limit without waiting for it.
     pub(super) fn urgent(self) -> Self {
         Self { urgent: true, ..self }
     }
@@ -78,10 +78,11 @@ impl Outgoing {
         self.builder.is_full()
     }
 
-    /// Adds a page that is present in memory.
+    /// Adds a page that is present in memory, as a data page or as a zero page.
     pub(super) fn push_page(&mut self, mapping: &Mapping, page: usize, progress: &Progress) {
         let before = self.builder.raw_len();
-        // SAFETY: the page lies within the mapping, which `page` asserts.
+        // SAFETY: `Mapping::page` asserts that the page lies within the mapping, which is readable and lives through
+        // the call.
         unsafe { self.builder.push_page(page, mapping.page(page)) };
         let class = if self.builder.raw_len() > before { Class::Data } else { Class::Zero };
         progress.count(class, 1);
@@ -113,7 +114,7 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Waits until the limit allows a send, so that pages taken now leave at once.
+    /// Waits until the bandwidth limit allows a send, so that pages taken afterwards are sent at once.
     pub(super) fn wait_for_turn(&self) -> Result<(), WireError> {
         self.limit.wait_for_turn(&self.cancelled)
     }
@@ -160,13 +161,13 @@ impl BlockSender {
 
     /// Sends the pages of `sets` (one set per region) over all streams; with `barrier`, ends the round.
     ///
-    /// Pages that have become holes since they were sent, and holes that have become zero pages, are sent as such in
-    /// addition: freeing a page is not a write, so no trace reports it.
+    /// Also sends pages that were freed since they were sent: as holes, or as zero pages if they have been allocated
+    /// again. Freeing a page is not a write, so that no trace reports it.
     ///
     /// # Errors
-    /// The first error of any stream; the other streams are cancelled.
+    /// The first error of any stream, whereupon the other streams are cancelled; the error of reading the data ranges.
     pub fn send(&self, regions: &[Arc<Mapping>], sets: &[PageSet], round: u32, barrier: bool) -> Result<(), WireError> {
-        // Read the notifications before the memory: a later discard is then noticed by the next call.
+        // Read the notifications before the memory: the next call then sees the notification of any later discard.
         let files = || regions.iter().map(|mapping| mapping.as_fd().as_raw_fd());
         let discards = self.discards.get_or_init(|| Discards::watch(files()).ok());
         let discarded = discards.as_ref().is_none_or(|discards| discards.seen().unwrap_or(true));

@@ -21,10 +21,11 @@ use crate::uapi::short_slices;
 
 /// Maximum number of pages in a pushed block. It bounds the delay of a request that arrives during the push.
 const CHUNK: usize = 64;
-/// Limit for unsent bytes in the socket buffer of a pushing stream, which delay replies on the other connection.
+/// Maximum number of unsent bytes in the socket buffer of a pushing stream. Such bytes delay replies on the other
+/// connection.
 const UNSENT: libc::c_int = 256 << 10;
 
-/// Serves the pages of a paused workload: replies to requests and pushes all other pages.
+/// Server for the pages of a paused workload: replies to requests and pushes all other pages.
 ///
 /// Each page is sent once, either pushed or in a reply, by the thread that takes it first. The exception is a page for
 /// which a thread waits at the destination: it is sent again even if it has been pushed, because the push may be
@@ -103,7 +104,8 @@ impl PageServer {
         Ok(Self { shared: Arc::new(shared), streams, urgent: Mutex::new(Some(urgent)), answering: Mutex::default() })
     }
 
-    /// Starts the thread that replies to requests, until the peer closes the connection or the server is cancelled.
+    /// Starts the thread that replies to requests until the peer closes the connection or the server is cancelled. Does
+    /// nothing if the thread has been started before.
     ///
     /// # Errors
     /// The error of creating the thread.
@@ -119,7 +121,7 @@ impl PageServer {
     /// Pushes all pages that have not been sent, followed by a barrier on every stream.
     ///
     /// # Errors
-    /// The first error of any stream. An error of the request connection ends the push as well, and is returned here.
+    /// The first error of any stream, or the error of the request connection, which cancels the push as well.
     pub fn push(&self) -> Result<(), WireError> {
         let pushed = on_all(&self.streams, &self.shared.cancelled, |stream| self.shared.push(stream));
         match pushed {
@@ -136,7 +138,7 @@ impl PageServer {
         self.shared.cancelled.store(true, Ordering::Release);
     }
 
-    /// Returns the reason for which requests are no longer served, if there is one.
+    /// Returns the error that ended the replies to requests, if any.
     pub fn lost(&self) -> Option<String> {
         self.shared.reason.get().cloned()
     }
@@ -228,7 +230,9 @@ impl ServerState {
         out.barrier(POSTCOPY, &self.progress)
     }
 
-    /// Takes the next pages to push, all of one huge page. The push completes a huge page before it starts another.
+    /// Takes up to `CHUNK` pages of one 2 MiB unit to push, and returns their region and page numbers; `None` if no
+    /// pages are left. The push completes a unit before it starts another. The list is empty if replies have taken the
+    /// pages.
     fn chunk(&self) -> Option<(usize, Vec<usize>)> {
         let mut next = self.next.lock();
         let (from, at) = *next;

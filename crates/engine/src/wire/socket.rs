@@ -90,7 +90,7 @@ impl Socket {
         unsafe { self.read_into(&mut [buffer]) }
     }
 
-    /// Fills all of `buffers`, and advances them in doing so.
+    /// Fills all of `buffers`. Advances the buffers past the bytes read.
     ///
     /// # Safety
     /// Every buffer must be non-empty and valid for writing.
@@ -98,12 +98,12 @@ impl Socket {
         match &self.records {
             // SAFETY: the caller guarantees that the buffers are valid for writing.
             None => unsafe { self.all(buffers, Direction::In) },
-            // SAFETY: as above.
+            // SAFETY: the caller guarantees that the buffers are valid for writing.
             Some(records) => unsafe { records.read(buffers, |bytes| self.read_some(bytes)) },
         }
     }
 
-    /// Reads the available bytes, waiting for at least one.
+    /// Reads the available bytes, after waiting for at least one. Returns their number.
     fn read_some(&self, bytes: &mut [u8]) -> Result<usize, WireError> {
         let mut buffer = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
         // SAFETY: the buffer points to an exclusively borrowed slice that lives through the call.
@@ -127,7 +127,7 @@ impl Socket {
     /// Transfers at least one byte. Returns the number of bytes.
     ///
     /// # Safety
-    /// As for `all`.
+    /// The buffers must be valid for the direction of the transfer.
     unsafe fn once(
         &self,
         buffers: &mut [libc::iovec],
@@ -150,11 +150,11 @@ impl Socket {
         }
     }
 
-    /// Makes one system call to transfer bytes. Returns -1 and sets errno on failure. `waiting` holds the flags of
+    /// Makes one system call to transfer bytes. Returns -1 and sets errno on failure. `waiting` contains the flags for
     /// recvmsg(2).
     ///
     /// # Safety
-    /// As for `all`.
+    /// The buffers must be valid for the direction of the transfer.
     unsafe fn some(&self, buffers: &mut [libc::iovec], direction: Direction, waiting: libc::c_int) -> libc::ssize_t {
         // SAFETY: all fields of msghdr are integers or pointers, for which zero is valid.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -164,7 +164,7 @@ impl Socket {
             // SAFETY: the message refers to the buffers, which the caller guarantees to be valid.
             Direction::In => unsafe { libc::recvmsg(self.fd.as_raw_fd(), &raw mut message, waiting) },
             // MSG_NOSIGNAL: a closed peer must not raise SIGPIPE, regardless of the signal's disposition.
-            // SAFETY: as above.
+            // SAFETY: the message refers to the buffers, which the caller guarantees to be valid.
             Direction::Out => unsafe { libc::sendmsg(self.fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) },
         }
     }
@@ -183,14 +183,15 @@ impl Socket {
         }
     }
 
-    /// Waits up to one slice until the socket is ready: it may be in non-blocking mode.
+    /// Waits until the socket is ready, for at most `SLICE`. Required for sockets in non-blocking mode.
     fn wait(&self, direction: Direction) {
         let events = match direction {
             Direction::In => libc::POLLIN,
             Direction::Out => libc::POLLOUT,
         };
         let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events, revents: 0 };
-        // SAFETY: the pollfd lives through the call. The result is not needed, because the transfer is retried.
+        // SAFETY: the pollfd lives through the call, and the count is 1. The result is not needed, because the transfer
+        // is retried.
         unsafe { libc::poll(&raw mut poll, 1, libc::c_int::try_from(SLICE.as_millis()).unwrap_or(0)) };
     }
 }

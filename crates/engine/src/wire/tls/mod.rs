@@ -25,7 +25,7 @@ mod tests;
 pub(super) use records::Records;
 pub use session::Session;
 
-/// Reason for which a handshake or a record was refused.
+/// Reason for which a handshake or a record was rejected.
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// The certificate or key cannot be used.
@@ -114,7 +114,8 @@ impl Identity {
     }
 }
 
-/// Returns the cryptography provider, fastest cipher first. Peers without AES in hardware agree on the last one.
+/// Returns the cryptography provider, with the fastest cipher suite first. Peers without AES in hardware negotiate the
+/// last one.
 fn provider() -> CryptoProvider {
     let cipher_suites = vec![
         cipher_suite::TLS13_AES_128_GCM_SHA256,
@@ -149,7 +150,7 @@ impl AcceptedCertificates {
     }
 }
 
-/// Error of the TLS 1.2 callbacks, which are never called: only TLS 1.3 is enabled.
+/// Returns the error of the TLS 1.2 callbacks. They are never called, because only TLS 1.3 is enabled.
 fn unsupported_version() -> Error {
     Error::PeerIncompatible(rustls::PeerIncompatible::Tls13RequiredForQuic)
 }

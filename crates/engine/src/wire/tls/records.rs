@@ -26,7 +26,7 @@ const RECORD: usize = 16 << 10;
 const HEADER: usize = 5;
 /// Maximum size of the sealed part (RFC 8446, 5.2).
 const MAX_SEALED: usize = RECORD + 256;
-/// Number of records that are sent together.
+/// Maximum number of records that are sent together.
 const BATCH: usize = 16;
 /// Size of the receive buffer, bytes.
 const INCOMING: usize = 256 << 10;
@@ -90,7 +90,8 @@ struct Incoming {
 }
 
 impl Records {
-    /// Creates the record layer. `plain` and `sealed` are the bytes received so far, opened and not.
+    /// Creates the record layer. `plain` contains the opened bytes received so far, `sealed` the bytes that have not
+    /// been opened.
     ///
     /// # Errors
     /// If the peer has sent more than the buffer holds, or if rustls does not support the cipher.
@@ -134,8 +135,8 @@ impl Records {
         Ok(())
     }
 
-    /// Fills all of `buffers`. `receive` stores at least one byte in the slice that it is given, and returns the
-    /// number.
+    /// Fills all of `buffers`. `receive` must store at least one byte in the given slice, and return the number of
+    /// bytes.
     ///
     /// # Safety
     /// Every buffer must be valid for writing.
@@ -153,8 +154,8 @@ impl Records {
                     continue;
                 }
                 let piece = incoming.take(buffer.iov_len - done);
-                // SAFETY: the target lies within the buffer, which the caller guarantees to be writable; the source is
-                // our buffer.
+                // SAFETY: the target lies within the buffer, which the caller guarantees to be writable. `piece` is a
+                // slice of our receive buffer, which does not overlap the target.
                 unsafe {
                     std::ptr::copy_nonoverlapping(piece.as_ptr(), buffer.iov_base.cast::<u8>().add(done), piece.len());
                 };
@@ -254,7 +255,7 @@ impl Incoming {
         Ok(())
     }
 
-    /// Opens the next record in place.
+    /// Opens the next record, with `len` sealed bytes, in place. Returns its type.
     fn open(&mut self, len: usize) -> Result<ContentType, TlsError> {
         let start = self.sealed.start + HEADER;
         let sealed = &mut self.buffer[start..start + len];

@@ -20,7 +20,7 @@ const NAME: &str = "peer.invalid";
 /// One side of a TLS connection, from the first byte until a stream takes it over.
 ///
 /// The caller passes received bytes to [`feed`](Self::feed) and sends the bytes that [`outgoing`](Self::outgoing)
-/// returns. It must do so after an error as well, because these bytes then contain the alert.
+/// returns. After an error, the caller must send these bytes as well, because they contain the alert.
 pub struct Session {
     end: End,
     /// Received bytes that have not been processed.
@@ -82,12 +82,12 @@ impl Session {
         advanced
     }
 
-    /// Takes the bytes to send to the peer.
+    /// Returns the bytes to send to the peer, and removes them from the session.
     pub fn outgoing(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.outgoing)
     }
 
-    /// Returns whether the handshake is complete. The connecting side cannot know whether it has been accepted.
+    /// Returns whether the handshake is complete. On the connecting side, the peer may still reject the certificate.
     pub fn established(&self) -> bool {
         self.established
     }
@@ -112,7 +112,7 @@ impl Session {
         }
     }
 
-    /// Takes `count` opened bytes, once that many have been received.
+    /// Removes and returns `count` opened bytes; `None` if fewer have been received.
     pub fn read(&mut self, count: usize) -> Option<Vec<u8>> {
         (self.plain.len() >= count).then(|| self.plain.drain(..count).collect())
     }
