@@ -29,14 +29,14 @@ pub fn sizes(page_block: usize, storage_block: usize) -> PyResult<Sizes> {
     Ok(Sizes { page_block, storage_block })
 }
 
-/// Takes the keyword arguments of a new image.
+/// Takes the codec and the block sizes of a new image from keyword arguments.
 pub fn image_format(keywords: &Keywords<'_>) -> PyResult<(Codec, Sizes)> {
     let codec = codec(&keywords.take("codec", "lz4".to_owned())?)?;
     let sizes = sizes(keywords.take("page_block", 65_536)?, keywords.take("storage_block", 1_048_576)?)?;
     Ok((codec, sizes))
 }
 
-/// Takes the keyword arguments of a new image, and rejects others.
+/// Returns the codec and the block sizes of a new image. Rejects other keyword arguments.
 pub fn only_image_format(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<(Codec, Sizes)> {
     let keywords = Keywords::new(py, given)?;
     let format = image_format(&keywords)?;

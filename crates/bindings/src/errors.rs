@@ -11,8 +11,8 @@ use pyo3::exceptions::{
 };
 use pyo3::prelude::*;
 
-/// Converts an error to the subclass of OSError for its errno. (The conversion of PyO3 loses the errno, and turns
-/// ENOMEM into MemoryError.)
+/// Converts an error to the subclass of OSError for its errno. PyO3 would lose the errno, and convert ENOMEM to
+/// MemoryError. Errors without an errno are converted by PyO3.
 pub fn kernel(error: io::Error) -> PyErr {
     let Some(number) = error.raw_os_error() else { return error.into() };
     let text = error.to_string();
@@ -20,7 +20,8 @@ pub fn kernel(error: io::Error) -> PyErr {
     PyOSError::new_err((number, text.to_owned()))
 }
 
-/// Converts an error of arguments: InvalidInput becomes a ValueError, any other error an OSError.
+/// Converts an error of a call that validates its arguments: `InvalidInput` without an errno becomes a ValueError, any
+/// other error is converted like by [`kernel`].
 pub fn argument(error: io::Error) -> PyErr {
     if error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none() {
         return PyValueError::new_err(error.to_string());
@@ -68,7 +69,7 @@ pub fn place(error: PlaceError) -> PyErr {
     }
 }
 
-/// Returns the ID of our own process.
+/// Returns the ID of this process.
 pub fn own_pid() -> io::Result<i32> {
     i32::try_from(std::process::id()).map_err(io::Error::other)
 }

@@ -19,7 +19,7 @@ pub fn image_error(error: ImageError) -> PyErr {
     }
 }
 
-/// Stored pages, in the order of storage blocks.
+/// Stored pages with their page map entries, in the order of storage blocks.
 type StoredPages = Arc<Vec<(image::PageEntry, usize)>>;
 /// Damage found by a verification.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
@@ -186,7 +186,7 @@ impl ImageChain {
         Ok(PyBytes::new(py, &contents.map_err(image_error)?))
     }
 
-    /// Returns the pages of a range that differ, as runs (start, end).
+    /// Returns the pages of a range whose contents differ between two chains, as runs (start, end).
     fn differences(
         &self,
         py: Python<'_>,

@@ -11,7 +11,7 @@ use pyo3::types::PyDict;
 use crate::image::WrittenImage;
 use crate::{blocks, errors};
 
-/// Page map entry: class, whether it is in the parent, signature, storage block and slot.
+/// Page map entry: class, whether the contents are in the parent, signature, storage block and slot.
 type Entry = (u8, bool, u64, u32, u16);
 
 #[pyclass(frozen, module = "pageferry._engine")]
@@ -42,7 +42,7 @@ impl ImageWriter {
         Ok(Self { inner, max: storage_block / SMALL_PAGE })
     }
 
-    /// Writes a storage block. Returns its number.
+    /// Writes a storage block of data pages, given by number and contents. Returns the number of the block.
     fn append(&self, region: u32, pages: Vec<(usize, Vec<u8>)>) -> PyResult<u32> {
         if let Some((page, _)) = pages.iter().find(|(_, contents)| contents.len() != SMALL_PAGE) {
             return Err(PyValueError::new_err(format!("invalid contents of page {page}: expected 4096 bytes")));

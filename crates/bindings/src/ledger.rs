@@ -27,8 +27,8 @@ fn raised(error: LedgerError) -> PyErr {
     }
 }
 
-/// Runs `work` in a thread and checks for signals meanwhile. A signal handler that raises sets the flag passed to
-/// `work`.
+/// Runs `work` in a thread, and checks for signals until it ends. If a signal handler raises an exception, sets the
+/// flag passed to `work`, and returns the exception after `work` has ended.
 fn interruptible<T: Send>(
     py: Python<'_>,
     work: impl FnOnce(&AtomicBool) -> Result<T, LedgerError> + Send,
@@ -114,7 +114,7 @@ impl From<ledger::Report> for LedgerReport {
     }
 }
 
-/// Durations of operations, in nanoseconds.
+/// Longest duration of an operation, nanoseconds, and a histogram of the durations.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct Stalls {
     longest: u64,
@@ -135,7 +135,7 @@ pub struct Ledger {
 }
 
 impl Drop for Ledger {
-    /// Joins the threads without the GIL: one of them may wait for a page that Python must load.
+    /// Joins the threads without the GIL: a thread may wait for a page that Python must load.
     fn drop(&mut self) {
         Python::try_attach(|py| py.detach(|| self.inner.stop()));
     }
@@ -166,7 +166,7 @@ impl Ledger {
         threads: Option<usize>,
     ) -> PyResult<Self> {
         let mapping = mapping.get().inner.clone();
-        // The pages to read may be deferred.
+        // Release the GIL: the pages that are read may be deferred.
         let inner = py.detach(|| ledger::Ledger::attach(mapping, first_thread, threads)).map_err(raised)?;
         Ok(Self { inner })
     }
@@ -199,7 +199,7 @@ impl Ledger {
 
     #[getter]
     fn state(&self, py: Python<'_>) -> String {
-        // Release the GIL: a concurrent `stop` waits for threads that may wait for a page.
+        // Release the GIL: a concurrent `stop` holds the lock while it waits for threads, which may wait for a page.
         py.detach(|| self.inner.state()).to_string()
     }
 

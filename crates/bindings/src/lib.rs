@@ -1,4 +1,5 @@
-//! Python bindings of the engine: one file per module, without logic. `_engine.pyi` is the reference.
+//! Python bindings of the engine and the ledger, with one file per module and without logic. `_engine.pyi` documents
+//! the classes and functions.
 
 use pyo3::prelude::*;
 

@@ -3,7 +3,7 @@ use pyo3::prelude::*;
 
 use crate::errors;
 
-/// Shared mapping of one of the files.
+/// Shared mapping of one of the scanned files.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 #[derive(Clone)]
 pub struct FileMapping {
@@ -15,7 +15,7 @@ pub struct FileMapping {
     writable: bool,
 }
 
-/// Processes that have files in use.
+/// Mappings of the scanned files, and the IDs of processes that have them open for writing or that cannot be inspected.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct Mappers {
     mappings: Vec<FileMapping>,

@@ -38,17 +38,18 @@ impl Mapping {
         self.inner.len()
     }
 
-    /// Returns the descriptor of the file, which the mapping owns.
+    /// Returns the descriptor of the file. The mapping owns the descriptor.
     fn fileno(&self) -> i32 {
         self.inner.file()
     }
 
-    /// Returns the ranges that hold data (SEEK_DATA, SEEK_HOLE). Reading any other byte would allocate a page.
+    /// Returns the ranges of the mapping that hold data (SEEK_DATA, SEEK_HOLE). Reading any other byte would allocate a
+    /// page.
     fn data_ranges(&self, py: Python<'_>) -> PyResult<Vec<(usize, usize)>> {
         py.detach(|| self.inner.data_ranges()).map_err(errors::kernel)
     }
 
-    /// Returns which 2 MiB units are backed by a huge page.
+    /// Returns, for each 2 MiB unit, whether it is backed by a huge page.
     fn large_units(&self, py: Python<'_>) -> PyResult<Vec<bool>> {
         py.detach(|| self.inner.large_units()).map_err(errors::kernel)
     }
@@ -68,9 +69,10 @@ impl Mapping {
         let py = slf.py();
         let owner = slf.into_any().into_ptr();
         let readonly = c_int::from(closed);
-        // SAFETY: CPython passes a view to fill; the owner keeps the mapping alive until the buffer is released.
+        // SAFETY: CPython passes a view to fill. `base` and `len` describe the mapping, which the owner keeps alive
+        // until the buffer is released.
         let result = unsafe { ffi::PyBuffer_FillInfo(view, owner, base.cast(), len, readonly, flags) };
-        // SAFETY: PyBuffer_FillInfo has taken its own reference; this one comes from `into_ptr`.
+        // SAFETY: this releases the reference from `into_ptr`. On success, PyBuffer_FillInfo has taken another one.
         unsafe { ffi::Py_DECREF(owner) };
         if result < 0 { Err(PyErr::fetch(py)) } else { Ok(()) }
     }

@@ -13,7 +13,7 @@ impl<'py> Keywords<'py> {
         given.map_or_else(|| Ok(PyDict::new(py)), PyDictMethods::copy).map(Self)
     }
 
-    /// Takes an argument, or its default if it was not given.
+    /// Removes and returns an argument; returns `default` if it was not given.
     pub fn take<T: FromPyObjectOwned<'py>>(&self, name: &str, default: T) -> PyResult<T> {
         let Some(value) = self.0.get_item(name)? else { return Ok(default) };
         self.0.del_item(name)?;

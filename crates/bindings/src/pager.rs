@@ -100,9 +100,9 @@ impl PagerOptions {
 }
 
 const BEGIN: &[(&str, Begin)] = &[("empty", Begin::Empty), ("kept", Begin::Kept), ("taken-over", Begin::TakenOver)];
-/// Whether to load pages in the background, and whether at full speed.
+/// Values of `fill`: whether to load pages in the background, and whether at full speed.
 const FILL: &[(&str, (bool, bool))] = &[("none", (false, false)), ("gentle", (true, false)), ("eager", (true, true))];
-/// Whether an access to a page that cannot be loaded raises SIGBUS.
+/// Values of `on_failure`: whether an access to a page that cannot be loaded raises SIGBUS.
 const ON_FAILURE: &[(&str, bool)] = &[("block", false), ("sigbus", true)];
 
 fn choose<T: Copy>(option: &str, given: &str, choices: &[(&str, T)]) -> PyResult<T> {

@@ -14,8 +14,9 @@ use crate::options::Keywords;
 use crate::pages::PageSet;
 use crate::wire::{SendProgress, Stream, endpoint, endpoints, sending, timeout};
 
-/// Sizes of page and storage blocks. They are small, because a block delays the reply to a fault behind it.
+/// Size of a page block, bytes.
 const PAGE_BLOCK: usize = 16 * SMALL_PAGE;
+/// Maximum size of a storage block, bytes. It is small, because a block delays the replies that are sent after it.
 const STORAGE_BLOCK: usize = 4 * PAGE_BLOCK;
 
 #[pyclass(frozen, module = "pageferry._engine")]

@@ -14,14 +14,14 @@ pub fn userfaultfd(user_mode_only: bool) -> PyResult<i32> {
 
 #[pyfunction]
 pub fn read_memory(py: Python<'_>, address: u64, length: usize) -> Bound<'_, PyBytes> {
-    // SAFETY: probes pass ranges that they have mapped.
+    // SAFETY: probes pass ranges that they have mapped readable.
     let contents = py.detach(|| unsafe { probing::read_memory(address, length) });
     PyBytes::new(py, &contents)
 }
 
 #[pyfunction]
 pub fn write_memory(py: Python<'_>, address: u64, contents: &[u8]) {
-    // SAFETY: probes pass ranges that they have mapped for this purpose.
+    // SAFETY: probes pass ranges that they have mapped writable for this purpose, and that no Rust reference covers.
     py.detach(|| unsafe { probing::write_memory(address, contents) });
 }
 
@@ -32,6 +32,7 @@ pub fn kernel_reads(py: Python<'_>, address: u64) -> PyResult<()> {
 
 #[pyfunction]
 pub fn kernel_writes(py: Python<'_>, address: u64, contents: &[u8]) -> PyResult<usize> {
-    // SAFETY: as for `write_memory`.
+    // SAFETY: probes pass addresses in ranges that they have mapped for this purpose, and that no Rust reference
+    // covers.
     py.detach(|| unsafe { probing::kernel_writes(address, contents) }).map_err(errors::kernel)
 }

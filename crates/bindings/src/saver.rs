@@ -24,7 +24,7 @@ fn raised(error: SaveError) -> PyErr {
     let message = error.to_string();
     let with_number = |error: &io::Error| PyOSError::new_err((error.raw_os_error(), message.clone()));
     match &error {
-        // The errno of a memory error would be mistaken for one of the file.
+        // Set the errno only for write errors: that of a memory error would be taken for an error of the file.
         SaveError::Write(error) if error.raw_os_error().is_some() => with_number(error),
         SaveError::Gone => PyProcessLookupError::new_err(message),
         SaveError::Untraceable(_) => PyLookupError::new_err(message),
@@ -128,7 +128,7 @@ pub struct Saver {
     handle: Handle,
 }
 
-/// Written image, and what it took.
+/// Written image, with the numbers of its storage blocks and of write calls.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct SaveFinished {
     digest: u64,

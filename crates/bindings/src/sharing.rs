@@ -14,9 +14,10 @@ use crate::mapping::Mapping;
 use crate::pager::open_flags;
 use crate::space::Space;
 
-/// Piece: number of the workload, mapping or address space, position, length.
+/// Piece: number of the workload, mapping or address space, position and length in bytes.
 type PieceTuple<'py> = (u32, Bound<'py, PyAny>, u64, u64);
-/// Deferred contents of a piece: bitmap, first page of the region, large units.
+/// Deferred contents of a piece: bitmap, first page of the region in the bitmap, and for each unit whether it will be a
+/// huge page.
 type DeferredTuple<'py> = (PyRef<'py, PagerFlags>, usize, Vec<bool>);
 
 /// Numbers of duplicate pages by class.
@@ -48,7 +49,7 @@ pub struct ScannedUnit {
     counts: ClassCounts,
 }
 
-/// Duplicate pages of all units, and those that sharing would free.
+/// Number of duplicate pages of all units, and number of pages that sharing would free, by class.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct SharingTotals {
     pages: ClassCounts,
@@ -62,7 +63,7 @@ pub struct FreedZeros {
     pages: usize,
 }
 
-/// Deferred bitmap of a pager (S8), to scan memory that it fills.
+/// Deferred bitmap of a pager (S8), for scans of memory whose contents are deferred.
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct PagerFlags {
     flags: Arc<Flags>,
@@ -84,7 +85,7 @@ impl PagerFlags {
 }
 
 impl PagerFlags {
-    /// Returns the bitmap if it covers `pages` pages from `base` on.
+    /// Returns the bitmap if it covers `pages` pages from `base` on; fails otherwise.
     fn within(&self, base: usize, pages: usize) -> PyResult<Arc<Flags>> {
         let fits = base.checked_add(pages).is_some_and(|end| end <= self.flags.pages());
         let all = self.flags.pages();

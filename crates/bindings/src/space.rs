@@ -175,7 +175,7 @@ pub fn segments(given: &[PyRef<'_, MappedSegment>]) -> Vec<Segment> {
     given.iter().map(plain).collect()
 }
 
-/// Duplicates userfaultfds, given by process ID.
+/// Duplicates userfaultfds. `descriptors` maps process IDs to userfaultfds.
 pub fn userfaults(descriptors: HashMap<i32, i32>) -> PyResult<Userfaults> {
     let known = |(pid, fd)| Ok((pid, Arc::new(Userfault::from_fd(duplicate(fd).map_err(errors::kernel)?))));
     descriptors.into_iter().map(known).collect()

@@ -21,8 +21,8 @@ impl Trace {
     }
 }
 
-/// Calls `work` with empty sets, so that the GIL can be released, and adds the pages found, even after an error:
-/// collected pages are not reported again.
+/// Calls `work` with empty sets while the GIL is released, and adds the pages found to `sets`. Adds them even after an
+/// error, because collected pages are not reported again.
 fn on_sets(
     py: Python<'_>,
     sets: &[Py<PageSet>],

@@ -40,7 +40,7 @@ pub fn endpoints(streams: Vec<Stream<'_>>) -> PyResult<Vec<wire::Endpoint>> {
     streams.into_iter().map(endpoint).collect()
 }
 
-/// Takes the remaining keyword arguments of a sender of pages: format and timeout.
+/// Takes the format and the timeout of a sender of pages from keyword arguments. Rejects other arguments.
 pub fn sending(keywords: &Keywords<'_>, sizes: Sizes) -> PyResult<(wire::Format, Duration)> {
     let Sizes { page_block, storage_block } = sizes;
     let format = wire::Format {

@@ -1,4 +1,4 @@
-//! Adoption restores a process completely: its registers, signals, waits, filters and stops.
+//! Adoption of processes, after which registers, signals, waits, filters and stops are restored completely.
 //!
 //! The processes are forked from the test and only use system calls and atomics on shared memory.
 
@@ -23,10 +23,11 @@ struct Board {
     signals: AtomicU64,
     /// Number of failed checks.
     wrong: AtomicU64,
-    /// Result of a call, and its duration in nanoseconds.
+    /// Result of the timed calls.
     result: AtomicI64,
+    /// Duration of a timed call, nanoseconds.
     time: AtomicU64,
-    /// Set by the test to let the child continue.
+    /// Flag that the test sets to 1 when the child may continue.
     go: AtomicU64,
 }
 
@@ -41,7 +42,7 @@ thread_local! {
 }
 
 fn board() -> &'static Board {
-    // SAFETY: the pointer is set before the fork, to memory that is never unmapped.
+    // SAFETY: the pointer is set before the fork, to memory that is never unmapped and only accessed by atomics.
     unsafe { &*BOARD.with(std::cell::Cell::get) }
 }
 
@@ -49,11 +50,11 @@ impl Child {
     /// Forks a process that repeats `work` until it is killed.
     fn new(work: fn()) -> Self {
         let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-        // SAFETY: creates a new mapping, which is large enough for a board; zeros are a valid board.
+        // SAFETY: mmap creates a new mapping at an address chosen by the kernel.
         let memory = unsafe { libc::mmap(null_mut(), 4096, access, flags, -1, 0) };
         assert_ne!(memory, libc::MAP_FAILED);
         BOARD.with(|board| board.set(memory.cast()));
-        // SAFETY: the child calls nothing that needs another thread or a lock.
+        // SAFETY: the child calls no function that requires another thread or a lock.
         let pid = unsafe { libc::fork() };
         assert!(pid >= 0);
         if pid == 0 {
@@ -79,7 +80,7 @@ impl Child {
         assert_eq!(unsafe { libc::kill(self.pid, signal) }, 0);
     }
 
-    /// Waits until the counter has reached `value`.
+    /// Waits until the counter has reached `value`. Panics after `DEADLINE`.
     fn reaches(&self, counter: &AtomicU64, value: u64) {
         let begin = Instant::now();
         while counter.load(Ordering::SeqCst) < value {
@@ -129,7 +130,7 @@ extern "C" fn count_signal(_: libc::c_int) {
 
 fn handle(signal: libc::c_int) {
     let handler: extern "C" fn(libc::c_int) = count_signal;
-    // SAFETY: zeros are an empty mask and no flags; the handler is async-signal-safe.
+    // SAFETY: an all-zero sigaction is valid, and lives through the call. The handler is async-signal-safe.
     unsafe {
         let mut action: libc::sigaction = zeroed();
         action.sa_sigaction = handler as usize;
@@ -232,7 +233,7 @@ fn waits_last_for_their_full_time() {
     }
 }
 
-/// Thousands of queued signals during repeated adoption: each is delivered exactly once.
+/// Each of thousands of signals that are queued during repeated adoption is delivered exactly once.
 #[test]
 fn signals_are_delivered_exactly_once() {
     const SIGNALS: u64 = 3000;
@@ -252,7 +253,8 @@ fn signals_are_delivered_exactly_once() {
     let pid = child.pid;
     let storm = thread::spawn(move || {
         for _ in 0..SIGNALS {
-            // SAFETY: the value is an integer. The call fails while the queue is full.
+            // Retry while the signal queue of the child is full.
+            // SAFETY: sigqueue takes no pointers, and an all-zero sigval is valid.
             while unsafe { libc::sigqueue(pid, libc::SIGRTMIN() + 3, zeroed()) } != 0 {
                 thread::yield_now();
             }
@@ -271,7 +273,7 @@ fn signals_are_delivered_exactly_once() {
     child.reaches(&child.board.signals, SIGNALS + 1);
 }
 
-/// A wait with a temporary signal mask: the mask is restored during the wait and after it.
+/// The signal mask of a wait with a temporary mask is restored during the wait and after it.
 #[test]
 fn temporary_signal_masks_are_restored() {
     fn work() {
@@ -322,7 +324,7 @@ fn stopped_process_stays_stopped() {
     child.check();
 }
 
-/// Random stops and continues during adoption: the child obeys the last one.
+/// SIGSTOP and SIGCONT are sent repeatedly during adoption: the last signal determines the state of the child.
 #[test]
 fn stops_during_adoption_are_preserved() {
     let child = Child::new(compute);
@@ -350,7 +352,7 @@ fn stops_during_adoption_are_preserved() {
     }
 }
 
-/// The filter kills the process for the very call that adoption injects.
+/// The seccomp filter kills the process at the system call that adoption injects.
 #[test]
 fn seccomp_filter_is_suspended_and_restored() {
     fn work() {
@@ -421,7 +423,7 @@ fn adoption_waits_for_a_tracer_to_detach() {
     let other = thread::spawn(move || {
         // SAFETY: PTRACE_SEIZE of our own child takes no pointers.
         attached.send(unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0) }).unwrap();
-        // The kernel detaches when this thread exits.
+        // The kernel detaches the child when this thread exits.
         thread::sleep(Duration::from_millis(100));
     });
     assert_eq!(ready.recv(), Ok(0));

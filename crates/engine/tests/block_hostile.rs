@@ -1,4 +1,5 @@
-//! Headers with valid checksums that a hostile peer or file could contain: each is rejected with the invalid field.
+//! Headers with valid checksums but invalid fields, as a hostile peer or file may contain them. Each is rejected with
+//! an error that names the field.
 
 use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{
@@ -12,7 +13,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 const PAGE: u32 = 4096;
 
-/// Block in parts, valid until a test changes one of them.
+/// Parts of a block, which are valid until a test changes one of them.
 #[derive(Clone)]
 struct Forged {
     header: Header,
@@ -54,7 +55,7 @@ impl Forged {
         [self.runs.as_bytes(), self.blocks.as_bytes()].concat()
     }
 
-    /// Decodes the block with a valid checksum.
+    /// Computes the checksum of the header, and decodes the block.
     fn decode(&self) -> Result<Head, BlockError> {
         let table = self.table();
         let mut header = self.header;
@@ -115,7 +116,8 @@ fn every_invalid_field_is_named() {
         for codec in 0..3 {
             let mut block = forged(codec);
             change(&mut block);
-            // Without a codec, stored lengths must equal raw lengths, which is checked earlier, for the same field.
+            // Without a codec, an earlier check requires that stored lengths equal raw lengths. It names the same
+            // field.
             assert_eq!(block.refused(), field, "change {number}, codec {codec}");
         }
     }

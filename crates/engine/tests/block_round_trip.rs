@@ -5,7 +5,7 @@ use pageferry_engine::block::{self, BlockError, Builder, Class, Codec, HEADER_LE
 use proptest::prelude::*;
 use zerocopy::FromBytes;
 
-/// Page of a block: number, kind, and seed of its contents.
+/// Page of a block: number, class, value, and seed and kind of its contents.
 #[derive(Debug, Clone)]
 struct Page {
     number: usize,
@@ -80,7 +80,8 @@ fn build(builder: &mut Builder, pages: &[Page]) -> Vec<u8> {
     [built.head, built.payload].concat()
 }
 
-/// Decodes a whole block like a receiver. Returns the number of remaining bytes as well.
+/// Decodes a whole block like a receiver. Returns the head, the contents of its pages, and the number of remaining
+/// bytes.
 fn parse(bytes: &[u8]) -> Result<(Head, Vec<u8>, usize), BlockError> {
     let (header, rest) = Header::read_from_prefix(bytes).map_err(|_| BlockError::HeaderChecksum)?;
     let len = block::table_len(&header)?;
@@ -96,7 +97,7 @@ fn parse(bytes: &[u8]) -> Result<(Head, Vec<u8>, usize), BlockError> {
     Ok((head, raw, at))
 }
 
-/// Lists the pages of a block with number, class, value and bytes.
+/// Returns the number, class, value and contents of each page of a block.
 fn unrolled(head: &Head, raw: &[u8]) -> Vec<(usize, Class, u64, Vec<u8>)> {
     let mut chunks = raw.chunks(SMALL_PAGE);
     let one =
@@ -112,7 +113,7 @@ fn bytes_of<'a>(class: Class, chunks: &mut impl Iterator<Item = &'a [u8]>) -> Ve
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// The builder is reused for a second block, which must not contain anything of the first.
+    /// The builder is reused for a second block, which must not contain data of the first block.
     #[test]
     fn decoded_block_equals_built_block(codec in codecs(), unit in 1usize..5, first in pages(), second in pages()) {
         let mut builder = Builder::new(codec, unit * SMALL_PAGE, unit * SMALL_PAGE * 64);
@@ -148,7 +149,7 @@ proptest! {
     }
 }
 
-/// Every byte of a block is changed, in one bit or completely, and must be detected.
+/// Every byte of a block is changed, in one bit or completely. Every change must be detected.
 #[test]
 fn every_changed_byte_is_detected() {
     let page = |number, class, filler| Page { number, class, value: 0, seed: 77, filler };
@@ -165,7 +166,7 @@ fn every_changed_byte_is_detected() {
         let table = whole.len() - parse(&whole).expect("whole").0.stored_len;
         let mut changed = whole.clone();
         for at in 0..whole.len() {
-            // Change every bit of parsed bytes, but only some bits of hashed ones.
+            // Change every bit of parsed bytes, but only some bits of bytes that are only hashed.
             let bits: &[u8] = if at < table { &[1, 2, 4, 8, 16, 32, 64, 128, 255] } else { &[1, 128, 255] };
             for &pattern in bits {
                 changed[at] ^= pattern;
@@ -228,7 +229,8 @@ fn barrier_contains_round_and_sequence() {
     assert_eq!((raw.len(), end, built.payload.len()), (0, HEADER_LEN, 0));
 }
 
-/// One non-zero byte at every position of a page, and of lengths around the widths of the comparison.
+/// A single non-zero byte is detected at every position of a page, and at the end of slices whose lengths are near the
+/// widths of the comparison.
 #[test]
 fn zero_detection_is_exact() {
     let mut bytes = vec![0; SMALL_PAGE];

@@ -1,4 +1,5 @@
-//! Images are read as they were written, damage is detected, and images of untrusted origin do no harm.
+//! Tests of image files: a round trip preserves the contents, damage is detected, and an untrusted image causes no
+//! crash.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -23,7 +24,7 @@ enum Page {
     Absent,
     Pattern(u64),
     Data(u8),
-    /// Unchanged since the parent.
+    /// Page that is unchanged since the parent.
     Parent,
 }
 
@@ -47,7 +48,7 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn new(name: &str) -> Self {
-        // In memory if possible, because these tests write small files many times.
+        // Use a file system in memory if possible, because these tests write small files many times.
         let memory = Path::new("/dev/shm");
         let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
         let path = parent.join(format!("pageferry-image-{name}-{}", std::process::id()));
@@ -182,7 +183,7 @@ proptest! {
         let folder = Folder::new(&format!("noise{}", rand_name()));
         let path = folder.file("image");
         if keep {
-            // A plausible start passes more checks than noise.
+            // Keep the start of a valid image, which passes more checks than noise.
             write(&path, &[Page::Data(3), Page::Pattern(5)], Codec::Lz4, None);
             let real = fs::read(&path).unwrap();
             let half = bytes.len().min(real.len() / 2);
@@ -212,7 +213,7 @@ fn rand_name() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Every byte of a small image is changed in three ways, which must be detected or harmless.
+/// Every byte of a small image is changed in three ways. Each change must be detected or have no effect.
 #[test]
 fn every_changed_byte_is_detected_or_harmless() {
     let folder = Folder::new("flip");
@@ -236,7 +237,8 @@ fn every_changed_byte_is_detected_or_harmless() {
     }
 }
 
-/// Returns whether a changed image still reads as before. Otherwise opening, reading or verifying it must fail.
+/// Returns whether a changed image is read with the expected contents. Otherwise, opening, or reading and verifying the
+/// image, must fail.
 fn survives(path: &Path, expected: &[Vec<u8>], what: &str) -> bool {
     let Ok(image) = open(path) else { return false };
     let about = image.section(16);
@@ -351,7 +353,7 @@ fn mutate(bytes: &mut Vec<u8>, numbers: &mut Numbers) {
     }
 }
 
-/// Updates the checksums of header, sections and footer, so that only their values can be invalid.
+/// Updates the checksums of header, sections and footer, so that only other values can be invalid.
 fn seal(bytes: &mut [u8]) {
     const FOOTER: usize = 1024;
     let checked = |bytes: &mut [u8], at: usize| {
@@ -377,8 +379,9 @@ fn seal(bytes: &mut [u8]) {
     checked(&mut bytes[footer..], FOOTER - 8);
 }
 
-/// Damaged images, and images of untrusted origin with valid checksums, are rejected or read without harm. Only the
-/// latter may have other contents. `PAGEFERRY_FUZZ=1000000` sets the number of attempts per codec.
+/// Damaged images, and images of untrusted origin with valid checksums, are rejected, or read without a crash. Only
+/// images with valid checksums may have other contents. The environment variable `PAGEFERRY_FUZZ` sets the number of
+/// attempts per codec.
 #[test]
 fn mutated_images_do_no_harm() {
     let tries = std::env::var("PAGEFERRY_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(1500);

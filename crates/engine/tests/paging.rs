@@ -1,4 +1,4 @@
-//! Pager against a plain model: pages of an image are loaded on demand during writes, discards and takeovers.
+//! Pager, compared with a plain model: pages of an image are loaded on demand during writes, discards and takeovers.
 //!
 //! Operations that may hang run in a thread with a deadline.
 
@@ -40,8 +40,8 @@ fn word(page: usize, at: usize) -> u64 {
     ((page as u64) << 32 | at as u64 | 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// Returns an image of one region, in which every eighth page is zero and all others are data. It is created once,
-/// because that takes longer than the tests.
+/// Returns an image of one region, in which every eighth page is zero and all others are data. The image is created
+/// only once, because its creation takes longer than the tests.
 fn image() -> Chain {
     static IMAGE: OnceLock<Chain> = OnceLock::new();
     IMAGE.get_or_init(new_image).clone()
@@ -64,7 +64,7 @@ fn new_image() -> Chain {
             map[page] = PageEntry::stored(Class::Data, 0, number, u16::try_from(slot).expect("a slot"));
         }
     };
-    // Not in order, like the pages of traps.
+    // Pages are not stored in order, like pages that are saved by traps.
     for page in (0..PAGES).map(|number| number * 769 % PAGES).filter(|page| page % 8 != 7) {
         let contents: Vec<u8> = (0..512).flat_map(|at| word(page, at).to_le_bytes()).collect();
         let slot = builder.push_data(page, &contents);
@@ -142,12 +142,12 @@ impl Scene {
     }
 
     fn write(&self, page: usize, at: usize, value: u64) {
-        // SAFETY: as for `read`.
+        // SAFETY: the word lies in the mapping and is aligned; other threads do not access it.
         unsafe { self.workload.page(page).cast::<u64>().add(at).write_volatile(value) }
     }
 
     fn discard(&self, page: usize) {
-        // SAFETY: the page lies in the mapping of shared memory.
+        // SAFETY: the page lies in the mapping of shared memory, and no Rust reference to it exists.
         let result = unsafe { libc::madvise(self.workload.page(page).cast(), SMALL_PAGE, libc::MADV_REMOVE) };
         assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     }
@@ -211,7 +211,7 @@ fn late_contents_do_not_overwrite_writes_and_discards() {
     within_a_minute(|| {
         let scene = Arc::new(Scene::new());
         let pager = scene.pager(false, true);
-        // Each thread uses the pages with its own remainder, and a model of them.
+        // Each thread accesses only the pages with its remainder modulo 4, and has a model of them.
         let threads: Vec<_> = (0..4)
             .map(|number| {
                 let scene = scene.clone();
@@ -240,7 +240,7 @@ fn late_contents_do_not_overwrite_writes_and_discards() {
     });
 }
 
-/// Threads discard pages until the pager has finished: none of them may wait for an event that no thread reads.
+/// Threads discard pages until the pager has finished. No thread may wait for an event that is never read.
 #[test]
 fn pager_finishes_only_after_the_discards_in_progress() {
     for round in 0..30 {
@@ -268,7 +268,7 @@ fn pager_finishes_only_after_the_discards_in_progress() {
     }
 }
 
-/// Old contents of deferred pages are mapped when the pager starts, and must not be visible afterwards.
+/// Deferred pages with old contents are mapped when the pager starts. The old contents must not be visible afterwards.
 #[test]
 fn present_pages_are_kept_and_deferred_pages_loaded() {
     for background in [false, true] {
@@ -295,7 +295,7 @@ fn present_pages_are_kept_and_deferred_pages_loaded() {
     }
 }
 
-/// Evicted pages leave the file and are loaded again; all others are not affected.
+/// Evicted pages are removed from the file and loaded again; all other pages are not affected.
 #[test]
 fn evicted_pages_are_loaded_again() {
     within_a_minute(|| {

@@ -1,4 +1,5 @@
-//! Huge pages across a transfer (S6, S7): a page is placed in its slot regardless of contents and order of arrival.
+//! Huge pages across a transfer (S6, S7): a page is placed in its slot, regardless of its contents and of the order in
+//! which pages are received.
 
 use std::sync::Arc;
 use std::thread;
@@ -12,7 +13,7 @@ use proptest::prelude::*;
 mod memory;
 use memory::{allocated, contents, fill, large_file, large_target, page, placer, small_file};
 
-/// Three whole units and a shorter one.
+/// Number of pages of the region: three whole units and a shorter one.
 const PAGES: usize = 3 * SLOTS + 100;
 const UNITS: usize = 4;
 const CAPACITY: u64 = 64 << 20;
@@ -32,7 +33,8 @@ fn place(placer: &Placer, region: usize, arrival: &Arrival) -> Result<(), PlaceE
         Some(0) => placer.place_empty(region, first, count, Class::Zero),
         Some(byte) => {
             let slots = placer.slots(region, first, count)?;
-            // SAFETY: the placer has returned slots for `count` pages.
+            // SAFETY: the placer has allocated `count` adjacent slots in its mapping, and returned the address of the
+            // first.
             unsafe { std::ptr::write_bytes(slots, byte, count * 4096) };
             placer.placed(region, first, count)
         }
@@ -49,7 +51,7 @@ fn arrivals(max: usize) -> impl Strategy<Value = Vec<Arrival>> {
     prop::collection::vec(arrival, 1..max)
 }
 
-/// Returns the last byte received for each page; zero if there is none.
+/// Returns the last byte received for each page; zero if no page was received.
 fn expected(arrivals: &[Arrival]) -> Vec<u8> {
     let mut pages = vec![0; PAGES];
     for arrival in arrivals {
@@ -93,7 +95,7 @@ fn check_large(arrivals: &[Arrival], copy: &Arc<Mapping>) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// On a file system that allocates huge pages on first access.
+    /// Huge pages on a file system that allocates them on first access.
     #[test]
     fn huge_pages_stay_whole(arrivals in arrivals(30)) {
         if let Some(copy) = large_file(PAGES, CAPACITY) {
@@ -101,13 +103,14 @@ proptest! {
         }
     }
 
-    /// On a memfd, where huge pages are made by collapsing.
+    /// Huge pages on a memfd, where they are made by collapsing base pages.
     #[test]
     fn huge_pages_are_made_by_collapsing(arrivals in arrivals(30)) {
         check_large(&arrivals, &small_file(PAGES));
     }
 
-    /// Units backed by base pages at the source, or not to be kept: only pages with data are allocated.
+    /// If units are backed by base pages at the source, or if huge pages are not kept, only pages with data are
+    /// allocated.
     #[test]
     fn base_pages_are_not_expanded(arrivals in arrivals(30), keep_large in any::<bool>()) {
         let copy = small_file(PAGES);
@@ -147,7 +150,7 @@ fn units_of_holes_stay_holes() {
     assert_eq!((allocated(&copy), placer.missing(), placer.fallbacks()), (0, 0, 0));
 }
 
-/// The units of huge pages are sent by the peer: impossible ones must be ignored.
+/// The peer sends the units of huge pages; units beyond the region must be ignored.
 #[test]
 fn huge_units_beyond_the_region_are_ignored() {
     let Some(copy) = large_file(SLOTS + 10, CAPACITY) else { return };
@@ -156,7 +159,7 @@ fn huge_units_beyond_the_region_are_ignored() {
     assert_eq!((allocated(&copy), placer.fallbacks()), (LARGE_PAGE as u64, 0));
 }
 
-/// Memory for one huge page and a few base pages: the second huge page is replaced by base pages and counted.
+/// With memory for one huge page and a few base pages, the second huge page is replaced by base pages and counted.
 #[test]
 fn base_pages_replace_an_unavailable_huge_page() {
     let Some(copy) = large_file(2 * SLOTS, LARGE_PAGE as u64 + (64 << 10)) else { return };

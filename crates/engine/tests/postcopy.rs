@@ -1,5 +1,5 @@
-//! Pages from a peer against a plain model: on demand during the push, from hostile peers, and over lost connections.
-//! Operations that may hang run in a thread with a deadline.
+//! Pages from a peer, compared with a plain model: on demand during the push, from hostile peers, and over lost
+//! connections. Operations that may hang run in a thread with a deadline.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -25,7 +25,7 @@ use memory::{TIMEOUT, contents, format, large_file, small_file, within_a_minute}
 
 const PAGES: usize = 4 * SLOTS;
 
-/// Returns the contents at the source: every sixteenth page is a hole, another sixteenth are zeros.
+/// Returns the contents at the source: one of sixteen pages is a hole, and another one is a zero page.
 fn at_source(page: usize) -> u64 {
     if matches!(page % 16, 3 | 5) { 0 } else { (page as u64 + 1) << 20 }
 }
@@ -77,7 +77,8 @@ impl Scene {
             if page % 16 != 3 {
                 put(&source, page, at_source(page));
             }
-            // Mapped by the workload, as if it had been before it was paused.
+            // Write through the mapping of the workload, which maps the page as if the workload had accessed it before
+            // its pause.
             put(&workload, page, at_destination(page));
             if missing(page) {
                 set.insert(page, page + 1);
@@ -250,7 +251,7 @@ fn push_continues_from_the_last_request() {
 }
 
 fn zerocopy_bytes(request: &Request) -> &[u8] {
-    // SAFETY: a request is 32 bytes without padding, which live as long as the reference.
+    // SAFETY: a request consists of 32 bytes without padding, which live as long as the reference.
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(request).cast(), size_of::<Request>()) }
 }
 
@@ -313,7 +314,7 @@ fn pager_takes_over_from_an_exited_one() {
     });
 }
 
-/// A balloon discards deferred pages: they become zeros and are not loaded, without an error.
+/// Deferred pages that a balloon discards become zeros. They are not loaded, and no error is reported.
 #[test]
 fn discarded_pages_are_not_loaded() {
     within_a_minute(|| {
@@ -321,7 +322,7 @@ fn discarded_pages_are_not_loaded() {
         let (server, peer, pager) = scene.connected(format(Codec::None));
         assert_eq!(scene.read(77), expected(77));
         for page in 0..PAGES {
-            // SAFETY: the page lies in the mapping of shared memory.
+            // SAFETY: the page lies in the mapping of shared memory, and no Rust reference to it exists.
             let result = unsafe { libc::madvise(scene.workload.page(page).cast(), SMALL_PAGE, libc::MADV_REMOVE) };
             assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
         }
@@ -349,7 +350,8 @@ fn data(first: usize, count: usize) -> impl Fn(&mut Builder) {
     }
 }
 
-/// Invalid blocks never change what an access reads: it waits for a valid peer, and present pages are not affected.
+/// Invalid blocks do not change memory: accesses to deferred pages wait for a valid peer, and present pages are not
+/// affected.
 #[test]
 #[expect(clippy::too_many_lines, reason = "one table of blocks and one sequence of connections")]
 fn invalid_blocks_do_not_reach_memory() {
@@ -399,7 +401,7 @@ fn invalid_blocks_do_not_reach_memory() {
             let untouched = Scene::new();
             contents(&untouched.ours)
         });
-        // Neither requested nor missing: ignored.
+        // A page that is neither requested nor missing is ignored.
         let mut urgent = UnixStream::from(theirs.urgent.try_clone().expect("a duplicate"));
         let there = (0..PAGES).find(|&page| !is_missing(page)).expect("one");
         urgent.write_all(&block(0, POSTCOPY, 0, data(there, 1))).expect("a block");
@@ -493,14 +495,14 @@ fn bandwidth_limit_covers_all_streams() {
         let begin = Instant::now();
         server.push().expect("all of it");
         let bytes = server.progress().bytes.load(Ordering::Relaxed);
-        // All but the burst, and the last block of each stream.
+        // The limit does not delay the burst and the last block of each stream.
         let least = (bytes - (1 << 18)) * 1000 / bandwidth;
         assert!(begin.elapsed() >= Duration::from_millis(least - 50), "{bytes} bytes in {:?}", begin.elapsed());
         assert!(pager.wait(Duration::from_secs(20), 0));
     });
 }
 
-/// A huge page of the destination is filled in place, and is mapped as such at the end (S7).
+/// A huge page of the destination is filled in place, and is mapped by a PMD entry at the end (S7).
 #[test]
 fn huge_pages_stay_huge() {
     within_a_minute(|| {
@@ -525,7 +527,8 @@ fn huge_pages_stay_huge() {
     });
 }
 
-/// Pages of hugetlbfs are loaded as a whole: a fault waits for all of its 2 MiB and requests them at once.
+/// Pages of hugetlbfs are loaded as a whole: a fault requests all pages of its 2 MiB unit at once, and waits for all of
+/// them.
 #[test]
 fn hugetlbfs_pages_are_loaded_as_a_whole() {
     within_a_minute(|| {

@@ -58,7 +58,7 @@ fn feed_into(placer: &Arc<Placer>, bytes: &[u8]) -> Result<(), WireError> {
     let begin = Instant::now();
     let ended = thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(0));
-        // The receiver may have failed already.
+        // Ignore errors: the receiver may have failed already.
         let _ = peer.write_all(bytes);
         drop(peer);
         receiving.join().expect("the thread panicked")
@@ -80,7 +80,7 @@ fn block(codec: Codec, region: u32, round: u32, sequence: u64, make: impl Fn(&mu
 
 fn data(first: usize, count: usize) -> impl Fn(&mut Builder) {
     let bytes = vec![3; SMALL_PAGE];
-    // SAFETY: the vector has the length of a page.
+    // SAFETY: the vector has the length of a page, and lives as long as the closure.
     move |builder| (first..first + count).for_each(|page| unsafe { builder.push_page(page, bytes.as_ptr()) })
 }
 
@@ -139,7 +139,7 @@ fn page_may_be_sent_twice_in_a_round() {
     feed(&[whole(0), whole(1), barrier].concat()).expect("a valid block");
 }
 
-/// A run of 88 bytes on the wire may cover a whole large region.
+/// A block of 88 bytes may contain a run that covers a whole large region.
 #[test]
 fn long_run_can_be_cancelled() {
     let file = memory::small_file(1 << 24);
@@ -259,7 +259,7 @@ fn full_file(pages: usize) -> Arc<Mapping> {
     file
 }
 
-/// Sockets in non-blocking mode are waited for as well, without busy waiting.
+/// Streams on sockets in non-blocking mode wait as well, but without busy waiting.
 #[test]
 fn non_blocking_sockets_are_polled() {
     let (mut peer, ours) = UnixStream::pair().expect("sockets");
@@ -297,7 +297,7 @@ fn cancellation_unblocks_sender_and_receiver() {
     let source = full_file(4096);
     let begin = Instant::now();
     thread::scope(|scope| {
-        // Round 9 is never received, and other blocks are only rejected when they are read: both sides stay blocked.
+        // The receiver does not read yet, so that the sender blocks when the socket buffer is full.
         let sending = scope.spawn(|| sender.send(&[source], &[PageSet::full(4096)], 0, true));
         thread::sleep(Duration::from_millis(100));
         sender.cancel();
@@ -321,7 +321,8 @@ fn cancellation_unblocks_a_waiting_receiver() {
     });
 }
 
-/// If one of several streams fails, the others are cancelled and its error is returned. Repeated to detect races.
+/// If one of several streams fails, the other streams are cancelled and the error is returned. The test repeats this to
+/// detect races.
 #[test]
 fn first_failure_is_returned() {
     for _ in 0..50 {
@@ -333,7 +334,8 @@ fn first_failure_is_returned() {
             let receiving = scope.spawn(|| receiver.receive(0));
             peers[2].write_all(&[0x47; 64]).expect("room");
             for peer in [0, 1, 3] {
-                // One header at a time, so that the other streams are woken repeatedly while the third one fails.
+                // Send one header at a time, so that the other streams are woken repeatedly while the third stream
+                // fails.
                 let _ = peers[peer].write_all(&block(Codec::None, 0, 0, 0, data(0, 4))[..100]);
             }
             receiving.join().expect("the thread panicked")

@@ -1,4 +1,4 @@
-//! Rounds over sockets against a plain model: after each barrier, the destination equals the source.
+//! Rounds over sockets: after each barrier, the destination equals the source.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,14 +15,14 @@ use proptest::prelude::*;
 mod memory;
 use memory::{TIMEOUT, contents, ends, fill, format, placer, small_file, target};
 
-/// Numbers of pages of the regions: not a multiple of 2 MiB, more than one share, and very small.
+/// Number of pages of each region: not a multiple of 2 MiB, more than one share of a stream, and a single page.
 const REGIONS: [usize; 3] = [SLOTS + 37, 4 * SLOTS + 3, 1];
 
 #[derive(Debug, Clone)]
 enum Change {
     /// Pages filled with a byte; 0 makes them zero pages.
     Write { region: usize, first: prop::sample::Index, count: usize, byte: u8 },
-    /// Pages freed, which no trace reports.
+    /// Freed pages, which no trace reports.
     Punch { region: usize, first: prop::sample::Index, count: usize },
 }
 

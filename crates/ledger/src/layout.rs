@@ -16,7 +16,8 @@ use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PFLEDGER");
 const VERSION: u64 = 2;
-/// Header: magic, layout version, bytes, body pages, options, and a checksum of all of these.
+/// Number of header words before the checksum: magic, layout version, bytes, body pages and options. The checksum of
+/// these words follows.
 const HEADER: usize = 4 + Options::WORDS;
 
 /// Memory of a ledger, and the positions of its parts.
@@ -96,7 +97,7 @@ impl Layout {
         Counters { words: self.page(1 + partition), tag: mix(MAGIC ^ mix(self.options.seed ^ partition as u64)) }
     }
 
-    /// Returns the table entries from that of a body page to the end of its table page.
+    /// Returns the table entries from the entry of a body page to the end of the table page.
     pub(super) fn entries(&self, number: usize) -> &[AtomicU64] {
         assert!(number < self.pages, "body page {number} of {}", self.pages);
         &self.page(self.table_page() + number / WORDS)[number % WORDS..]
@@ -123,7 +124,7 @@ impl Layout {
         self.pages * partition / threads..self.pages * (partition + 1) / threads
     }
 
-    /// Returns the number of filled pages of a partition, which are its first ones.
+    /// Returns the number of filled pages of a partition. They are the first pages of the partition.
     pub(super) fn filled(&self, partition: usize) -> usize {
         part(self.partition(partition).len(), self.options.fill)
     }
@@ -164,7 +165,7 @@ impl Counters<'_> {
         }
     }
 
-    /// Returns whether this is the counter page of this partition.
+    /// Returns whether the page has the tag of this partition.
     pub(super) fn intact(&self) -> bool {
         self.words[0].load(Ordering::Relaxed) == self.tag
     }
@@ -179,7 +180,7 @@ impl Counters<'_> {
     }
 
     /// Completes an operation that has changed the sum of the table by `change`. Only the thread of the partition calls
-    /// this, so that load and store need not be atomic together.
+    /// this function, so that load and store need not be one atomic operation.
     pub(super) fn count_write(&self, change: u64) {
         self.words[4].store(self.table().wrapping_add(change), Ordering::Relaxed);
         self.words[1].store(self.writes().wrapping_add(1), Ordering::Release);
@@ -190,7 +191,7 @@ impl Counters<'_> {
         self.words[2].load(Ordering::Relaxed)
     }
 
-    /// Returns the first damaged page that an operation has found.
+    /// Returns the first damaged page that an operation has found, if any.
     pub(super) fn first_bad(&self) -> Option<u64> {
         self.words[3].load(Ordering::Relaxed).checked_sub(1)
     }

@@ -13,9 +13,9 @@
 //!                   or zeros if the table entry says so
 //! ```
 //!
-//! Body pages are divided evenly among *partitions* with one writer thread each, so that operations need no lock. The
-//! first part of each partition is filled when the ledger is created. The rest, including its part of the table, is
-//! never accessed, because reading would allocate it.
+//! Body pages are divided evenly among *partitions* with one writer thread each, so that operations require no lock.
+//! The first pages of each partition are filled when the ledger is created. The remaining pages and their table entries
+//! are never accessed, because reading would allocate them.
 //!
 //! # Detection of damage
 //!
@@ -24,8 +24,8 @@
 //! holds:
 //!
 //! 1. Each page contains its number, the version of its table entry, and a checksum of its contents (or is zeros).
-//! 2. The sum of the versions of a partition's pages is its counter of writes (filling a page is its write number 1),
-//!    and the sum of the hashes of its table entries is the counter beside it.
+//! 2. The sum of the versions of a partition's pages equals its counter of writes, where filling a page counts as write
+//!    1. The sum of the hashes of its table entries equals its counter of the table.
 //! 3. The page that operation *n* of a partition writes, and its contents, follow from (seed, partition, *n*): the
 //!    whole memory is a function of the header and the counters.
 //!
@@ -80,7 +80,7 @@ pub enum LedgerError {
     /// The memory does not start with a valid header of a ledger.
     #[error("not a ledger: {0}")]
     NoLedger(&'static str),
-    /// The partitions do not exist.
+    /// Some of the requested partitions do not exist.
     #[error("invalid partitions {first}..{end}: the ledger has {threads}")]
     NoSuchPartition {
         /// First partition requested.
@@ -117,10 +117,11 @@ impl Ledger {
     /// Creates a ledger: fills its pages with one thread per partition, and writes the header last.
     ///
     /// With `large_fraction`, only about that fraction of the 2 MiB units may be backed by huge pages. The memory
-    /// should be new; filled pages overwrite its contents. Setting `cancel` stops the filling.
+    /// should not have been accessed before; filled pages overwrite its contents. Setting `cancel` stops the filling.
     ///
     /// # Errors
-    /// If an option is out of range or the memory too small, [`LedgerError::Interrupted`], or the error of madvise(2).
+    /// [`LedgerError::BadOption`] if an option is out of range; [`LedgerError::TooSmall`] if the memory is too small;
+    /// [`LedgerError::Interrupted`] if `cancel` was set; [`LedgerError::Kernel`] with the error of madvise(2).
     pub fn create(
         mapping: Arc<Mapping>,
         options: &Options,
@@ -142,7 +143,7 @@ impl Ledger {
     ///
     /// # Errors
     /// [`LedgerError::NoLedger`] if the header is invalid or belongs to memory of another size;
-    /// [`LedgerError::NoSuchPartition`].
+    /// [`LedgerError::NoSuchPartition`] if the ledger does not have these partitions.
     pub fn attach(mapping: Arc<Mapping>, first: usize, threads: Option<usize>) -> Result<Self, LedgerError> {
         let layout = Layout::read(mapping)?;
         let all = layout.options.threads;
@@ -168,7 +169,7 @@ impl Ledger {
         self.layout.pages
     }
 
-    /// Returns the number of body pages that are written. All others are never accessed.
+    /// Returns the number of filled body pages. All other body pages are never accessed.
     pub fn filled(&self) -> usize {
         (0..self.layout.options.threads).map(|partition| self.layout.filled(partition)).sum()
     }
@@ -186,7 +187,7 @@ impl Ledger {
     /// Starts the threads, which write at once or, if `paused`, wait for [`Ledger::resume`].
     ///
     /// # Errors
-    /// [`LedgerError::WrongState`] if they are running; otherwise the error of starting a thread.
+    /// [`LedgerError::WrongState`] if the threads have been started already; otherwise the error of starting a thread.
     pub fn start(&self, paused: bool) -> Result<(), LedgerError> {
         self.locked(|slot| match slot {
             Some(workers) => Err(LedgerError::WrongState(workers.state())),
@@ -201,7 +202,7 @@ impl Ledger {
     /// as they can, and another call continues to wait.
     ///
     /// # Errors
-    /// [`LedgerError::WrongState`] if there are no threads, [`LedgerError::ThreadDied`] if one has exited.
+    /// [`LedgerError::WrongState`] if there are no threads, [`LedgerError::ThreadDied`] if a thread has exited.
     pub fn pause(&self, timeout: Duration) -> Result<bool, LedgerError> {
         self.running(|workers| workers.pause(timeout))
     }
@@ -217,8 +218,8 @@ impl Ledger {
         })
     }
 
-    /// Stops the threads between two operations, and joins them. Does nothing without threads. They can be started
-    /// again.
+    /// Stops the threads between two operations, and joins them. Does nothing if there are no threads. The ledger can
+    /// be started again.
     pub fn stop(&self) {
         self.locked(|slot| drop(slot.take()));
     }
@@ -233,7 +234,8 @@ impl Ledger {
         (0..self.layout.options.threads).map(|partition| self.layout.counters(partition).writes()).collect()
     }
 
-    /// Returns the durations of the operations of all threads of this object, since the last reset.
+    /// Returns the durations of the operations of all threads of this object, since the last reset. If `reset` is true,
+    /// clears them.
     pub fn stalls(&self, reset: bool) -> Stalls {
         Stalls::of(self.stalls.iter(), reset)
     }
@@ -254,8 +256,9 @@ impl Ledger {
         verify::digest(&self.layout, threads, cancel)
     }
 
-    /// Returns a hash of the header and the counters, and thereby of the table, which identifies the contents of a
-    /// paused ledger by reading few pages. [`Ledger::table_agrees`] checks that the table matches the counters.
+    /// Returns a hash of the header and the counters, which include a sum over the table. The hash identifies the
+    /// contents of a paused ledger, although few pages are read. [`Ledger::table_agrees`] checks that the table matches
+    /// the counters.
     pub fn fingerprint(&self) -> u64 {
         verify::fingerprint(&self.layout)
     }

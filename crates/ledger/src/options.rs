@@ -15,11 +15,12 @@ pub struct Options {
     pub working_set: f64,
     /// Whether the working set is spread over all filled pages, instead of starting each partition.
     pub scatter: bool,
-    /// 1: uniform writes to the working set. k > 1: the first fraction x of it receives x^(1/k) of the writes.
+    /// Skew of the writes, 1 to 1000. With 1, the writes to the working set are uniform. With k > 1, the first fraction
+    /// x of the working set receives x^(1/k) of the writes.
     pub skew: f64,
     /// Fraction of the writes that zero a page.
     pub zero_fraction: f64,
-    /// Fraction of the pages that is filled at creation. All others are never accessed.
+    /// Fraction of the pages that is filled at creation. All other pages are never accessed.
     pub fill: f64,
     /// Fraction of the contents of each page that is a repeated word.
     pub compressible: f64,

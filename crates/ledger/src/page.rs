@@ -41,7 +41,8 @@ impl Entry {
         self.0 & 1 == 1
     }
 
-    /// Returns a hash of this entry at its place. The hashes of a table are summed, so that a change updates the sum.
+    /// Returns a hash of this entry and of the number of its page. The hashes of a table are summed, so that the sum
+    /// can be updated when an entry changes.
     pub(super) fn hash(self, number: usize) -> u64 {
         mix((number as u64 + 1).wrapping_mul(GOLDEN).wrapping_add(self.0))
     }
@@ -70,15 +71,15 @@ fn checksum(words: &Words) -> u64 {
 /// Result of checking a body page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Finding {
-    /// Matches its table entry.
+    /// Page that matches its table entry.
     Good,
-    /// Zeros in place of contents.
+    /// Zero page that should have contents.
     Lost,
-    /// Intact, but of another version than its table entry: one of the two has missed a write.
+    /// Intact page of another version than its table entry: the page or the entry has missed a write.
     Stale,
-    /// Intact, but a copy of another page.
+    /// Intact copy of another page.
     Misplaced,
-    /// Not intact: parts of different versions, or foreign bytes.
+    /// Damaged page, with parts of different versions or foreign bytes.
     Torn,
 }
 

@@ -3,10 +3,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Number of histogram bins. Bin n counts operations of at least 2^n and less than 2^(n+1) ns.
+/// Number of histogram bins. Bin n counts operations of at least 2^n and less than 2^(n+1) ns; the last bin has no
+/// upper limit.
 pub(super) const BUCKETS: usize = 40;
 
-/// Durations of the operations of one thread. Kept outside the ledger, so that measuring does not write to its memory.
+/// Durations of the operations of one thread. They are kept outside the memory of the ledger, so that measuring does
+/// not write to it.
 #[derive(Debug)]
 pub(super) struct Stopwatch {
     longest: AtomicU64,
@@ -34,7 +36,7 @@ impl Stopwatch {
 pub struct Stalls {
     /// Longest duration, nanoseconds.
     pub longest: u64,
-    /// Number of operations of at least 2^n and less than 2^(n+1) ns, for each n.
+    /// Number of operations of at least 2^n and less than 2^(n+1) ns, for each n; the last number has no upper limit.
     pub histogram: [u64; BUCKETS],
 }
 

@@ -39,7 +39,7 @@ fn pause(ledger: &Ledger) {
     assert_eq!(ledger.state(), State::Paused);
 }
 
-/// Waits until the counters have advanced by `writes`.
+/// Waits until the counters have advanced by `writes` writes.
 fn wait_for(ledger: &Ledger, writes: u64) {
     let goal = ledger.writes().iter().sum::<u64>() + writes;
     let end = Instant::now() + Duration::from_secs(60);
@@ -190,7 +190,7 @@ fn write_rate_is_limited() {
     assert!(written as f64 <= most, "{written} pages in {took:?}");
 }
 
-/// Verifies a paused ledger after `damage` has changed it.
+/// Runs and pauses a ledger, damages it, and returns the report of its verification.
 fn damaged(damage: impl FnOnce(&Layout, &Mapping)) -> Report {
     let (mapping, ledger) = sample();
     run_and_pause(&ledger, 3000);
@@ -401,7 +401,7 @@ fn any_options() -> impl Strategy<Value = Options> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Compares the table with a plain model of the operations, for any options and interleaving.
+    /// The table equals a plain model of the operations, for any options and interleaving.
     #[test]
     fn table_follows_from_the_counters(
         options in any_options(),

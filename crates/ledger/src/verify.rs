@@ -15,7 +15,7 @@ use super::page::{Entry, Finding, WORDS, Words, examine};
 pub struct Report {
     /// Number of body pages.
     pub pages: usize,
-    /// Number of checked body pages, which are all that were written.
+    /// Number of checked body pages, that is, of all filled pages.
     pub checked: usize,
     /// Number of checked pages that are zeros, as expected.
     pub zeros: usize,
@@ -27,7 +27,7 @@ pub struct Report {
     pub misplaced: usize,
     /// Number of pages that are not intact.
     pub torn: usize,
-    /// First damaged page.
+    /// First damaged page, found by this verification or by operations; `None` if there is none.
     pub first_bad: Option<usize>,
     /// Number of damaged pages that operations have found and overwritten.
     pub overwritten: u64,
@@ -35,7 +35,7 @@ pub struct Report {
     pub versions: u64,
     /// Sum of all counters of writes.
     pub writes: u64,
-    /// Number of partitions whose table does not match their counters, or whose counter page is foreign.
+    /// Number of partitions whose table does not match their counters, or whose counter page lacks their tag.
     pub disagreeing: usize,
     /// Whether the header is intact.
     pub header: bool,
@@ -153,16 +153,17 @@ impl Table {
     }
 }
 
-/// Returns the written body pages of a partition.
+/// Returns the filled body pages of a partition.
 fn written(layout: &Layout, partition: usize) -> Range<usize> {
     let start = layout.partition(partition).start;
     start..start + layout.filled(partition)
 }
 
-/// Number of pages that a thread takes at a time.
+/// Maximum number of pages that a thread takes at a time.
 const CHUNK: usize = 1024;
 
-/// Calls `work` on runs of written pages, in `threads` threads. Returns the result of each thread.
+/// Calls `work` on runs of filled pages, in `threads` threads. Returns the result of each thread. Fails if `cancel` is
+/// set.
 fn over_written_pages<T: Default + Send>(
     layout: &Layout,
     threads: usize,

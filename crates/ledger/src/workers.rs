@@ -46,7 +46,8 @@ const END: u8 = 2;
 /// Orders to the threads, and their acknowledgements.
 #[derive(Default)]
 struct Control {
-    /// RUN, PARK or END. Read without the lock between operations, written with it.
+    /// Current order: RUN, PARK or END. It is written with `count` locked, and read without the lock between
+    /// operations.
     order: AtomicU8,
     count: Mutex<Count>,
     /// Signalled when the order changes.
@@ -78,7 +79,7 @@ impl Control {
         self.ordered.notify_all();
     }
 
-    /// Waits while the order is PARK. Returns false if it is END.
+    /// Waits while the order is PARK. Returns true if the next order is RUN, false if it is END.
     fn park(&self) -> bool {
         let mut count = self.count();
         count.parked += 1;
@@ -98,7 +99,7 @@ impl Control {
         }
     }
 
-    /// Waits until `done` returns true, up to `timeout`. Returns whether it does.
+    /// Waits until `done` returns true, for at most `timeout`. Returns the last result of `done`.
     fn wait(&self, timeout: Duration, done: impl Fn(&Count) -> bool) -> bool {
         let mut count = self.count();
         self.counted.wait_while_for(&mut count, |count| !done(count), timeout);
@@ -106,7 +107,7 @@ impl Control {
     }
 }
 
-/// Threads that run a share of a ledger's partitions. Dropping them stops and joins them.
+/// Threads that run a share of a ledger's partitions. They are stopped and joined on drop.
 pub(super) struct Workers {
     control: Arc<Control>,
     threads: Vec<(JoinHandle<()>, Arc<AtomicI32>)>,
@@ -174,7 +175,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.control.give(END);
         for (thread, _) in self.threads.drain(..) {
-            // A panic has been reported on stderr.
+            // Ignore a panic, which has been reported on stderr.
             drop(thread.join());
         }
     }
@@ -229,7 +230,7 @@ struct WriteRate {
 impl WriteRate {
     /// Duration of a burst of operations. Sleeping costs tens of microseconds, so that shorter sleeps do not pay off.
     const BURST: Duration = Duration::from_millis(1);
-    /// Maximum delay that a thread catches up with after a stall.
+    /// Maximum delay for which a thread compensates after a stall.
     const ARREARS: Duration = Duration::from_millis(50);
 
     fn new(layout: &Layout) -> Self {
@@ -238,7 +239,7 @@ impl WriteRate {
         Self { interval, due: Instant::now() }
     }
 
-    /// Returns how long to sleep after an operation that ended at `now`.
+    /// Returns the time to sleep after an operation that ended at `now`; `None` if it is shorter than `BURST`.
     fn ahead(&mut self, now: Instant) -> Option<Duration> {
         if self.interval == 0 {
             return None;

@@ -1,4 +1,4 @@
-//! Operations on one partition: selection of the next page, and the order of its writes.
+//! Operations on one partition: selection of the next page, and order of the writes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -34,7 +34,8 @@ impl<'a> Writer<'a> {
         self.filled == 0
     }
 
-    /// Performs the next operation, including its counter. `check` follows, outside the measured time.
+    /// Performs the next operation, and updates the counters. The caller must then call `check`, which is not part of
+    /// the measured time.
     pub(super) fn write(&mut self) -> Written {
         let operation = self.counters.writes().saturating_sub(self.filled as u64);
         let (index, zeros) = choose(self.layout, self.partition, operation);
@@ -45,7 +46,8 @@ impl<'a> Writer<'a> {
         Written { number, before }
     }
 
-    /// Checks the overwritten page of the last operation. Must be called before the thread may pause.
+    /// Checks the page that the last operation has overwritten, and counts it if it was damaged. Must be called before
+    /// the thread may pause.
     pub(super) fn check(&self, written: &Written) {
         let seed = self.layout.options.seed;
         if examine(&self.found, seed, written.number as u64, written.before) != Finding::Good {
@@ -53,8 +55,8 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Writes the page, its table entry and the counters, in this order. `replaced` is subtracted from the sum of the
-    /// table.
+    /// Writes the page, its table entry and the counters, in this order. `replaced` is the hash of the previous table
+    /// entry, which is subtracted from the sum of the table.
     fn put(&mut self, number: usize, entry: Entry, replaced: u64) {
         if entry.is_zeros() {
             self.next.fill(0);
@@ -67,7 +69,7 @@ impl<'a> Writer<'a> {
         self.counters.count_write(entry.hash(number).wrapping_sub(replaced));
     }
 
-    /// Writes all pages that are to be filled, as version 1.
+    /// Writes version 1 of all pages to be filled. Fails if `cancel` is set.
     fn fill(&mut self, cancel: &AtomicBool) -> Result<(), LedgerError> {
         self.counters.reset();
         let options = &self.layout.options;
@@ -83,7 +85,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// Page that an operation has overwritten.
+/// Page that an operation has overwritten, with its previous table entry.
 pub(super) struct Written {
     number: usize,
     before: Entry,

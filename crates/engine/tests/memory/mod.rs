@@ -20,7 +20,7 @@ use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 /// Timeout that no operation of these tests reaches.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs `work`, which may hang, in a separate thread.
+/// Runs `work`, which may hang, in a separate thread. Panics if it takes more than a minute.
 pub fn within_a_minute(work: impl FnOnce() + Send + 'static) {
     let (done, finished) = mpsc::channel();
     let worker = thread::spawn(move || {
@@ -40,7 +40,8 @@ pub fn small_file(pages: usize) -> Arc<Mapping> {
     mapped(&file, pages)
 }
 
-/// Creates a file on a detached tmpfs with huge=always. Returns `None` without permission to mount.
+/// Creates a file on a detached tmpfs with huge=always and a capacity of `room` bytes. Returns `None` if mounting is
+/// not permitted.
 pub fn large_file(pages: usize, room: u64) -> Option<Arc<Mapping>> {
     let directory = match file_systems::large_tmpfs(room) {
         Ok(directory) => directory,
@@ -59,7 +60,7 @@ pub fn huge_file(pages: usize) -> Option<Arc<Mapping>> {
     if file < 0 {
         return None;
     }
-    // SAFETY: as above.
+    // SAFETY: the descriptor is not negative, is new and has no other owner.
     let file = unsafe { File::from_raw_fd(file) };
     let len = pages * SMALL_PAGE;
     file.set_len(len as u64).ok()?;
@@ -100,7 +101,7 @@ pub fn page(mapping: &Mapping, page: usize) -> &[u8] {
     unsafe { std::slice::from_raw_parts(mapping.page(page), SMALL_PAGE) }
 }
 
-/// Reads the whole file with read(2), so that holes stay holes.
+/// Returns the contents of the whole file. Reads the file with pread(2), so that holes stay holes.
 pub fn contents(mapping: &Mapping) -> Vec<u8> {
     let file = File::from(mapping.as_fd().try_clone_to_owned().expect("a descriptor"));
     let mut bytes = vec![0; mapping.len()];
@@ -108,12 +109,13 @@ pub fn contents(mapping: &Mapping) -> Vec<u8> {
     bytes
 }
 
-/// Creates a target of base pages, all of whose units are backed by base pages at the source.
+/// Creates a target of base pages that has no huge pages at the source.
 pub fn target(mapping: &Arc<Mapping>) -> Target {
     Target { mapping: mapping.clone(), page_size: SMALL_PAGE, large: Vec::new() }
 }
 
-/// Creates a target whose units are backed by huge pages at the source as `large` says.
+/// Creates a target with huge pages at the source. `large` contains, for each unit, whether it is backed by a huge
+/// page.
 pub fn large_target(mapping: &Arc<Mapping>, large: Vec<bool>) -> Target {
     Target { mapping: mapping.clone(), page_size: SMALL_PAGE, large }
 }
@@ -122,7 +124,7 @@ pub fn placer(targets: Vec<Target>) -> Arc<Placer> {
     Arc::new(Placer::new(targets, Vec::new(), true, 0).expect("a placer"))
 }
 
-/// Creates both sides of `streams` connected sockets.
+/// Creates a sender and a receiver that are connected by `streams` sockets.
 pub fn ends(streams: usize, format: Format, placer: &Arc<Placer>, timeout: Duration) -> (BlockSender, BlockReceiver) {
     let pairs = (0..streams).map(|_| UnixStream::pair().expect("a pair of sockets"));
     let (ours, theirs): (Vec<OwnedFd>, Vec<OwnedFd>) = pairs.map(|(a, b)| (a.into(), b.into())).unzip();
