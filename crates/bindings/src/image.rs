@@ -34,7 +34,7 @@ impl From<image::Finding> for Finding {
     }
 }
 
-/// Complete image file.
+/// Digest and length in bytes of a complete image file.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct WrittenImage {
     digest: u64,

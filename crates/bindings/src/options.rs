@@ -20,7 +20,7 @@ impl<'py> Keywords<'py> {
         value.extract().map_err(Into::into)
     }
 
-    /// Rejects arguments that have not been taken.
+    /// Fails if there are arguments that have not been taken.
     pub fn finish(&self) -> PyResult<()> {
         match self.0.keys().iter().next() {
             Some(name) => Err(PyTypeError::new_err(format!("unexpected keyword argument {name}"))),

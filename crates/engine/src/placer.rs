@@ -154,7 +154,7 @@ struct PlacerState {
     own: Space,
     segments: Vec<Segment>,
     keep_large: bool,
-    /// Number of huge pages of the source that could not be allocated as such (S6).
+    /// Number of huge pages of the source that are replaced by base pages (S6).
     fallbacks: AtomicU64,
     populated: Populated,
 }
@@ -240,7 +240,7 @@ impl Placer {
     /// Places zero or absent pages: clears the slots that were filled with data.
     ///
     /// # Errors
-    /// If there are no such pages, or if they are of another class.
+    /// If there are no such pages, or if `class` is neither zero nor absent.
     pub fn place_empty(&self, region: usize, first: usize, count: usize, class: Class) -> Result<(), PlaceError> {
         let found = self.region(region, first, count)?;
         if !matches!(class, Class::Zero | Class::Absent) {
@@ -325,7 +325,7 @@ impl Placer {
         missing.map(|count| usize::from(count.load(Ordering::Acquire))).sum()
     }
 
-    /// Returns the number of huge pages of the source that could not be allocated as such.
+    /// Returns the number of huge pages of the source that are replaced by base pages.
     pub fn fallbacks(&self) -> u64 {
         self.shared.fallbacks.load(Ordering::Relaxed)
     }

@@ -1,8 +1,8 @@
 //! Kernel interfaces: userfaultfd, PAGEMAP_SCAN, and helpers for system calls.
 //!
 //! The headers of distributions may be older than these interfaces (WP_ASYNC and PAGEMAP_SCAN: Linux 6.7). Constants
-//! and structures are therefore defined here. The ioctl numbers are derived from them and checked against the published
-//! values.
+//! and structures are therefore defined here. The ioctl numbers are computed from the sizes of the structures, and
+//! checked against the published values.
 
 use std::ffi::CStr;
 use std::io;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 /// Maximum time for which a call is retried while the address space changes.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Shortest time slice of the scheduler, nanoseconds.
+/// Minimum time slice of the scheduler, nanoseconds.
 const SLICE_NS: u64 = 100_000;
 
 pub(crate) const fn ioc(direction: u64, group: u64, number: u64, size: usize) -> u64 {
@@ -26,7 +26,7 @@ pub(crate) const UFFD: u64 = 0xaa;
 #[repr(C)]
 #[derive(Default, Debug, Clone, Copy)]
 pub struct UffdioApi {
-    /// Always [`UFFD_API`].
+    /// API version, always [`UFFD_API`].
     pub api: u64,
     /// In: requested features. Out: supported features.
     pub features: u64,
@@ -38,9 +38,9 @@ pub struct UffdioApi {
 #[repr(C)]
 #[derive(Default, Debug, Clone, Copy)]
 pub struct UffdioRange {
-    /// First byte, page aligned.
+    /// Address of the first byte, page-aligned.
     pub start: u64,
-    /// Length in bytes, page aligned.
+    /// Length in bytes, page-aligned.
     pub len: u64,
 }
 
@@ -50,7 +50,7 @@ pub struct UffdioRange {
 pub struct UffdioRegister {
     /// Range to register.
     pub range: UffdioRange,
-    /// A set of `REGISTER_MODE_*`.
+    /// Set of `REGISTER_MODE_*`.
     pub mode: u64,
     /// Out: ioctls available on the range.
     pub ioctls: u64,
@@ -72,9 +72,9 @@ pub struct UffdioWriteprotect {
 pub struct UffdioContinue {
     /// Range to map from the page cache.
     pub range: UffdioRange,
-    /// A set of `CONTINUE_MODE_*`.
+    /// Set of `CONTINUE_MODE_*`.
     pub mode: u64,
-    /// Out: bytes mapped, or a negative errno.
+    /// Out: number of bytes mapped, or a negative errno.
     pub mapped: i64,
 }
 
@@ -82,9 +82,9 @@ pub struct UffdioContinue {
 #[repr(C)]
 #[derive(Default, Debug, Clone, Copy)]
 pub struct PmScanArg {
-    /// Size of this structure.
+    /// Size of this structure, bytes.
     pub size: u64,
-    /// A set of `PM_SCAN_*`.
+    /// Set of `PM_SCAN_*`.
     pub flags: u64,
     /// First address.
     pub start: u64,
@@ -94,7 +94,7 @@ pub struct PmScanArg {
     pub walk_end: u64,
     /// Address of an array of [`PageRegion`].
     pub vec: u64,
-    /// Length of that array.
+    /// Number of elements of the array at `vec`.
     pub vec_len: u64,
     /// Maximum number of pages; 0: no limit.
     pub max_pages: u64,
@@ -116,7 +116,7 @@ pub struct PageRegion {
     pub start: u64,
     /// Address after the last.
     pub end: u64,
-    /// A set of `PAGE_IS_*`.
+    /// Set of `PAGE_IS_*`.
     pub categories: u64,
 }
 
@@ -126,7 +126,7 @@ pub const UFFD_API: u64 = 0xaa;
 pub const UFFD_USER_MODE_ONLY: i32 = 1;
 /// Flags of every userfaultfd.
 pub const UFFD_FLAGS: i32 = libc::O_CLOEXEC | libc::O_NONBLOCK;
-/// Device that creates userfaultfds for all faults. Access to it is controlled by its permissions.
+/// Device that creates userfaultfds for all faults. The permissions of the device control the access.
 pub const UFFD_DEVICE: &CStr = c"/dev/userfaultfd";
 /// `ioctl(2)` request of [`UFFD_DEVICE`]. The argument contains the flags of `userfaultfd(2)`.
 pub const USERFAULTFD_IOC_NEW: u64 = ioc(0, UFFD, 0, 0);
@@ -223,7 +223,7 @@ pub fn short_slices() {
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
 }
 
-/// Converts the result of a system call: -1 becomes the errno of the thread.
+/// Converts the result of a system call. If it is negative, returns the errno of the thread as an error.
 ///
 /// # Errors
 /// The errno of the call.

@@ -27,7 +27,7 @@ struct Board {
     result: AtomicI64,
     /// Duration of a timed call, nanoseconds.
     time: AtomicU64,
-    /// Flag that the test sets to 1 when the child may continue.
+    /// Number that test or child stores to signal the other process.
     go: AtomicU64,
 }
 

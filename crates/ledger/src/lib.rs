@@ -10,7 +10,7 @@
 //!                   sum of the hashes of its table entries
 //! then              table: one word per body page, version << 1 | "is zeros"
 //! then              body pages: checksum, number, version, seed, pseudo-random content of (seed, number, version),
-//!                   or zeros if the table entry says so
+//!                   or zeros if "is zeros" is set in the table entry
 //! ```
 //!
 //! Body pages are divided evenly among *partitions* with one writer thread each, so that operations require no lock.
@@ -32,7 +32,7 @@
 //! A lost page is zeros or has an older version than its table entry (1). A page torn between two versions fails its
 //! checksum (1). A stale table entry does not match its page (1) or, if both are stale, its partition does not match
 //! its counters (2). A stale counter does not match the sum (2). The only remaining case is memory that is consistent
-//! but old as a whole. It is detected by comparing [`Ledger::fingerprint`] before and after a migration.
+//! but old as a whole. This case is detected by comparing [`Ledger::fingerprint`] before and after a migration.
 //!
 //! Operations check each page that they are about to overwrite, and count damaged pages in the counters of the
 //! partition. Damage can therefore not be overwritten unnoticed between a migration and the next [`Ledger::verify`].
@@ -139,7 +139,8 @@ impl Ledger {
         Ok(Self::over(layout, share))
     }
 
-    /// Opens an existing ledger, to run `threads` partitions from `first` on (`None`: all).
+    /// Opens an existing ledger, to run `threads` partitions from `first` on; `None` means all partitions from `first`
+    /// on.
     ///
     /// # Errors
     /// [`LedgerError::NoLedger`] if the header is invalid or belongs to memory of another size;
@@ -198,8 +199,8 @@ impl Ledger {
         })
     }
 
-    /// Pauses the threads between two operations. Returns `Ok(false)` after `timeout`: the threads then pause as soon
-    /// as they can, and another call continues to wait.
+    /// Pauses the threads between two operations. Returns `Ok(false)` after `timeout`: the threads then pause after
+    /// their current operations, and another call continues to wait.
     ///
     /// # Errors
     /// [`LedgerError::WrongState`] if there are no threads, [`LedgerError::ThreadDied`] if a thread has exited.
@@ -240,7 +241,7 @@ impl Ledger {
         Stalls::of(self.stalls.iter(), reset)
     }
 
-    /// Verifies all written pages, with `threads` threads. The ledger must be paused in every process that runs it.
+    /// Verifies all filled pages, with `threads` threads. The ledger must be paused in every process that runs it.
     ///
     /// # Errors
     /// [`LedgerError::Interrupted`] if `cancel` was set.
@@ -248,7 +249,7 @@ impl Ledger {
         verify::verify(&self.layout, threads, cancel)
     }
 
-    /// Returns a hash of the header, the counters, the table and all written pages of a paused ledger.
+    /// Returns a hash of the header, the counters, the table and all filled pages of a paused ledger.
     ///
     /// # Errors
     /// [`LedgerError::Interrupted`] if `cancel` was set.

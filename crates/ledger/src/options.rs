@@ -13,7 +13,8 @@ pub struct Options {
     pub rate: Option<u64>,
     /// Fraction of the filled pages that is rewritten.
     pub working_set: f64,
-    /// Whether the working set is spread over all filled pages, instead of starting each partition.
+    /// Whether the working set is spread over all filled pages; otherwise, it consists of the first pages of each
+    /// partition.
     pub scatter: bool,
     /// Skew of the writes, 1 to 1000. With 1, the writes to the working set are uniform. With k > 1, the first fraction
     /// x of the working set receives x^(1/k) of the writes.

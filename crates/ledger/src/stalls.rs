@@ -22,7 +22,7 @@ impl Default for Stopwatch {
 }
 
 impl Stopwatch {
-    /// Counts an operation.
+    /// Counts an operation by its duration.
     pub(super) fn record(&self, took: Duration) {
         let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         self.longest.fetch_max(nanoseconds, Ordering::Relaxed);

@@ -228,7 +228,8 @@ struct WriteRate {
 }
 
 impl WriteRate {
-    /// Duration of a burst of operations. Sleeping costs tens of microseconds, so that shorter sleeps do not pay off.
+    /// Duration of a burst of operations. Sleeping costs tens of microseconds, so that shorter sleeps would be
+    /// inefficient.
     const BURST: Duration = Duration::from_millis(1);
     /// Maximum delay for which a thread compensates after a stall.
     const ARREARS: Duration = Duration::from_millis(50);

@@ -12,8 +12,8 @@ use super::source::PageSource;
 use super::{Failure, PagerState};
 use crate::SLOTS;
 
-/// Initial and maximum pause of the background thread after each load while there are faults. Each pause is twice as
-/// long as the previous one.
+/// Initial and maximum pause of the background thread after each load. The pause is doubled while there are faults, and
+/// halved otherwise.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(250), Duration::from_millis(16));
 
 /// Installs the remaining pages of storage blocks that were loaded for a fault.

@@ -17,7 +17,7 @@ const SPARE: usize = 4;
 
 /// Index of an image in the chain, and of a storage block in the image.
 pub type Number = (usize, u32);
-/// Storage block that has been read.
+/// Storage block that has been read, with its number.
 pub type Fetched = (Number, Arc<StoredBlock>);
 type Cell = Arc<OnceLock<Result<Arc<StoredBlock>, Arc<ImageError>>>>;
 

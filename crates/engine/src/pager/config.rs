@@ -95,7 +95,7 @@ pub struct Plan {
     pub background: bool,
     /// Whether background loading runs at full speed instead of giving precedence to faults.
     pub eager: bool,
-    /// Whether a fault loads its whole storage block, after the surrounding pages.
+    /// Whether a fault also loads the remaining pages of the storage block that contains the page.
     pub whole_blocks: bool,
     /// Whether pages may be evicted. If so, the pager does not finish before [`super::Pager::evicted`] is called.
     pub evicting: bool,

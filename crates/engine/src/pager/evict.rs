@@ -7,7 +7,7 @@
 //! 2. The deferred bits are set. A deferred page is loaded from the chain, regardless of the contents of the file.
 //! 3. Holes are punched.
 //!
-//! If the pager exits in between, the next pager loads the deferred pages; all others are present and unchanged.
+//! If the pager exits in between, the next pager loads the deferred pages; all other pages are present and unchanged.
 
 use super::PagerError;
 use super::memory::{Memory, Watched};

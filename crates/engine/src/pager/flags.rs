@@ -49,13 +49,13 @@ impl Flags {
         unsafe { &*self.mapping.base().cast::<AtomicU64>().add(index) }
     }
 
-    /// Sets the bits of 64 pages. For use before other threads access the bitmap.
+    /// Sets the bits of 64 pages. Must be called before other threads access the bitmap.
     pub fn set_word(&self, index: usize, flags: u64) {
         self.word(index).store(flags, Ordering::Relaxed);
     }
 
-    /// Sets the bits of a set of pages of the region that starts at page `base`. For use before other threads access
-    /// the bitmap.
+    /// Sets the bits of a set of pages of the region that starts at page `base`. Must be called before other threads
+    /// access the bitmap.
     pub fn set_all(&self, base: usize, pages: &PageSet) {
         for page in pages.runs().flat_map(|(start, end)| base + start..base + end) {
             self.word(page / 64).fetch_or(1 << (page % 64), Ordering::Relaxed);

@@ -134,8 +134,8 @@ pub struct Memory {
     pub counters: Counters,
     /// Pages that a thread has claimed in order to write their contents, or that were discarded.
     claims: AtomicBits,
-    /// Lock held shared while contents are written, and exclusively while removals are read or pages are evicted. It
-    /// prevents that contents are written to pages after their removal.
+    /// Lock held shared while contents are written, and exclusively while removals are read or pages are evicted. The
+    /// lock prevents contents from being written to pages after their removal.
     pub removing: RwLock<()>,
     /// Removals of deferred pages that may be discards.
     pub removals: Removals,
@@ -343,7 +343,7 @@ impl Memory {
         self.placer.own().large_mapped(start, LARGE_PAGE as u64).is_ok_and(|found| !found.is_empty())
     }
 
-    /// Resolves the open removal as a discard if the file system has reported a punched hole. To be called before
+    /// Resolves the open removal as a discard if the file system has reported a punched hole. Must be called before
     /// events are read, with `removing` locked exclusively.
     pub fn take_reports(&self) {
         self.removals.take_reports(|runs| self.discard_all(runs));
@@ -359,7 +359,7 @@ impl Memory {
         self.removals.record(deferred.then_some(runs));
     }
 
-    /// Resolves the open removal if it overlaps `[first, end)`. To be called before contents are written to these
+    /// Resolves the open removal if it overlaps `[first, end)`. Must be called before contents are written to these
     /// pages.
     pub fn decide(&self, first: usize, end: usize) {
         self.removals.decide(first, end, |runs| self.discard_all(runs));

@@ -311,7 +311,7 @@ impl Pager {
         })
     }
 
-    /// Starts to load the working set, and then all pages, in the background. For a pager that was started without
+    /// Starts to load the working set, and then all pages, in the background. The pager must have been started without
     /// background loading. `eager` has the meaning of [`Plan::eager`].
     ///
     /// # Errors
@@ -494,7 +494,7 @@ impl Pager {
         evict::evict(&self.shared.loader.memory, region, pages)
     }
 
-    /// Ends evictions: the pager finishes when all pages are loaded.
+    /// Ends evictions, so that the pager finishes when all pages are loaded.
     pub fn evicted(&self) {
         self.shared.evicting.store(false, Ordering::Release);
     }

@@ -10,7 +10,7 @@
 //! system are read: later notifications belong to removals whose events are read then, or later. An open removal is
 //! resolved
 //!
-//! - as a discard, by a notification: its pages are zeros;
+//! - as a discard, if there is a notification: its pages are zeros;
 //! - as MADV_DONTNEED, if the next removal is read without a notification before it, because a thread makes one such
 //!   call at a time;
 //! - before contents are written to its pages, [`GRACE`] after its event was read, because the call may be running
@@ -83,7 +83,7 @@ impl Removals {
         let _ = self.punched();
     }
 
-    /// Closes the watch. For use when no page is deferred any longer.
+    /// Closes the watch. Must be called only when no page is deferred any longer.
     pub fn close(&self) {
         drop(self.watch.lock().take());
     }

@@ -104,7 +104,7 @@ impl Loader {
         Ok(())
     }
 
-    /// Like `load`, but loads whole storage blocks. For long ranges.
+    /// Like `load`, but loads whole storage blocks, for long ranges.
     pub fn load_many(&self, first: usize, end: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
         let blocks = match &self.source {
             PageSource::Images(blocks) => blocks,

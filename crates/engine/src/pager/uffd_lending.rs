@@ -50,8 +50,8 @@ impl PagerState {
 
 impl Pager {
     /// Acquires the pager. Until [`Pager::release`], write traces can be installed on the watched memory through
-    /// [`Pager::userfaults`]. Returns false if the pager is finishing or has finished: the memory is then no longer
-    /// registered with it.
+    /// [`Pager::userfaults`]. Returns false if the pager is finishing or has finished, because the memory is then
+    /// unregistered.
     ///
     /// # Errors
     /// EBUSY if the pager is acquired already, EINVAL if the kernel lacks support, ESRCH if a process has exited.

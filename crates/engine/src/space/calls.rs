@@ -1,4 +1,5 @@
-//! Single system calls in an address space: made directly in our own process, injected into another one.
+//! Single system calls in an address space. They are made directly in our own process, and injected into another
+//! process.
 
 use std::io;
 use std::os::fd::AsRawFd;

@@ -167,7 +167,7 @@ impl Stopped {
         let instruction = find_syscall(pid)?;
         let options = if has_seccomp(pid) { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
         seize(pid, options)?;
-        // From here on, every exit must detach.
+        // From here on, every error must detach the thread.
         Self::stop(pid, instruction, timeout).inspect_err(|_| detach(pid))
     }
 
@@ -188,7 +188,7 @@ impl Stopped {
         let mut mask = 0u64;
         request(libc::PTRACE_GETSIGMASK, pid, SIGSET_LEN as u64, (&raw mut mask) as u64)?;
         // No signal handler of the program may run with our registers. Signals that the kernel forces must stay
-        // unblocked: otherwise it would reset their disposition.
+        // unblocked: otherwise the kernel would reset their disposition.
         set_mask(pid, FORCED.iter().fold(u64::MAX, |mask, signal| mask & !(1 << (signal - 1))))?;
         Ok(Self { pid, saved, mask, instruction, held: Cell::new(0), timeout })
     }
@@ -310,7 +310,7 @@ enum Stop {
     Event,
 }
 
-/// Stops a seized thread. Signals that arrive first are delivered.
+/// Stops a seized thread. Signals that are received before the stop are delivered.
 fn interrupt(pid: libc::pid_t) -> Result<(), AdoptError> {
     loop {
         request(libc::PTRACE_INTERRUPT, pid, 0, 0).map_err(|_| AdoptError::Gone(pid))?;

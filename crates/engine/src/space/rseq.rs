@@ -40,7 +40,7 @@ struct Configuration {
 /// Redirects a stopped thread to the abort handler if it is inside a critical section.
 ///
 /// # Errors
-/// [`AdoptError::Sequence`] if the kernel would not abort the section either. Nothing has been changed then.
+/// [`AdoptError::Sequence`] if the kernel would not abort the section either. In this case, nothing has been changed.
 pub fn abort(pid: libc::pid_t, registers: &mut user_regs_struct) -> Result<(), AdoptError> {
     let Some(found) = configuration(pid) else { return Ok(()) };
     let pointer = found.area + SECTION;

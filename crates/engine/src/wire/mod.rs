@@ -61,7 +61,7 @@ pub enum WireError {
     /// A block does not fit the regions.
     #[error(transparent)]
     Place(#[from] PlaceError),
-    /// A block or barrier arrived out of order.
+    /// A block or barrier was received out of order.
     #[error("page stream out of step: {0}")]
     Order(String),
 }

@@ -167,7 +167,7 @@ mod tests {
     /// changes.
     fn run(adaptive: &mut Adaptive, blocks: u32, packing: u64, link: u64, ratio: u64) -> (u32, u32) {
         let (mut packed, mut changes, mut before) = (0, 0, Codec::Lz4);
-        // Socket buffer: hides the link up to this many microseconds of sending.
+        // Fill and capacity of a socket buffer, in microseconds of sending. The buffer hides the link until it is full.
         let (mut queued, room) = (0u64, 4000u64);
         for number in 0..blocks {
             let codec = adaptive.codec();

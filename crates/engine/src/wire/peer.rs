@@ -60,7 +60,7 @@ impl PeerSource {
         })
     }
 
-    /// Returns the reason for which the connection was lost, if it was.
+    /// Returns the reason for which the connection was lost, if any.
     pub fn lost(&self) -> Option<String> {
         self.lost.lock().clone()
     }

@@ -188,7 +188,8 @@ fn read_in_place(socket: &Socket, head: &Head, slots: Vec<libc::iovec>) -> Resul
         let mut hash = Xxh3Default::new();
         rest.take(record.raw_len.get() as usize, |chunk, len| {
             // SAFETY: the chunk lies in a slot that the placer has allocated. A valid source sends a page once per
-            // round, so no other stream writes to it. If an invalid source sends it twice, the checksum does not match.
+            // round, so no other stream writes to it. If an invalid source sends a page over two streams, the worst
+            // case is a checksum that does not match.
             hash.update(unsafe { std::slice::from_raw_parts(chunk, len) });
         });
         head.verify(index, hash.digest())?;

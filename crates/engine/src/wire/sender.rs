@@ -231,7 +231,7 @@ impl BlockSender {
         if round.barrier { out.barrier(round.number, &self.progress) } else { Ok(()) }
     }
 
-    /// Sends a run of pages: present pages with their contents, all others as holes.
+    /// Sends a run of pages: present pages with their contents, all other pages as holes.
     fn send_run(
         &self,
         out: &mut Outgoing,

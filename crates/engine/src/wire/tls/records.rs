@@ -1,7 +1,7 @@
 //! Records of an established TLS connection: sealed in batches for sending, opened in place in the receive buffer.
 //!
-//! rustls derives the keys and seals and opens records; this module connects it to a socket. The two directions share
-//! only the source of new keys, so one thread can read while another one writes.
+//! rustls derives the keys, and seals and opens the records; this module connects rustls to a socket. The two
+//! directions share only the source of new keys, so that one thread can read while another one writes.
 
 use std::fmt;
 use std::ops::Range;
@@ -20,11 +20,11 @@ use rustls::{
 use super::TlsError;
 use crate::wire::WireError;
 
-/// Data bytes of a record: the maximum that TLS allows.
+/// Number of data bytes of a record, which is the maximum that TLS allows.
 const RECORD: usize = 16 << 10;
-/// Bytes before the sealed part of a record: type, version and length.
+/// Number of bytes before the sealed part of a record, which contain type, version and length.
 const HEADER: usize = 5;
-/// Maximum size of the sealed part (RFC 8446, 5.2).
+/// Maximum size of the sealed part of a record, bytes (RFC 8446, 5.2).
 const MAX_SEALED: usize = RECORD + 256;
 /// Maximum number of records that are sent together.
 const BATCH: usize = 16;

@@ -75,7 +75,7 @@ impl Session {
         self.incoming.extend_from_slice(bytes);
         let advanced = self.advance();
         if advanced.is_err() {
-            // Let rustls produce its alert for the peer; it then returns the same error again.
+            // Advance once more, so that rustls produces an alert for the peer. The call returns the same error again.
             self.failed = true;
             let _ = self.advance();
         }
@@ -170,7 +170,7 @@ enum Step {
     Established,
 }
 
-/// Performs the next step of a handshake. Returns the number of consumed input bytes, and how to continue.
+/// Performs the next step of a handshake. Returns the number of consumed input bytes, and the result of the step.
 fn take_step<Data>(
     status: UnbufferedStatus<'_, '_, Data>,
     outgoing: &mut Vec<u8>,

@@ -21,14 +21,14 @@ fn host() -> Host {
     Host { identity, certificate: cert.der().to_vec() }
 }
 
-/// Transfers messages in both directions until neither side has any left. Returns the first error.
+/// Transfers messages in both directions until neither side has bytes to send. Returns the first error.
 fn shake(source: &mut Session, receiver: &mut Session) -> Result<(), TlsError> {
     loop {
         let (there, back) = (source.outgoing(), receiver.outgoing());
         if there.is_empty() && back.is_empty() {
             return Ok(());
         }
-        // In small chunks, as a network may deliver them.
+        // Transfer small chunks, as a network may deliver them.
         there.chunks(97).try_for_each(|piece| receiver.feed(piece))?;
         back.chunks(89).try_for_each(|piece| source.feed(piece))?;
     }
@@ -60,7 +60,7 @@ impl Wire {
         Ok(())
     }
 
-    /// Takes up to `max` bytes.
+    /// Moves up to `max` bytes from the wire to `bytes`. Returns their number.
     fn receive(&self, bytes: &mut [u8], max: usize) -> Result<usize, WireError> {
         let mut waiting = self.0.borrow_mut();
         let count = waiting.len().min(bytes.len()).min(max);
@@ -202,7 +202,7 @@ fn unauthenticated_peer_cannot_fill_memory() {
     let b = host();
     let mut receiver = b.identity.accept(vec![b.certificate.clone()]).unwrap();
     let mut taken = 0_usize;
-    // Handshake record that announces a message of 16 MiB and never completes it.
+    // Handshake record that announces a message of 16 MiB, which is never completed.
     let mut record = vec![22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff];
     record.resize(5 + 0x4000, 0);
     while receiver.feed(&record).is_ok() {
