@@ -21,7 +21,7 @@ pub fn kernel(error: io::Error) -> PyErr {
 }
 
 /// Converts an error of a call that validates its arguments: `InvalidInput` without an errno becomes a ValueError, any
-/// other error is converted like by [`kernel`].
+/// other error is converted by [`kernel`].
 pub fn argument(error: io::Error) -> PyErr {
     if error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none() {
         return PyValueError::new_err(error.to_string());

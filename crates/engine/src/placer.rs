@@ -1,10 +1,10 @@
 //! Placement of received pages in their slots, and population of the workload's page tables (S1, S5, S6, S7).
 //!
 //! A page is placed at its own offset in the region, regardless of its contents and of the order in which pages are
-//! received, so that a huge page of the source is a huge page at the destination. The first page of such a unit
-//! allocates the whole huge page; zero pages are zeros in the huge page, never holes. A unit is *complete* when all of
-//! its slots have been received. From then on its contents are final or overwritten in place, so that it can be mapped
-//! into the workload's page tables as one huge page during the transfer.
+//! received, so that a huge page of the source is a huge page at the destination. The first page received for a unit
+//! that is a huge page at the source allocates the whole huge page; zero pages are zeros in the huge page, never holes.
+//! A unit is *complete* when all of its slots have been received. From then on, its contents are final or overwritten
+//! in place, so that the unit can be mapped into the workload's page tables as one huge page during the transfer.
 
 use std::io;
 use std::sync::Arc;
@@ -482,8 +482,8 @@ fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<
     Ok(mapped)
 }
 
-/// Like `map_small`, but without a userfaultfd: the process calls MADV_POPULATE_READ. `ranges` must not contain holes,
-/// because the call would fill them.
+/// Like `map_small`, but without a userfaultfd: the process calls madvise(2) with MADV_POPULATE_READ. `ranges` must not
+/// contain holes, because the call would fill them.
 fn populate_read(segment: &Segment, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
     let mut mapped = 0;
     for &(start, end) in ranges {

@@ -45,7 +45,7 @@ pub unsafe fn write_memory(address: u64, contents: &[u8]) {
 /// Makes the kernel read a byte at an address.
 ///
 /// # Errors
-/// EFAULT if the byte cannot be read; the error of pipe(2).
+/// EFAULT if the byte cannot be read; otherwise the error of pipe(2).
 pub fn kernel_reads(address: u64) -> io::Result<()> {
     let (_reading, writing) = pipe()?;
     // SAFETY: write(2) only reads the byte, and the kernel checks the address.
@@ -56,7 +56,7 @@ pub fn kernel_reads(address: u64) -> io::Result<()> {
 /// Makes the kernel write `contents`, at most a page, to an address. Returns the number of bytes written.
 ///
 /// # Errors
-/// EFAULT if no byte can be written; the error of pipe(2) or write(2).
+/// EFAULT if no byte can be written; otherwise the error of pipe(2) or write(2).
 ///
 /// # Safety
 /// If the range is mapped, no Rust reference to it may exist.

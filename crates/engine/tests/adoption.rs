@@ -23,9 +23,9 @@ struct Board {
     signals: AtomicU64,
     /// Number of failed checks.
     wrong: AtomicU64,
-    /// Result of the timed calls.
+    /// Result of the last timed call.
     result: AtomicI64,
-    /// Duration of a timed call, nanoseconds.
+    /// Duration of the last timed call, nanoseconds.
     time: AtomicU64,
     /// Number that test or child stores to signal the other process.
     go: AtomicU64,
@@ -42,7 +42,8 @@ thread_local! {
 }
 
 fn board() -> &'static Board {
-    // SAFETY: the pointer is set before the fork, to memory that is never unmapped and only accessed by atomics.
+    // SAFETY: the pointer is set before the fork, to a page that is never unmapped and only accessed by atomics. The
+    // page is large enough for a board, and zeros are a valid board.
     unsafe { &*BOARD.with(std::cell::Cell::get) }
 }
 

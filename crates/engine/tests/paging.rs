@@ -64,7 +64,7 @@ fn new_image() -> Chain {
             map[page] = PageEntry::stored(Class::Data, 0, number, u16::try_from(slot).expect("a slot"));
         }
     };
-    // Pages are not stored in order, like pages that are saved by traps.
+    // Store the pages out of order, as traps of a checkpoint do.
     for page in (0..PAGES).map(|number| number * 769 % PAGES).filter(|page| page % 8 != 7) {
         let contents: Vec<u8> = (0..512).flat_map(|at| word(page, at).to_le_bytes()).collect();
         let slot = builder.push_data(page, &contents);

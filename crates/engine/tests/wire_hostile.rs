@@ -259,7 +259,7 @@ fn full_file(pages: usize) -> Arc<Mapping> {
     file
 }
 
-/// Streams on sockets in non-blocking mode wait as well, but without busy waiting.
+/// Streams support sockets in non-blocking mode, without busy waiting.
 #[test]
 fn non_blocking_sockets_are_polled() {
     let (mut peer, ours) = UnixStream::pair().expect("sockets");

@@ -24,8 +24,8 @@
 //! holds:
 //!
 //! 1. Each page contains its number, the version of its table entry, and a checksum of its contents (or is zeros).
-//! 2. The sum of the versions of a partition's pages equals its counter of writes, where filling a page counts as write
-//!    1. The sum of the hashes of its table entries equals its counter of the table.
+//! 2. The sum of the versions of a partition's pages equals its counter of writes, which also counts the filling of
+//!    each page. The sum of the hashes of its table entries equals its counter of the table.
 //! 3. The page that operation *n* of a partition writes, and its contents, follow from (seed, partition, *n*): the
 //!    whole memory is a function of the header and the counters.
 //!

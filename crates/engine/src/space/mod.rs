@@ -76,8 +76,8 @@ impl Space {
         Ok(uffd)
     }
 
-    /// Like `userfault`, but the userfaultfd always handles faults in kernel mode as well. Without this, system calls
-    /// of the process would fail (EFAULT).
+    /// Like `userfault`, but the userfaultfd always handles faults in kernel mode as well. With a userfaultfd for
+    /// user-mode faults only, system calls of the process would fail (EFAULT).
     ///
     /// # Errors
     /// [`AdoptError`] if the process cannot be adopted; [`AdoptError::NoFaults`] if it may not have such a userfaultfd.

@@ -37,7 +37,7 @@ impl RateLimit {
         start
     }
 
-    /// Counts `bytes` bytes, and waits until they may be sent. Does not wait if they are urgent.
+    /// Counts bytes to send, and waits until these bytes may be sent. Does not wait for urgent bytes.
     pub(super) fn wait(&self, bytes: usize, urgent: bool, cancelled: &AtomicBool) -> Result<(), WireError> {
         if self.bandwidth == 0 {
             return Ok(());

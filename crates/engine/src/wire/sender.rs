@@ -165,7 +165,7 @@ impl BlockSender {
     /// again. Freeing a page is not a write, so that no trace reports it.
     ///
     /// # Errors
-    /// The first error of any stream, whereupon the other streams are cancelled; the error of reading the data ranges.
+    /// The error of lseek(2) on a region, or the first error of any stream; the other streams are then cancelled.
     pub fn send(&self, regions: &[Arc<Mapping>], sets: &[PageSet], round: u32, barrier: bool) -> Result<(), WireError> {
         // Read the notifications before the memory: the next call then sees the notification of any later discard.
         let files = || regions.iter().map(|mapping| mapping.as_fd().as_raw_fd());

@@ -230,9 +230,9 @@ impl ServerState {
         out.barrier(POSTCOPY, &self.progress)
     }
 
-    /// Takes up to `CHUNK` pages of one 2 MiB unit to push, and returns their region and page numbers; `None` if no
-    /// pages are left. The push completes a unit before it starts another. The list is empty if replies have taken the
-    /// pages.
+    /// Takes up to `CHUNK` pages of one 2 MiB unit to push. Returns their region and numbers; the list of numbers is
+    /// empty if concurrent replies have taken the pages. Returns `None` if no pages are left. The push completes a unit
+    /// before it starts another.
     fn chunk(&self) -> Option<(usize, Vec<usize>)> {
         let mut next = self.next.lock();
         let (from, at) = *next;
