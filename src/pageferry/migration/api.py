@@ -121,7 +121,8 @@ async def _state_of(workload: Migratable) -> str:
 
 
 async def _page_tables(workload: Migratable, options: Options) -> AcquiredPager | None:
-    """Ensure that write traces can be installed. Return the pager, acquired, of a workload with deferred memory."""
+    """Ensure that write traces can be installed. Return the acquired pager of a workload with deferred memory,
+    otherwise None."""
     if options.mode == "postcopy":
         # The destination may request any page once the workload runs there, so all pages must be loaded first.
         await wait_complete(workload)
@@ -235,7 +236,7 @@ async def _asked(
     trust: Trust | None,
     owners: frozenset[int],
 ) -> AsyncIterator[tuple[messages.Outcome, Channel]]:
-    """Ask the peer for the outcome of a migration; yield it and the connection."""
+    """Request the outcome of a migration from the peer; yield the outcome and the connection. Raises OutcomeUnknown."""
     again = f"{name} stays paused; start `pageferry receive` on that host and ask again"
     if record.keeps_pages:
         again = (

@@ -17,14 +17,15 @@ from pageferry.migration.transport import messages
 
 
 class Commit:
-    """Transfer of ownership. Once it is recorded, the source never runs the workload on its own."""
+    """Transfer of ownership. Once the commit is recorded, the source never runs the workload on its own."""
 
     def __init__(self, session: Session, state: StateMachine[SourceState]) -> None:
         self._session = session
         self._state = state
 
     async def run(self) -> messages.Running:
-        """Commit. After a cancellation, wait for the reply for GRACE seconds only; then the outcome is unknown.
+        """Commit, and return the reply. After a cancellation, wait for the reply for at most GRACE seconds; without a
+        reply, the outcome is unknown.
 
         Raises OutcomeUnknown, or PeerRefused if the destination has decided not to run the workload.
         """

@@ -10,10 +10,10 @@ SMOOTHING = 0.5
 STALL_ROUNDS = 4
 """Number of consecutive rounds without progress that count as a stall."""
 HYBRID_BUDGET = 1.8
-"""Budget of a hybrid migration: how often each byte may be sent on average before it switches to post-copy. Less than
-2, because a round may leave more than the previous one."""
+"""Budget of a hybrid migration: number of times that each byte may be sent on average before the migration switches to
+post-copy. Less than 2, because a round may leave more than the previous one."""
 PROGRESS = 0.9
-"""A round makes progress if it leaves less than this fraction of the lowest remainder so far."""
+"""Fraction of the lowest remainder so far. A round makes progress if it leaves less than this."""
 
 
 class Decision(Enum):
@@ -28,18 +28,18 @@ class Decision(Enum):
 
 @dataclass(slots=True)
 class Convergence:
-    """Decides after each round from the bytes it has left.
+    """Policy that decides after each round from the number of bytes left to send.
 
     Switches over if the remaining bytes can be sent within `max_downtime` seconds at the measured bandwidth. Reports a
-    stall after `max_rounds` rounds, or after `STALL_ROUNDS` consecutive rounds without progress.
+    stall after `max_rounds` rounds, after `STALL_ROUNDS` consecutive rounds without progress, or if sending all
+    remaining pages twice could exceed the budget.
     """
 
     max_downtime: float
     """Maximum expected time for sending the remaining bytes while the workload is paused, seconds."""
     max_rounds: int
     budget: float = float("inf")
-    """Maximum bytes to send, as a multiple of the bytes of the first round. A round that could exceed it, if all of its
-    pages had to be sent again, is a stall."""
+    """Maximum number of bytes to send, as a multiple of the bytes of the first round."""
     throttles: int = 0
     """Number of throttle steps left. One is applied after each round without progress."""
     bandwidth: float = 0.0
@@ -55,8 +55,8 @@ class Convergence:
     """Bytes of memory covered by all rounds together."""
 
     def after_round(self, covered: int, seconds: float, remaining: int) -> Decision:
-        """Decide after a round that covered `covered` bytes of memory in `seconds` and left `remaining` bytes to
-        send."""
+        """Return the decision after a round that covered `covered` bytes of memory in `seconds` seconds and left
+        `remaining` bytes to send."""
         self.rounds += 1
         self._measure(covered, seconds)
         self.first = self.first or covered
@@ -74,8 +74,9 @@ class Convergence:
         return Decision.CONTINUE
 
     def will_stall(self, total: int, covered: int, seconds: float, again: int) -> bool:
-        """Return whether the first round, of `total` bytes, is certain to end in a stall. `again`: how many of the
-        `covered` bytes have been modified since they were sent; this number only grows."""
+        """Return whether the first round, of `total` bytes, is certain to end in a stall, once it has covered `covered`
+        bytes in `seconds` seconds. `again`: number of the covered bytes that have been modified since they were sent;
+        it can only increase."""
         left_in_time = again * seconds <= self.max_downtime * covered
         return not left_in_time and total + 2 * again > self.budget * total
 
@@ -86,7 +87,7 @@ class Convergence:
         return remaining / self.bandwidth if self.bandwidth else float("inf")
 
     def _measure(self, covered: int, seconds: float) -> None:
-        # Short rounds measure the latency of the link and not its bandwidth.
+        # Smoothed, because a short round measures the latency of the link rather than its bandwidth.
         if covered and seconds > 0:
             latest = covered / seconds
             self.bandwidth = latest if not self.bandwidth else SMOOTHING * latest + (1 - SMOOTHING) * self.bandwidth

@@ -1,4 +1,4 @@
-"""Sends memory that is still deferred at the source, where a restore is in progress (S8, S10).
+"""Transfer of memory that is still deferred at the source, where a restore is in progress (S8, S10).
 
 Pages are loaded one part ahead of sending, so that sending starts while almost all pages are deferred. Parts grow,
 because each costs a scan of the pages that are present.
@@ -17,9 +17,9 @@ from pageferry.migration.engine_call import off_loop
 from pageferry.workloads.deferred_access import AcquiredPager
 
 FIRST_PART = (16 << 20) // SMALL_PAGE
-"""Pages of the first part; each further part has twice as many as the part before."""
+"""Number of pages of the first part. Each further part has twice as many, up to the limit that `MIN_PARTS` sets."""
 MIN_PARTS = 16
-"""Minimum number of parts that limits their size: none is larger than all pages divided by this."""
+"""Divisor for the maximum size of a part, which is the number of all pages divided by it, but at least `FIRST_PART`."""
 
 Part = tuple[int, int, int]
 """(region number, first page, number of pages)"""
@@ -58,7 +58,7 @@ def part_of(region: PageSet, first: int, count: int) -> PageSet:
 
 
 def parts(regions: Sequence[int]) -> Iterator[Part]:
-    """Cut regions, given by their number of pages, into parts."""
+    """Yield the parts of regions. `regions`: number of pages of each region."""
     size, most = FIRST_PART, max(FIRST_PART, sum(regions) // MIN_PARTS)
     for region, pages in enumerate(regions):
         first = 0
@@ -70,9 +70,9 @@ def parts(regions: Sequence[int]) -> Iterator[Part]:
 
 
 async def load_all(hold: AcquiredPager, regions: Sequence[int]) -> None:
-    """Load all deferred pages of the regions; `regions` is the number of pages of each.
+    """Load all deferred pages. `regions`: number of pages of each region.
 
-    In post-copy the source must hold every page that it serves.
+    Required in post-copy, where the source must hold every page that it serves.
     """
     for part in parts(regions):
         await _load(hold, part)

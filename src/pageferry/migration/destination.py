@@ -1,9 +1,9 @@
 """Destination of a migration: places pages while the workload runs at the source, then takes it over.
 
-Start reading at `Destination.run`. No process uses the memory here before the source commits, so pages are received in
-place and verified there (`transfer`). An invalid page ends the migration, and the workload keeps running at the source.
-`message_order` gives the order of the messages. In post-copy, the workload is taken over before all pages are received,
-and `postcopy_destination` fetches the others.
+Start reading at `Destination.run`. No process at the destination uses the memory before the source commits, so pages
+are received directly into it, and verified there (`transfer`). An invalid page ends the migration, and the workload
+keeps running at the source. `message_order` gives the order of the messages. In post-copy, the workload is taken over
+before all pages are received, and `postcopy_destination` fetches the others.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ from pageferry.workloads.protocols import Migratable
 log = getLogger(__name__)
 
 Prepare = Callable[[messages.Hello], Awaitable[Migratable]]
-"""Creates or looks up the workload to receive; raises UsageError or WorkloadError to refuse the source."""
+"""Function that creates or looks up the workload to receive. It raises UsageError or WorkloadError to refuse the
+source."""
 
 
 class Destination:
     """Receives one workload. `prepare` is called for every source that connects, until one is accepted.
 
     The receiver keeps listening after it has refused a source. It accepts one source only, even if that migration
-    fails. `ended`: raises WorkloadDied if the process that waits for the device state exits.
+    fails. `ended`: function that raises WorkloadDied when the process that waits for the device state exits.
     """
 
     def __init__(
@@ -65,14 +66,14 @@ class Destination:
         self._opened = contextlib.ExitStack()
         """Memory and parts of the engine. They are closed at the end, because an exception may keep this object."""
         self._incoming: Incoming | None = None
-        """None until a source was accepted."""
+        """Accepted migration; None until a source has been accepted."""
         self._transfer: Transfer | None = None
-        """None until the page streams are connected."""
+        """Transfer of the pages; None until the page streams are connected."""
         self._take_over: TakeOver | None = None
-        """None until the source has committed."""
+        """Take-over of the workload; None until the source has committed."""
 
     async def run(self) -> Migratable:
-        """Receive a workload; on return it runs here. Raises MigrationError if it stays at the source.
+        """Receive a workload, and return it once it runs on this host. Raises MigrationError if it stays at the source.
 
         Other connections are served until `close`.
         """
@@ -108,7 +109,7 @@ class Destination:
             self._opened.close()
 
     async def finish(self) -> None:
-        """Send the report, then wait until the source knows that the workload runs here, or will not ask for it."""
+        """Send the report, then wait for a limited time until the source knows that the workload runs on this host."""
         await self.report()
         await self.recovery.wait_acknowledged(self.host.timeout)
 
@@ -122,7 +123,8 @@ class Destination:
 
     @property
     def accepted(self) -> bool:
-        """Whether a source was accepted. From then on, the workload that `prepare` has made is discarded on failure."""
+        """Whether a source was accepted. From then on, the workload that `prepare` has returned is discarded on
+        failure."""
         return not self.state.is_in(DestinationState.LISTENING)
 
     @property
@@ -132,7 +134,7 @@ class Destination:
 
     @property
     def acknowledged(self) -> asyncio.Event:
-        """Set once the source knows what became of the migration."""
+        """Event that is set once the source knows the outcome of the migration."""
         return self.recovery.acknowledged
 
     @property
@@ -186,7 +188,7 @@ class Destination:
             await channel.close()
 
     async def _prepared(self, hello: messages.Hello) -> Migratable:
-        """Prepare the workload for a migration, or refuse it and delete its record."""
+        """Prepare the workload for a migration. If this fails, delete the records of the migration."""
         verdicts = self.host.verdicts
         verdicts.begin(hello.migration)
         try:
@@ -206,7 +208,7 @@ class Destination:
         fault_point("destination.accepted")
         hello, count = incoming.hello, incoming.hello.streams
         memory = self._opened.enter_context(contextlib.closing(Memory(incoming.workload)))
-        with contextlib.ExitStack() as opened:  # the engine has duplicates
+        with contextlib.ExitStack() as opened:  # the engine has duplicated the descriptors
             streams = await self._streams(incoming.channel, count if hello.mode == "precopy" else 2 * count + 1)
             for stream in streams:
                 opened.enter_context(stream)
@@ -231,10 +233,11 @@ class Destination:
     # -- ends
 
     async def _give_up(self, incoming: Incoming, error: BaseException) -> None:
-        """Give up the workload: record the decision before it is reported, then discard what was received."""
+        """Give up the workload: record the decision ABORTED before reporting it, then discard the received memory and
+        state. If COMMITTED was decided, only close the connection."""
         try:
             if self.host.verdicts.decide(incoming.hello.migration, Verdict.ABORTED) is Verdict.COMMITTED:
-                return  # the workload is ours; the failure does not change that
+                return  # this host owns the workload in spite of the failure
             await incoming.channel.abort(_reason(error))
             self._note_decision(incoming, error)
             if self._transfer is not None:
@@ -245,17 +248,18 @@ class Destination:
             await incoming.channel.close()
 
     def _note_decision(self, incoming: Incoming, error: BaseException) -> None:
-        """Delete the records if the source knows the decision, or need not know it; else it may ask for it."""
+        """Enter the final state. Delete the records if the source knows the decision or does not need it; otherwise
+        keep them, because the source may send Recover."""
         promised = self.state.is_in(DestinationState.PROMISED)
         self.state.enter(DestinationState.RENOUNCED if promised else DestinationState.GIVEN_UP)
         if isinstance(error, PeerRefused) or not promised:
             self._acknowledge(incoming)
         elif not isinstance(error, ConnectionLost):
-            # Reported, but not confirmed: the records are kept, so that any later receiver can report it again.
+            # Reported, but not confirmed: the records are kept, so that a later receiver can report the decision again.
             self.acknowledged.set()
 
     def _acknowledge(self, incoming: Incoming) -> None:
-        """Delete the records: the source knows the outcome and will not ask."""
+        """Delete the records: the source knows the outcome and will not send Recover."""
         self.host.verdicts.forget(incoming.hello.migration)
         self.acknowledged.set()
 

@@ -37,9 +37,9 @@ async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = No
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, which a cancellation does not interrupt.
+    """Complete `work`, regardless of cancellations, and return its result.
 
-    The cancellation is dropped: the effects of `work` cannot be undone, and its result reports them.
+    Cancellations are dropped: the effects of `work` cannot be undone, and its result reports them.
     """
     task = asyncio.ensure_future(work)
     while not task.done():
@@ -49,8 +49,8 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def within_grace(work: Coroutine[Any, Any, object], error: BaseException) -> bool:
-    """Clean up after an error. After a cancellation, wait for at most GRACE seconds; return False if that was too
-    short.
+    """Run `work`, which cleans up after `error`. If `error` is a cancellation, wait for at most GRACE seconds. Return
+    whether `work` has completed.
 
     A workload that does not respond is cleaned up when this process exits: the guardian resumes a guest, and the kernel
     removes the write traces.
@@ -71,7 +71,7 @@ async def within_grace(work: Coroutine[Any, Any, object], error: BaseException) 
 
 
 def translate(error: OSError | ValueError) -> MigrationError | WorkloadError:
-    """Translate an error of the engine."""
+    """Return the pageferry error for an error of the engine."""
     match error:
         case InterruptedError():
             return Cancelled("cancelled")

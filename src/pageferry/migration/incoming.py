@@ -1,4 +1,4 @@
-"""A migration that this host has accepted, and what this host uses to receive one."""
+"""Migration that this host has accepted, and the parameters of this host for receiving migrations."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ M = TypeVar("M", bound=messages.Message)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReceivingHost:
-    """This host as a destination."""
+    """Parameters of this host as a destination."""
 
     verdicts: Verdicts
     """Decisions of this host."""
     timeout: float = 30.0
     """Seconds of silence after which a peer counts as lost."""
     folder: Callable[[], Folder | None] = lambda: None
-    """Returns the directory for records of post-copy; None for a workload without a name."""
+    """Function that returns the directory for records of post-copy, or None for a workload without a name."""
     listener: Listener = ignore
 
 
 @dataclass(slots=True)
 class Incoming:
-    """Migration that was accepted."""
+    """Migration that this host has accepted."""
 
     channel: Channel
     hello: messages.Hello
@@ -43,7 +43,8 @@ class Incoming:
     times: Stopwatch = field(default_factory=lambda: Stopwatch("setup"))
 
     async def receive(self) -> messages.AnyMessage:
-        """Return the next message. Raises ProtocolError if it may not be received now, and the errors of `Channel`."""
+        """Return the next message. Raises ProtocolError if the message is invalid in the current state, and the errors
+        of `Channel.receive_any`."""
         message = await self.channel.receive_any(self.order.expected)
         self.order.receive(message)
         return message
@@ -55,7 +56,7 @@ class Incoming:
         return message
 
     async def send(self, message: messages.Message) -> None:
-        """Send a message. Raises ConnectionLost."""
+        """Send a message. Raises ConnectionLost, WrongState if the message is invalid in the current state."""
         self.order.send(message)
         await self.channel.send(message)
 

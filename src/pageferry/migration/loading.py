@@ -23,7 +23,7 @@ class Loading:
         self._transfer = transfer
 
     async def run(self, state: bytes) -> messages.Ready:
-        """Load the state and populate page tables. Return the promise to run the workload."""
+        """Load the state, and populate page tables. Return the Ready message."""
         times, channel = self._incoming.times, self._incoming.channel
         times.phase("load")
         with times.measure("load"):
@@ -71,7 +71,8 @@ class Loading:
         }
 
     async def _prefault(self, units: dict[int, list[int]] | None) -> None:
-        """Populate the hypervisor's page tables, which are filled from those of the process and so come after them."""
+        """Populate the second-stage page tables of the hypervisor. They are filled from the page tables of the process,
+        which must be populated first."""
         try:
             await self._incoming.workload.prefault(units)
         except (PageferryError, OSError) as error:

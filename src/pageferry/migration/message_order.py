@@ -1,6 +1,6 @@
-"""Order of the messages of a migration, as the destination permits it: a state machine of the receiver.
+"""Order of the messages of a migration, enforced by the destination: a state machine of the receiver.
 
-`docs/protocol.md` draws the same order. `Abort` and `Alive` may be received in every state, and are handled by the
+`docs/protocol.md` shows the same order. `Abort` and `Alive` may be received in every state, and are handled by the
 channel.
 """
 
@@ -34,15 +34,15 @@ class ReceiverState(StrEnum):
     """State of a receiver that has accepted a migration."""
 
     SETUP = "set-up"
-    """LargePages of each region, in order."""
+    """LargePages is expected for each region, in order."""
     ROUNDS = "rounds"
-    """Rounds. The state of the workload may begin before the last one."""
+    """Rounds are received. The device state may begin before the last round."""
     HOT = "hot"
-    """All rounds are received; Hot of the other regions follows, in order."""
+    """All rounds are received. Hot is expected for the other regions, in order."""
     MISSING = "missing"
-    """The set of missing pages, in order of the regions (post-copy)."""
+    """The sets of missing pages are received, in the order of the regions (post-copy)."""
     STATE = "state"
-    """All pages are received or named; the rest of the state follows."""
+    """All pages have been received, or listed as missing. The remaining device state follows."""
     LOADING = "loading"
     """The state is complete. The source waits for Ready."""
     READY = "ready"
@@ -50,7 +50,7 @@ class ReceiverState(StrEnum):
     RESUMING = "resuming"
     """The source has committed, and waits for Running."""
     RUNNING = "running"
-    """The workload runs here. The source waits for the report."""
+    """The workload runs at the destination. The source waits for the report."""
     REPORTED = "reported"
     ENDED = "ended"
 
@@ -70,14 +70,14 @@ _RECEIVED: dict[ReceiverState, dict[type[Message], ReceiverState]] = {
     ReceiverState.READY: {Commit: ReceiverState.RESUMING},
     ReceiverState.REPORTED: {Done: ReceiverState.ENDED},
 }
-"""State after each message that may be received in a state."""
+"""Next state, by current state and type of the received message."""
 
 _AFTER_LAST_REGION = {
     ReceiverState.SETUP: ReceiverState.ROUNDS,
     ReceiverState.HOT: ReceiverState.STATE,
     ReceiverState.MISSING: ReceiverState.STATE,
 }
-"""State after the messages for all regions."""
+"""Next state after the messages for all regions."""
 
 _SENT: dict[ReceiverState, dict[type[Message], ReceiverState]] = {
     ReceiverState.ROUNDS: {RoundDone: ReceiverState.ROUNDS},
@@ -85,27 +85,28 @@ _SENT: dict[ReceiverState, dict[type[Message], ReceiverState]] = {
     ReceiverState.RESUMING: {Running: ReceiverState.RUNNING},
     ReceiverState.RUNNING: {Arrived: ReceiverState.RUNNING, Report: ReceiverState.REPORTED},
 }
-"""State after each message that this side may send."""
+"""Next state, by current state and type of the sent message."""
 
 
 class MessageOrder:
-    """State of the receiver of one migration, from the page streams on. `regions`: number of regions."""
+    """State of the receiver of one migration, once the page streams are connected. `regions`: number of regions."""
 
     def __init__(self, regions: int, mode: Mode) -> None:
         self.state = ReceiverState.SETUP
         self._regions = regions
         self._mode = mode
         self._region = 0
-        """Region that the next message has to be about, in states with a message per region."""
+        """Expected region of the next message, in states with messages per region."""
 
     @property
     def expected(self) -> str:
-        """Messages that may be received next, for a text."""
+        """Names of the messages that may be received next, for an error message."""
         kinds = [kind.__name__ for kind in _RECEIVED.get(self.state, {})]
         return " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds) or "nothing"
 
     def receive(self, message: AnyMessage) -> None:
-        """Change the state for a received message. Raises ProtocolError if it may not be received in this state."""
+        """Enter the state that follows a received message. Raises ProtocolError if the message is invalid in the
+        current state."""
         kind = type(message)
         following = _RECEIVED.get(self.state, {}).get(kind)
         if following is None:
@@ -117,7 +118,8 @@ class MessageOrder:
             self._count(message)
 
     def send(self, message: Message) -> None:
-        """Change the state for a message that is about to be sent. Raises WrongState."""
+        """Enter the state that follows a message about to be sent. Raises WrongState if the message is invalid in the
+        current state."""
         following = _SENT.get(self.state, {}).get(type(message))
         if following is None:
             raise WrongState(f"{type(message).__name__} cannot be sent in state '{self.state}'")

@@ -10,7 +10,7 @@ from pageferry.migration.transport.channel import Channel
 from pageferry.migration.transport.messages import MISSING_CHUNK, Missing
 
 PACKING = 256
-"""Maximum overhead of a packed set besides its bitmap and a 256th of that, bytes."""
+"""Maximum overhead of a packed set, bytes, in addition to its bitmap and 1/256 of the bitmap."""
 
 
 class MissingPages:

@@ -20,8 +20,9 @@ TIMEOUT = Duration(0.1, 3600.0)
 """Seconds of silence after which a peer counts as lost."""
 
 AUTO_RELEASE = 256
-"""`auto` releases a huge page once this many of its 512 traces have fired. At half, at most twice the written memory is
-sent; lower values help fast writers, but can keep a migration from converging (docs/benchmarks.md)."""
+"""Number of fired traces, of the 512 of a huge page, at which `auto` releases the page. At half, at most twice the
+written memory is sent. Lower values help fast writers, but can prevent a migration from converging
+(docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +78,7 @@ class Options:
 
     @property
     def release_after(self) -> int:
-        """Value of the trace's `release_after` for the granularity: fired traces after which a huge page is released; 0
-        for never."""
+        """Number of fired traces at which a huge page is released, for the granularity; 0 to release none."""
         return {"4K": 0, "2M": 1, "auto": AUTO_RELEASE}[self.trace_granularity]
 
 
@@ -100,7 +100,8 @@ class RecoverOptions:
         _check_hostname(self.tls_hostname, self.tls)
 
     def trust(self, hostname: str) -> Trust | None:
-        """Load the certificates if `tls` is set. `hostname`: that of the migration. Raises UsageError."""
+        """Load the certificates if `tls` is set. `hostname`: name expected by the migration, the default of
+        `tls_hostname`. Raises UsageError."""
         return _trust(self.tls, self.tls_hostname or hostname)
 
 

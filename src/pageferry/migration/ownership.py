@@ -3,11 +3,11 @@
 1. The source records that it has committed before it sends Commit. From then on it never runs the workload on its own.
 2. The destination decides once: COMMITTED before it resumes the workload, ABORTED before it reports that it will not.
    The decision that is written first holds, regardless of the process that writes it (`Verdicts.decide`). COMMITTED is
-   withdrawn in one case: the process that was to run the workload exited before it was requested to.
+   withdrawn in one case: the process that was to run the workload exited before it was requested to run it.
 3. In post-copy, the source keeps every page until the destination has recorded that it has all of them, and has
    reported this.
 
-So at most one side can run the workload at any time, and the surviving side can find out which: see `docs/protocol.md`.
+So at most one side can run the workload at any time, and a surviving side can determine which: see `docs/protocol.md`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VERSION = 2
 
 
 class Committed(msgspec.Struct, frozen=True, kw_only=True):
-    """Record of the source that it has committed a workload, possibly without knowing the outcome."""
+    """Record of the source that it has committed a workload. The outcome may be unknown."""
 
     version: int = 1
     migration: str
@@ -46,13 +46,13 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str = ""
     """Host name expected in the certificate of the destination, with TLS."""
     keeps_pages: bool = msgspec.field(name="owes", default=False)
-    """Whether the source holds pages that the destination lacks; it must not discard them before the destination
-    reports that it has all."""
+    """Whether the source holds pages that the destination lacks; the source must not discard them before the
+    destination has reported that it has all of them."""
     streams: int = 1
     codec: Codec = "none"
     bandwidth: int = 0
     adaptive: bool = False
-    """With `streams`, `codec` and `bandwidth`: how the missing pages are sent, as in `Options`."""
+    """Option of the migration. It applies, like `streams`, `codec` and `bandwidth`, to the missing pages too."""
     changes: dict[str, Any] = {}
     """Changes to undo before the workload runs at the source again: see `workloads.protocols.Migratable`. Empty if
     unknown."""
@@ -78,12 +78,13 @@ class Verdict(Enum):
 
 
 KEPT = 30 * 24 * 3600.0
-"""Seconds for which a decision is kept if its source has not acknowledged it. A source that asks later receives
-`unknown`, which is never wrong."""
+"""Seconds for which the records of a migration are kept if the source has not acknowledged the decision. A source that
+sends Recover later receives `unknown`, which is never wrong."""
 
 
 class Verdicts:
-    """Decisions of this host as a destination, stored in small files that outlive the processes that took them."""
+    """Decisions of this host as a destination. Each is stored in a small file that outlives the process that made the
+    decision."""
 
     def __init__(self, run_directory: Path) -> None:
         self._path = run_directory / ".verdicts"
@@ -91,11 +92,11 @@ class Verdicts:
     def begin(self, migration: str) -> None:
         """Record that this host takes part in a migration, before anything else is stored about it.
 
-        All later records are created here under other names, so that none of them needs space: after Commit, a full
-        file system must not cause a failure.
+        Create the files of all later records now, under other names, so that no later record needs space: after Commit,
+        a full file system must not cause a failure.
 
-        Raises UsageError for an identifier that this host knows, because the earlier decision must hold and must not be
-        deleted with this migration; WorkloadError if the records cannot be written.
+        Raises UsageError if this host knows the identifier: the earlier decision must hold, and must not be deleted
+        with this migration. Raises WorkloadError if the records cannot be written.
         """
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -124,9 +125,9 @@ class Verdicts:
         return self._begun(migration).exists()
 
     def decide(self, migration: str, verdict: Verdict) -> Verdict:
-        """Decide, unless a decision exists; return the decision that holds. It is durable on return.
+        """Decide `verdict`, unless a decision exists. Return the decision that holds; it is durable.
 
-        Raises WorkloadError if it cannot be written; nothing has been decided then.
+        Raises WorkloadError if the decision cannot be written; nothing has been decided then.
         """
         target, prepared = self._verdict(migration), self._prepared(migration, verdict)
         try:
@@ -148,8 +149,8 @@ class Verdicts:
     def withdraw(self, migration: str) -> None:
         """Change COMMITTED to ABORTED, for a workload that was never run and whose process has exited.
 
-        Only for the process that decided, before it has reported the decision. Raises WorkloadError if it cannot be
-        written; the decision stands then.
+        Only the process that decided may call this, before it has reported the decision. Raises WorkloadError if
+        ABORTED cannot be written; COMMITTED then holds.
         """
         target = self._verdict(migration)
         try:
@@ -158,9 +159,9 @@ class Verdicts:
             raise WorkloadError(f"cannot withdraw the decision of the migration in {target}: {error}") from error
 
     def arrive(self, migration: str) -> None:
-        """Record that every missing page has been received. Durable on return.
+        """Record durably that every missing page has been received.
 
-        Raises WorkloadError if it cannot be written; the source keeps the pages then.
+        Raises WorkloadError if the record cannot be written; the source then keeps the pages.
         """
         try:
             self._publish(self._arriving(migration), self._arrived(migration), "")
@@ -176,8 +177,9 @@ class Verdicts:
         return OwnershipRecord(self._verdict(migration), Verdict.COMMITTED.value)
 
     def forget(self, migration: str) -> None:
-        """Delete all records of a migration whose source knows the decision and will not ask."""
-        # `begun` first: a migration without it is unknown, but one without its decision could be decided again.
+        """Delete all records of a migration whose source knows the decision and will not send Recover."""
+        # The `begun` file first: a migration without it is unknown. A migration that is begun but has no decision
+        # could be decided again.
         self._begun(migration).unlink(missing_ok=True)
         self._verdict(migration).unlink(missing_ok=True)
         self._arrived(migration).unlink(missing_ok=True)
@@ -186,7 +188,8 @@ class Verdicts:
             file.unlink(missing_ok=True)
 
     def _publish(self, prepared: Path, target: Path, contents: str) -> None:
-        """Rename a prepared file, which needs no space on the file system."""
+        """Rename a prepared file to `target`, which needs no space on the file system. The record is durable on
+        return."""
         try:
             prepared.rename(target)
         except FileNotFoundError:  # begun by an earlier release

@@ -1,7 +1,7 @@
-"""Service of the pages that a workload, which runs at the destination, still lacks.
+"""Service of the pages that a workload at the destination still lacks (post-copy).
 
-Requests are served at once, on a separate connection; all other pages are pushed over the others, onwards from the last
-requested page.
+Requested pages are sent at once, over a separate connection. All other pages are pushed over the other connections,
+onwards from the last requested page.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class PageService:
         self._server.start()
 
     async def send_all(self, channel: Channel, listener: Listener) -> messages.Arrived:
-        """Push the remaining pages until the destination has all. Raises MigrationError, WorkloadError."""
+        """Push the remaining pages until the destination has all of them. Return its report of the completion. Raises
+        MigrationError, WorkloadError."""
         reporting = asyncio.create_task(self._report_progress(listener))
         try:
             await channel.during(off_loop(self._server.push, cancel=self._server.cancel))

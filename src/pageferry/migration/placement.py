@@ -14,7 +14,8 @@ from pageferry.migration.transport import messages
 from pageferry.migration.transport.connection import PageStream
 
 POPULATE_WORKERS = 1
-"""Threads that map complete units during the transfer. One suffices: mapping is much faster than receiving."""
+"""Number of threads that map complete units during the transfer. One suffices: mapping is much faster than
+receiving."""
 
 
 class Placement:
@@ -23,13 +24,14 @@ class Placement:
     def __init__(self, memory: Memory, large: list[list[bool]], placer: Placer, receiver: BlockReceiver) -> None:
         self.memory = memory
         self.large = large
-        """Units of each region that are backed by huge pages at the source."""
+        """Whether each 2 MiB unit of each region is backed by a huge page at the source."""
         self.placer = placer
         self.receiver = receiver
 
     @classmethod
     async def open(cls, incoming: Incoming, memory: Memory, streams: Sequence[PageStream], timeout: float) -> Placement:
-        """Receive which units are huge, and prepare the memory for them. Raises MigrationError, WorkloadError."""
+        """Receive the LargePages messages, and prepare the memory for these huge pages and for the page streams. Raises
+        MigrationError, WorkloadError."""
         hello, channel = incoming.hello, incoming.channel
         large = [await _large_pages(incoming, memory) for _ in hello.regions]
         if hello.keep_large:
@@ -53,7 +55,8 @@ class Placement:
         return messages.Populated(large=done.large, small=done.small, failed=done.failed, seconds=done.seconds)
 
     def close(self) -> None:
-        """Drop everything of the engine now: an exception may keep this object for long."""
+        """Cancel receiving, and release the objects of the engine at once: an exception may keep a reference to this
+        object."""
         self.receiver.cancel()
         del self.placer, self.receiver
 
@@ -64,7 +67,8 @@ async def _large_pages(incoming: Incoming, memory: Memory) -> list[bool]:
 
 
 def units_of(memory: Memory, message: messages.LargePages | messages.Hot) -> list[bool]:
-    """Return the units in a message. Raises ProtocolError if they are not those of the region."""
+    """Return one flag per unit from the bitmap in a message. Raises ProtocolError if the bitmap does not match the
+    region."""
     try:
         return messages.unpack_units(message.units, -(-memory.regions[message.region].length // LARGE_PAGE))
     except ValueError as error:

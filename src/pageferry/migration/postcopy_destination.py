@@ -1,10 +1,10 @@
 """Post-copy at the destination: the workload runs before its pages are received, and a pager fetches them from the
 source.
 
-A deferred bitmap marks the missing pages. An access to one waits, the pager requests the page, and the source pushes
-all others. The bitmap and the workload's userfaultfd outlive this process (`pager.records`), so that another one
-can take over if it is killed: see `Resumption`. While there is no link, the workload waits; it never reads wrong
-contents.
+A deferred bitmap marks the missing pages. An access to a missing page waits until the pager has requested and received
+it; the source pushes all other pages. The bitmap and the workload's userfaultfd outlive this process (`pager.records`).
+If this process is killed, another process can take over: see `Resumption`. While there is no link, accesses to missing
+pages wait; the workload never reads wrong contents.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ EVENT_INTERVAL = 0.5
 
 
 class PostcopyMemory:
-    """Fetches the missing pages of one workload. Start it with `begin`, or with `reconnect` for a workload that runs
-    already."""
+    """Fetches the missing pages of one workload. Started by `begin`, or by `reconnect` if the workload already runs."""
 
     def __init__(
         self,
@@ -85,7 +84,8 @@ class PostcopyMemory:
     # -- the first link
 
     async def begin(self, missing: Sequence[PageSet], late: Sequence[PageStream], channel: Channel) -> None:
-        """Make accesses to missing pages wait until these are received. The workload does not run yet.
+        """Start the pager, so that accesses to missing pages wait until the pages are received. The workload does not
+        run yet.
 
         `late`: post-copy streams, the first one for requests. Raises UnsupportedError, WorkloadError.
         """
@@ -96,13 +96,14 @@ class PostcopyMemory:
         Pager.set_flags(self._flags, missing)
         await off_loop(lambda: self._start(late, missing))
         if self.folder is not None:
-            # Only now: a bitmap without a pager that has set it means that all pages are present.
+            # Stored only after the pager has set the bitmap: a record with an empty bitmap would mean that all
+            # pages are present.
             self.folder.store(records.POSTCOPY, self.record, synced=False)
         self._serve_questions()
 
     def _start(self, late: Sequence[PageStream], missing: Sequence[PageSet] | None) -> None:
-        """Start a pager over these streams: the first one of this memory if `missing` is given, else one that takes
-        over."""
+        """Start a pager over these streams: the first pager of this memory if `missing` is given, otherwise one that
+        takes over from an earlier pager."""
         ours: dict[int, int] = {}
         try:
             if missing is not None:
@@ -182,7 +183,7 @@ class PostcopyMemory:
     # -- until all pages are present
 
     async def wait_complete(self) -> Channel:
-        """Wait until every page is present, over any number of links; return the channel of the last one.
+        """Wait until every page is present, over any number of links, and return the channel of the last link.
 
         Raises WorkloadDied if the workload has exited.
         """
@@ -215,7 +216,7 @@ class PostcopyMemory:
                     await self._linked.wait()
 
     async def _finished_or_lost(self, channel: Channel) -> str | None:
-        """Return None once all pages are present, else why the link was lost."""
+        """Return None once all pages are present, or the reason for which the link was lost."""
         assert self.pager is not None
         pager, reported = self.pager, 0.0
         while not await off_loop(lambda: pager.wait(POLL_INTERVAL, len(pager.failures))):
@@ -232,13 +233,14 @@ class PostcopyMemory:
 
     def _check_workload(self) -> None:
         if self.pager is not None and not self.pager.pending:
-            return  # it may have been migrated further
+            return  # the workload may have been migrated further
         for pid, started in self.started.items():
             if proc.start_time(pid) != started:
                 raise WorkloadDied(f"{self.name} (process {pid}) ended before all of its memory had been received")
 
     async def _finish(self) -> None:
-        """Complete the migration: record that all pages are present before reporting it."""
+        """Record durably that all pages are present, prepare the report, release the userfaultfds, and delete the other
+        records."""
         fault_point("destination.all-here")
         seconds = time.monotonic() - self._begun
         self.host.verdicts.arrive(self.record.migration)
@@ -252,7 +254,7 @@ class PostcopyMemory:
             seconds=seconds,
         )
         await in_thread(self._release)
-        # The workload may have been migrated further, and its name be in use by another one.
+        # The workload may have been migrated further, and another workload may have its name.
         if self.folder is not None and self._is_recorded(self.folder):
             self.folder.forget(records.POSTCOPY)
             (self.folder.path / records.FLAGS).unlink(missing_ok=True)
@@ -296,7 +298,7 @@ class PostcopyMemory:
         self.close()
 
     def close(self) -> None:
-        """Stop fetching. Missing pages stay missing, for a process that takes over."""
+        """Stop fetching. Another process can take over and fetch the pages that are still missing."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -308,9 +310,10 @@ class PostcopyMemory:
 
 
 class Resumption:
-    """Takes over for a workload that runs here and whose receiver was killed: `pageferry receive --resume`.
+    """Takes over the missing pages of a workload whose receiver was killed: `pageferry receive --resume`.
 
-    Raises UsageError if there is nothing to resume or another process does so already, RestoreError, WorkloadError.
+    Raises UsageError if there is nothing to resume or another process resumes the workload already, RestoreError,
+    WorkloadError.
     """
 
     def __init__(self, folder: Folder, reception: Reception, host: ReceivingHost) -> None:
@@ -329,7 +332,8 @@ class Resumption:
         self.recovery.arrivals = self.late
 
     async def run(self) -> None:
-        """Fetch pages until the source knows that all are present. Raises WorkloadDied if the workload has exited."""
+        """Fetch the missing pages, and report to the source that all pages are present. If the report fails, wait for a
+        recovery request of the source. Raises WorkloadDied if the workload has exited."""
         self.recovery.begin(self.late.record.migration)
         try:
             channel = await self.late.wait_complete()

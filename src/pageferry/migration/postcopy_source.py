@@ -1,7 +1,7 @@
 """Post-copy at the source: sends the pages that the workload, which runs at the destination, still lacks.
 
-The workload is paused here, so its memory is unchanged since the hand-over. The source keeps all pages until the
-destination has sent `Arrived`. If the link is lost before, `serve_on` continues over a new one.
+The workload is paused at the source, so its memory has not changed since the hand-over. The source keeps all pages
+until the destination has sent `Arrived`. If the link is lost before then, `serve_on` continues over a new one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Postcopy:
         self._rounds = rounds
 
     async def run(self) -> None:
-        """Send the missing pages until the destination has all. Raises PostcopyPaused, with all pages kept here."""
+        """Send the missing pages until the destination has all of them. Raises PostcopyPaused if this fails; the source
+        then keeps all pages."""
         session, service, statistics = self._session, self._service, self._session.statistics
         sent = self._rounds.begin(Counters(), [])
         sent.postcopy = sent.switch_over = True
@@ -59,8 +60,8 @@ class Postcopy:
         self._rounds.report(sent)
 
     async def _keep_pages(self) -> None:
-        """Keep the pages after the link was lost or the command cancelled: the destination does not have all of
-        them."""
+        """Report that post-copy is paused, remove the write traces, and close the connections. The source keeps the
+        pages."""
         self._session.job.listener(self._service.event("postcopy-paused"))
         with contextlib.suppress(PageferryError):
             await self._session.remove_trace()
@@ -76,9 +77,10 @@ async def serve_on(
     timeout: float,
     listener: Listener = ignore,
 ) -> messages.Arrived:
-    """Send the pages that the destination lacks over new connections, after it has reported that it lacks some.
+    """Send the pages that the destination lacks over new connections, once its Outcome has reported that pages are
+    missing. Return its report of the completion.
 
-    Raises PostcopyPaused if this fails; it can be repeated.
+    Raises PostcopyPaused if this fails; the call can be repeated.
     """
     late: list[PageStream] = []
     service: PageService | None = None

@@ -1,4 +1,5 @@
-"""Preallocation at the destination: huge pages before the first page is received (S6), space before Commit."""
+"""Preallocation at the destination: huge pages before the first page is received (S6), and a check of free space before
+Commit."""
 
 from __future__ import annotations
 
@@ -18,17 +19,19 @@ _TIMEOUT = 1.0
 """Maximum time for allocating huge pages in post-copy, while the workload runs at the source, seconds. The pager
 allocates the others."""
 _PIECE = 32
-"""Huge pages allocated per call, which takes about 10 ms."""
+"""Number of huge pages allocated per call. A call takes about 10 ms."""
 
 
 async def compact(regions: Sequence[Region], large: Sequence[Sequence[bool]]) -> None:
-    """Compact memory until as many huge pages are free as the source uses. Those of hugetlbfs are reserved already."""
+    """Compact memory until as many huge pages are free as the source uses. Pages of hugetlbfs are not counted, because
+    they are reserved already."""
     wanted = sum(sum(units) for region, units in zip(regions, large, strict=True) if region.page_size == SMALL_PAGE)
     await in_thread(compact_memory, wanted)
 
 
 async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
-    """Allocate all huge pages: the kernel clears each of them, for which its first access would wait."""
+    """Allocate huge pages for at most `_TIMEOUT` seconds. The kernel clears each of them; otherwise the first access
+    would wait for this."""
     deadline = time.monotonic() + _TIMEOUT
     for region, units in enumerate(large):
         chosen = [unit for unit, is_large in enumerate(units) if is_large]
@@ -42,8 +45,8 @@ async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
 def check_space(regions: Sequence[Region], missing: Sequence[PageSet]) -> None:
     """Raise WorkloadError if a file system is too small for the missing pages.
 
-    The workload would wait forever for space on a file system of limited size. Space allocated in advance counts as
-    free. hugetlbfs has reserved its pages when they were mapped.
+    Otherwise the workload would wait forever for a page that cannot be allocated. Space that is allocated to the files
+    counts as free. Files on hugetlbfs are not checked: their pages were reserved when they were mapped.
     """
     needed: dict[int, int] = defaultdict(int)
     files = {region.fd: os.fstat(region.fd) for region in regions if region.page_size == SMALL_PAGE}

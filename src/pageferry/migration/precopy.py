@@ -18,7 +18,7 @@ from pageferry.migration.throttle import STEPS
 from pageferry.migration.write_trace import WriteTrace
 
 OWN_LIMIT = 1.25
-"""The user's bandwidth limit is reported as the cause if it is at most this many times the measured rate."""
+"""Maximum ratio of the user's bandwidth limit to the measured rate at which the limit is reported as the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,8 @@ class Precopy:
         return pages
 
     async def _after(self, sent: Round, pages: list[PageSet]) -> Rest | None:
-        """Report the round and decide what follows. Return the rest to switch over with, or None for another round."""
+        """Report the round, and decide how to continue. Return the remaining pages for a switch-over, or None for
+        another round. Raises NotConverging."""
         remaining = sent.remaining * SMALL_PAGE
         decision = self._convergence.after_round(sent.transferred.covered, sent.seconds, remaining)
         self._rounds.report(sent)
@@ -90,8 +91,8 @@ class Precopy:
         return None
 
     async def _stops_early(self, sent: Round) -> bool:
-        """Return whether a hybrid migration need not complete this round: it was requested to switch to post-copy, or
-        is certain to stall."""
+        """Return whether a hybrid migration need not complete this round, because a switch to post-copy was requested
+        or the round is certain to end in a stall."""
         return self._switch_requested() or (sent.number == 1 and await self._will_stall(sent))
 
     async def _will_stall(self, sent: Round) -> bool:

@@ -1,4 +1,5 @@
-"""Python API of a receiver: `receive`. The command opens its listener here too."""
+"""Python API of a receiver: `receive`. The command `pageferry receive` opens its listener with `ReceptionOptions`,
+too."""
 
 from __future__ import annotations
 
@@ -83,7 +84,7 @@ class ReceiveOptions(ArenaOptions, ReceptionOptions):
             check_listener("listening", self.listening)
 
     def arena(self, fresh: Arena) -> Arena:
-        """Return an arena with these options, over the memory of another one."""
+        """Return an arena with these options over the memory of `fresh`."""
         return Arena.from_file(fresh.descriptor, fresh.length, self.name, private=True, **self.arguments())
 
 
@@ -97,8 +98,9 @@ async def receive_async(address: str, **options: Any) -> Arena:
     on_pause, on_resume, on_moved, direct_io and loop (default: the running event loop); `on_resume` is called when this
     process becomes the owner of the arena. `listening` is called with the address once sources can connect. An arena
     larger than max_size bytes (default: the available memory) is rejected. timeout: seconds of silence that end the
-    migration. tls: a directory of certificates (docs/tls.md); then only sources with a certificate are accepted, and if
-    allow is not empty, only those with a name in it. insecure: listen on other addresses than loopback without tls.
+    migration. tls: a directory of certificates (docs/tls.md); then only sources with a certificate are accepted. allow:
+    names of the certificates to accept (default: all of the authority). insecure: listen on other addresses than
+    loopback without tls.
 
     A post-copy or hybrid migration is rejected: a thread of this program that waits for a page may hold a lock that the
     other threads need. Raises MigrationError, UsageError.

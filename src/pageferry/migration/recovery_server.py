@@ -1,7 +1,7 @@
 """Recovery server of a receiver: serves all connections other than that of the current source.
 
-A source that has committed without receiving a reply asks for the owner of the workload. A source that has lost its
-link in post-copy asks the same, learns that pages are missing, and continues to send them.
+A source that has committed without receiving a reply sends Recover to learn the owner of the workload. A source that
+has lost its link in post-copy also sends Recover, learns that pages are missing, and continues to send them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Arrivals(Protocol):
     """Receiver of the pages of a source that reconnects."""
 
     async def reconnect(self, channel: Channel, reception: Reception) -> None:
-        """Continue with the source that is connected to `channel`. Takes over the channel."""
+        """Take over `channel`, and receive pages from the source that is connected to it."""
 
 
 MAX_ASIDE = 8
-"""Maximum number of connections served at the same time; beyond it, the oldest is closed."""
+"""Maximum number of connections served at the same time; for a further connection, the oldest is closed."""
 
 
 class RecoveryServer:
@@ -56,8 +56,8 @@ class RecoveryServer:
         self._task = asyncio.create_task(self._attend())
 
     async def wait_acknowledged(self, timeout: float) -> None:
-        """Wait until the source knows the outcome, or for the time after which it has either asked or exited. The
-        decision is on disk in any case."""
+        """Wait until the source knows the outcome, for at most `ANSWER` times `timeout` seconds, and log a warning if
+        it does not. The decision is durable in any case."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANSWER * timeout):
                 await self.acknowledged.wait()
@@ -109,7 +109,7 @@ class RecoveryServer:
             return False
 
     async def answer(self, channel: Channel, question: messages.AnyMessage) -> bool:
-        """Report the owner of a workload to its source. If nothing has been decided, decide for the source.
+        """Reply to Recover with the owner of the workload. If nothing has been decided, decide that it is the source.
 
         Return whether the channel has been taken over by a source that sends missing pages.
         """

@@ -19,16 +19,16 @@ from pageferry.migration.statistics import Counters, megabits, milliseconds
 from pageferry.migration.transport import messages
 
 CHUNKS = 8
-"""A round that may stop early sends at most this fraction of the memory, an eighth, at a time."""
+"""Number of chunks into which the memory is divided for a round that may stop early, within the bounds of a chunk."""
 MIN_CHUNK, MAX_CHUNK = (16 << 20) // SMALL_PAGE, (256 << 20) // SMALL_PAGE
-"""Bounds of such a chunk of a region, pages: 16 MiB, because each chunk costs a round trip, and 256 MiB."""
+"""Bounds of the size of a chunk, pages: 16 MiB, because each chunk costs a round trip, and 256 MiB."""
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""
 
 
 @dataclass
 class Round:
-    """One round: the pages, and figures for its event."""
+    """Round of a migration: its pages, and the figures for its event."""
 
     number: int
     total: int
@@ -36,23 +36,24 @@ class Round:
     left: list[PageSet]
     """Pages that have not been sent."""
     before: Counters
-    """Counters of the streams at its start."""
+    """Counters of the streams at the start of the round."""
     drained: float
-    """Total time of drains at its start, seconds."""
+    """Total time of drains at the start of the round, seconds."""
     throttle: int
-    """Throttle percentage."""
+    """Throttle percentage during the round."""
     switch_over: bool = False
-    """Whether it belongs to the switch-over."""
+    """Whether the round belongs to the switch-over."""
     postcopy: bool = False
-    """Whether it was sent after the switch-over."""
+    """Whether the round was sent after the switch-over."""
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
-    """Duration without drains. It estimates the time for the last pages, which are sent without one."""
+    """Duration without drains, seconds. Drains are excluded because the duration predicts that of the last pages, which
+    are sent without a drain."""
     transferred: Counters = field(default_factory=Counters)
     remaining: int = 0
-    """Number of pages left to send after it."""
+    """Number of pages left to send after the round."""
     modified: int = 0
-    """Number of pages modified during it."""
+    """Number of pages modified during the round."""
 
     def event(self) -> events.RoundEvent:
         """Return the event of the round."""
@@ -77,11 +78,11 @@ class Rounds:
         self._session = session
         self._number = 0
         self._exchanges = 0
-        """Number of Round messages: a round in chunks has several."""
+        """Number of Round messages sent so far. A round in chunks has several."""
 
     async def send(self, pages: list[PageSet], stop_early: Callable[[Round], Awaitable[bool]] | None = None) -> Round:
-        """Send these pages as the next round. With `stop_early`, send them in chunks, and end the round after a chunk
-        for which it returns True; the others remain in `left`."""
+        """Send these pages as the next round. With `stop_early`, send them in chunks, and end the round after the first
+        chunk for which `stop_early` returns True; the pages not sent remain in `left`."""
         sent = self.begin(self._progress, pages)
         await self._session.drain()
         reporting = asyncio.create_task(self._report_progress(sent))
@@ -100,7 +101,7 @@ class Rounds:
         return sent
 
     def begin(self, before: Counters, pages: list[PageSet]) -> Round:
-        """Begin a round of these pages, over streams with these counters."""
+        """Return a new round of these pages. `before`: counters of the streams at its start."""
         self._number += 1
         session = self._session
         return Round(
@@ -113,19 +114,20 @@ class Rounds:
         )
 
     def end(self, sent: Round, after: Counters) -> None:
-        """Record the pages that a round has sent."""
+        """Record the counters and the duration of a round that has ended. `after`: counters of the streams at its
+        end."""
         sent.transferred = after.since(sent.before)
         statistics = self._session.statistics
         statistics.transferred = statistics.transferred.plus(sent.transferred)
         self.measure(sent)
 
     def measure(self, sent: Round) -> None:
-        """Measure the duration of a round until now."""
+        """Set the duration of a round to the time since its start, without drains."""
         drained = self._session.drains.seconds - sent.drained
         sent.seconds = time.perf_counter() - sent.started - drained
 
     def report(self, sent: Round) -> None:
-        """Report a round to the listener, which may take its time: never call this while the workload is paused."""
+        """Report a round to the listener. Never call this while the workload is paused: the listener may block."""
         self._session.job.listener(sent.event())
 
     @property
@@ -174,13 +176,13 @@ def count(sets: list[PageSet]) -> int:
 
 
 def union(sets: list[PageSet], others: list[PageSet]) -> list[PageSet]:
-    """Add the other sets to the first ones, which are returned."""
+    """Add the pages of `others` to `sets`, and return `sets`."""
     for pages, more in zip(sets, others, strict=True):
         pages.update(more)
     return sets
 
 
 def subtract(sets: list[PageSet], others: list[PageSet]) -> None:
-    """Remove the other sets from the first ones."""
+    """Remove the pages of `others` from `sets`."""
     for pages, fewer in zip(sets, others, strict=True):
         pages.subtract(fewer)

@@ -67,7 +67,7 @@ async def open_link(options: Options, channel: Channel, address: Address, token:
             adaptive=options.adaptive,
         )
     finally:
-        for stream in streams:  # the engine has duplicates
+        for stream in streams:  # the engine has duplicated the descriptors
             stream.close()
     postcopy: list[PageStream] = []
     if options.mode != "precopy":
@@ -90,9 +90,9 @@ class Session:
         self.deferred = job.hold
         """Pager that has to load pages before they are sent; None once all pages are loaded."""
         self.trace: WriteTrace | None = None
-        """None in `postcopy` mode, in which the workload does not run after its pages were sent."""
+        """Write traces; None in `postcopy` mode, in which no page is sent while the workload runs at the source."""
         self.throttle: Throttle | None = None
-        """None without `auto_converge`."""
+        """CPU throttle of the workload; None without `auto_converge`."""
         self.service: PageService | None = None
         """Service of the missing pages, once the migration has switched to post-copy."""
 
@@ -107,8 +107,7 @@ class Session:
         return self.statistics.drains
 
     async def drain(self) -> None:
-        """Complete I/O that had pinned pages before the last collection, so that its writes are part of the data
-        sent."""
+        """Complete I/O that had pinned pages before the last collection, so that the data sent include its writes."""
         await self.channel.during(self.drains.drain_if_due())
 
     async def end_throttle(self) -> None:
@@ -127,7 +126,8 @@ class Session:
             self.service.close()
 
     def close(self) -> None:
-        """Close the page streams and drop everything of the engine now: an exception may keep this object for long."""
+        """Stop the page service, close the post-copy streams, and release the objects of the engine at once: an
+        exception may keep a reference to this object."""
         self.stop_service()
         for stream in self.link.postcopy:
             stream.close()

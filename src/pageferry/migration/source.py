@@ -1,8 +1,9 @@
-"""Source of a migration: the sequence of its phases, and what is removed at its end.
+"""Source of a migration: the sequence of its phases, and the clean-up at its end.
 
 `Source.run` sets up the session, copies (`precopy`), switches over (`switchover`), commits (`commit`), and in post-copy
-sends the pages that are missing at the destination (`postcopy_source`). `messages` specifies the protocol, `ownership`
-which side may run the workload. In post-copy there are no rounds, and in hybrid mode they may end early.
+sends the pages that are missing at the destination (`postcopy_source`). `messages` specifies the protocol, and
+`ownership` determines which side may run the workload. A post-copy migration copies no pages in rounds; in hybrid mode,
+the rounds may end early.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ class Source:
         self._control: Channel | None = None
         """Connection to the destination; None until it is connected."""
         self._session: Session | None = None
-        """None until the destination has accepted the migration."""
+        """Session with the destination; None until the destination has accepted the migration."""
 
     async def run(self, address: Address) -> events.MigrationResult:
-        """Migrate the workload. On any error before commit, it keeps running at the source.
+        """Migrate the workload. After any error before the commit, the workload keeps running at the source.
 
-        Raises MigrationError (see `errors`). OutcomeUnknown leaves the workload paused. PostcopyPaused means that it
+        Raises MigrationError (see `errors`). After OutcomeUnknown, the workload is paused. After PostcopyPaused, it
         runs at the destination and waits for pages that are still at the source.
         """
         self.state.enter(SourceState.SETUP)
@@ -82,7 +83,7 @@ class Source:
         for sent in switch_over.sent:
             rounds.report(sent)
         await self._send_missing_pages(session, rounds)
-        # The workload has moved: a cancellation from here on waits until its remains are removed, and is dropped.
+        # The workload has moved, and its remains must be removed: from here on, cancellations are ignored.
         await to_the_end(self._retire(session))
         self.state.enter(SourceState.COMPLETED)
         self._report_destination(memory)
@@ -120,7 +121,8 @@ class Source:
         return self._session
 
     async def _observe(self, session: Session) -> None:
-        """Install the write traces, and measure the CPU time of the workload if it may be throttled."""
+        """Install the write traces, except in post-copy mode. Start to measure the CPU time of a workload that may be
+        throttled."""
         if self.job.options.mode != "postcopy":
             session.trace = await WriteTrace.install(session.memory, self.statistics, self.job.hold)
             session.drains.due = True
@@ -188,18 +190,19 @@ class Source:
         return True
 
     async def _fail(self, error: BaseException) -> None:
-        """Clean up after an error: unless the outcome is unknown, resume the workload here and send Abort."""
+        """Clean up after an error: unless the outcome is unknown, resume the workload at the source and send Abort."""
         undecided = self.state.is_in(SourceState.COMMITTED)
         try:
             if undecided:
-                await self._untrace()  # `take_back` may resume it
+                await self._untrace()  # `take_back` may resume the workload later
             else:
                 await self._restore()
         finally:
             await self._disconnect(None if undecided else error)
 
     async def _restore(self) -> None:
-        """Restore the previous state: the workload runs, without write traces, on PMD mappings."""
+        """Restore the state before the migration: resume the workload if it was paused, delete the record of the
+        commit, remove the write traces, and restore PMD mappings."""
         if self._session is not None:
             self._session.stop_service()
         touched = not self.state.is_in(SourceState.SETUP, SourceState.COPYING)
@@ -215,11 +218,12 @@ class Source:
     async def _untrace(self) -> None:
         if (session := self._session) is not None and session.trace is not None:
             await session.remove_trace()
-            if self.job.hold is None:  # else the pager does so when nothing is deferred
+            if self.job.hold is None:  # otherwise the pager does so once no page is deferred
                 await off_loop(lambda: session.memory.restore_large_mappings(list(self.statistics.large)))
 
     async def _disconnect(self, error: BaseException | None) -> None:
-        """End the connection, with an Abort for this error if there is one."""
+        """Remove the CPU limit, stop the page service, and close the connection. If `error` is given, send Abort
+        first."""
         if self._session is not None:
             await self._session.end_throttle()
             self._session.stop_service()
@@ -264,7 +268,7 @@ class Source:
 
 
 def hello_of(job: Job, memory: Memory) -> messages.Hello:
-    """Return the first message of a migration."""
+    """Return the first message of a migration, with the options of `job`."""
     identity, options = job.workload.identity, job.options
     return messages.Hello(
         version=messages.VERSION,
@@ -286,7 +290,7 @@ def hello_of(job: Job, memory: Memory) -> messages.Hello:
 
 def close_mappings(memory: Memory) -> None:
     """Make an arena read-only in the other processes that map it: their writes would be lost."""
-    # The first segment is that of the arena's own program, which closes it.
+    # The first segment belongs to the program of the arena, which write-protects its own mapping.
     for segment in memory.segments[1:]:
         with contextlib.suppress(OSError):  # the process has exited, or no longer maps it
             segment.space.make_read_only(segment.address, segment.length)

@@ -1,4 +1,4 @@
-"""Statistics of a migration at the source: one record, which each phase fills in, and the result made of it."""
+"""Statistics of a migration at the source: one record that all phases fill in, and the result computed from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pageferry.workloads.direct_io import Drains
 
 
 class Counters(NamedTuple):
-    """Counters of page streams, of which sums and differences are taken."""
+    """Counters of page streams, which can be added and subtracted."""
 
     sent: int = 0
     """Bytes on the wire."""
@@ -37,7 +37,7 @@ class Counters(NamedTuple):
 
     @property
     def covered(self) -> int:
-        """Bytes of memory covered, without holes, which take no time."""
+        """Bytes of memory covered. Holes are not counted, because they take no time."""
         return (self.data + self.zero) * SMALL_PAGE
 
     @classmethod
@@ -46,16 +46,16 @@ class Counters(NamedTuple):
         return cls(progress.bytes, progress.blocks, progress.data, progress.zero, progress.absent)
 
     def since(self, before: Counters) -> Counters:
-        """Return the difference to an earlier reading."""
+        """Return the difference to earlier counters."""
         return Counters(*(now - then for now, then in zip(self, before, strict=True)))
 
     def plus(self, other: Counters) -> Counters:
-        """Return the sums with the counters of other streams."""
+        """Return the sum of these counters and those of other streams."""
         return Counters(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
 
 
 def megabits(sent: int, seconds: float) -> float:
-    """Return a rate in megabits per second, for an event."""
+    """Return the rate of `sent` bytes in `seconds` seconds, megabits per second, rounded to 0.1."""
     return round(sent * 8 / 1e6 / max(seconds, 1e-6), 1)
 
 
@@ -66,7 +66,7 @@ def milliseconds(seconds: float) -> float:
 
 @dataclass
 class MigrationStatistics:
-    """Statistics of one migration. Each field is set by the phase that learns it."""
+    """Statistics of one migration. Each field is set by the phase that determines it."""
 
     workload: str
     """Name of the workload."""
@@ -78,7 +78,7 @@ class MigrationStatistics:
     memory: int = 0
     """Size of all regions, bytes."""
     large: Sequence[list[bool]] = ()
-    """Units of each region that are backed by huge pages at the source."""
+    """Whether each 2 MiB unit of each region is backed by a huge page at the source."""
     install_seconds: float = 0.0
     """Time for installing the write traces, seconds."""
     released_units: int = 0
@@ -100,9 +100,9 @@ class MigrationStatistics:
     postcopy_pages: int = 0
     """Number of pages missing at the switch-over."""
     arrived: messages.Arrived | None = None
-    """None unless the migration has switched to post-copy."""
+    """Report of the completion of post-copy; None unless the migration has switched to post-copy."""
     report: messages.Report | None = None
-    """None if the destination has not sent it."""
+    """Report of the destination; None if it has not been received."""
 
     def result(self) -> events.MigrationResult:
         """Return the result of the completed migration."""

@@ -32,12 +32,13 @@ class SwitchOver(ABC):
         self._rounds = rounds
         self._rest = rest.pages
         self.sent: list[Round] = []
-        """Rounds of the switch-over. They are reported after it, so that no listener prolongs the pause."""
+        """Rounds of the switch-over. They are reported when the pause is over, so that no listener prolongs it."""
         self._state_sent = 0
         """Bytes of the device state that have been sent."""
 
     async def run(self) -> messages.Ready:
-        """Switch over. On return the workload is paused, and the destination is ready to run it."""
+        """Switch over, and return the Ready message. On return, the workload is paused, and the destination is ready to
+        run it."""
         session, times = self._session, self._session.statistics.times
         times.phase("prepare")
         await self._prepare()
@@ -59,8 +60,8 @@ class SwitchOver(ABC):
     # -- before the pause
 
     async def _prepare(self) -> None:
-        """Prepare the pause, and send the remaining pages once more during it; only later writes are left for the
-        pause."""
+        """Prepare the pause, and load deferred pages. In pre-copy, also send the remaining pages, so that only pages
+        modified later are left for the pause."""
         workload = self._session.job.workload
         if self._sends_before_pause:
             await self._session.drain()
@@ -72,7 +73,7 @@ class SwitchOver(ABC):
         finally:
             was_prepared = preparing.done()
             await preparing
-        if was_prepared:  # for some time: the workload is checked again, now and not in the pause
+        if was_prepared:  # some time ago: repeat the checks of the workload now, not during the pause
             await workload.prepare_pause()
 
     @property
@@ -86,9 +87,8 @@ class SwitchOver(ABC):
             self._session.deferred = None
 
     async def _pause(self) -> None:
-        """Pause the workload. The downtime begins when it stops, which may be after the first part of its device state
-        was sent.
-        """
+        """Pause the workload. The downtime begins when the workload stops; the first part of its device state may have
+        been sent by then."""
         session, times = self._session, self._session.statistics.times
         stopped = await pause_to_save(session.job.workload, self._send_ahead)
         times.start("downtime", at=stopped)
@@ -101,8 +101,8 @@ class SwitchOver(ABC):
         self._check_identity()
 
     def _check_identity(self) -> None:
-        """Raise WorkloadError if the configuration of the workload has changed since Hello: the destination matches
-        that."""
+        """Raise WorkloadError if the configuration of the workload differs from the one in Hello, which the destination
+        matches."""
         workload = self._session.job.workload
         told, now = self._session.hello.details, workload.identity.details
         if changed := [key for key in told if told[key] != now.get(key)]:
@@ -126,14 +126,14 @@ class SwitchOver(ABC):
         return pinned
 
     async def _send(self, pages: list[PageSet]) -> None:
-        """Send a round, and keep it to be reported later."""
+        """Send a round, and add it to `sent`, to be reported later."""
         self._note_remaining(pages)
         sent = await self._rounds.send(pages)
         sent.switch_over = True
         self.sent.append(sent)
 
     def _note_remaining(self, pages: list[PageSet]) -> None:
-        """Complete the figures of the last round, which left these pages to send."""
+        """Record in the last round the number of pages that it left to send."""
         if self.sent:
             self.sent[-1].remaining = count(pages)
 
@@ -142,7 +142,7 @@ class SwitchOver(ABC):
         await self._send_state(piece, ahead=True)
 
     async def _save_state(self) -> bytes:
-        """Save the device state, and send it up to `EARLY_STATE` bytes. Return the whole state.
+        """Save the device state, and send the unsent part of its first `EARLY_STATE` bytes. Return the whole state.
 
         The destination queues these bytes until it has received the last pages.
         """
@@ -195,10 +195,11 @@ class PrecopySwitchOver(SwitchOver):
 
 
 class PostcopySwitchOver(SwitchOver):
-    """Switch-over to post-copy: the remaining pages are sent after it, by the session's page service."""
+    """Switch-over to post-copy: the page service of the session sends the remaining pages afterwards."""
 
     async def announce(self) -> None:
-        """Send an empty round: the workload keeps running here until the destination has allocated its huge pages."""
+        """Send an empty round. The destination acknowledges it after allocating huge pages; until then, the workload
+        keeps running at the source."""
         sent = await self._rounds.send(self._session.memory.page_sets())
         self.sent.append(sent)
 
@@ -207,7 +208,8 @@ class PostcopySwitchOver(SwitchOver):
         return False
 
     async def _finish_memory(self) -> bytes:
-        """Save the device state and send the set of missing pages, which can be requested from then on."""
+        """Save the device state, send the sets of missing pages, and start to serve requests for them. Return the
+        state."""
         session, times = self._session, self._session.statistics.times
         with times.measure("save"):
             state = await self._save_state()

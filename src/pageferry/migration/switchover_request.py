@@ -1,7 +1,7 @@
-"""`pageferry migrate --switch NAME`: requests a running hybrid migration to switch to post-copy.
+"""Request to a running hybrid migration to switch to post-copy: `pageferry migrate --switch NAME`.
 
-The source stores a record in the directory of the workload while it accepts the request. The requesting process sets a
-field of this record, which the source polls between two portions of a round.
+While the source accepts the request, it keeps a record in the directory of the workload. The requesting process sets a
+field of this record. The source polls the field between two chunks of a round.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Switch(msgspec.Struct, frozen=True, kw_only=True):
 
     pid: int
     started: int
-    """Start time of the migrating process, as `proc.start_time`."""
+    """Start time of the migrating process, as returned by `proc.start_time`."""
     requested: bool = False
 
 
 @contextmanager
 def listening(folder: Folder) -> Iterator[None]:
-    """Accept requests to switch over, see `requested`, within the block."""
+    """Accept requests to switch over within the block. `requested` returns whether there was one."""
     started = proc.start_time(os.getpid())
     assert started is not None
     folder.store(RECORD, Switch(pid=os.getpid(), started=started))

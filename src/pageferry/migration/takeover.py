@@ -29,16 +29,17 @@ class DestinationState(StrEnum):
     """State of a migration at the destination."""
 
     LISTENING = "listening"
-    """No source was accepted."""
+    """No source has been accepted."""
     RECEIVING = "receiving"
     PROMISED = "promised"
     """Ready was sent: the source may commit at any time, and may send Recover later."""
     RUNNING = "running"
     """The workload runs here, or is paused because its user had paused it."""
     GIVEN_UP = "given up"
-    """The source owns the workload, and will not ask."""
+    """The source owns the workload, and will not send Recover."""
     RENOUNCED = "renounced"
-    """The source owns the workload, and may ask. So it may in state PROMISED if the decision could not be written."""
+    """The source owns the workload, and may send Recover. If the decision cannot be written, the state stays
+    PROMISED."""
 
 
 _FOLLOWS = {
@@ -67,7 +68,8 @@ class TakeOver:
         """Whether the workload is left paused, because its user had paused it."""
 
     async def run(self) -> None:
-        """Decide, resume the workload, and send Running."""
+        """Decide, resume the workload, and send Running. Raises Cancelled if ABORTED was decided in reply to Recover,
+        WorkloadError."""
         fault_point("destination.commit-received")
         incoming, migration = self._incoming, self._incoming.hello.migration
         # Before the decision: from then on the workload must survive the exit of this process.
@@ -87,7 +89,8 @@ class TakeOver:
             await incoming.send(messages.Running(resume=incoming.times.seconds("resume")))
 
     async def _resume(self) -> None:
-        """Resume the workload. If it certainly has not run, withdraw the decision: the source still has everything."""
+        """Resume the workload. If this fails and the workload certainly has not run, withdraw the decision: the source
+        still has its memory and state. Raises WorkloadError."""
         try:
             await self._incoming.workload.resume()
         except WorkloadError as failed:
@@ -139,4 +142,4 @@ class TakeOver:
         except WorkloadDied:
             if self._transfer.postcopy is None:
                 raise
-            return self._faults  # all pages were received: the workload may have moved on, or exited
+            return self._faults  # all pages were received: the workload may have been migrated further, or exited

@@ -1,7 +1,7 @@
 """CPU throttling of workloads that modify memory faster than it is sent (auto-converge, as in QEMU).
 
-The limit applies only while pages are copied, and is removed before the pause. QEMU makes vCPUs sleep; here the kernel
-limits the CPU time of the processes.
+The limit applies only while pages are copied, and is removed before the pause. QEMU makes vCPUs sleep; pageferry has
+the kernel limit the CPU time of the processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS = (20, 50, 80, 95, 99)
 
 
 class Throttle:
-    """Limits the CPU time of a workload's processes, relative to their usage since this object was made."""
+    """Limits the CPU time of a workload's processes, relative to their usage since this object was created."""
 
     def __init__(self, name: str, regions: Sequence[Region]) -> None:
         self._name = name

@@ -31,7 +31,8 @@ class DeviceState:
         self._only_ahead = True
 
     def add(self, message: messages.State) -> None:
-        """Add the next chunk. Raises ProtocolError if the state becomes too long, or the chunk may not follow."""
+        """Add the next chunk. Raises ProtocolError if the state becomes too long, or if a chunk to be loaded ahead
+        follows one that is not."""
         if len(self._data) + len(message.data) > messages.MAX_STATE:
             raise ProtocolError(f"more than {messages.MAX_STATE} bytes of state")
         if message.ahead and not self._only_ahead:
@@ -41,7 +42,7 @@ class DeviceState:
         self._digest.update(message.data)
 
     def verified(self, end: messages.StateEnd) -> bytes:
-        """Return the complete state. Raises ProtocolError if it is not the one that was sent."""
+        """Return the complete state. Raises ProtocolError if its length or digest differs from that in `end`."""
         if end.length != len(self._data) or end.digest != self._digest.digest():
             raise ProtocolError("the state of the workload was corrupted in transfer")
         return bytes(self._data)
@@ -53,7 +54,8 @@ class Transfer:
     def __init__(self, incoming: Incoming, placement: Placement, host: ReceivingHost) -> None:
         self.placement = placement
         self.hot: dict[int, list[int]] = {}
-        """Units of each region that were modified during the migration, if they were sent."""
+        """Numbers of the units that were modified during the migration, by region; empty if the source has not sent
+        them."""
         self.missing = MissingPages([region.length // SMALL_PAGE for region in incoming.hello.regions])
         self.postcopy: PostcopyMemory | None = None
         """Pager of the missing pages, in post-copy."""
@@ -64,7 +66,7 @@ class Transfer:
         """Preparation for loading the state; None before the first round has ended."""
 
     async def run(self, late: Sequence[PageStream]) -> bytes:
-        """Receive everything up to the end of the device state, and return that. `late`: post-copy streams.
+        """Receive all messages up to StateEnd, and return the device state. `late`: post-copy streams.
 
         Raises MigrationError, WorkloadError.
         """
@@ -105,7 +107,7 @@ class Transfer:
         receiver = self.placement.receiver
         await self._incoming.channel.during(off_loop(lambda: receiver.receive(message.number), cancel=receiver.cancel))
         if self._preparing is None:
-            # Not earlier: the first round takes long, and each later one may be the last.
+            # Not earlier, because the first round takes long; not later, because each further round may be the last.
             self._preparing = asyncio.create_task(self._incoming.workload.prepare_load())
         await self._incoming.send(messages.RoundDone(number=message.number))
 
@@ -116,7 +118,7 @@ class Transfer:
         return state
 
     async def _start_postcopy(self, late: Sequence[PageStream]) -> None:
-        """Start the pager (post-copy): from here on, accesses to missing pages wait until these are received."""
+        """Start the pager (post-copy): from here on, accesses to missing pages wait until the pages are received."""
         placement, memory = self.placement, self.placement.memory
         await off_loop(lambda: placement.placer.finish(populate_rest=False))
         preallocate.check_space(memory.regions, self.missing.sets)

@@ -22,7 +22,7 @@ class WriteTrace:
     async def install(cls, memory: Memory, statistics: MigrationStatistics, hold: AcquiredPager | None) -> WriteTrace:
         """Install the traces in a helper thread. The workload is not stopped.
 
-        `hold`: acquired pager, whose userfaultfd is used, of a workload with deferred memory.
+        `hold`: acquired pager of a workload with deferred memory, which lends its userfaultfd; otherwise None.
         """
         if hold is None:
             large, release_after = memory.collapsible(list(statistics.large)), statistics.options.release_after
@@ -33,7 +33,8 @@ class WriteTrace:
         return cls(trace, memory, statistics)
 
     async def collect(self) -> list[PageSet]:
-        """Return the pages modified since the last collection. They are protected again before they are read."""
+        """Return the pages modified since the last collection. The pages are write-protected again before their
+        contents are sent."""
         trace, dirty = self._installed, self._empty()
         await off_loop(lambda: trace.collect(dirty))
         self._statistics.collections += 1
@@ -42,7 +43,7 @@ class WriteTrace:
         return dirty
 
     async def peek(self) -> list[PageSet]:
-        """Return the same pages as `collect`, and leave them to be collected."""
+        """Return the pages that `collect` would return. A later `collect` returns them too."""
         trace, dirty = self._installed, self._empty()
         await off_loop(lambda: trace.peek(dirty))
         return dirty

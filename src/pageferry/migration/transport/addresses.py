@@ -38,7 +38,7 @@ class Address:
 
     @property
     def each(self) -> list[Address]:
-        """Separate address for each IP address of the host."""
+        """Addresses of the host, each with a single IP address."""
         return [replace(self, host=host, others=()) for host in (self.host, *self.others)]
 
     def __str__(self) -> str:

@@ -25,9 +25,10 @@ M = TypeVar("M", bound=Message)
 KEEPALIVE_INTERVAL = 1.0
 """Seconds between keepalives."""
 QUEUED = 16
-"""Maximum number of received messages that are queued; beyond it, the peer is blocked."""
+"""Maximum number of received messages that are queued. While the queue is full, nothing is read from the peer."""
 ANSWER = 4.0
-"""Factor of the timeout that a side waits for the next expected message; keepalives do not extend it."""
+"""Time for which a side waits for the next expected message, as a multiple of the timeout. Keepalives do not extend
+it."""
 REASON_TIMEOUT = 0.5
 """Seconds to wait for the peer's reason after a connection has failed."""
 
@@ -101,7 +102,8 @@ class Channel:
         return message
 
     async def receive_any(self, expected: str = "what comes next") -> AnyMessage:
-        """Return the next message, of any kind. `expected`: for the error if none is received. Raises as `receive`."""
+        """Return the next message, of any kind. `expected`: description of the message for the error if none is
+        received. Raises the same errors as `receive`."""
         return await self._next(expected)
 
     async def during(self, work: Awaitable[T]) -> T:

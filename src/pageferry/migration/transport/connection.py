@@ -148,8 +148,8 @@ async def _shake_hands(
 
 
 async def connect_streams(control: Channel, address: Address, token: bytes, numbers: Sequence[int]) -> list[PageStream]:
-    """Open page streams with these numbers, in order. Raises as `connect_stream`, or PeerRefused with the reason that
-    the receiver sends on `control`; all streams are closed then."""
+    """Open page streams with these numbers, in order. Raises the same errors as `connect_stream`, and PeerRefused with
+    the reason that the receiver sends on `control`. After an error, all streams are closed."""
 
     async def connect_all() -> list[PageStream]:
         with contextlib.ExitStack() as opened:
@@ -164,8 +164,8 @@ class Reception:
     """Listener of a receiver: accepts control connections and page streams, which it distinguishes by their magic.
 
     Each connection is greeted by a separate task, so that a silent one does not delay others. A connection without a
-    valid greeting within `GREETING` seconds is closed. `timeout` is that of the control connections. With `trust`, only
-    TLS connections are accepted, and without it only unencrypted ones.
+    valid greeting within `GREETING` seconds is closed. `timeout`: timeout of the control connections, seconds. With
+    `trust`, only TLS connections are accepted, and without it only unencrypted ones.
     """
 
     def __init__(self, address: Address, timeout: float = 30.0, trust: Trust | None = None) -> None:
@@ -174,7 +174,7 @@ class Reception:
         self._owners = peer_users.owners_of()
         self._listener = Listener(address)
         self.address = self._listener.address
-        """Address it listens on, with the port that the kernel has chosen if the port was 0."""
+        """Address on which the receiver listens, with the port that the kernel has chosen if the port was 0."""
         self._controls: asyncio.Queue[tuple[Channel, AnyMessage]] = asyncio.Queue(MAX_WAITING)
         self._expected: dict[bytes, _Expected] = {}
         self._greeters: set[asyncio.Task[None]] = set()
@@ -185,8 +185,8 @@ class Reception:
         return await self._controls.get()
 
     def expect(self, token: bytes, control: Channel) -> None:
-        """Keep page streams that begin with this token, for `streams`. If `control` uses TLS, only those that present
-        the certificate of its peer."""
+        """Keep page streams that begin with this token, for `streams`. If `control` uses TLS, keep only streams that
+        present the certificate of the peer of `control`."""
         certificate = None if control.peer is None else control.peer.certificate
         self._expected[token] = _Expected(asyncio.Queue(), certificate)
 
@@ -222,7 +222,7 @@ class Reception:
         return [found[index] for index in range(count)]
 
     async def close(self) -> None:
-        """Stop listening. Connections that were handed out stay open."""
+        """Stop listening. Connections that `control` or `streams` has returned stay open."""
         for task in (self._task, *self._greeters):
             task.cancel()
         await asyncio.gather(self._task, *self._greeters, return_exceptions=True)
@@ -293,7 +293,7 @@ class Reception:
         return None if known else AuthenticationError("the peer has closed the connection")
 
     def _keep(self, greeting: bytes, stream: PageStream) -> bool:
-        """Keep a page stream if its token is expected. Return whether it is."""
+        """Keep a page stream if its token and certificate are expected. Return whether it is kept."""
         expected = self._expected.get(greeting[: messages.TOKEN_BYTES])
         shown = None if stream.session is None else stream.session.peer_certificate
         if expected is None or expected.certificate != shown:
@@ -334,8 +334,8 @@ class Reception:
         await self._greet_source(channel)
 
     async def _refuse_plainly(self, connection: socket.socket) -> None:
-        """Refuse a connection if only one side uses TLS. The refusal is unencrypted; a peer that uses TLS reports it as
-        such."""
+        """Refuse a connection if only one side uses TLS. The refusal is sent unencrypted; a peer that uses TLS reports
+        that the receiver does not."""
         channel = Channel(*await _streams(connection), self._timeout)
         if self._trust is None:
             reason = "this receiver does not use TLS: start it with `tls` DIR, or migrate without"
@@ -347,7 +347,7 @@ class Reception:
         log.warning("a source was refused: %s", error)
         channel.limit = messages.MAX_FIRST
         await channel.abort(str(error))
-        with contextlib.suppress(PageferryError):  # to close with something of it unread would take the reason away
+        with contextlib.suppress(PageferryError):  # closing with unread input would discard the reason
             await channel.during(asyncio.sleep(LINGER))
         await channel.close()
 

@@ -75,7 +75,7 @@ MAX_STREAMS = 16
 CONTROL_MAGIC = b"PFCTRL1\n"
 STREAM_MAGIC = b"PFPAGE1\n"
 SECURE_CONTROL_MAGIC = b"PFTLSC1\n"
-"""A TLS handshake follows; inside the session, the plain magic."""
+"""Magic of a control connection with TLS. A TLS handshake follows; inside the session, the plain magic is sent."""
 SECURE_STREAM_MAGIC = b"PFTLSP1\n"
 
 Name = Annotated[str, Meta(pattern=r"\A[ -~]{1,256}\Z")]
@@ -140,7 +140,7 @@ class Welcome(Message, frozen=True):
     follow."""
 
     token: Annotated[bytes, Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
-    """Random bytes with which each of these streams begins, so that no other connection is taken for one."""
+    """Random bytes with which each of these streams begins, so that no other connection is mistaken for a stream."""
 
 
 class LargePages(Message, frozen=True):
@@ -157,7 +157,7 @@ class Round(Message, frozen=True):
     the reply is RoundDone."""
 
     number: RoundNumber
-    """Counts from 1."""
+    """Number of the round, counted from 1."""
 
 
 class RoundDone(Message, frozen=True):
@@ -176,8 +176,8 @@ class Hot(Message, frozen=True):
 
 
 class Missing(Message, frozen=True):
-    """Chunk of the set of pages that the destination lacks, for one region; regions in order. Sent by the source before
-    StateEnd (post-copy), and by the destination after Welcome when a source reconnects."""
+    """Chunk of the set of pages of one region that the destination lacks. Regions follow in order. Sent by the source
+    before StateEnd (post-copy), and by the destination after Welcome when a source reconnects."""
 
     region: RegionNumber
     data: Annotated[bytes, Meta(max_length=MISSING_CHUNK)]
@@ -273,7 +273,7 @@ class Report(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """Acknowledgement that the source knows the outcome and will not ask for it. Last message; the destination may
+    """Acknowledgement that the source knows the outcome and will not send Recover. Last message; the destination may
     delete its records of the migration."""
 
 
@@ -363,7 +363,7 @@ def decode(body: bytes) -> AnyMessage:
 
 
 def version_of(body: bytes) -> int:
-    """Return the version in a message of any version, or ours if it contains none; other fields may be unknown."""
+    """Return the version in a message of any version, or our version if it contains none. Other fields are ignored."""
     try:
         return _version_decoder.decode(body).version
     except msgspec.MsgspecError:

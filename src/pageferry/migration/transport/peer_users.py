@@ -43,8 +43,8 @@ def owners_of(pids: Iterable[int] = ()) -> frozenset[int]:
 def check_peer(connection: socket.socket, owners: Collection[int]) -> bool:
     """Return whether the peer process belongs to root or one of `owners`, or is on another host.
 
-    False if it is on this host and has not accepted the connection yet. Raises AuthenticationError for another user,
-    ConnectionResetError if the peer has closed the connection.
+    Return False if the peer is on this host and has not accepted the connection yet. Raises AuthenticationError for
+    another user, ConnectionResetError if the peer has closed the connection.
     """
     user = _unix_user(connection) if connection.family == socket.AF_UNIX else _tcp_user(connection)
     if user is None:

@@ -24,12 +24,11 @@ slow link still makes progress."""
 SO_SNDBUFFORCE = 32
 """Socket option, see socket(7); missing in Python's socket module."""
 MIN_ATTEMPT = 0.5
-"""Minimum time for each address of a host, seconds, as long as the total time lasts."""
+"""Minimum time for each address of a host, seconds, unless less is left of the total time."""
 
 
 async def connect(address: Address, timeout: float) -> tuple[socket.socket, Address]:
-    """Connect to the first address that accepts the connection, trying them in order, within `timeout` seconds in
-    total.
+    """Try the addresses in order, within `timeout` seconds in total. Return the first connection, and its address.
 
     Raises ConnectionLost with each address and its error.
     """
@@ -61,7 +60,7 @@ async def _connect(address: Address, seconds: float, timeout: float) -> socket.s
 
 
 def _tune(connection: socket.socket, timeout: float) -> None:
-    """Disable Nagle's algorithm, and let the kernel detect a dead peer too."""
+    """Disable Nagle's algorithm, and have the kernel detect a lost peer too (TCP only)."""
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -80,7 +79,7 @@ def widen(connection: socket.socket) -> None:
 
 
 class Listener:
-    """Listening socket. That of a Unix socket removes its path when it is closed. Raises UsageError."""
+    """Listening socket. Closing a Unix socket removes its path. Raises UsageError."""
 
     def __init__(self, address: Address) -> None:
         self.socket = socket.socket(address.family, socket.SOCK_STREAM)

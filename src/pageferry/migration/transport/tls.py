@@ -30,7 +30,7 @@ FILES: dict[Role, tuple[str, str]] = {
     "source": ("client-cert.pem", "client-key.pem"),
     "receiver": ("server-cert.pem", "server-key.pem"),
 }
-"""File names of certificate and private key, those of QEMU's tls-creds-x509."""
+"""File names of certificate and private key, the same as for QEMU's tls-creds-x509."""
 PIECE = 1 << 14
 """Maximum number of bytes read from a peer at a time."""
 MAX_FILE = 1 << 20
@@ -42,7 +42,7 @@ class Peer:
     """Peer of an authenticated control connection."""
 
     certificate: bytes
-    """Its certificate, DER."""
+    """Certificate of the peer, in DER format."""
     names: tuple[str, ...]
     """Common names and alternative names in the certificate."""
     identity: TlsIdentity
@@ -97,7 +97,7 @@ class Trust:
 
 
 class ControlSession:
-    """TLS session of a control connection: like `TlsSession`, it does no input or output itself.
+    """TLS session of a control connection: like `TlsSession`, it performs no I/O itself.
 
     Raises AuthenticationError if either side rejects the other's certificate, or the peer violates the protocol.
     """
@@ -118,7 +118,7 @@ class ControlSession:
             self.feed(b"")
 
     def feed(self, received: bytes) -> None:
-        """Process received bytes, and continue the handshake up to the next missing byte."""
+        """Process received bytes, and continue the handshake until it needs more input."""
         if received:
             self._incoming.write(received)
         if self.established:
@@ -132,11 +132,12 @@ class ControlSession:
             raise self._refusal(error) from error
 
     def outgoing(self) -> bytes:
-        """Return the bytes to send to the peer. Needed after an error too: they contain the alert."""
+        """Return the bytes to send to the peer. After an error, they contain the alert, and must be sent too."""
         return self._outgoing.read()
 
     def read(self) -> bytes:
-        """Return the data received so far; empty if more input is needed. Raises EOFError."""
+        """Return the data received so far; empty if more input is needed. Raises EOFError if the peer has closed the
+        session."""
         try:
             return self._object.read(1 << 16)
         except ssl.SSLWantReadError:
@@ -154,11 +155,12 @@ class ControlSession:
 
     def close(self) -> None:
         """Send close_notify."""
-        with contextlib.suppress(ssl.SSLError):  # raised because the peer has not sent its own, which is not awaited
+        # The error is raised because the peer has not sent close_notify. This side does not wait for it.
+        with contextlib.suppress(ssl.SSLError):
             self._object.unwrap()
 
     def peer(self) -> Peer:
-        """Return the authenticated peer, once established."""
+        """Return the authenticated peer. The session must be established."""
         certificate = self._object.getpeercert(binary_form=True)
         assert certificate is not None  # both sides must present one
         return Peer(certificate, _names(self._object.getpeercert() or {}), self._trust.identity)
@@ -294,7 +296,8 @@ async def shake_hands(connection: socket.socket, session: Session) -> None:
 
 
 async def feed(connection: socket.socket, session: Session, received: bytes) -> None:
-    """Pass received bytes to a session and its output to the peer. Raises as `shake_hands`."""
+    """Pass received bytes to a session, and send its output to the peer. Raises AuthenticationError (reported to the
+    peer by an alert), OSError."""
     try:
         session.feed(received)
     except (AuthenticationError, PermissionError) as error:
