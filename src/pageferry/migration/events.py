@@ -40,13 +40,13 @@ class LargeMap(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     length: int
     """Length of the region, bytes."""
     per_cell: int
-    """2 MiB units per cell; the last cell may have fewer."""
+    """Number of 2 MiB units per cell; the last cell may have fewer."""
     cells: list[int]
     """Number of huge pages in each cell."""
 
     @classmethod
     def of(cls, region: str, length: int, units: Sequence[bool]) -> Self:
-        """Make the map from one flag per unit."""
+        """Return the map of a region. `units`: whether each 2 MiB unit is backed by a huge page."""
         per_cell = max(-(-len(units) // MAX_CELLS), 1)
         cells = [sum(units[start : start + per_cell]) for start in range(0, len(units), per_cell)]
         return cls(region=region, length=length, per_cell=per_cell, cells=cells)
@@ -65,9 +65,10 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
 
     round: int
     pages: int
-    """Pages sent, of all classes. Those of all rounds add up to `normal`, `duplicate` and `skipped`."""
+    """Number of pages sent, of all classes. The numbers of all rounds add up to the sum of `normal`, `duplicate` and
+    `skipped`."""
     sent: int
-    """Bytes on the wire. Those of all rounds add up to `transferred`."""
+    """Bytes on the wire. The numbers of all rounds add up to `transferred`."""
     remaining: int
     """Memory left for the next round, bytes: modified during the round, or not sent because of a switch-over."""
     ms: float
@@ -79,8 +80,8 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     cpu_throttle_percentage: int = 0
     """CPU time withheld from the workload during the round, per cent (auto-converge)."""
     switch_over: bool = False
-    """Whether the round was sent just before the pause, during it, or after it. Such rounds are reported when the
-    workload runs again."""
+    """Whether the round was sent just before, during, or after the pause of the switch-over. Such rounds are reported
+    when the workload runs again."""
     postcopy: bool = False
     """Whether the pages were sent after the switch-over, on request and in the background."""
 
@@ -110,17 +111,17 @@ class PostcopyEvent(Event, frozen=True, kw_only=True, tag="postcopy"):
 
 
 class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Work done in the pause, milliseconds. These parts overlap, and the transit of messages is in none of them; the
-    consecutive phases of the pause are in `phases`."""
+    """Work done in the pause, milliseconds. These parts overlap, and do not include the transit of messages; `phases`
+    contains the consecutive phases of the pause."""
 
     total: float
     """From the first to the last moment in which no side ran the workload."""
     stop: float
-    """Until the source had paused the workload: phase `stop`."""
+    """Pausing the workload at the source: phase `stop`."""
     last_pages: float
-    """Sending pages. The state is saved at the same time."""
+    """Sending the last pages. The device state is saved at the same time."""
     device_state: float
-    """Saving the device state, while pages are sent, and loading it at the destination, in phase `load`."""
+    """Saving the device state, while the last pages are sent, and loading it at the destination, in phase `load`."""
     populate: float
     """Mapping memory at the destination, after the state is loaded."""
     resume: float
@@ -163,7 +164,7 @@ class TraceCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
     granularity: str
     install_ms: float
-    """Time for installing it, milliseconds."""
+    """Time for installing the trace, milliseconds."""
     released_units: int
     """Number of 2 MiB units unprotected as a whole."""
 
@@ -228,15 +229,15 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     large_pages: LargePageCount
     populated: PopulateCount
     faults_after_resume: FaultCount | None
-    """None if the destination has not reported it."""
+    """Page faults after the workload resumed; None if the destination has not reported them."""
     trace: TraceCount
     direct_io: DirectIo = DirectIo()
     cpu_throttle_percentage: int = 0
     """Maximum CPU time withheld from the workload during the migration, per cent (auto-converge)."""
     postcopy_requests: int = 0
-    """Number of pages that the destination requested because an access waited for them."""
+    """Number of pages that the destination requested because of page faults."""
     postcopy: PostcopyCount | None = None
-    """None if every page was present before the workload resumed."""
+    """Post-copy phase; None if every page was present before the workload resumed."""
 
 
 class Listening(Event, frozen=True, tag="listening"):

@@ -35,7 +35,8 @@ _blocked: ContextVar[asyncio.AbstractEventLoop | None] = ContextVar("blocked", d
 
 
 def check(name: str, callback: object, *, gate: bool = False) -> None:
-    """Raise TypeError for a callback that cannot be called. `gate`: also accept a context manager."""
+    """Raise TypeError if a callback cannot be called, or is a generator function. `gate`: also accept a context
+    manager."""
     function = _underlying(callback)
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(
@@ -48,7 +49,7 @@ def check(name: str, callback: object, *, gate: bool = False) -> None:
 
 
 def check_listener(name: str, listener: object) -> None:
-    """Raise TypeError for a listener whose call would have to be awaited: the operation does not wait for it."""
+    """Raise TypeError for an invalid listener, or one that is a coroutine function: listeners are not awaited."""
     check(name, listener)
     if inspect.iscoroutinefunction(_underlying(listener)):
         raise TypeError(
@@ -58,7 +59,7 @@ def check_listener(name: str, listener: object) -> None:
 
 
 def needs_loop(callback: object) -> bool:
-    """Return whether the callback must run on an event loop, if that is known before the call; otherwise False."""
+    """Return whether the callback must run on an event loop. Return False if this is not known before the call."""
     function = _underlying(callback)
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(inspect.unwrap(function)):
         return True
@@ -89,9 +90,8 @@ def blocking_loop() -> Iterator[None]:
 
 
 class Callbacks:
-    """Runner of callbacks. `loop`: event loop of the program, for coroutines; None: that of the caller that awaits the
-    operation.
-    """
+    """Runner of callbacks. `loop`: event loop of the program, for coroutines; None for the loop of the caller that
+    awaits the operation."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
         self.loop = loop
@@ -100,7 +100,8 @@ class Callbacks:
         self._running: asyncio.Task[Any] | None = None
 
     def call(self, name: str, callback: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function or a coroutine function. Return its result."""
+        """Call a function or a coroutine function, and return its result. Raises WorkloadError if the event loop is
+        missing or blocked."""
         if isinstance(getattr(callback, "__self__", None), _ASYNCIO):
             return self._on_loop(name, functools.partial(_call, callback, *arguments))
         result = callback(*arguments)
@@ -133,7 +134,7 @@ class Callbacks:
             self._exits.pop()()
 
     def cancel(self) -> None:
-        """Cancel the coroutine for which another thread waits in a call."""
+        """Cancel the coroutine that is running for a `call` of another thread."""
         task = self._running
         if task is not None:
             with contextlib.suppress(RuntimeError):  # its loop has just been closed

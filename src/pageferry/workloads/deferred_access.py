@@ -1,10 +1,10 @@
-"""Acquire the pager of a workload, to write-trace memory whose contents are deferred (S8).
+"""Access to the pager of a workload, for write traces of memory whose contents are deferred (S8).
 
-A migration or a checkpoint installs write traces. Memory can be registered with only one userfaultfd at a time, and
-during a restore that is the pager's: without it, deferred pages would read as zeros. The pager therefore lends its
-userfaultfd. While it is acquired, the pager keeps running and loads the pages that are requested. It removes the traces
-when it is released, and when the process that acquired it exits. If the pager itself exits, requests fail, and the
-pager that takes over removes the traces.
+A migration or a checkpoint installs write traces. Memory can be registered with only one userfaultfd at a time. During
+a restore this is the userfaultfd of the pager, without which deferred pages would read as zeros. The pager therefore
+lends its userfaultfd. While it is acquired, the pager keeps running and loads the pages that are requested. The pager
+removes the traces when it is released, or when the process that acquired it exits. If the pager itself exits, requests
+fail, and the pager that takes over removes the traces.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ class AcquiredPager(Protocol):
     """Acquired pager. Its calls can block for long: do not call them from the event loop."""
 
     userfaults: dict[int, int]
-    """Descriptor, in this process, of the userfaultfd that memory is registered with, by pid of the workload's
-    process."""
+    """Descriptors, in this process, of the userfaultfds with which the memory is registered, by process id of the
+    workload's processes."""
     large: list[list[bool]]
-    """2 MiB units of each region that will be backed by huge pages once their contents are loaded."""
+    """Whether each 2 MiB unit of each region will be backed by a huge page once its contents are loaded."""
 
     def ensure(self, region: int, first: int, count: int) -> None:
-        """Load pages, numbered within the region. Raises RestoreError, ImageError."""
+        """Load `count` pages of a region from page `first` on, and return when they are present. Raises RestoreError,
+        ImageError."""
 
     def cancel(self) -> None:
         """End an `ensure` of another thread as soon as possible. Later requests fail."""
@@ -48,13 +49,14 @@ class AcquiredPager(Protocol):
 
 
 async def acquire_uffd(workload: Migratable) -> AcquiredPager | None:
-    """Acquire the pager of a workload, if it has one. None if nothing is deferred, and no userfaultfd covers the
-    workload.
+    """Acquire the pager of a workload. Return None if no contents are deferred any longer, so that no userfaultfd
+    covers the workload.
 
-    A pager that cannot be acquired (of a cold store, or without asynchronous write protection in the kernel) first
-    loads everything.
+    A pager of a cold store cannot be acquired, nor can any pager if the kernel lacks asynchronous write protection. In
+    these cases, wait until the pager has loaded all contents, and return None.
 
-    Raises RestoreError (its pager has exited), ImageError, WorkloadError (another process has acquired it).
+    Raises RestoreError if the pager has exited, ImageError if contents cannot be read, WorkloadError if another process
+    has acquired the pager.
     """
     found = await in_thread(_held, workload)
     if found is None:
@@ -63,7 +65,8 @@ async def acquire_uffd(workload: Migratable) -> AcquiredPager | None:
 
 
 def large_units(memory: Readable, hold: AcquiredPager | None) -> list[list[bool]]:
-    """Return, per region, the 2 MiB units that are backed by huge pages, or will be once the pager has loaded them."""
+    """Return whether each 2 MiB unit of each region is backed by a huge page, or will be once the pager has loaded
+    it."""
     units = memory.large_units()
     if hold is None:
         return units
@@ -170,7 +173,7 @@ class _PagerElsewhere:
 
 
 async def wait_complete(workload: Migratable, *, traces: bool = True) -> None:
-    """Complete a restore of the workload: load everything, and unregister its memory from userfaultfd.
+    """Complete a restore of the workload: load all contents, and unregister its memory from userfaultfd.
 
     `traces`: also remove the write trace of the last checkpoint.
 
@@ -203,7 +206,8 @@ def load_pages(pager: Pager, first: int, count: int, origin: str = "") -> None:
 
 
 def load_all(pager: Pager, length: int, origin: str = "") -> None:
-    """Load all `length` bytes, and wait until the memory is unregistered from userfaultfd. Raises as `load_pages`."""
+    """Load all `length` bytes, and wait until the memory is unregistered from userfaultfd. Raises the same errors as
+    `load_pages`."""
     while not pager.finished:
         load_pages(pager, 0, length // SMALL_PAGE, origin)
         pager.wait(1.0)

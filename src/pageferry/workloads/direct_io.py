@@ -1,9 +1,9 @@
 """Direct I/O: devices and the kernel write to pinned pages directly, without the page tables of the process.
 
 `get_user_pages` for write marks a page as written when it pins the page, and a write trace (S2) records that. The trace
-does not record the later write of the device. So no page may be read between its collection and the end of an I/O that
-pinned the page before: `Drains` waits for such I/O. Buffers registered with io_uring stay pinned until they are
-unregistered, and all of their pages are sent in the pause (`registered_buffers`). docs/decisions/0012 gives the
+does not record the later write of the device. Therefore, no page may be read after its collection before any I/O that
+had pinned the page has completed: `Drains` waits for such I/O. Buffers registered with io_uring stay pinned until they
+are unregistered, and all of their pages are sent in the pause (`registered_buffers`). docs/decisions/0012 gives the
 rationale.
 """
 
@@ -23,10 +23,11 @@ from pageferry.errors import WorkloadError
 from pageferry.memory.regions import SMALL_PAGE, Region
 
 DRAIN_TIMEOUT = 10.0
-"""Maximum duration of a drain, seconds. The workload may be paused for as long."""
+"""Maximum duration of a drain, seconds. The workload may be paused for this time."""
 
 PAUSE_TIMEOUT = 60.0
-"""Maximum duration of the pause of an operation, seconds: QEMU also writes out the cached data of its disks."""
+"""Maximum time for pausing a workload in an operation, seconds. It includes the time in which QEMU writes out the
+cached data of its disks."""
 
 _ATTEMPTS = 200
 _RETRY = 0.005
@@ -53,11 +54,12 @@ class Drains:
         """
         self.count = 0
         self.seconds = 0.0
-        """Total time for which the workload was paused, seconds."""
+        """Total time for which the workload was paused by drains, seconds."""
         self.longest = 0.0
 
     async def drain_if_due(self) -> None:
-        """Before memory is read, wait for direct I/O that may have begun before the last collection of the trace.
+        """Wait for direct I/O that may have begun before the last collection of the trace. To be called before memory
+        is read.
 
         Raises WorkloadError if the I/O does not complete in time, UnsupportedError if a device keeps memory pinned,
         WorkloadDied.
@@ -128,7 +130,8 @@ def _buffers(pid: int) -> Iterator[tuple[int, int]]:
 
 
 def _buffers_of(pid: int, number: str) -> list[tuple[int, int]]:
-    """Return the buffers of one ring. The kernel omits them from fdinfo while another thread holds the ring's lock."""
+    """Return the buffers of one ring. The kernel omits them from fdinfo while another thread holds the ring's lock, so
+    retry. Raises WorkloadError if the lock stays held."""
     for _ in range(_ATTEMPTS):
         text = Path(f"/proc/{pid}/fdinfo/{number}").read_bytes()
         if (buffers := parse_buffers(text)) is not None:

@@ -21,15 +21,15 @@ class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
     `unknown`: started in another PID namespace, and not accessible from this one.
     """
     reason: str | None = None
-    """Reason why it is paused, unless its user has paused it."""
+    """Reason why the workload is paused; None if it runs, or its user has paused it."""
     memory: int | None = None
-    """Size of the memory, bytes; None if it is busy or unknown."""
+    """Size of the memory, bytes; None if the workload is busy or unknown."""
     resident: int | None = None
-    """Allocated bytes of the memory, mapped or not; None if it is busy or unknown."""
+    """Allocated memory, mapped or not, bytes; None if the workload is busy or unknown."""
     deferred: int = 0
-    """Deferred bytes, to be loaded from an image or fetched from another host."""
+    """Deferred contents, to be loaded from an image or fetched from another host, bytes."""
     stall_reason: str | None = None
-    """Reason why deferred bytes are not loaded: no pager, no connection, or unreadable pages."""
+    """Reason why deferred contents cannot be loaded: no pager, no connection, or unreadable pages; None if they can."""
 
 
 class Listing(Event, frozen=True, tag="workloads"):
@@ -45,7 +45,7 @@ class HostMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     available: int
     """Memory available to new processes without swapping, bytes."""
     large: int
-    """Memory of all processes and files that is backed by huge pages, bytes; without hugetlbfs."""
+    """Memory of processes and files that is backed by huge pages, without hugetlbfs, bytes."""
     swap: int
     swap_free: int
 

@@ -8,7 +8,7 @@ from pageferry.workloads.protocols import Migratable
 
 
 def folder_of(workload: Migratable) -> Folder | None:
-    """Return the folder of a registered workload; None for one without a name on this host."""
+    """Return the folder of a registered workload; None for a workload that is not registered on this host."""
     if not workload.registered:
         return None
     try:

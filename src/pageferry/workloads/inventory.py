@@ -1,9 +1,9 @@
 """Inventory of the workloads of this host, for `pageferry list` and `pageferry top`.
 
-`describe_all` asks every workload for its status. `overview` sends no requests to workloads, and reads only what is
-cheap: `smaps_rollup` of each process (the kernel walks its page tables, which takes milliseconds if huge pages are
-mapped), the status of the pagers, and the records of running operations. The dirty rate is known only during a
-migration, because no write traces are installed for the overview.
+`describe_all` requests the status of every workload. `overview` sends no requests to workloads. It reads `smaps_rollup`
+of each process (the kernel walks the page tables of the process, which takes milliseconds if huge pages are mapped),
+the status of the pagers, and the records of running operations. The dirty rate is known only during a migration,
+because no write traces are installed for the overview.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LARGE = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb", 
 
 
 async def describe_all(registry: Registry | None = None) -> list[WorkloadInfo]:
-    """Describe all workloads, querying them concurrently."""
+    """Return descriptions of all workloads, which are queried concurrently."""
     registry = registry or Registry()
     queries = [_query(registry, name, entry) for name, entry in registry.entries().items()]
     return [info for info in await asyncio.gather(*queries) if info is not None]
@@ -120,7 +120,7 @@ def _memory_use(registry: Registry, name: str, entry: AnyEntry) -> WorkloadMemor
 
 
 def _mapped(pid: int) -> tuple[int, int]:
-    """Return the resident bytes of a process, and those backed by huge pages."""
+    """Return the resident memory of a process, and the part that is backed by huge pages, bytes."""
     counts = smaps.rollup(pid)
     memory = counts["Rss"] + counts.get("Shared_Hugetlb", 0) + counts.get("Private_Hugetlb", 0)
     return memory, sum(counts.get(kind, 0) for kind in _LARGE)

@@ -10,9 +10,9 @@ connected to the control socket. ::
        ▲   is lost                                      │  or by another once it is lost)
        └────────────────────────────────────────────────┘
 
-Invariant: until `commit` this process owns the workload, so that the workload continues when its controller exits or
-disconnects. From `commit` on the workload may be running at the destination, so that it stays paused when its
-controller is lost. Only a controller that knows the outcome of the migration may then `resume` or `discard` it.
+Invariant: until `commit`, this process owns the workload. The workload therefore continues if its controller exits or
+disconnects. From `commit` on, the workload may be running at the destination, and stays paused if its controller is
+lost. Only a controller that knows the outcome of the migration may then `resume` or `discard` it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Status(StrEnum):
 
 
 class Controlled(Protocol):
-    """Workload of this process, as used by `Lifecycle`: synchronous calls, one at a time, all in one thread."""
+    """Workload of this process, as used by `Lifecycle`. Its methods are synchronous, and called one at a time in one
+    thread."""
 
     name: str
 
@@ -107,10 +108,11 @@ class Controlled(Protocol):
 
 
 class Lifecycle:
-    """Life cycle of one workload: lets one controller at a time act on it, and ensures that it has exactly one owner.
+    """Life cycle of one workload. Permits one controller at a time, and ensures that the workload has exactly one
+    owner.
 
-    Calls may come from any thread. Each raises WorkloadError if the status does not permit it, or if another controller
-    has the workload. A call that would not change the status does nothing. All calls run in one thread of the
+    Calls may come from any thread. Each raises WorkloadError if the status does not permit it, or if the workload has
+    another controller. A call that would not change the status does nothing. All calls run in one thread of the
     lifecycle, so that a lock that a callback acquires (a reentrant lock) can be released by a later callback.
     """
 
@@ -126,7 +128,7 @@ class Lifecycle:
         return self._status
 
     def pause(self, controller: object) -> None:
-        """Pause the workload for this controller, until `resume` or `discard`, or until the controller is lost."""
+        """Pause the workload, until this controller calls `resume` or `discard`, or is lost."""
         self._run(lambda: self._paused(controller))
 
     def resume(self, controller: object) -> None:
@@ -150,11 +152,11 @@ class Lifecycle:
         self._run(lambda: self._discarded(controller))
 
     def lost(self, controller: object) -> None:
-        """Record that the controller is permanently lost, and resume its workload unless that is committed."""
+        """Record that the controller is permanently lost, and resume its workload unless the workload is committed."""
         self._run(lambda: self._lost(controller))
 
     def abandon(self, controller: object) -> None:
-        """Do as `lost`, without waiting. A running callback is cancelled if it is a coroutine."""
+        """Like `lost`, but return at once. Cancel the running callback if it is a coroutine."""
         self.workload.cancel()
         self.thread.submit(lambda: self._lost(controller))
 
@@ -237,7 +239,7 @@ class LocalWorkload(ProgramWorkload):
 
     @property
     def pid(self) -> int:
-        """This process."""
+        """Process id of this process."""
         return os.getpid()
 
     @property
@@ -273,7 +275,8 @@ class LocalWorkload(ProgramWorkload):
         await self._run(lambda: None)
 
     async def does_direct_io(self) -> bool:
-        """Return the setting of the program; False without a pause callback, since none could wait for direct I/O."""
+        """Return the setting of the program; False without a pause callback, because no callback could wait for direct
+        I/O."""
         return self._lifecycle.workload.direct_io
 
     async def drain(self) -> float | None:
@@ -308,14 +311,14 @@ class LocalWorkload(ProgramWorkload):
         await self._cancellable(lambda: self._lifecycle.load_state(self, state))
 
     async def discard(self) -> None:
-        """End the workload, which runs at the destination or was received and never ran."""
+        """End a workload that runs at the destination, or was received and never ran."""
         if self._abandoned:  # a callback may still run: do not wait for it
             self._lifecycle.thread.submit(lambda: self._lifecycle.discard(self))
         else:
             await self._run(lambda: self._lifecycle.discard(self))
 
     async def running(self) -> bool:
-        """Return whether the workload runs. It ends with this process, so that WorkloadDied is never raised."""
+        """Return whether the workload runs. Never raises WorkloadDied, because the workload ends with this process."""
         return self._lifecycle.status is Status.RUNNING
 
     def faults(self) -> Faults:
@@ -337,7 +340,8 @@ class LocalWorkload(ProgramWorkload):
         return await asyncio.wrap_future(self._lifecycle.thread.submit(call))
 
     async def _cancellable(self, call: Callable[[], T]) -> T:
-        """Run a call that invokes a callback of the program. On cancellation do not wait: the callback may hang."""
+        """Run a call that invokes a callback of the program. On cancellation, do not wait for the callback, which may
+        hang."""
         try:
             return await self._run(call)
         except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""Checks of workloads that callers pass."""
+"""Checks of workloads that are passed by callers."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""Write trace that a checkpoint leaves installed, for the next checkpoint to find the pages written since (S2, S4).
+"""Write trace that a checkpoint leaves installed, so that the next checkpoint finds the pages written since (S2, S4).
 
 The trace is a userfaultfd in asynchronous mode: no process has to read it, and no write waits for a reader. The traced
-process keeps the descriptor open. All other data for the next checkpoint are in the workload's folder, as `trace.json`;
-for an arena without a name, in the memory of its program.
+process keeps the descriptor open. A record contains all other data for the next checkpoint. It is stored as
+`trace.json` in the workload's folder, or, for an arena without a name, in the memory of its program.
 
-A record is valid only for the memory that it was made for: the same processes, mappings and descriptors, no fork since,
-and the image that the next checkpoint names as its parent. Other operations that need the workload's page tables (a
-migration, huge-page management) remove the trace with `forget`; so does `pageferry checkpoint --no-track`.
+A record is valid only if the processes, mappings and descriptors are the same as when it was stored, the program has
+not forked since, and the next checkpoint has the recorded image as its parent. Other operations that need the
+workload's page tables (a migration, huge-page management) remove the trace with `forget`; so does `pageferry checkpoint
+--no-track`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _FORKS = "forks"
 
 
 class Unusable(Exception):
-    """Raised if a trace cannot be used, with the reason."""
+    """Error for a trace that cannot be used, with the reason."""
 
 
 class Descriptor(msgspec.Struct, frozen=True):
@@ -41,7 +42,7 @@ class Descriptor(msgspec.Struct, frozen=True):
     inode: int
     """Inode of the userfaultfd. Inodes are unique, so that a reused descriptor number is detected."""
     started: int
-    """Start time of the process, as `proc.start_time` returns it."""
+    """Start time of the process, as returned by `proc.start_time`."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -55,7 +56,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class LeftTrace(msgspec.Struct, frozen=True, kw_only=True):
-    """Record of a trace."""
+    """Record of a write trace."""
 
     descriptors: dict[int, Descriptor]
     """Descriptors by process id."""
@@ -67,10 +68,11 @@ class LeftTrace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def begin(workload: Migratable, segments: Sequence[MappedSegment]) -> dict[int, int]:
-    """Create userfaultfds for the processes of `segments`. Return descriptors of this process by pid, which the caller
-    closes.
+    """Create userfaultfds for the processes of `segments`. Return descriptors in this process, by process id, which the
+    caller closes.
 
-    The record is stored before any memory is registered: if this process exits, a later checkpoint can remove them.
+    The record is stored before any memory is registered: if this process exits, a later checkpoint can remove the
+    userfaultfds.
     """
     forget(workload)
     _tidy()
@@ -82,7 +84,7 @@ def begin(workload: Migratable, segments: Sequence[MappedSegment]) -> dict[int, 
             if space.pid not in ours:
                 made = space.write_traces()
                 ours[space.pid] = made.descriptor
-                # This process, too, keeps a descriptor open.
+                # If the traced process is this one, it keeps a second descriptor open.
                 number = os.dup(made.descriptor) if made.number is None else made.number
                 kept[space.pid] = _describe(space.pid, number)
     except BaseException:
@@ -95,9 +97,10 @@ def begin(workload: Migratable, segments: Sequence[MappedSegment]) -> dict[int, 
 
 
 def take_up(workload: Migratable, segments: Sequence[MappedSegment], image: tuple[str, str]) -> dict[int, int]:
-    """Return the userfaultfds of the trace that records the writes since `image` (id, digest), as `begin` does.
+    """Return the userfaultfds of the trace that records the writes since `image` (id, digest), in the form that `begin`
+    returns.
 
-    From now on the record is not valid for any image, until `leave`. Raises Unusable, with the reason.
+    Until `leave` is called, the record is not valid for any image. Raises Unusable, with the reason.
     """
     record = _load(workload)
     if record is None:
@@ -129,7 +132,8 @@ def take_up(workload: Migratable, segments: Sequence[MappedSegment], image: tupl
 
 
 def leave(workload: Migratable, segments: Sequence[MappedSegment], image: tuple[str, str]) -> bool:
-    """Keep the trace, to record the writes since `image`. If the trace is incomplete, remove it and return False."""
+    """Keep the trace installed, to record the writes since `image`, and return True. If the trace is incomplete, remove
+    it and return False."""
     record = _load(workload)
     # A process that mapped the memory after `begin` has written without being traced.
     if record is None or record.forks != _forks(workload) or record.places != _places(segments):
@@ -140,7 +144,7 @@ def leave(workload: Migratable, segments: Sequence[MappedSegment], image: tuple[
 
 
 def forget(workload: Migratable) -> None:
-    """Remove the trace, if there is one, and map huge pages as such again."""
+    """Remove the trace, if there is one, and restore the PMD mappings of huge pages."""
     record = _load(workload)
     if record is not None:
         _close(record.descriptors)
@@ -199,7 +203,7 @@ _own: dict[tuple[int, int], LeftTrace] = {}
 
 
 def _tidy() -> None:
-    """Close the descriptors of memory files that are no longer mapped."""
+    """Close the userfaultfds of memory files that this process no longer maps, and delete their records."""
     mapped = {(mapping.device, mapping.inode) for mapping in proc.file_mappings(os.getpid())}
     for key in [key for key in _own if key not in mapped]:
         _close(_own.pop(key).descriptors)

@@ -1,4 +1,5 @@
-"""Any process as a workload: its memory can be saved while it is stopped. It cannot be migrated."""
+"""Arbitrary processes as workloads: the memory of a process can be saved while the process is stopped. It cannot be
+migrated."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class ProcessWorkload:
 
     @classmethod
     def named(cls, name: str, ranges: str | None) -> ProcessWorkload:
-        """Open the process with a name such as `pid:4711`. Raises as the constructor."""
+        """Open the process with a name such as `pid:4711`. Raises the same errors as the constructor, and UsageError
+        for an invalid name or without `ranges`."""
         number = name.removeprefix(PREFIX)
         if not number.isdecimal():
             raise UsageError(f"invalid process {name}: expected pid: and a number")
@@ -100,7 +102,7 @@ class ProcessWorkload:
             raise WorkloadError(f"cannot read the memory of {self.name}: permission denied; run as root") from denied
 
     async def prepare_pause(self) -> None:
-        """Start the guardian."""
+        """Start the guardian, which continues the process if pageferry exits."""
         if self._guardian is None:
             self._guardian = Guardian(self.name, [self._pidfd])
             self._guardian.plan([SendSignal(self._pidfd, signal.SIGCONT)])
@@ -203,7 +205,7 @@ def _matching(word: str, mappings: list[Range]) -> list[Range]:
 
 
 def _anonymous(pid: int) -> Iterator[Range]:
-    """Yield the private writable memory without a file."""
+    """Yield the private, writable, anonymous mappings of a process. Raises WorkloadError if access is denied."""
     try:
         mappings = proc.mappings(pid)
     except PermissionError as denied:

@@ -10,7 +10,7 @@ from pageferry.workloads.protocols import Migratable
 
 
 class ProgramWorkload:
-    """Workload of a Python program, which pauses it only for pageferry, and changes no settings for a migration."""
+    """Workload of a Python program. It is paused only by pageferry, and a migration changes no settings of it."""
 
     @property
     def live(self: Migratable) -> Migratable | None:

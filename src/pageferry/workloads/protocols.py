@@ -1,6 +1,6 @@
-"""Interfaces of workloads: what can be paused, saved to an image, and migrated.
+"""Interfaces of workloads that can be paused, saved to an image, or migrated.
 
-`Pausable`, `Saveable` and `Migratable` each extend the one before. QEMU guests and arenas, of this or of another
+`Saveable` extends `Pausable`, and `Migratable` extends `Saveable`. QEMU guests and arenas, of this or of another
 process, are migratable; a process that pageferry does not manage can only be saved. Calls that change the state of a
 workload are coroutines: they send requests to another process, or run callbacks of the program.
 """
@@ -28,21 +28,22 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class OwnershipRecord:
-    """File that records the owner of a workload, for when the process that made the decision has exited."""
+    """File that records the owner of a workload. It is read if the process that made the decision has exited."""
 
     path: Path
     contents: str
-    """Contents of the file if this host owns the workload. With other contents, or without the file, it does not."""
+    """Contents of the file if this host owns the workload. If the file is missing or has other contents, this host does
+    not own it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """Whether a workload runs, and why not."""
+    """Status of a workload, and the reason if it is paused."""
 
     status: str
     """`running`, `paused`, `committed` (the destination may own it) or `moved`."""
     reason: str | None = None
-    """Reason why it is paused, unless its user has paused it."""
+    """Reason why the workload is paused; None if it runs, or its user has paused it."""
 
 
 @runtime_checkable
@@ -67,10 +68,10 @@ class Pausable(Protocol):
         """Do the part of `pause` that is possible while the workload runs. `resume` and `close` undo it."""
 
     async def pause(self) -> None:
-        """Stop all threads that can access the memory. Return when neither they nor any device can access it."""
+        """Stop all threads that can access the memory. Return when no thread and no device can access it."""
 
     async def resume(self) -> None:
-        """Resume the workload. Also called after a failed migration, when `save_state` has been called already.
+        """Resume the workload. Also called after a failed migration, in which `save_state` may have been called.
 
         A WorkloadDied with `never_ran` guarantees that this call has not resumed the workload, and that it will never
         run.
@@ -102,16 +103,17 @@ class Saveable(Pausable, Protocol):
         """Return the memory, for reading. Raises WorkloadDied, WorkloadError if it cannot be read."""
 
     async def save_state(self) -> bytes:
-        """Return the state outside of the memory that is needed to run elsewhere. The workload is paused."""
+        """Return the state that is needed in addition to the memory to run the workload elsewhere. The workload must be
+        paused."""
 
 
 @runtime_checkable
 class Migratable(Saveable, Protocol):
-    """Workload with a name on this host, whose memory is shared files, and which can run at another host."""
+    """Workload that can be migrated to another process or host. Its memory consists of shared files."""
 
     @property
     def pid(self) -> int:
-        """Process that runs the workload, or the program that owns it."""
+        """Process id of QEMU, or of the program that owns the workload."""
 
     @property
     def registered(self) -> bool:
@@ -123,48 +125,50 @@ class Migratable(Saveable, Protocol):
 
     @property
     def pager(self) -> Pager | None:
-        """Pager of this process that loads deferred contents; None if there is none, or in another process."""
+        """Pager of this process that loads deferred contents; None if there is none, or if it belongs to another
+        process."""
 
     @property
     def handed_out(self) -> bool:
-        """Whether a process may have received the memory, and closed it again, without being found by
-        `check_mappers`.
-        """
+        """Whether a process may have received the memory and closed it again, so that `check_mappers` did not find the
+        process."""
 
     async def condition(self) -> Condition:
         """Return the status for display. Raises WorkloadDied if the workload has exited."""
 
     async def check_mappers(self) -> None:
-        """Check for processes, not named by `regions`, that can write to the memory.
+        """Check that no process other than those in `regions` can write to the memory.
 
         Raises WorkloadError if there is one, UnsupportedError if this user may not inspect the processes.
         """
 
     async def does_direct_io(self) -> bool:
-        """Return whether devices or the kernel may write to the regions through pinned pages. Raises as `drain`."""
+        """Return whether devices or the kernel may write to the regions through pinned pages. Raises the same errors as
+        `drain`."""
 
     async def drain(self) -> float | None:
-        """Wait until direct I/O that began before this call has completed. The workload runs afterwards, as before.
+        """Wait until direct I/O that began before this call has completed. A running workload continues to run
+        afterwards.
 
-        Return the seconds for which it was paused; None if it does no direct I/O and was not paused. Raises
-        WorkloadError if a request does not complete, UnsupportedError if a device keeps memory pinned. In both cases
-        the workload is paused no longer than the request takes.
+        Return the time for which the workload was paused, seconds; None if it does no direct I/O and was not paused.
+        Raises WorkloadError if a request does not complete; the workload may stay paused until the request completes.
+        Raises UnsupportedError if a device keeps memory pinned.
         """
 
     async def commit(self, record: OwnershipRecord | None = None) -> None:
         """Commit the workload: it may run at the destination from now on. It stays paused until `resume` or `discard`,
         even if the process that paused it exits.
 
-        Before this call, the workload continues if that process exits. At the destination a `record` is given: if this
-        process exits and the workload does not, the workload continues if the file assigns it to this host, and
-        otherwise ends.
+        Before this call, the workload continues if that process exits. The destination passes a `record`. If the
+        process of the destination then exits and the workload survives, the workload continues if the file assigns it
+        to this host; otherwise it is ended.
         """
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Changes of settings made so far, as data for the record of the commit; empty if there are none.
+        """Changes of settings made so far, for the record of the commit; empty if there are none.
 
-        They are not undone when the process that made them exits after `commit`: see `revert`.
+        If the process that made the changes exits after `commit`, they are undone by `revert`.
         """
 
     async def revert(self, changes: Mapping[str, Any]) -> None:
@@ -183,7 +187,7 @@ class Migratable(Saveable, Protocol):
         """Populate the second-stage page tables (EPT, NPT) of a paused guest. Return the number of bytes mapped.
 
         The page tables of its process must be complete. `units`: 2 MiB units by number of region; None: all memory that
-        is present. Raises OSError, WorkloadError; the workload can be resumed all the same.
+        is present. Raises OSError, WorkloadError; the workload can be resumed even after an error.
         """
 
     async def discard(self) -> None:
@@ -191,30 +195,30 @@ class Migratable(Saveable, Protocol):
 
 
 StateSink = Callable[[bytes], Awaitable[None]]
-"""Receives the beginning of a state, in pieces and in order."""
+"""Function that receives the beginning of a state, in consecutive pieces."""
 
 
 @runtime_checkable
 class StateAhead(Protocol):
-    """Workload that saves and loads the beginning of its state while it runs, and so shortens the pause."""
+    """Workload whose state can be saved and loaded in part while it runs at the source, which shortens the pause."""
 
     async def pause_to_save(self, sink: StateSink) -> float:
-        """Pause as `pause` does. `sink` receives the beginning of what `save_state` will return. Return when the
-        workload stopped, on the clock of `time.perf_counter`.
-        """
+        """Like `pause`, but pass the beginning of the result of `save_state` to `sink` in advance. Return the time at
+        which the workload stopped, on the clock of `time.perf_counter`."""
 
     async def load_ahead(self, piece: bytes) -> None:
-        """Load a piece given to the sink, before the memory is complete. `load_state` gets the whole state later."""
+        """Load a piece that was passed to the sink, before the memory is complete. `load_state` receives the whole
+        state later."""
 
 
 async def _ignore(piece: bytes) -> None:
-    """Ignore the piece: `save_state` returns it, too."""
+    """Ignore the piece: `save_state` will return it again."""
 
 
 async def pause_to_save(workload: Saveable, sink: StateSink = _ignore) -> float:
     """Pause a workload whose state is saved next. `sink` receives the beginning of the state, if that is saved ahead.
 
-    Return when the workload stopped, on the clock of `time.perf_counter`.
+    Return the time at which the workload stopped, on the clock of `time.perf_counter`.
     """
     if isinstance(workload, StateAhead):
         return await workload.pause_to_save(sink)

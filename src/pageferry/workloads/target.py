@@ -1,8 +1,9 @@
 """Targets of huge-page management (S3) and page sharing (S9): memory of a managed workload, or of any process.
 
-A *target* is `NAME`, a workload of this host, or `pid:N`, a process that is not managed by pageferry: its writable
-private anonymous mappings and its writable shared mappings of memory files (memfd, tmpfs, shared anonymous memory). The
-memory of a target can be inspected, split, collapsed and shared. A process cannot be paused, saved or migrated.
+A *target* is either a workload of this host (`NAME`) or a process that pageferry does not manage (`pid:N`). The memory
+of a process comprises its writable private anonymous mappings and its writable shared mappings of memory files (memfd,
+tmpfs, shared anonymous memory). The memory of a target can be inspected, split, collapsed and shared. A process cannot
+be paused, saved or migrated as a target.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pageferry.workloads.protocols import Migratable
 Kind = Literal["shared", "anon"]
 
 _NOT_OURS = ("[stack]", "[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]")
-"""Mappings without a file that belong to the kernel, or that are used by system calls injected into the process."""
+"""Mappings without a file that are excluded: they belong to the kernel, or injected system calls use them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Area:
     length: int
     """Length in bytes. `address` and `length` are multiples of 4 KiB."""
     kind: Kind
-    """`shared`: memory file, which other processes may map too; `anon`: private anonymous memory."""
+    """`shared`: mapping of a memory file, which other processes may map too; `anon`: private anonymous memory."""
     region: int | None
     """Number of the mapped region of the target; None for anonymous memory."""
     offset: int
@@ -64,7 +65,7 @@ class Area:
 
 @dataclass(slots=True)
 class Target:
-    """Memory to be processed. Close it, or use it in a `with` block."""
+    """Memory of one target. Must be closed, or used in a `with` block."""
 
     name: str
     """Name as given by the caller."""
@@ -125,7 +126,8 @@ class Target:
 async def open_target_async(text: str) -> Target:
     """Open the target `NAME` or `pid:N`.
 
-    Raises UsageError, NoSuchWorkload, WorkloadDied, and UnsupportedError if its memory may not be inspected.
+    Raises UsageError, NoSuchWorkload, WorkloadDied, WorkloadError if the workload does not reply, UnsupportedError if
+    this user may not inspect the memory.
     """
     if values.text("text", text).startswith("pid:"):
         digits = text.removeprefix("pid:")
@@ -161,7 +163,8 @@ def workload_target(workload: Migratable) -> Target:
 
 
 def process_target(pid: int) -> Target:
-    """Return any process as a target. Raises NoSuchWorkload if there is none, UnsupportedError if access is denied."""
+    """Return a process as a target. Raises NoSuchWorkload if no process has this id, UnsupportedError if access is
+    denied."""
     if proc.start_time(values.count("pid", pid, 1, (1 << 31) - 1)) is None:
         raise NoSuchWorkload(f"no process {pid}")
     files = _Files(pid)
@@ -203,7 +206,7 @@ class _Files:
         self._mappings: dict[tuple[int, int], list[proc.Mapping]] = {}
 
     def add(self, mapping: proc.Mapping) -> None:
-        """Add a mapping, and open its file if that is new. Files that are not memory files are skipped."""
+        """Add a mapping, and open its file unless it is open already. Skip files that are not memory files."""
         identity = mapping.identity
         if identity not in self._mappings:
             if os.major(mapping.device):  # file on a disk: tmpfs and hugetlbfs have major number 0
@@ -218,7 +221,7 @@ class _Files:
         self._mappings.setdefault(identity, []).append(mapping)
 
     def regions(self) -> tuple[list[Region], list[Area]]:
-        """Return one region per file, and one area per mapping of a file."""
+        """Return one region per file, and one area per mapping. Files without a usable mapping are closed."""
         regions: list[Region] = []
         areas: list[Area] = []
         for identity, mappings in self._mappings.items():

@@ -1,4 +1,4 @@
-"""Arenas: memory of a Python program that can be migrated to another process or host while the program uses it."""
+"""Arenas: memory of a Python program that can be migrated to another process or host while it is in use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LargePagesBy = Literal["tmpfs", "collapse", "none", "file"]
 
 
 class Arena(_engine.Mapping):
-    """Memory that can be migrated or saved while it is in use: a writable buffer over a shared file.
+    """Memory that can be migrated or saved while it is in use: a writable buffer backed by a shared file.
 
     ::
 
@@ -76,14 +76,14 @@ class Arena(_engine.Mapping):
     """
 
     large_pages_by: LargePagesBy
-    """How huge pages are allocated. `tmpfs`: by the kernel at the first access (requires root); `collapse`: by
-    `collapse()`; `none`: not at all; `file`: as the file system of the given file does."""
+    """Method by which huge pages are allocated. `tmpfs`: by the kernel at the first access (requires root); `collapse`:
+    by `collapse()`; `none`: not at all; `file`: by the file system of the file passed to `from_file`."""
     pager: _engine.Pager | None = None
     """Pager that loads deferred contents; None if all contents were present from the start."""
     _handed_out: bool = False
     _named: NamedArena | None = None
     received_state: bytes | None = None
-    """State of a received arena that has no callback to load it; None otherwise."""
+    """State of a received arena that has no callback to load the state; None otherwise."""
 
     def __new__(
         cls,
@@ -116,12 +116,12 @@ class Arena(_engine.Mapping):
         private: bool = False,
         **options: Unpack[ArenaArguments],
     ) -> Self:
-        """Create an arena over the first `size` bytes of an existing file: one that is, or will be, received.
+        """Create an arena over the first `size` bytes of an existing file, for an arena that is received or restored.
 
-        `file` is a descriptor of a shared memory file (`memory_file` makes one), open for reading and writing; it is
-        duplicated. A `paused` arena waits for its state, and for its first `on_resume`. `size` is a multiple of 4096.
-        `private`: no other process uses the file; otherwise the memory counts as handed out (see `fileno`). `options`
-        are those of `Arena`.
+        `file`: descriptor of a shared memory file, open for reading and writing, such as `memory_file` creates; the
+        descriptor is duplicated. `size`: multiple of 4096. `paused`: the arena waits for its state, and for its first
+        `on_resume`. `private`: no other process uses the file; otherwise the memory counts as handed out (see
+        `fileno`). `options` are those of `Arena`. Raises UsageError, NameInUse.
         """
         chosen = _options(name, options)
         values.flag("paused", paused)
@@ -161,24 +161,27 @@ class Arena(_engine.Mapping):
 
     @property
     def handed_out(self) -> bool:
-        """Whether the program has called `fileno`, or has made the arena over its own file."""
+        """Whether the program has called `fileno`, or has created the arena over its own file."""
         return self._handed_out
 
     def fileno(self) -> int:
-        """Return the descriptor of the memory, to map it again, also in another process, or to use it as a file.
+        """Return the descriptor of the memory, with which this or another process can map it again or use it as a file.
 
-        Another mapping, or the file, would read deferred contents as zeros and not notice a discard. The first call
-        therefore waits until all contents are in memory (lazy restore, cold store). From then on the arena cannot be
-        moved to a cold store; such a request fails with this reason. The same holds for the file given to `from_file`.
+        A read through another mapping or the file would return zeros for deferred contents, and would not detect a
+        discard. The first call therefore waits until all contents are in memory (lazy restore, cold store). From then
+        on, the arena cannot be moved to a cold store; such a request fails with this reason. The same holds for an
+        arena over a file passed to `from_file`.
 
         A process that maps the memory shared and writable is traced when a migration or a checkpoint begins. If a
-        process only has the memory open for writing, the operation is refused. Not found are writes by system calls on
-        the descriptor (`os.pwrite`), descriptors in flight between two processes or registered with io_uring, mappings
-        that exist only between two scans (at the beginning and before the pause), and processes outside this PID
-        namespace. After this call, a user who may not inspect all processes cannot migrate or save the arena. A
-        descriptor obtained by other means (`/proc/PID/fd`, `pidfd_getfd`) is found, but does not count as this call.
+        process has the memory open for writing without mapping it, the operation is refused. The following are not
+        found: writes by system calls on the descriptor (`os.pwrite`), descriptors in flight between two processes or
+        registered with io_uring, mappings that exist only between two scans (at the beginning and before the pause),
+        and processes outside this PID namespace. After this call, a user who may not inspect all processes cannot
+        migrate or save the arena. A descriptor obtained by other means (`/proc/PID/fd`, `pidfd_getfd`) is found, but
+        does not count as a call of this method.
 
-        Raises RestoreError if contents cannot be loaded, ImageError if damaged, WorkloadError after a migration.
+        Raises RestoreError if contents cannot be loaded, ImageError if they are damaged, WorkloadError after a
+        migration.
         """
         self.check_here()
         if not self._handed_out:
@@ -192,7 +195,7 @@ class Arena(_engine.Mapping):
         return super().fileno()
 
     def pagers(self) -> list[int]:
-        """Return the pageferry processes that load contents of the memory from a store."""
+        """Return the process ids of the pageferry processes that load contents of the memory from a store."""
         if self._folder is None or not (self._folder.path / records.RECORD).exists():
             return []
         with contextlib.suppress(RestoreError):  # the pager was killed: the operations that need it report that
@@ -205,7 +208,7 @@ class Arena(_engine.Mapping):
         return LocalWorkload(self.lifecycle, self)
 
     def register(self, name: str) -> None:
-        """Register the arena under a name on this host, by which other processes may migrate it.
+        """Register the arena under a name on this host, so that other processes can migrate it.
 
         Raises UsageError without `on_pause`, if the arena has a name already, or if the name is invalid; NameInUse.
         """
@@ -239,7 +242,8 @@ class Arena(_engine.Mapping):
                 )
 
     def check_lock(self) -> None:
-        """Raise UsageError if coroutines may wait for a lock that is never released after a migration."""
+        """Raise UsageError if `on_pause` acquires a lock that is never released after a migration, and for which
+        coroutines may wait."""
         if self.control.keeps_lock:
             raise UsageError(
                 "on_pause acquires a lock that is not released when the arena has been migrated: a coroutine "
@@ -266,7 +270,8 @@ class Arena(_engine.Mapping):
         return sum(self.large_units()) * LARGE_PAGE
 
     def close(self) -> None:
-        """Release the name and refuse further control. The memory exists as long as this object or a view of it."""
+        """Release the name, and refuse further requests of other processes. The memory exists as long as this object or
+        a view of it."""
         if self._named is not None:
             self._named.close()
 
@@ -303,13 +308,14 @@ def _rounded(size: int) -> int:
 
 
 _NO_MOUNT = (errno.EPERM, errno.EACCES, errno.ENOSYS)
-"""Errors for users, and in sandboxes, that may not mount a tmpfs."""
+"""Errors of mounting a tmpfs that report missing privileges, or a sandbox."""
 
 
 def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]:
     """Create a memory file. Return its descriptor, which the caller closes, and how its huge pages are allocated.
 
-    Mounting a tmpfs that allocates huge pages at the first access requires root; without it the file is a memfd.
+    A tmpfs that allocates huge pages at the first access is used if this process may mount one (root), otherwise a
+    memfd. Raises OSError.
     """
     large_pages_by: LargePagesBy = "none"
     if large_pages:

@@ -1,4 +1,4 @@
-"""Interface of an arena for its `Lifecycle`: callbacks of the program, processes that map the arena, page faults."""
+"""Arena as controlled by its `Lifecycle`: callbacks of the program, processes that map the arena, and page faults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pageferry.workloads.protocols import Faults
 
 
 class ArenaMemory(Protocol):
-    """Memory of an arena, and its state outside of that memory."""
+    """Memory of an arena, and the received state of its program."""
 
     pager: Pager | None
     received_state: bytes | None
@@ -33,7 +33,7 @@ class ArenaMemory(Protocol):
 
     @property
     def address(self) -> int:
-        """Start of the memory in this process, as an address."""
+        """Address of the memory in this process."""
 
     @property
     def length(self) -> int:
@@ -45,19 +45,18 @@ class ArenaMemory(Protocol):
 
     @property
     def handed_out(self) -> bool:
-        """Whether the program has taken a descriptor of the memory."""
+        """Whether the program has obtained a descriptor of the memory."""
 
     def pagers(self) -> list[int]:
-        """Return the processes that may load contents of the memory."""
+        """Return the ids of the processes that may load contents of the memory."""
 
     def close_memory(self) -> None:
-        """Close the memory."""
+        """Write-protect the memory in this process, because later writes would be lost."""
 
 
 class ArenaControl:
-    """Runner of an arena's callbacks; see `Controlled` for its methods. Pageferry's own workloads replace
-    attributes.
-    """
+    """Runner of an arena's callbacks; see `Controlled` for its methods. Other workloads of pageferry replace its
+    attributes."""
 
     def __init__(
         self,
@@ -86,17 +85,16 @@ class ArenaControl:
         self.threads: Callable[[], dict[int, list[int]]] = self._all_threads
         self.report: Callable[[], dict[str, object]] = dict
         self.moved: Callable[[], object] = lambda: None
-        """Internal function, called after `on_moved` or `on_abandoned`."""
+        """Internal function that is called after `on_moved` or `on_abandoned`."""
         self._reference = weakref.ref(arena)
         self._callbacks = Callbacks(loop)
         self._observers: set[tuple[int, int]] = set()
-        """pairs of process id and start time"""
+        """Pageferry processes that received a descriptor of the memory, as pairs of process id and start time."""
 
     @property
     def _arena(self) -> ArenaMemory:
-        """Arena of this object. The callers hold the references: this object has only a weak one, so that an arena that
-        is dropped is freed at once.
-        """
+        """Arena of this object. This object has only a weak reference, so that an arena is freed as soon as its program
+        drops it; callers hold a strong one."""
         arena = self._reference()
         assert arena is not None
         return arena
@@ -108,7 +106,7 @@ class ArenaControl:
 
     @property
     def identity(self) -> Identity:
-        """Identity of an arena with this name."""
+        """Identity of the arena, with its name and details."""
         return Identity("arena", self.name, self.details)
 
     @property
@@ -122,7 +120,7 @@ class ArenaControl:
     @property
     def sharing(self) -> mappers.Sharing:
         """Ways in which other processes may have received the memory."""
-        # A pager that has loaded all contents first removes its record, and maps the memory until it exits.
+        # A pager that has loaded all contents removes its record, but maps the memory until it exits.
         for pager in self._arena.pagers():
             self.observed_by(pager)
         observers = tuple(pid for pid, started in self._observers if proc.is_alive(pid, started))
@@ -135,7 +133,8 @@ class ArenaControl:
             self._observers.add((pid, started))
 
     def check_mappers(self, regions: Sequence[Region]) -> None:
-        """Raise WorkloadError, UnsupportedError for processes that can write to the memory and are not in `regions`."""
+        """Raise WorkloadError if a process that is not in `regions` can write to the memory, UnsupportedError if the
+        processes cannot be inspected."""
         sharing = self.sharing
         found = mappers.find(self._arena.descriptor, self._arena.length, sharing)
         mappers.check(self.name, found, sharing)
@@ -158,7 +157,7 @@ class ArenaControl:
 
     @property
     def needs_loop(self) -> str | None:
-        """Name of a callback that requires an event loop although none is known; None if there is none."""
+        """Name of a callback that requires an event loop, if no event loop is known; otherwise None."""
         if self.has_loop:
             return None
         known: list[tuple[str, object]] = [("on_pause", self.on_pause), ("on_resume", self.on_resume)]
@@ -187,20 +186,22 @@ class ArenaControl:
         self._callbacks.cancel()
 
     def save_state(self) -> bytes:
-        """Call the state callback. Raises WorkloadError if it does not return bytes."""
+        """Call the callback that saves the state. Raises WorkloadError if it does not return bytes."""
         state: object = self._callbacks.call("save of state", self.save)
         if not isinstance(state, bytes | bytearray | memoryview):
             raise WorkloadError(f"the state callback of {self.name} returned {type(state).__name__} instead of bytes")
         return bytes(state)
 
     def load_state(self, state: bytes) -> None:
-        """Call the state callback; without one, keep the state for the program."""
+        """Call the callback that loads the state. Without a callback, keep the state for the program
+        (`received_state`)."""
         self._callbacks.call("load of state", self.load, state)
 
     def discard(self) -> None:
-        """Call `on_moved` if the arena has run in this program, then exit `on_pause` as `resume` does.
+        """Call `on_moved` if the arena has run in this program, otherwise `on_abandoned`. Then exit `on_pause` if it is
+        a context manager.
 
-        Before that, write-protect the memory, because later writes would be lost.
+        If the arena has run, first write-protect the memory, because later writes would be lost.
         """
         if self.has_run:
             self._arena.close_memory()
@@ -213,7 +214,7 @@ class ArenaControl:
             self._callbacks.exit()
 
     def faults(self) -> Faults:
-        """Return the page faults of all processes that map the arena, without those of the control socket's threads."""
+        """Return the page faults of all processes that map the arena, without those of pageferry's threads."""
         minor = major = 0
         for pid, thread_ids in self.threads().items():
             more = proc.thread_faults(pid, thread_ids)

@@ -1,7 +1,7 @@
 """Name of an arena on this host: its folder in the run directory, and the control socket in that folder.
 
-A name must not keep its arena alive. The threads of the socket and the function that is registered with atexit refer
-to the arena weakly, or not at all. So an arena that its program drops is collected, named or not.
+A name must not keep its arena alive. Therefore, the threads of the socket and the function registered with atexit have
+at most a weak reference to the arena, and an arena that is no longer referenced by its program is collected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Nameable(Owned, Protocol):
 
     @property
     def handed_out(self) -> bool:
-        """Whether the program has taken a descriptor of the memory."""
+        """Whether the program has obtained a descriptor of the memory."""
 
 
 class NamedArena:
@@ -57,14 +57,16 @@ class NamedArena:
         atexit.register(self.close)
 
     def _before_fork(self) -> None:
-        """Load contents that are in a store, since a child has no pager. Raises RestoreError, ImageError."""
+        """Record the fork, and load contents that are in a store, because the child has no pager. Raises RestoreError,
+        ImageError."""
         if self.folder is not None:
             record_fork(self.folder)
             if os.getpid() == self._owner:
                 load_stored(self.folder)
 
     def release(self) -> None:
-        """Release the name: accept no further clients, and remove the folder, except in a forked child."""
+        """Release the name: accept no further clients, load stored contents, and remove the folder. Do nothing in a
+        forked child. Raises RestoreError, ImageError."""
         folder, self.folder = self.folder, None
         if folder is None or os.getpid() != self._owner:
             return
@@ -81,10 +83,11 @@ class NamedArena:
         self._server.close()
 
     def abandon(self, arena: object) -> None:
-        """Warn if an arena that is being collected still has its name, and start a thread that releases the name.
+        """If an arena that is being collected still has its name, emit a ResourceWarning, and have the thread of the
+        server release the name.
 
-        The garbage collector can run at any point, also while this thread holds the lock of the run directory. So this
-        method must not block.
+        The garbage collector can run at any point, also while this thread holds the lock of the run directory.
+        Therefore, this method must not block.
         """
         if self.folder is not None and os.getpid() == self._owner:
             warnings.warn(f"unclosed {arena!r}: close it, or use it in a with statement", ResourceWarning, 2, arena)
@@ -94,14 +97,15 @@ class NamedArena:
     def _stopped(self) -> None:
         """Release the name in the thread of the server, which no longer accepts clients."""
         if self._abandoned:
-            with contextlib.suppress(RestoreError, ImageError):  # not needed: their arena has been freed
+            with contextlib.suppress(RestoreError, ImageError):  # the contents are not needed: the arena has been freed
                 self.close()
 
 
 def load_stored(folder: registry.Folder) -> None:
-    """Load all contents that other processes have sent to the store in the folder, whose pager needs the folder.
+    """Load all contents that other processes have moved to a store, and wait until its pager no longer needs the
+    folder.
 
-    Raises RestoreError when the pager has exited, ImageError when the store cannot be read.
+    Raises RestoreError if the pager has exited, ImageError if the store cannot be read.
     """
     if (folder.path / records.RECORD).exists():
         interruptible(lambda: client.wait_complete(folder))

@@ -22,7 +22,7 @@ class Stateful(Protocol):
         """Return the state. Called at the source, while the arena is paused."""
 
     def load_state(self, state: bytes, /) -> object:
-        """Load the state. Called at the destination when all memory is present, before the resume callback."""
+        """Load the state. Called at the destination once all memory is present, before the resume callback."""
 
 
 State = Stateful | tuple[Callable[[], bytes | Awaitable[bytes]], Callable[[bytes], object]]
@@ -77,7 +77,7 @@ class ArenaOptions:
 
     @property
     def state_callbacks(self) -> tuple[Callable[[], object], Callable[[bytes], object]] | None:
-        """Functions that save and load the state; None without a state."""
+        """Functions that save and load the state; None if `state` is None."""
         if self.state is None:
             return None
         save, load = self.state if isinstance(self.state, tuple) else (self.state.save_state, self.state.load_state)
@@ -87,7 +87,7 @@ class ArenaOptions:
 
 
 def _check_state(state: object) -> None:
-    """Check that `state` is None, a pair of functions, or an object with `save_state` and `load_state`."""
+    """Raise WrongType unless `state` is None, a pair of functions, or an object with `save_state` and `load_state`."""
     pair = (
         state if isinstance(state, tuple) else (getattr(state, "save_state", None), getattr(state, "load_state", None))
     )
@@ -96,5 +96,5 @@ def _check_state(state: object) -> None:
 
 
 def arena_size(size: object) -> int:
-    """Return the size of an arena in bytes, from a number or a text such as `1G`."""
+    """Return the size of an arena, bytes, from a number or a text such as `1G`. Raises UsageError."""
     return values.size("size", size, 1, MAX_ARENA)

@@ -1,7 +1,7 @@
-"""QEMU command lines: checks the user's, and derives the one that pageferry starts.
+"""QEMU command lines: checks the command line of the user, and derives the command line that pageferry starts.
 
-Guest memory must be a shared file that pageferry can map too, and the file's huge pages must be aligned with the
-guest's. The user's ``qemu-system-x86_64 -m 4G ...`` therefore becomes::
+Guest memory must be a shared file that pageferry can map too, and the huge pages of the file must be aligned with those
+of the guest. The user's ``qemu-system-x86_64 -m 4G ...`` therefore becomes::
 
     qemu-system-x86_64 -m 4G ...
         -object memory-backend-file,id=pageferry-ram,size=S,share=on,align=2M,mem-path=/proc/self/fd/N
@@ -26,7 +26,7 @@ from pageferry.workloads.qemu import unsupported
 from pageferry.workloads.qemu.option_syntax import block_properties, options, properties
 
 BACKEND = "pageferry-ram"
-"""Id of the memory backend that pageferry adds, and so the name of the region and of QEMU's ramblock."""
+"""Id of the memory backend that pageferry adds. The region and QEMU's ramblock have the same name."""
 
 DEFAULT_RAM = 128 << 20
 """QEMU's default memory size of the PC machines, bytes."""
@@ -52,14 +52,15 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGT]?)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """Parsed QEMU command line of the user, which has passed the checks for management."""
+    """Parsed QEMU command line of a user. It has passed the checks for management."""
 
     arguments: tuple[str, ...]
     """Arguments as given, the program first."""
     ram_size: int
     """Size of guest memory, bytes."""
     needs_ram_file: bool
-    """Whether pageferry must add a memory file. False if the user has given guest memory a shared file."""
+    """Whether pageferry must add a memory file. False if the command line of the user already backs guest memory by a
+    shared file."""
     warnings: tuple[str, ...]
 
     @property
@@ -88,7 +89,7 @@ class CommandLine:
 def parse(arguments: Sequence[str]) -> CommandLine:
     """Parse a QEMU command line, program first.
 
-    Raises UsageError if it is invalid, UnsupportedError if such a guest cannot be managed.
+    Raises UsageError if the command line is invalid, UnsupportedError if such a guest cannot be managed.
     """
     if not arguments:
         raise UsageError(
@@ -111,9 +112,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
 
 
 def parse_size(text: str, what: str, *, bare: str = "M") -> int:
-    """Return the bytes of a size in QEMU's notation: a number with B, K, M, G or T; `bare`: unit of a number without
-    one. Raises UsageError.
-    """
+    """Return the bytes of a size in QEMU's notation, a number with B, K, M, G or T. `what`: option, for messages.
+    `bare`: unit of a number without a unit. Raises UsageError."""
     matched = _SIZE.fullmatch(text)
     if matched is None:
         raise UsageError(f"{what}: invalid size {text!r}: expected 512M or 4G, for example")
@@ -131,7 +131,7 @@ def _merged(given: Sequence[tuple[str, str]], option: str, implied: str) -> dict
 
 
 def _refuse(name: str, value: str) -> None:
-    """Raise UnsupportedError for an option with which a guest cannot be managed."""
+    """Raise UnsupportedError if a guest with this option cannot be managed."""
     if name in _REFUSED_OPTIONS:
         raise UnsupportedError(f"unsupported option -{name}: {_REFUSED_OPTIONS[name]}")
     match name:
@@ -166,7 +166,8 @@ def _memory_size(memory: Mapping[str, str], machine: Mapping[str, str]) -> int:
 
 
 def _used_backends(given: Sequence[tuple[str, str]], machine: Mapping[str, str]) -> list[dict[str, str]]:
-    """Check and return the user's memory backends that are guest memory; an empty list if QEMU would choose."""
+    """Check and return the user's memory backends that are guest memory; an empty list if the command line selects
+    none. Raises UsageError, UnsupportedError."""
     objects = [properties(value, "qom-type") for name, value in given if name == "object"]
     backends = {
         one["id"]: one for one in objects if one.get("qom-type", "").startswith("memory-backend-") and "id" in one

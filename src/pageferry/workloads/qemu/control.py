@@ -1,8 +1,8 @@
 """Monitor, cleanup plan and changed settings of a QEMU guest, for the process that controls it.
 
-The monitor is kept open from `hold` on until the guest is resumed or released, so that no other client delays the
-switch-over. Otherwise each `session` opens a monitor connection. While the monitor is kept open, the guardian
-(`host.guardian`) has a plan for the guest, which it executes if this process exits.
+From `hold` until the guest is resumed or released, the monitor is kept open, so that no other client delays the
+switch-over. Otherwise, each `session` opens a connection to the monitor. While the monitor is kept open, the guardian
+(`host.guardian`) has a cleanup plan for the guest, and executes it if this process exits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True):
-    """Changes that a controller has made to a guest, for the record of its commit: see `QemuWorkload.revert`."""
+    """Changes that a controller has made to a guest. They are part of the record of the commit: see
+    `QemuWorkload.revert`."""
 
     paused: bool
     """Whether the guest was already paused before the controller paused it."""
@@ -44,7 +45,8 @@ class QemuControl:
         self.stays_paused = False
         """Whether the guest was paused by its user, and stays paused after the operation."""
         self.disks_released = False
-        """Whether the disks of a guest that stays paused must be locked again at the end (`cont` does so otherwise)."""
+        """Whether the disks of a guest that stays paused must be locked again at the end. For other guests, `cont`
+        locks the disks."""
         self.given_up = False
         """Whether QEMU has not replied to a command, and this process no longer waits for it.
 
@@ -70,7 +72,8 @@ class QemuControl:
 
     @property
     def guardian(self) -> int | None:
-        """Process id of the guardian, which acts if this process exits; None while none is needed."""
+        """Process id of the guardian, which executes the cleanup plan if this process exits; None while there is no
+        guardian."""
         return self._guardian.pid if self._guardian is not None else None
 
     @property
@@ -79,7 +82,7 @@ class QemuControl:
         return self._undo is not None
 
     async def hold(self) -> Monitor:
-        """Return the monitor, and keep it open from now on. Raises WorkloadError, WorkloadDied."""
+        """Open the monitor if necessary, and keep it open. Return the monitor. Raises WorkloadError, WorkloadDied."""
         await self.settled()
         if self._held is None:
             self._held = await Monitor.open(self._qmp_socket)
@@ -87,7 +90,8 @@ class QemuControl:
 
     @contextlib.asynccontextmanager
     async def session(self, *, keep: bool = False) -> AsyncIterator[Monitor]:
-        """Yield the open monitor, or a new one for a few commands, which `keep` keeps open afterwards."""
+        """Yield the open monitor, or a new connection for the block. `keep`: keep the new connection open afterwards.
+        Raises WorkloadError, WorkloadDied."""
         await self.settled()
         if self._held is not None:
             yield self._held
@@ -106,11 +110,12 @@ class QemuControl:
         return str(status["status"])
 
     async def prepare_state(self, monitor: Monitor, *, incoming: bool = False) -> None:
-        """Set up QEMU's migration for the device state alone. The previous settings are restored at the end."""
+        """Set up QEMU's migration for the device state alone. `settle` or the cleanup plan restores the previous
+        settings."""
         if self._undo is None:
             settings = await device_state.plan(monitor, incoming=incoming)
             self._undo = settings.undo
-            # Write the plan first: if this process is killed between two commands, the guardian restores all settings.
+            # Set the plan first: if this process is killed between two commands, the guardian restores all settings.
             if self._undo and self._held is monitor:
                 self.plan(self._undo)
             for command in settings.apply:
@@ -124,7 +129,7 @@ class QemuControl:
             self._guardian = Guardian(f"the guest {self._name}, {os.path.abspath(self._qmp_socket)}")
 
     def plan(self, commands: Sequence[Command]) -> None:
-        """Replace the cleanup plan by these commands, if there is a guardian."""
+        """Replace the cleanup plan by these commands. Do nothing without a guardian."""
         if self._guardian is not None:
             self._guardian.plan(self._actions(commands))
 
@@ -133,7 +138,8 @@ class QemuControl:
         self.plan([*first, *self._as_before()])
 
     def plan_by_owner(self, record: OwnershipRecord) -> None:
-        """Plan according to `record`: restore the guest if the file assigns it to this host, and otherwise end it."""
+        """Replace the cleanup plan by a decision: restore the guest if the file of `record` assigns it to this host,
+        otherwise end it."""
         if self._guardian is not None:
             restore, end = self._actions(self._as_before()), self._actions([QUIT])
             self._guardian.plan([Decide(str(record.path), record.contents, restore, end)])
@@ -160,7 +166,7 @@ class QemuControl:
     # -- release
 
     def settle(self, monitor: Monitor) -> None:
-        """Restore the settings of a resumed guest and release the monitor, in a background task."""
+        """Start a background task that restores the settings of a resumed guest, and releases the monitor."""
         self.stays_paused = self.disks_released = False
         self.plan(self._undo or [])
         self._settling = asyncio.create_task(self._settle(monitor))
@@ -171,7 +177,7 @@ class QemuControl:
                 await monitor.run(command)
             self._undo = None
             self.plan([])
-        except WorkloadError as failed:  # the guardian tries again
+        except WorkloadError as failed:  # the guardian retries
             log.debug("%s: %s", self._name, failed)
         finally:
             if self._held is monitor:
@@ -186,7 +192,7 @@ class QemuControl:
             await settling
 
     def abandon(self) -> None:
-        """Close the monitor without sending anything, and the guardian, which then executes the cleanup plan."""
+        """Close the monitor without sending a command. Close the guardian, which then executes the cleanup plan."""
         if self._held is not None:
             self._held.abandon()
             self._held = None

@@ -1,9 +1,9 @@
-"""CPU of a guest: model, signature, and the feature words of CPUID, read from its running vCPUs.
+"""CPU of a guest: model, signature, and feature words of CPUID, read from the vCPUs.
 
-QEMU does not compare CPUs when it loads a state, and a guest crashes at the first instruction that the CPU lacks. So
-the CPU of a guest is part of the first message of a migration and of every image. It is compared with the vCPUs that
-wait for the state, which QEMU has created already. The feature words (QOM property `feature-words`) reflect the flags
-of the command line, the defaults of the machine type, and the features that accelerator and host lack.
+QEMU does not compare CPUs when it loads a state, and a guest crashes at the first instruction that the CPU lacks.
+Therefore, the first message of a migration and every image contain a description of the CPU. It is compared with the
+vCPUs that QEMU has created to load the state. The feature words (QOM property `feature-words`) reflect the flags of the
+command line, the defaults of the machine type, and the features that accelerator and host lack.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pageferry.host.qmp import Monitor
 
 _SIGNATURE = ("vendor", "family", "model", "stepping", "phys-bits")
 _OF_THE_HOST = frozenset({"host", "max"})
-"""Models whose features depend on host and QEMU, and not on the command line alone."""
+"""Models whose features depend not only on the command line, but also on the host and the version of QEMU."""
 
 _MAX_LENGTH = 16 << 10
 _MAX_NAME = 200
 _MAX_SHOWN = 12
 _WORD = re.compile(r"([0-9a-f]{1,8}(?:\.[0-9a-f]{1,8})?\.e[abcd]x)=([0-9a-f]{1,8})")
-"""Text of a feature word: leaf, subleaf if there are several, register, and the bits, all in hexadecimal."""
+"""Text of a feature word: leaf, subleaf (if the leaf has several), register, and bits. Numbers are hexadecimal."""
 
 Words = Mapping[str, int]
 
@@ -38,7 +38,7 @@ class Cpu:
     signature: str
     """Vendor, family, model, stepping, and bits of a physical address, separated by slashes."""
     features: str
-    """Feature words of CPUID that are not zero; words of vCPUs that differ are separated by `;`."""
+    """Feature words of CPUID that are not zero. If vCPUs differ, their words are separated by `;`."""
 
     @classmethod
     async def ask(cls, monitor: Monitor, paths: list[str]) -> Self:
@@ -55,10 +55,10 @@ class Cpu:
         return {"cpu": self.model, "cpu-signature": self.signature, "cpu-features": self.features}
 
     def mismatch(self, theirs: Mapping[str, Any]) -> tuple[str, str] | None:
-        """Compare with a CPU that has the details `theirs`. Return the first difference: the property of that CPU and
-        that of this one; None if the CPUs match.
+        """Compare with a CPU that has the details `theirs`. Return the first difference, as the property of that CPU
+        and the property of this CPU; None if the CPUs match.
 
-        Raises WorkloadError if the details are invalid, since they are received from a peer or read from a file.
+        Raises WorkloadError if the details are invalid: they are received from a peer, or read from a file.
         """
         model, signature = theirs.get("cpu", self.model), theirs.get("cpu-signature", self.signature)
         if model != self.model:

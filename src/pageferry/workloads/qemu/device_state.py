@@ -1,17 +1,17 @@
-"""Device state of a QEMU guest: its state without memory, saved and loaded by QEMU's own migration.
+"""Device state of a QEMU guest: all state other than memory, saved and loaded by QEMU's own migration.
 
 With the capability `x-ignore-shared` QEMU omits memory in shared files from its migration stream. The remaining stream
 (CPUs, devices, ROMs, video memory: about 1 MiB) is sent through one end of a socket pair that is passed to QEMU
-(`getfd`), so that no failure leaves a file behind. Tested with QEMU 7.2, 10.0 and 11.1; newer versions ignore only
-files with a path, which pageferry's memory file has.
+(`getfd`), so that no failure leaves a file behind. Tested with QEMU 7.2, 10.0 and 11.1. Newer versions omit memory only
+if its file has a path, as pageferry's memory file does.
 
-The migration starts while the guest runs (`Saving`). QEMU sends ROMs and video memory, stops the vCPUs, and waits, in
-the state `pre-switchover`, until pageferry lets it write the devices (`migrate-continue`). This is the order of QEMU's
-own migration, and keeps its set-up and two thirds of the stream out of the pause.
+The migration starts while the guest runs (`Saving`). QEMU sends ROMs and video memory, stops the vCPUs, and waits in
+the state `pre-switchover` until pageferry sends `migrate-continue`, upon which it writes the devices. This is the order
+of QEMU's own migration, and keeps its set-up and two thirds of the stream out of the pause.
 
 QEMU's migration has two side effects: it releases the disks of the guest, and it sets the run state to `postmigrate`,
-which only `cont` can change. For a guest that runs next, these effects do no harm. The state of a guest that stays
-paused is saved by `snapshot`.
+which only `cont` can change. They are harmless for a guest that is resumed next. The state of a guest that stays paused
+is saved by `snapshot` instead.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ _MAX_HEADER = 64 << 10
 _DESCRIPTOR = "pageferry-state"
 _CHUNK = 1 << 20
 _UNLIMITED = 1 << 40
-"""Bandwidth limit, bytes per second: in effect none, because the stream is received by a process of the same host."""
+"""Bandwidth limit, bytes per second. No effective limit is needed, because a process on the same host receives the
+stream."""
 
 _NEEDED = ("x-ignore-shared", "events")
 _TO_SAVE = "pause-before-switchover"
 _KEPT = frozenset({"dirty-bitmaps", "validate-uuid", "late-block-activate"})
-"""Capabilities that determine the contents of a migration, not its method: they keep the values set by the user."""
+"""Capabilities that determine the contents of a migration, not its method. They keep the values set by the user."""
 
 _WAITING = "pre-switchover"
 _ENDED = frozenset({"completed", "failed", "cancelled"})
@@ -62,24 +63,24 @@ continue.
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """First part of a saved state, before QEMU's migration stream: its length (32 bits, big endian) and MessagePack."""
+    """First part of a saved state, before QEMU's migration stream. Encoded as its length (32 bits, big endian) and
+    MessagePack."""
 
     version: int = VERSION
     machine: str
-    """Machine type with its version, such as `pc-i440fx-7.2`; source and destination must have the same."""
+    """Machine type with its version, such as `pc-i440fx-7.2`; source and destination must have the same type."""
     was_running: bool
     """Whether the guest ran before it was paused. A guest that its user had paused stays paused at the destination."""
 
     def encode(self) -> bytes:
-        """Return the header with its length."""
+        """Return the header, preceded by its length."""
         data = msgspec.msgpack.encode(self)
         return len(data).to_bytes(_LENGTH, "big") + data
 
     @classmethod
     def decode(cls, state: bytes) -> tuple[Header | None, int]:
-        """Return the header at the beginning of a state, None if it is incomplete, and its length with the length
-        field, bytes. Raises WorkloadError if it is invalid.
-        """
+        """Return the header at the beginning of a state, or None if it is incomplete, and its length including the
+        length field, bytes. Raises WorkloadError if the header is invalid."""
         length = _LENGTH + int.from_bytes(state[:_LENGTH], "big")
         if length > _MAX_HEADER:
             raise WorkloadError("cannot read the device state: its header is too long; it was not saved by pageferry")
@@ -130,18 +131,19 @@ def _decode(data: bytes, kind: type[Versioned]) -> Versioned:
 
 
 async def _ignore(piece: bytes) -> None:
-    """Ignore a piece: `finish` returns it, too."""
+    """Ignore a piece: `finish` returns it again."""
 
 
 class Settings(NamedTuple):
-    """Commands that set QEMU up to migrate device state alone, at unlimited bandwidth, and those that undo them."""
+    """Commands that set QEMU up to migrate device state alone, at unlimited bandwidth, and commands that restore the
+    previous settings."""
 
     apply: list[Command]
     undo: list[Command]
 
 
 async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
-    """Return the settings for saving, or with `incoming` for loading. QEMU is not changed yet.
+    """Return the settings for saving or, with `incoming`, for loading device state, without applying them.
 
     Raises UnsupportedError if QEMU lacks a required capability, WorkloadError.
     """
@@ -167,7 +169,8 @@ async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
 
 
 class Saving:
-    """Migration of the device state of a running guest. Made by `begin`; then `stopped` and `finish`, or `cancel`."""
+    """Migration of the device state of a running guest. Created by `begin`; followed by `stopped` and `finish`, or by
+    `cancel`."""
 
     def __init__(self, monitor: Monitor, held: contextlib.ExitStack) -> None:
         self._monitor = monitor
@@ -177,12 +180,13 @@ class Saving:
         self._end = held.enter_context(monitor.events("SHUTDOWN", "GUEST_PANICKED"))
         self._stream = bytearray()
         self._ahead = True
-        """Whether QEMU has not begun to write devices."""
+        """Whether QEMU has not begun to write the devices, so that pieces may be loaded ahead."""
         self._reading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @classmethod
     async def begin(cls, monitor: Monitor, sink: StateSink = _ignore) -> Self:
-        """Start the migration of a guest to which the settings of `plan` were applied. QEMU stops the vCPUs soon.
+        """Start the migration of a guest to which the settings of `plan` were applied. QEMU stops the vCPUs shortly
+        afterwards.
 
         `sink` receives pieces of the stream that may be loaded before memory is complete. Raises WorkloadError with
         QEMU's message, WorkloadDied.
@@ -197,8 +201,8 @@ class Saving:
         return saving
 
     async def stopped(self) -> float | None:
-        """Wait until QEMU has stopped the vCPUs. Return when, on the clock of `time.perf_counter`; None if they did not
-        run until then.
+        """Wait until QEMU has stopped the vCPUs. Return the time of the stop, on the clock of `time.perf_counter`; None
+        if the vCPUs did not run until then.
 
         Raises WorkloadError if the state cannot be saved, WorkloadDied.
         """
@@ -211,7 +215,7 @@ class Saving:
         return time.perf_counter() - age
 
     async def finish(self) -> bytes:
-        """Let QEMU write the devices. Return the whole stream. Raises as `stopped`."""
+        """Have QEMU write the devices, and return the whole stream. Raises the same errors as `stopped`."""
         await self._monitor.execute("migrate-continue", state=_WAITING)
         await self._reach("completed")
         await self._reading
@@ -219,12 +223,12 @@ class Saving:
         return bytes(self._stream)
 
     async def cancel(self) -> None:
-        """End the migration, if it has not ended. QEMU then resumes the vCPUs unless it has written all devices."""
+        """End the migration, if it is running. QEMU then resumes the vCPUs, unless it has written all devices."""
         self.close()
         await _cancel(self._monitor)
 
     def close(self) -> None:
-        """Close the connection to QEMU."""
+        """Close the connection to QEMU, and stop reading the stream."""
         self._held.close()
 
     async def _receive(self, ours: socket.socket, sink: StateSink) -> None:
@@ -234,7 +238,8 @@ class Saving:
                 await sink(piece)
 
     async def _reach(self, status: str) -> None:
-        """Wait for a state of the migration. A failure of `sink` or of the connection ends the wait."""
+        """Wait for a status of the migration. Raises the exception of `sink` or of the connection if either fails
+        first."""
         reaching = asyncio.ensure_future(_reach(self._monitor, self._progress, status))
         try:
             await asyncio.wait((reaching, self._reading), return_when=asyncio.FIRST_COMPLETED)
@@ -246,7 +251,8 @@ class Saving:
 
 
 class Loading:
-    """QEMU that waits for a device state on a connection of this process. Made by `begin`; `finish` or `close` it."""
+    """QEMU process that waits for a device state on a connection to this process. Created by `begin`; ended by `finish`
+    or `close`."""
 
     def __init__(self, monitor: Monitor, ours: socket.socket, held: contextlib.ExitStack) -> None:
         self._monitor = monitor
@@ -261,9 +267,8 @@ class Loading:
 
     @classmethod
     async def begin(cls, monitor: Monitor) -> Self:
-        """Let a QEMU that was started with `-incoming defer` wait for a state, after `plan` was applied. Raises
-        WorkloadError, WorkloadDied.
-        """
+        """Have a QEMU that was started with `-incoming defer` wait for a state. The settings of `plan` must be applied.
+        Raises WorkloadError, WorkloadDied."""
         with contextlib.ExitStack() as held:
             ours = held.enter_context(await _channel(monitor))
             loading = cls(monitor, ours, held)
@@ -272,12 +277,13 @@ class Loading:
         return loading
 
     def feed(self, piece: bytes) -> None:
-        """Let QEMU load the next piece of a stream, one that `Saving` has given to its `sink`."""
+        """Pass QEMU the next piece of a stream, one that `Saving` has passed to its `sink`."""
         self.fed += len(piece)
         self._pieces.put_nowait(piece)
 
     async def finish(self, stream: bytes) -> None:
-        """Load the rest of a migration stream. The guest stays paused. `stream`: all of it, from its beginning.
+        """Load the remaining part of a migration stream. The guest stays paused. `stream`: the whole stream, from its
+        beginning.
 
         Raises WorkloadError with QEMU's message, or WorkloadDied: some QEMU versions exit if they cannot load a stream.
         """
@@ -285,12 +291,12 @@ class Loading:
             if rest := stream[self.fed :]:
                 self.feed(rest)
             self._pieces.put_nowait(b"")
-            # A failed transfer fails QEMU's migration, too.
+            # If the transfer fails, QEMU's migration fails too.
             await _reach(self._monitor, self._progress, "completed")
             await self._sending
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection. QEMU's incoming migration then fails."""
         self._held.close()
 
     async def _send(self) -> None:
@@ -316,7 +322,7 @@ async def _channel(monitor: Monitor) -> socket.socket:
 
 
 async def _reach(monitor: Monitor, events: EventListener, status: str) -> None:
-    """Wait until QEMU's migration is in this state. Raises WorkloadError if it ends in another one."""
+    """Wait until QEMU's migration has this status. Raises WorkloadError if it ends with another status."""
     while (now := (await monitor.next_event(events)).get("status")) != status:
         if now in _ENDED:
             said = (await monitor.execute("query-migrate")).get("error-desc", f"its migration is {now}")
@@ -324,14 +330,14 @@ async def _reach(monitor: Monitor, events: EventListener, status: str) -> None:
 
 
 async def _pieces(source: socket.socket) -> AsyncIterator[bytes]:
-    """Read a stream until QEMU closes it. Raises WorkloadError if the stream is too long."""
+    """Yield the pieces of a stream until QEMU closes it. Raises WorkloadError if the stream is too long."""
     loop, length = asyncio.get_running_loop(), 0
     while True:
         try:
             piece = await loop.sock_recv(source, _CHUNK)
         except ConnectionResetError:
             piece = b""
-        if not piece:  # QEMU's event reports whether this is the end or a failure
+        if not piece:  # the event of QEMU reports whether the stream is complete
             return
         length += len(piece)
         if length > MAX_STATE:
@@ -342,14 +348,14 @@ async def _pieces(source: socket.socket) -> AsyncIterator[bytes]:
 
 
 async def _cancel(monitor: Monitor) -> None:
-    """Wait until QEMU has ended an outgoing migration whose connection is closed.
+    """Wait for at most `_CANCEL_TIMEOUT` seconds until QEMU has ended an outgoing migration whose connection is closed.
 
-    The migration fails at its next write, or waits in `pre-switchover` and is cancelled there. It is not cancelled
-    before: QEMU 7.2 waits forever if it is cancelled just before it enters that state.
+    The migration either fails at its next write, or waits in `pre-switchover` and is cancelled there. It is not
+    cancelled earlier, because QEMU 7.2 waits forever if it is cancelled just before it enters that state.
     """
     with contextlib.suppress(WorkloadError, TimeoutError):
         async with asyncio.timeout(_CANCEL_TIMEOUT):
-            # The listener is closed, so that the end can only be found by polling.
+            # The event listener is closed, so the end can only be detected by polling.
             while (status := (await monitor.execute("query-migrate")).get("status", "none")) not in _ENDED | {"none"}:
                 if status == _WAITING:
                     await monitor.execute("migrate_cancel")

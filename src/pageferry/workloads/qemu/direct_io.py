@@ -1,9 +1,9 @@
-"""Direct I/O of QEMU guests: disks that use it, duration of their requests, and devices that are refused.
+"""Direct I/O of QEMU guests: detects disks that use it, waits for their requests, and refuses devices that pin memory.
 
 The open files of QEMU show whether it uses direct I/O: files opened with O_DIRECT, block devices (their requests may be
 SG_IO), and files of file systems that bypass the page cache regardless of the flags. QEMU's `stop` waits for all
-requests (`bdrv_drain_all`), and cannot be cancelled. So the requests are polled before: if one does not complete, an
-error names it, and the guest keeps running.
+requests (`bdrv_drain_all`), and cannot be cancelled. Therefore, the requests are polled first: if one does not
+complete, an error names the disk, and the guest keeps running.
 """
 
 from __future__ import annotations
@@ -39,26 +39,28 @@ _PAGE_CACHE = frozenset(
         0x6969,  # nfs
     }
 )
-"""File systems (statfs f_type) whose buffered reads copy from the page cache. For all others this is not known."""
+"""File systems (statfs f_type) whose buffered reads copy from the page cache. For other file systems, this is not
+known."""
 
 _PINNED_FOR_GOOD = ("/dev/vfio/", "/dev/vhost-vdpa", "/dev/vhost-scsi", "/dev/infiniband/", "/dev/iommu")
 """Path prefixes of devices that write to guest memory at any time, through permanently pinned pages."""
 
 _NO_FILES = ("socket:", "pipe:", "anon_inode:")
-"""Prefixes in /proc/PID/fd of descriptors without a path. Such a descriptor does not refer to a disk."""
+"""Prefixes in /proc/PID/fd of descriptors without a path, which are not disks."""
 
 _PASSTHROUGH = ("/dev/sg", "/dev/bsg/", "/dev/ng")
 """Prefixes of character devices whose requests pin the memory of the transfer."""
 _IO_CALLS = frozenset({"0", "1", "17", "18", "19", "20", "295", "296", "327", "328", "74", "75", "16"})
-"""read, write, pread, pwrite, readv, writev, preadv, pwritev, preadv2, pwritev2, fsync, fdatasync, ioctl (x86-64)."""
+"""Numbers of the system calls read, write, pread, pwrite, readv, writev, preadv, pwritev, preadv2, pwritev2, fsync,
+fdatasync, ioctl (x86-64)."""
 
 _SWITCHES = (b"voluntary_ctxt_switches:", b"nonvoluntary_ctxt_switches:")
 
 
 def direct_files(pid: int, name: str) -> dict[int, str]:
-    """Return the files that a QEMU may read without the page cache, as paths by descriptor.
+    """Return the files that a QEMU process may read without the page cache, as paths by descriptor.
 
-    Raises as `refuse_pinning`.
+    Raises the same errors as `refuse_pinning`.
     """
     found = {}
     for number, path in _unpinned(pid, name):
@@ -77,7 +79,7 @@ def refuse_pinning(pid: int, name: str) -> None:
 
 
 def _unpinned(pid: int, name: str) -> Iterator[tuple[int, str]]:
-    """Yield the open files of a process, as descriptor and path. Raises as `refuse_pinning`."""
+    """Yield the open files of a process, as descriptor and path. Raises the same errors as `refuse_pinning`."""
     for number, path in _open_files(pid):
         if path.startswith(_PINNED_FOR_GOOD):
             raise UnsupportedError(
@@ -107,7 +109,7 @@ async def await_requests(pid: int, files: dict[int, str], name: str, timeout: fl
 
 
 def slow(name: str, path: str, timeout: float) -> str:
-    """Return the message about requests that do not complete."""
+    """Return the message for requests to `path` that have not completed within `timeout` seconds."""
     return (
         f"cannot copy the memory of {name}: a request to {path} has been in flight for more than {timeout:g} s; retry "
         f"when the disk responds"

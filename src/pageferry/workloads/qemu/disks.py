@@ -1,9 +1,10 @@
-"""Disks of a paused QEMU guest: released for another QEMU, and locked again, while no vCPU runs.
+"""Disks of a paused QEMU guest: releases them for another QEMU, and locks them again, while no vCPU runs.
 
 QEMU calls a disk *active* while QEMU may write to the image and holds the locks of its file. `cont` activates the disks
 of a guest that is to run. For a guest that stays paused, QEMU 10.0 and later have `blockdev-set-active`. Older versions
-activate a disk when it is exported (by an NBD server on a socket that is unlinked first, so that no client can find
-it). They release all disks of a stopped guest with `xen-save-devices-state`, whose output is discarded.
+activate a disk when it is exported by an NBD server. The socket of this server is unlinked first, so that no client can
+connect. To release all disks of a stopped guest, older versions need `xen-save-devices-state`, whose output is
+discarded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pageferry.host.qmp import Command, Monitor
 
 _SET_ACTIVE = "blockdev-set-active"
 LOCK: Command = {"execute": _SET_ACTIVE, "arguments": {"active": True}}
-"""Single command of `lock`, for the cleanup plan of a guest. QEMU before 10.0 refuses it."""
+"""Command that locks all disks, for the cleanup plan of a guest. QEMU before 10.0 does not support it."""
 
 
 async def lock(monitor: Monitor) -> None:
@@ -63,7 +64,8 @@ async def _export_node(monitor: Monitor, node: str) -> None:
 
 
 async def _start_server(monitor: Monitor) -> bool:
-    """Start an NBD server that no client can reach. Return False if QEMU already has an NBD server; it is used then."""
+    """Start an NBD server that no client can reach. Return False if QEMU already has an NBD server, which is used
+    instead."""
     with socket.socket(socket.AF_UNIX) as listening, tempfile.TemporaryDirectory(prefix="pageferry-") as private:
         listening.bind(f"{private}/nbd.sock")
         listening.listen(1)

@@ -1,7 +1,7 @@
 """Unmodified QEMU guests as workloads: started under management, or adopted.
 
-Guest memory is a shared file that QEMU and pageferry both map. QMP does the rest: `stop` and `cont` pause and resume
-the guest, and QEMU's own migration saves and loads the device state (`device_state`).
+Guest memory is a shared file that both QEMU and pageferry map. The QMP commands `stop` and `cont` pause and resume the
+guest, and QEMU's own migration saves and loads the device state (`device_state`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ log = logging.getLogger(__name__)
 
 
 class QemuWorkload:
-    """QEMU guest. Made by `start`, `attach` or `adopt`; several objects, in several processes, can refer to one guest.
+    """QEMU guest. Created by `start`, `attach` or `adopt`. Several objects, in several processes, can refer to one
+    guest.
 
-    The monitor is held from `pause` (or `load_state`) to `resume` or `discard`: see `control`.
+    The monitor is kept open from `pause` (or `load_state`) until `resume` or `discard`: see `control`.
     """
 
     def __init__(self, opened: Opened) -> None:
@@ -97,18 +98,19 @@ class QemuWorkload:
 
     @classmethod
     async def attach(cls, name: str, *, registry: Registry | None = None, timeout: float = TIMEOUT) -> Self:
-        """Return the guest of that name, regardless of the process that started it. `timeout`: seconds to wait for its
-        monitor.
+        """Return the guest of that name, regardless of the process that started it. `timeout`: seconds to wait for the
+        monitor of the guest.
 
-        Raises NoSuchWorkload, also if the name belongs to another kind of workload, WorkloadError, WorkloadDied.
+        Raises NoSuchWorkload (also for a name of another kind of workload), WorkloadError, WorkloadDied.
         """
         return cls(await opening.find(name, registry or Registry(), timeout))
 
     @classmethod
     async def adopt(cls, name: str, qmp_socket: str, *, registry: Registry | None = None) -> Self:
-        """Manage, as `name`, a running QEMU with its memory in a shared file that another process has started.
+        """Manage a running QEMU, started by another process, as the workload `name`. Its memory must be in a shared
+        file.
 
-        Raises UnsupportedError, with the options that it should have been started with, NameInUse, WorkloadError.
+        Raises UnsupportedError, with the options that QEMU must be started with, NameInUse, WorkloadError.
         """
         folder = (registry or Registry()).claim(name)
         with opening.released_on_error(folder):
@@ -118,8 +120,8 @@ class QemuWorkload:
 
     @property
     def identity(self) -> Identity:
-        """Kind, name, and details: `qemu` (its version), `machine` (type with version), `cpus`, `devices`, and of the
-        CPU `cpu` (model), `cpu-signature`, `cpu-features`."""
+        """Kind, name, and details: `qemu` (its version), `machine` (type with version), `cpus`, `devices`, `cpu`
+        (model), `cpu-signature`, `cpu-features`."""
         return Identity("qemu", self.name, self._seen.machine.details)
 
     def check_source(self, details: Mapping[str, Any]) -> None:
@@ -142,12 +144,13 @@ class QemuWorkload:
 
     @property
     def guardian(self) -> int | None:
-        """Process id of the guardian, which acts if this process exits; None while none is needed."""
+        """Process id of the guardian, which executes the cleanup plan if this process exits; None while there is no
+        guardian."""
         return self._control.guardian
 
     @property
     def log(self) -> Path | None:
-        """Output of a detached QEMU; None if it is on a terminal, or adopted."""
+        """Path of the log of a detached QEMU; None if QEMU uses a terminal, or was adopted."""
         path = self._folder.path / opening.LOG
         return path if path.exists() else None
 
@@ -184,8 +187,8 @@ class QemuWorkload:
         await in_thread(lambda: mappers.refuse_strangers(self.name, self._regions))
 
     async def prepare_pause(self) -> None:
-        """Do the part of `pause` that is possible while the guest runs, about 50 ms of work; `pause` does it if
-        necessary.
+        """Do the part of `pause` that is possible while the guest runs, which takes about 50 ms. If this is not called,
+        `pause` does it.
 
         Raises UnsupportedError if QEMU cannot save its state alone, WorkloadError.
         """
@@ -196,18 +199,19 @@ class QemuWorkload:
     async def pause(self) -> None:
         """Stop the vCPUs (QMP `stop`), and determine the run state and the machine.
 
-        A guest that is already paused, also one that another client has paused since, stays paused in `resume`. Until
-        `commit`, a guardian resumes the guest if this process exits.
+        If another client has already paused the guest, `resume` leaves it paused. Until `commit`, a guardian resumes
+        the guest if this process exits.
 
         Raises WorkloadError if the guest has shut down since the last check and cannot run without a reset.
         """
         await self._vcpus.pause()
 
     async def pause_to_save(self, sink: StateSink) -> float:
-        """Pause as `pause` does, by QEMU's own migration of the device state, which `save_state` completes.
+        """Like `pause`, but stop the vCPUs by QEMU's own migration of the device state, which `save_state` completes.
 
-        `sink` receives the beginning of what `save_state` will return, from before the vCPUs stop. A guest that is
-        already paused is saved by `save_state` alone. Return when QEMU stopped the vCPUs. Raises as `pause`.
+        `sink` receives the beginning of the result of `save_state`, starting before the vCPUs stop. A guest that is
+        already paused is saved by `save_state` alone. Return the time at which QEMU stopped the vCPUs, on the clock of
+        `time.perf_counter`. Raises the same errors as `pause`.
         """
         started = time.perf_counter()
         await self._vcpus.pause(functools.partial(self._state.stop_to_save, sink))
@@ -219,7 +223,8 @@ class QemuWorkload:
         return bool(await in_thread(direct_io.direct_files, self.pid, self.name))
 
     async def drain(self) -> float | None:
-        """Wait for the disk requests that write to guest memory directly, in a short pause (`stop`, `cont`).
+        """Wait for the disk requests that write to guest memory directly, in a short pause (`stop`, `cont`). Return the
+        duration of the pause, seconds, or None if QEMU does no direct I/O.
 
         `stop` is the only command of QEMU that is documented to wait for all requests. A guardian resumes the guest if
         this process exits during the pause.
@@ -227,20 +232,20 @@ class QemuWorkload:
         return await self._vcpus.drain()
 
     async def commit(self, record: OwnershipRecord | None = None) -> None:
-        """Commit the paused guest: it may run at the destination from now on, and stays paused even if this process
-        exits.
+        """Commit the paused guest: it may run at the destination from now on, and stays paused at the source even if
+        this process exits.
 
-        With a `record`, the guardian reads that file if this process exits, and then resumes the guest or ends it.
-        Raises WorkloadDied, and WorkloadError if another client has changed the guest since its state was saved or
-        loaded.
+        The destination passes a `record`: if this process exits, the guardian reads the file, and resumes or ends the
+        guest accordingly. Raises WorkloadDied, and WorkloadError if another client has changed the guest since its
+        state was saved or loaded.
         """
         monitor = await self._control.hold()
         if record is None:
             await self._seen.check_unchanged(monitor)
             self._control.plan([])
             if self._control.stays_paused:
-                # The destination opens the disks before this QEMU exits. For a running guest, `save_state` has released
-                # them.
+                # The destination opens the disks before this QEMU exits. The disks of a guest that ran have been
+                # released by `save_state`.
                 self._control.disks_released = True
                 await disks.release(await self._control.hold())
             return
@@ -249,7 +254,8 @@ class QemuWorkload:
         await self._seen.check_unchanged(monitor)
 
     async def resume(self) -> None:
-        """Resume the vCPUs (QMP `cont`), also after `save_state`, unless the guest was already paused before `pause`.
+        """Resume the vCPUs (QMP `cont`), unless the guest was already paused before `pause`. May be called after
+        `save_state`.
 
         Raises WorkloadError if the guest does not run afterwards; WorkloadDied, with `never_ran` if QEMU cannot have
         received `cont`.
@@ -264,15 +270,15 @@ class QemuWorkload:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Changes that another process has to undo, with `revert`, if this one exits after `commit`."""
+        """Changes that another process must undo with `revert` if this process exits after `commit`."""
         found: dict[str, Any] = msgspec.to_builtins(self._control.changes)
         return found
 
     async def revert(self, changes: Mapping[str, Any]) -> None:
         """Undo the changes of the process that committed the guest: restore its run state, running or paused, and the
-        migration settings of its user. Empty `changes` are those of an older release: the guest is resumed.
+        migration settings of its user. Records of older releases have empty `changes`: the guest is resumed.
 
-        Raises WorkloadError for invalid changes, and as `resume`.
+        Raises WorkloadError for invalid changes, and the same errors as `resume`.
         """
         if changes:
             try:
@@ -292,22 +298,22 @@ class QemuWorkload:
         return await self._state.save()
 
     async def prepare_load(self) -> None:
-        """Let a guest started with `incoming` listen for its state, which saves about 5 ms in `load_state`.
+        """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load_state`.
 
         Raises UnsupportedError if QEMU cannot load its state alone, WorkloadError.
         """
         await self._state.prepare_load()
 
     async def load_ahead(self, piece: bytes) -> None:
-        """Load a piece of a state that `pause_to_save` has given to its sink, before memory is complete.
+        """Load a piece of a state that `pause_to_save` has passed to its sink, before memory is complete.
 
-        `load_state` loads the rest. Raises WorkloadError if the state is of another machine, WorkloadDied.
+        `load_state` loads the remaining part. Raises WorkloadError if the state is of another machine, WorkloadDied.
         """
         await self._state.load_ahead(piece)
 
     async def load_state(self, state: bytes) -> None:
-        """Load a device state into a guest started with `incoming`. The guest stays paused, and ends with this process
-        until `commit`.
+        """Load a device state into a guest started with `incoming`. The guest stays paused. Until `commit`, it ends
+        with this process.
 
         Raises WorkloadError, with QEMU's message, if the state does not match this machine or the guest could not run
         with it; WorkloadDied.
@@ -315,8 +321,8 @@ class QemuWorkload:
         await self._state.load(state)
 
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
-        """Populate KVM's page tables, if the guest runs on KVM and the kernel supports it (see `kvm_prefault`). Return
-        the bytes mapped.
+        """Populate the second-stage page tables of a KVM guest, if the kernel supports it (see `kvm_prefault`). Return
+        the number of bytes mapped.
 
         Raises OSError with the kernel's reason, WorkloadError, WorkloadDied.
         """
@@ -327,14 +333,14 @@ class QemuWorkload:
             return await kvm_prefault.prefault(monitor, machine, self._regions, units)
 
     async def quit(self, answer: float = _ANSWER_TIMEOUT) -> bool:
-        """Let QEMU exit (QMP `quit`). Return False if it does not reply within `answer` seconds, or exit within 10 s
-        after."""
+        """Have QEMU exit (QMP `quit`). Return False if QEMU does not reply within `answer` seconds, or does not exit
+        within `_QUIT_TIMEOUT` seconds after the reply."""
         self._control.plan([])
         try:
             async with asyncio.timeout(answer), self._control.session() as monitor:
                 await monitor.run(QUIT)
         except WorkloadError:
-            pass  # it has exited, or is exiting
+            pass  # QEMU has exited, or is exiting
         except TimeoutError:
             return False
         self._state.close()
@@ -345,7 +351,7 @@ class QemuWorkload:
         return not self._entry.alive
 
     async def discard(self) -> None:
-        """End QEMU (QMP `quit`, or else SIGKILL), and remove the workload."""
+        """End QEMU by QMP `quit`, or by SIGKILL if that fails, and remove the workload."""
         if not await self.quit():
             log.warning("%s: process %d has not exited after `quit`, and is killed", self.name, self.pid)
             self._state.close()
@@ -379,8 +385,8 @@ class QemuWorkload:
         return Faults(*proc.thread_faults(self.pid, vcpus))
 
     def close(self) -> None:
-        """Release the guest: resume it if this process has paused and not committed it; end it if it waits for a
-        state."""
+        """Release the guest. If this process has paused and not committed it, it is resumed; if it waits for a state,
+        it is ended."""
         for region in self._regions:
             os.close(region.fd)
         self._regions = ()
@@ -391,7 +397,7 @@ class QemuWorkload:
 
     async def ended(self) -> int | None:
         """Wait until QEMU has exited. Return its exit code (-N for signal N) if it is a child of this process,
-        otherwise None. See also `forget`."""
+        otherwise None. `forget` removes the workload afterwards."""
         if self._child is not None:
             return await self._child.wait()
         await processes.wait_for_end(self.pid, self._entry.started)
@@ -403,7 +409,8 @@ class QemuWorkload:
         raise WorkloadDied(f"{self.name} (process {self.pid}) ended while it waited for its source{self._last_words()}")
 
     async def forget(self) -> None:
-        """Close the files of this object, and remove name, log and records, after QEMU has exited."""
+        """Close the files of this object, and remove the name, log and records of the workload. QEMU must have
+        exited."""
         if self._child is not None:
             await self._child.wait()
         self.close()

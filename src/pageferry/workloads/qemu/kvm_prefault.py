@@ -3,9 +3,9 @@
 The first access of the guest to a page causes a fault, even if QEMU has mapped the page, because KVM must map it from
 guest-physical to host memory. KVM_PRE_FAULT_MEMORY maps pages in advance (since Linux 6.11;
 Documentation/virt/kvm/api.rst 4.143). It is an ioctl of a vCPU, and works only in the process that created the virtual
-machine. So it is called in that process, like all injected system calls (`Space.ioctl`), on QEMU's own descriptors and
-while the vCPUs are stopped. The monitor reports the position of RAM in guest-physical memory (`info mtree -f`); QMP has
-no command for it.
+machine. Therefore, the ioctl is injected into that process (`Space.ioctl`), and uses QEMU's own descriptors, while the
+vCPUs are stopped. The position of RAM in guest-physical memory is reported by the monitor command `info mtree -f`; QMP
+has no equivalent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pageferry.host.qmp import Monitor
 from pageferry.memory.regions import Region
 
 _PIECE = 64 << 20
-"""Bytes per call, during which a thread of QEMU is stopped."""
+"""Maximum number of bytes mapped per piece. A thread of QEMU is stopped during each call."""
 
 # From include/uapi/linux/kvm.h.
 _CHECK_EXTENSION = 0xAE03
@@ -40,18 +40,18 @@ _AGAIN = frozenset({errno.EINTR, errno.EAGAIN})
 _LINE = re.compile(r"\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]{16}))?(?: |$)")
 
 Range = tuple[int, int]
-"""Start and end, bytes."""
+"""Range of memory: start and end, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RamRange:
-    """Position of a part of a memory backend in guest-physical memory. All values are in bytes."""
+    """Position of a part of a memory backend in guest-physical memory, bytes."""
 
     address: int
     """Guest-physical address."""
     length: int
     offset: int
-    """Offset in the backend."""
+    """Offset of the part in the backend."""
 
 
 def ram_ranges(mtree: str, backend: str) -> list[RamRange]:
@@ -66,7 +66,8 @@ def ram_ranges(mtree: str, backend: str) -> list[RamRange]:
 
 
 def guest_physical(parts: Iterable[Range], ranges: Iterable[RamRange]) -> list[Range]:
-    """Return the positions of these parts of a backend in guest-physical memory, as whole pages."""
+    """Return the positions of parts of a backend in guest-physical memory, as whole pages. `ranges`: result of
+    `ram_ranges`."""
     known = list(ranges)
     found = []
     for start, end in parts:
@@ -85,13 +86,12 @@ class VirtualMachine:
     pid: int
     machine: int
     vcpu: int
-    """Descriptor of any vCPU: all vCPUs share the page tables."""
+    """Descriptor of one vCPU. Any vCPU will do, because all vCPUs share the page tables."""
 
     @classmethod
     def find(cls, pid: int) -> Self | None:
-        """Find the virtual machine of a process. Return None if it has none, as a QEMU without KVM. Raises
-        WorkloadDied, PermissionError.
-        """
+        """Find the virtual machine of a process. Return None if it has none, such as a QEMU without KVM. Raises
+        WorkloadDied, PermissionError."""
         machine = vcpu = None
         for number, target in _descriptors(pid):
             if target == "anon_inode:kvm-vm":
@@ -106,7 +106,7 @@ class VirtualMachine:
         return Space(self.pid).ioctl(self.machine, _CHECK_EXTENSION, _CAP_PRE_FAULT_MEMORY) > 0
 
     def prefault(self, ranges: Iterable[Range]) -> int:
-        """Map ranges of guest-physical memory, while the vCPUs are stopped. Return the bytes mapped.
+        """Map ranges of guest-physical memory. The vCPUs must be stopped. Return the number of bytes mapped.
 
         Pages that are not in memory yet are allocated or loaded. Raises OSError with the kernel's reason.
         """
@@ -136,8 +136,8 @@ async def prefault(
     regions: Sequence[Region],
     units: Mapping[int, Sequence[int]] | None,
 ) -> int:
-    """Map 2 MiB `units` of regions, by number of the region; None: all memory that is present. Return the bytes mapped,
-    0 if KVM does not support it.
+    """Populate the second-stage page tables. `units`: numbers of 2 MiB units, by number of the region; None for all
+    memory that is present. Return the number of bytes mapped; 0 if KVM does not support this.
 
     Raises OSError with the kernel's reason, WorkloadError.
     """
@@ -160,7 +160,7 @@ def _units(region: Region, units: Sequence[int]) -> list[Range]:
 
 
 def _system_memory(mtree: str) -> Iterator[str]:
-    """Yield the lines about the address space `memory`, which is that of the vCPUs."""
+    """Yield the lines about the address space `memory`, in which the vCPUs run."""
     for view in mtree.replace("\r", "").split("FlatView #"):
         if '\n AS "memory", root: system\n' in view:
             yield from view.splitlines()

@@ -16,7 +16,7 @@ from pageferry.workloads.qemu.cpu import Cpu
 log = getLogger(__name__)
 
 MAX_SHOWN = 1000
-"""Maximum number of characters of a peer's description that a message quotes."""
+"""Maximum number of characters that a message quotes from the description of a peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,14 @@ class Machine:
     qemu_version: str
     type: str
     vcpu_threads: tuple[int, ...]
-    """Threads of the vCPUs, by their ids in QEMU's PID namespace: see `proc.inner_threads`."""
+    """Thread ids of the vCPUs, in QEMU's PID namespace: see `proc.inner_threads`."""
     devices: tuple[tuple[str, str], ...]
     """Type and id of each device that the user has added."""
     cpu: Cpu
 
     @classmethod
     async def ask(cls, monitor: Monitor) -> Self:
-        """Read the machine with QMP `qom-get`, `query-cpus-fast` and `qom-list`."""
+        """Read the description of the machine from the monitor. Raises WorkloadError, WorkloadDied."""
         kind = await monitor.execute("qom-get", path="/machine", property="type")
         cpus = await monitor.execute("query-cpus-fast")
         threads = tuple(cpu["thread-id"] for cpu in cpus)
@@ -42,7 +42,7 @@ class Machine:
         return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu)
 
     async def again(self, monitor: Monitor) -> Self:
-        """Read the machine again: other clients can add and remove devices and vCPUs."""
+        """Return the description with current vCPUs and devices, which other clients can add and remove."""
         cpus, devices = await asyncio.gather(monitor.execute("query-cpus-fast"), ram.devices(monitor))
         threads = tuple(cpu["thread-id"] for cpu in cpus)
         return replace(self, vcpu_threads=threads, devices=tuple(sorted(devices)))
@@ -78,9 +78,11 @@ class Machine:
         }
 
     def check_source(self, details: Mapping[str, Any], source: str, here: str) -> None:
-        """Raise WorkloadError, with the reason, if a guest with these details, of `source`, cannot run `here`.
+        """Raise WorkloadError, with the reason, if a guest with these details cannot run on this machine. `source` and
+        `here`: names of the guest and of this machine, for the message.
 
-        QEMU itself checks less: it loads a state that lacks some of its devices, and does not compare CPUs.
+        QEMU itself checks less: it loads a state that lacks some of the devices of the machine, and does not compare
+        CPUs.
         """
         for theirs, ours in self._differences(details):
             raise WorkloadError(

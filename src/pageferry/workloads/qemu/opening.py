@@ -1,4 +1,4 @@
-"""QEMU guests that are started, found again, or adopted: from a command line or a monitor to a registered guest."""
+"""Opening of QEMU guests: they are started from a command line, adopted by their monitor, or found by their name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pageferry.workloads.qemu.machine import Machine
 from pageferry.workloads.qemu.process import QemuProcess
 
 LOG = "log"
-"""Output of a detached QEMU, in the folder of the workload."""
+"""File name of the output of a detached QEMU, in the folder of the workload."""
 
 _NO_PREALLOC = "remove -mem-prealloc and prealloc=on"
 
@@ -34,9 +34,9 @@ class StartOptions:
     incoming: bool = False
     """Whether the guest waits, paused, for `load_state`."""
     at_once: bool = False
-    """Whether `load_state` follows soon, so that the monitor is kept open."""
+    """Whether `load_state` is called soon, so that the monitor is kept open."""
     detach: bool = True
-    """Whether QEMU runs in a separate session, with its output in the log of the workload; otherwise it runs on the
+    """Whether QEMU runs in a separate session, with its output in the log of the workload. Otherwise it uses the
     terminal of this process."""
     hugetlb: bool = False
     """Whether the memory is on hugetlbfs."""
@@ -53,7 +53,7 @@ class StartArguments(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Guest whose process, machine and memory are known."""
+    """Opened guest, with its process, machine and memory."""
 
     folder: Folder
     entry: QemuEntry
@@ -62,12 +62,12 @@ class Opened:
     ran: bool
     """Whether the guest ran when it was opened."""
     child: QemuProcess | None = None
-    """Process of QEMU if this process has started it."""
+    """Process of QEMU if this process has started it; None otherwise."""
 
 
 @contextlib.contextmanager
 def released_on_error(folder: Folder) -> Iterator[None]:
-    """Release the name if the guest cannot be started or adopted."""
+    """Release the name if the block, which starts or adopts the guest, raises an exception."""
     try:
         yield
     except BaseException:
@@ -86,7 +86,7 @@ def parse(name: str, arguments: Sequence[str], options: StartOptions) -> command
 
 
 def launch(folder: Folder, command: command_line.CommandLine, options: StartOptions) -> tuple[QemuProcess, str]:
-    """Start QEMU with a memory file, and register it at once, so that it is not lost if this process is killed.
+    """Start QEMU with a memory file, and register it at once, so that QEMU can be found if this process is killed.
 
     Return the process and the path of its monitor. Raises UsageError, WorkloadError.
     """
@@ -109,13 +109,13 @@ def launch(folder: Folder, command: command_line.CommandLine, options: StartOpti
     finally:
         if file is not None:
             os.close(file.fd)
-    with contextlib.suppress(WorkloadDied):  # the caller, which waits for the monitor, reports why it has exited
+    with contextlib.suppress(WorkloadDied):  # the caller waits for the monitor, and reports why QEMU has exited
         folder.publish(_entry(child.pid, qmp_socket, adopted=False))
     return child, qmp_socket
 
 
 async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -> Opened:
-    """Check the QEMU behind a monitor, and register it. Raises UnsupportedError, WorkloadError."""
+    """Check the QEMU that serves a monitor, and register it. Raises UnsupportedError, WorkloadError."""
     opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
     async with await opening as monitor:
         machine, pid = await _ask_machine(monitor)
@@ -153,7 +153,7 @@ def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
 
 
 async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
-    """Return the machine behind a monitor, and the process id of its QEMU."""
+    """Return the machine and the process id of the QEMU that serves a monitor."""
     threads = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
     pid = await in_thread(qmp_peer.find_process, monitor.peer, threads, monitor.path)
     return await Machine.ask(monitor), pid

@@ -1,7 +1,7 @@
 """Syntax of QEMU's command line: separates options from values, and parses the properties in a value.
 
-Whether an option takes a value depends on the option, and newer versions have more options. Those of QEMU 7.2 to 11.1
-are known; for any other option, the QEMU binary is queried (`-help`).
+Whether a value follows depends on the option, and newer versions have more options. The options of QEMU 7.2 to 11.1 are
+known. For any other option, the QEMU binary is queried (`-help`).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _WITH_VALUE = frozenset(
 )
 
 _PART = re.compile(r"(?:[^,]|,,)+")
-"""Property; `,,` in it stands for a comma."""
+"""Property, in which `,,` stands for a comma."""
 
 
 def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the options by name, without hyphens, and their values; `drive` for an argument that is a disk image.
+    """Yield the name of each option, without hyphens, and its value. An argument that is a disk image yields `drive`.
 
-    `arguments`: the program first. Raises UsageError for an option that is known neither to pageferry nor to that
-    program, or that lacks its value.
+    `arguments`: the program first. Raises UsageError if neither pageferry nor the program knows an option, or if a
+    value is missing.
     """
     words = iter(arguments[1:])
     for word in words:
@@ -57,7 +57,7 @@ def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def properties(value: str, implied: str) -> dict[str, str]:
-    """Return the properties of an option value: `first,key=value,flag`, where `first` belongs to `implied`; or JSON.
+    """Return the properties of an option value, which is `first,key=value,flag` or JSON. `implied`: key of `first`.
 
     Nested JSON properties have the names that QEMU uses elsewhere: `file.driver`, `host-nodes.0`. Raises UsageError.
     """

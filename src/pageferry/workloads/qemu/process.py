@@ -1,4 +1,4 @@
-"""QEMU process that pageferry starts: its output, its exit, and its last messages."""
+"""QEMU process that pageferry has started: its start, output and exit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pageferry.host import files, proc, processes
 from pageferry.host.qmp import Monitor
 
 _STARTUP_TIMEOUT = 120.0
-"""Seconds until the monitor must reply. Preallocation of memory can take long."""
+"""Maximum time until the monitor replies, seconds. Preallocation of memory can take long."""
 
 _LOG_TAIL = 2000
-"""Bytes of the log that an error message quotes."""
+"""Number of bytes of the log that an error message quotes."""
 
 
 class QemuProcess:
@@ -45,9 +45,10 @@ class QemuProcess:
         return self._popen.wait()  # the process has exited: this does not block
 
     async def monitor(self, socket_path: str) -> Monitor:
-        """Open a session with the monitor, as soon as QEMU serves it.
+        """Wait until QEMU serves its monitor, and open a session.
 
-        Raises WorkloadError, with QEMU's message, if the process exits before.
+        Raises WorkloadError, with QEMU's message, if the process exits first, or if the monitor does not reply within
+        `_STARTUP_TIMEOUT` seconds.
         """
         deadline = asyncio.get_running_loop().time() + _STARTUP_TIMEOUT
         while True:
@@ -67,14 +68,14 @@ class QemuProcess:
             self._popen.wait()
 
     def last_words(self) -> str:
-        """Return the end of the log, to be appended to a message; empty if the output is on a terminal."""
+        """Return the end of the log, to be appended to a message; an empty string if the output is on a terminal."""
         if self._log is None:
             return ""
         return f"; its output:\n{tail}" if (tail := log_tail(self._log)) else " without output"
 
 
 def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -> QemuProcess:
-    """Start QEMU: on the terminal of this process, or, with a `log`, in a separate session that outlives this process.
+    """Start QEMU on the terminal of this process or, with a `log`, in a separate session that outlives this process.
 
     `inherited`: descriptors that QEMU inherits, under the same numbers. Raises UsageError if the program does not exist
     or may not be executed.

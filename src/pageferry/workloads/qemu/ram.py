@@ -2,8 +2,8 @@
 
 QMP `query-memdev` returns the backends, and `qom-get` their files and offsets; /proc/PID/maps shows where the files are
 mapped. A backend is identified by the device and inode of its file. If `mem-path` is a folder, QEMU creates a file
-`qemu_back_mem.ID.XXXXXX` in it for each backend and unlinks it (`file_ram_open` of system/physmem.c). A file that two
-backends could match is refused.
+`qemu_back_mem.ID.XXXXXX` in it for each backend and unlinks it (`file_ram_open` of system/physmem.c). If several mapped
+files could belong to one backend, the guest is refused.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _IN_MEMORY = (
 
 @dataclass(frozen=True, slots=True)
 class _Backend:
-    """Memory backend as described by the monitor."""
+    """Memory backend, as reported by the monitor."""
 
     name: str
     size: int
     """Size, bytes."""
     path: str
-    """Path as given to QEMU: a file or a folder."""
+    """Path that was passed to QEMU: a file or a folder."""
     offset: int
     """Start of the memory in the file, bytes."""
 
 
 async def open_regions(monitor: Monitor, pid: int) -> tuple[Region, ...]:
-    """Return the regions of guest memory, each with an open file, which the caller closes.
+    """Return the regions of guest memory. Each has an open file, which the caller closes.
 
     Raises UnsupportedError if some of the memory is not in separate shared files on tmpfs or hugetlbfs, PermissionError
     if this process may not open them, WorkloadError.
@@ -68,12 +68,12 @@ async def open_regions(monitor: Monitor, pid: int) -> tuple[Region, ...]:
 
 
 def misaligned(region: Region) -> bool:
-    """Return whether huge pages of the file cannot be mapped as such at the address where QEMU maps the file."""
+    """Return whether QEMU maps the file at an address that prevents PMD mappings of its huge pages."""
     return any((segment.address - segment.offset - region.file_offset) % LARGE_PAGE for segment in region.segments)
 
 
 async def devices(monitor: Monitor) -> list[tuple[str, str]]:
-    """Return type and id of all devices that are not part of the machine itself."""
+    """Return type and name of all devices that are not part of the machine type."""
     paths = ("/machine/peripheral", "/machine/peripheral-anon")
     folders = await asyncio.gather(*(monitor.execute("qom-list", path=path) for path in paths))
     items = [(item["type"], item["name"]) for folder in folders for item in folder]
@@ -134,7 +134,7 @@ def _mappings_of(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) 
         found = [one for one in mappings if one.device == status.st_dev and _is_unlinked_file_of(backend.name, one)]
     else:
         found = [one for one in mappings if status is not None and one.identity == (status.st_dev, status.st_ino)]
-        if not found:  # the file has been removed or replaced: only its old name is left
+        if not found:  # the file has been removed or replaced: compare the path of the mapping
             names = {os.fsencode(path), os.fsencode(f"{path} (deleted)")}
             found = [one for one in mappings if one.path in names]
     if len({one.identity for one in found}) > 1:
@@ -146,19 +146,20 @@ def _mappings_of(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) 
 
 
 def _is_unlinked_file_of(backend: str, mapping: proc.Mapping) -> bool:
-    """Return whether a mapped file has the name that QEMU gives to a backend's file: with its id, or object path."""
+    """Return whether a mapped file has the name that QEMU gives to the file of a backend, which contains the id or the
+    object path of the backend."""
     name = re.escape(os.fsencode(backend))
     pattern = rb"qemu_back_mem\.(?:_objects_)?" + name + rb"\.[A-Za-z0-9]{6}(?: \(deleted\))?"
     return re.fullmatch(pattern, mapping.path.rpartition(b"/")[2]) is not None
 
 
 def _within(pid: int, path: str) -> str:
-    """Return a path of another process, whose root and working directory may differ, as a path for this process."""
+    """Return the path, in this process, of a file of another process, whose root and working directory may differ."""
     return f"/proc/{pid}/{'root' if Path(path).is_absolute() else 'cwd/'}{path}"
 
 
 def _segments(pid: int, mappings: Sequence[proc.Mapping], backend: _Backend) -> Iterator[Segment]:
-    """Yield the parts of the mappings that map the backend, which begins at `offset` of the file."""
+    """Yield the parts of the mappings that map the backend."""
     for mapping in mappings:
         first = max(mapping.offset, backend.offset)
         last = min(mapping.offset + mapping.length, backend.offset + backend.size)

@@ -1,7 +1,8 @@
 """Last known run state and machine of a QEMU guest, and detection of changes by other clients.
 
 QMP `stop` has no effect on a guest that does not run: it may have shut down, panicked, or been paused by another client
-since the last check. Only the event STOP, which QEMU sends before its reply, shows that the guest ran until then.
+since the last check. Only the event STOP, which QEMU sends before the reply to `stop`, shows that the guest ran until
+then.
 """
 
 from __future__ import annotations
@@ -33,28 +34,28 @@ MIGRATED = "postmigrate"
 
 
 def reason(state: str) -> str | None:
-    """Return why a guest in this run state is paused; None if it runs, or was paused by its user."""
+    """Return the reason why a guest in this run state is paused; None if the guest runs, or was paused by its user."""
     if state == MIGRATED:
         return "migrated by QEMU, not by pageferry: it may run on another host; if it does not, QMP cont resumes it"
     return None if state in _RUNS_OR_WAITS | _PAUSED_BY_USER else f"QEMU state {state}"
 
 
 Stop = Callable[[Monitor], Awaitable[bool]]
-"""Stops the vCPUs of a guest, and returns whether it ran until then."""
+"""Function that stops the vCPUs of a guest, and returns whether the guest ran until then."""
 
 
 class LastSeen:
-    """Last known state of one guest."""
+    """Last known run state and machine of one guest."""
 
     def __init__(self, name: str, machine: Machine, *, ran: bool) -> None:
         self.name = name
         self.machine = machine
         self.ran = ran
-        """Whether the guest ran, or was about to be stopped."""
+        """Whether the guest ran at the last check, or until the last `stop`."""
         self.status = ""
         """Run state of the paused guest, as in `query-status`."""
         self._interference: EventListener | None = None
-        """Events of other clients that resume or reset the guest after `stop`."""
+        """Events that report that another client resumed or reset the guest after `stop`."""
 
     async def stop(self, monitor: Monitor, stop: Stop) -> bool:
         """Stop the vCPUs, and read run state and machine. Return whether the guest ran until then.
@@ -72,9 +73,8 @@ class LastSeen:
         return ran
 
     def check_not_ended(self, stopped: bool) -> None:
-        """Raise WorkloadError, once only, if the guest has ended since it last ran. `stopped`: whether it ran until
-        now.
-        """
+        """Raise WorkloadError, once only, if the guest has ended since it last ran. `stopped`: whether the guest ran
+        until `stop`."""
         ran, self.ran = self.ran, stopped
         if (how := _ENDED.get(self.status)) is not None and ran:
             raise WorkloadError(
@@ -87,9 +87,8 @@ class LastSeen:
         self.status = await _status(monitor)
 
     async def loaded(self, monitor: Monitor, *, was_running: bool) -> None:
-        """Update the run state after a device state was loaded. Raises WorkloadError if the guest runs already, or
-        could not run with this state.
-        """
+        """Update the run state after a device state was loaded. Raises WorkloadError if the machine has changed, if the
+        guest runs already, or if it could not run with this state."""
         await self._check_machine(monitor)
         if self.status == "running":
             raise WorkloadError(f"cannot hand over {self.name}: another client has resumed it already")

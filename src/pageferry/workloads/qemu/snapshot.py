@@ -1,9 +1,9 @@
 """Device state of a QEMU guest that stays paused, saved by an internal snapshot into a memory file.
 
 QEMU's own migration would release the disks of the guest and set its run state to `postmigrate`, in which QEMU refuses
-another migration until the guest has run. `snapshot-save` writes the same stream, and changes neither. It needs a qcow2
-file to write to: a memfd that is passed to QEMU as a descriptor, attached to no device, and removed at the end.
-`x-ignore-shared` omits memory in shared files from this stream, too.
+another migration until the guest has run. `snapshot-save` writes the same stream, and changes neither the disks nor the
+run state. It requires a qcow2 file as its destination. This file is a memfd that is passed to QEMU as a descriptor,
+attached to no device, and removed at the end. `x-ignore-shared` omits memory in shared files from this stream too.
 
 Layout of qcow2 (numbers big endian): a header, a table of refcount blocks, a refcount block, a two-level table of
 clusters. The state is in the clusters after those of the disk, located by the level-1 table of the snapshot.
@@ -30,20 +30,20 @@ _CLUSTER = 1 << _CLUSTER_BITS
 _DISK = 1 << 20
 """Size of the disk, bytes. The disk stays empty."""
 _LIMIT = MAX_STATE + (16 << 20)
-"""Maximum size of the file, bytes: the largest accepted state, and its tables."""
+"""Maximum size of the file, bytes: the largest accepted state and the tables of the file."""
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
-"""Magic, version, backing file (offset, length), cluster bits, size, encryption, level-1 entries and offset, refcount
-table (offset, clusters), snapshots (number, offset), features (incompatible, compatible, autoclear), refcount order,
-header length."""
+"""Header of the file: magic, version, backing file (offset, length), cluster bits, size, encryption, level-1 entries
+and offset, refcount table (offset, clusters), snapshots (number, offset), features (incompatible, compatible,
+autoclear), refcount order, header length."""
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
-"""Level-1 table (offset, entries), lengths of id and name, date, nanoseconds, clock, size of the state (32 bits),
-length of the extra data, which begin with the size of the state in 64 bits."""
+"""Entry of the snapshot table: level-1 table (offset, entries), lengths of id and name, date, nanoseconds, clock, size
+of the state (32 bits), length of the extra data, which begin with the size of the state in 64 bits."""
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 """Bits of a table entry that contain an offset in the file."""
 
 
 class Snapshot:
-    """Snapshot of one paused guest, saved once."""
+    """Internal snapshot of one paused guest. `save` may be called once."""
 
     def __init__(self) -> None:
         name = f"pageferry-{secrets.token_hex(4)}"
@@ -51,7 +51,8 @@ class Snapshot:
 
     @property
     def removal(self) -> list[Command]:
-        """Commands that remove all objects that `save` has created in QEMU, even if it was interrupted."""
+        """Commands that remove all objects that `save` creates in QEMU. They may be executed even if `save` was
+        interrupted."""
         return [
             {"execute": "job-dismiss", "arguments": {"id": self._job}},
             {"execute": "blockdev-del", "arguments": {"node-name": self._node}},
@@ -59,8 +60,8 @@ class Snapshot:
         ]
 
     async def save(self, monitor: Monitor) -> bytes:
-        """Return the migration stream of a paused guest, to which the settings of `device_state.plan` were applied. Run
-        state and disks of the guest are not changed.
+        """Return the migration stream of a paused guest, to which the settings of `device_state.plan` were applied. The
+        run state and the disks of the guest do not change.
 
         Raises UnsupportedError if this QEMU has no `snapshot-save`, WorkloadError with QEMU's message, WorkloadDied.
         """
@@ -112,7 +113,8 @@ def _new_file() -> int:
 
 
 def _state_in(file: int) -> bytes:
-    """Return the state in the only snapshot of a file. Raises WorkloadError."""
+    """Return the state in the only snapshot of a file. Raises WorkloadError if the file does not contain exactly one,
+    or if the state is too large."""
     snapshots, first = _HEADER.unpack(os.pread(file, _HEADER.size, 0))[11:13]
     if snapshots != 1:
         raise WorkloadError(f"QEMU has written {snapshots} snapshots instead of its device state")

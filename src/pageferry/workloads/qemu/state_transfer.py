@@ -1,4 +1,4 @@
-"""Saving and loading the device state of a QEMU guest: everything but its memory."""
+"""Saving and loading of the device state of a QEMU guest, by its own migration or by a snapshot."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class StateTransfer:
         self._seen = seen
         self._last_words = last_words
         self._loading: device_state.Loading | None = None
-        """Listener for the device state, until `load`."""
+        """Connection over which QEMU loads the device state; None before `prepare_load` and after `load`."""
         self._beginning: bytearray | None = bytearray()
-        """Beginning of the state to load, until its header is complete."""
+        """Beginning of the state to load, while its header is incomplete; None afterwards."""
         self._saving: device_state.Saving | None = None
         """QEMU's migration of the device state, from `stop_to_save` to the end of `save`."""
         self.stopped_at = 0.0
@@ -34,9 +34,9 @@ class StateTransfer:
         """Whether a sink has received the beginning of the state."""
 
     async def stop_to_save(self, sink: StateSink, monitor: Monitor) -> bool:
-        """Stop the vCPUs by QEMU's migration of the device state. Return whether they ran until then.
+        """Stop the vCPUs by QEMU's migration of the device state. Return whether the vCPUs ran until then.
 
-        `sink` receives the beginning of what `save` will return, except for a guest that is already paused.
+        `sink` receives the beginning of the result of `save`, except for a guest that is already paused.
         """
         if not await run_state.runs(monitor):
             return await run_state.stop(monitor)
@@ -65,14 +65,14 @@ class StateTransfer:
         return device_state.SavedState(machine=self._seen.machine.type, was_running=was_running, stream=stream).encode()
 
     async def cancel_save(self) -> None:
-        """End QEMU's migration, unless it has ended."""
+        """Cancel QEMU's migration of the device state, if it is running."""
         self._sent_ahead = False
         if self._saving is not None:
             saving, self._saving = self._saving, None
             await saving.cancel()
 
     async def prepare_load(self) -> None:
-        """Let a guest started with `incoming` listen for its state, which saves about 5 ms in `load`.
+        """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load`.
 
         Raises UnsupportedError if QEMU cannot load its state alone, WorkloadError.
         """
@@ -83,8 +83,7 @@ class StateTransfer:
 
     async def load_ahead(self, piece: bytes) -> None:
         """Load a piece of a state that a sink has received, before memory is complete. Raises WorkloadError if the
-        state is of another machine, WorkloadDied.
-        """
+        state belongs to another type of machine, WorkloadDied."""
         if self._beginning is not None:
             self._beginning += piece
             header, length = device_state.Header.decode(bytes(self._beginning))
@@ -97,8 +96,8 @@ class StateTransfer:
             self._loading.feed(piece)
 
     async def load(self, state: bytes) -> None:
-        """Load a device state into a guest started with `incoming`. The guest stays paused, and ends with this process
-        until `commit`.
+        """Load a device state into a guest started with `incoming`. The guest stays paused. Until `commit`, it ends
+        with this process.
 
         Raises WorkloadError, with QEMU's message, if the state does not match this machine or the guest could not run
         with it; WorkloadDied.
@@ -116,14 +115,16 @@ class StateTransfer:
         await self._seen.loaded(await self._control.hold(), was_running=saved.was_running)
 
     async def expect(self, at_once: bool) -> None:
-        """Prepare for `load`. Until then the guest has no state, and ends with this process."""
+        """Set up a guest for `load`, and plan to end it if this process exits. `at_once`: `load` follows soon, so keep
+        the monitor open."""
         self._control.start_guardian()
         self._control.plan([QUIT])
         async with self._control.session(keep=at_once) as monitor:
             await self._control.prepare_state(monitor, incoming=True)
 
     def close(self) -> None:
-        """Close the connections to QEMU. Its migration of the device state fails, and QEMU resumes the vCPUs."""
+        """Close the connections to QEMU. A running migration of the device state then fails, and QEMU resumes the
+        vCPUs."""
         if self._saving is not None:
             self._saving.close()
             self._saving = None
@@ -144,7 +145,7 @@ class StateTransfer:
         return stream
 
     def _check_machine(self, machine: str) -> None:
-        """Raise WorkloadError if a state is of another machine."""
+        """Raise WorkloadError if a state belongs to another type of machine."""
         if machine != self._seen.machine.type:
             raise WorkloadError(
                 f"cannot load the state of a {machine} machine: {self.name} is a {self._seen.machine.type}; "

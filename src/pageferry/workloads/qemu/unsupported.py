@@ -1,9 +1,9 @@
-"""Devices, back ends and block drivers of QEMU with which a guest cannot be managed. This is the only list of them.
+"""Devices, back ends and block drivers of QEMU with which a guest cannot be managed.
 
-Most of them write to guest memory without the page tables of the QEMU process: a device of the host through pages that
-it has pinned, or another process through a separate mapping. No write trace (S2) records these writes. The names are
-those of QEMU 7.2 to 11.1. A command line is checked before QEMU starts; a running QEMU is queried, since devices can be
-added at any time and the file of a disk can name further drivers.
+In most cases, guest memory is written to without the page tables of the QEMU process: by a device of the host through
+pinned pages, or by another process through a separate mapping. No write trace (S2) records such writes. The names are
+those of QEMU 7.2 to 11.1. A command line is checked before QEMU starts. A running QEMU is queried too, because devices
+can be added at any time, and the file of a disk can specify further drivers.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ _ON = frozenset(("on", "yes", "true", "y"))
 
 
 def refuse_device(driver: str) -> None:
-    """Raise UnsupportedError for a type of device with which a guest cannot be managed."""
+    """Raise UnsupportedError if a guest with this type of device cannot be managed."""
     _refuse(f"device {driver}", driver, DEVICES)
 
 
 def refuse_network(properties: Mapping[str, str]) -> None:
-    """Raise UnsupportedError for a network back end with which a guest cannot be managed."""
+    """Raise UnsupportedError if a guest with this network back end cannot be managed."""
     kind = properties.get("type", "")
     if kind in NETWORKS:
         raise UnsupportedError(f"unsupported network {kind}: {NETWORKS[kind]}")
@@ -80,12 +80,12 @@ def refuse_network(properties: Mapping[str, str]) -> None:
 
 
 def refuse_object(kind: str) -> None:
-    """Raise UnsupportedError for a type of object with which a guest cannot be managed."""
+    """Raise UnsupportedError if a guest with this type of object cannot be managed."""
     _refuse(f"object {kind}", kind, OBJECTS)
 
 
 def refuse_block(properties: Iterable[tuple[str, str]]) -> None:
-    """Raise UnsupportedError if a disk, by its flat properties, uses a driver with which guests cannot be managed."""
+    """Raise UnsupportedError if a guest with this disk cannot be managed. `properties`: flat properties of the disk."""
     for key, value in properties:
         named = value if key.rpartition(".")[2] in ("driver", "format") else ""
         if value.startswith("nvme:"):
@@ -95,12 +95,12 @@ def refuse_block(properties: Iterable[tuple[str, str]]) -> None:
 
 
 async def refuse_running(monitor: Monitor) -> None:
-    """Raise UnsupportedError if a running QEMU uses any of them now."""
+    """Raise UnsupportedError if a running QEMU has any unsupported device, object, network back end or block driver."""
     devices, more_devices, objects, networks, nodes = await asyncio.gather(
         _types(monitor, "/machine/peripheral"),
         _types(monitor, "/machine/peripheral-anon"),
         _types(monitor, "/objects"),
-        # QMP has no command that returns this.
+        # QMP has no command that returns the network back ends.
         monitor.execute("human-monitor-command", command_line="info network"),
         monitor.execute("query-named-block-nodes", flat=True),
     )

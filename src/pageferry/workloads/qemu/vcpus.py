@@ -18,8 +18,8 @@ from pageferry.workloads.qemu.control import QemuControl
 from pageferry.workloads.qemu.run_state import LastSeen
 
 _RECENT = 0.05
-"""Seconds for which `pause` relies on the checks of `prepare`, if devices and open files of QEMU are the same after
-`stop`."""
+"""Seconds for which `pause` relies on the checks of `prepare`, unless the machine has changed since. Open files are
+always checked again."""
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Vcpus:
-    """vCPUs of one guest. `last_words`: function that returns the end of QEMU's log, to be appended to a message."""
+    """vCPUs of one guest. `last_words`: function that returns the end of QEMU's log, for messages."""
 
     def __init__(self, pid: int, control: QemuControl, seen: LastSeen, last_words: Callable[[], str]) -> None:
         self.name = seen.name
@@ -52,10 +52,11 @@ class Vcpus:
         self._prepared = time.monotonic()
 
     async def pause(self, stop: run_state.Stop = run_state.stop) -> None:
-        """Stop the vCPUs, and determine the run state and the machine. `stop`: how; default is QMP `stop`.
+        """Stop the vCPUs, and determine the run state and the machine. `stop`: function that stops them (default: QMP
+        `stop`).
 
-        A guest that is already paused, also one that another client has paused since, stays paused in `resume`. Until
-        `commit`, a guardian resumes the guest if this process exits.
+        If another client has already paused the guest, `resume` leaves it paused. Until `commit`, a guardian resumes
+        the guest if this process exits.
 
         Raises WorkloadError if the guest has shut down since the last check and cannot run without a reset.
         """
@@ -72,14 +73,15 @@ class Vcpus:
         direct_io.refuse_pinning(self.pid, self.name)  # a device may have been added
 
     async def drain(self) -> float | None:
-        """Wait for the disk requests that write to guest memory directly, in a short pause (`stop`, `cont`).
+        """Wait for the disk requests that write to guest memory directly, in a short pause (`stop`, `cont`). Return the
+        duration of the pause, seconds, or None if QEMU does no direct I/O.
 
         `stop` is the only command of QEMU that is documented to wait for all requests. A guardian resumes the guest if
         this process exits during the pause.
         """
         files = await in_thread(direct_io.direct_files, self.pid, self.name)
         if not files:
-            return None  # the monitor is not opened in each round for this; `pause` checks the devices
+            return None  # avoid opening the monitor in each round; `pause` checks the devices
         async with self._control.session() as monitor:
             await unsupported.refuse_running(monitor)
             if not (await monitor.execute("query-status"))["running"]:
@@ -88,7 +90,8 @@ class Vcpus:
             return await self._complete(self._stop_briefly(monitor))
 
     async def resume(self) -> None:
-        """Resume the vCPUs (QMP `cont`), also after `save_state`, unless the guest was already paused before `pause`.
+        """Resume the vCPUs (QMP `cont`), unless the guest was already paused before `pause`. May be called after
+        `save_state`.
 
         Raises WorkloadError if the guest does not run afterwards; WorkloadDied, with `never_ran` if QEMU cannot have
         received `cont`.
@@ -109,7 +112,7 @@ class Vcpus:
         self._control.settle(monitor)
 
     async def _stop_briefly(self, monitor: Monitor) -> float:
-        """Stop the guest and, unless another client had paused it, continue it. Return the duration of the pause in
+        """Stop the guest, and continue it unless another client had paused it. Return the duration of the pause,
         seconds."""
         self._control.start_guardian()
         self._control.plan([{"execute": "cont"}, *self._control.undo])
@@ -126,8 +129,8 @@ class Vcpus:
         return time.perf_counter() - started
 
     async def _bounded(self, stopping: Coroutine[Any, Any, T], timeout: float) -> T:
-        """Limit the time of a call that waits for all disk requests of the guest (QMP `stop`), and cannot be
-        cancelled."""
+        """Limit the time of a call that waits for all disk requests of the guest (QMP `stop`). After a timeout, give up
+        control of the guest, because QEMU cannot cancel the call, and raise WorkloadError."""
         try:
             async with asyncio.timeout(timeout):
                 return await stopping
@@ -138,8 +141,8 @@ class Vcpus:
             raise WorkloadError(f"{direct_io.slow(self.name, slow, timeout)}; the guest is paused until then") from late
 
     async def _complete(self, work: Coroutine[Any, Any, float]) -> float:
-        """Return the result of `work`. A cancellation takes effect when it has completed, so that the guest runs
-        again."""
+        """Return the result of `work`. A cancellation takes effect only when `work` has completed, so that the guest
+        runs again."""
         task = asyncio.ensure_future(work)
         try:
             return await asyncio.shield(task)

@@ -21,7 +21,7 @@ from pageferry.workloads.program import ProgramWorkload
 from pageferry.workloads.protocols import Condition, Faults, OwnershipRecord
 
 TIMEOUT = 60.0
-"""Seconds to wait for a reply. Pause and state callbacks are code of the program, and may take long."""
+"""Seconds to wait for a reply. The program runs its callbacks before it replies, and these may take long."""
 
 T = TypeVar("T")
 Wanted = TypeVar("Wanted", bound=wire.Message)
@@ -30,8 +30,8 @@ Wanted = TypeVar("Wanted", bound=wire.Message)
 class RemoteArena(ProgramWorkload):
     """Arena of another process of this host. Made by `connect`.
 
-    An arena that is paused by this object and not committed continues as soon as the object is closed or this process
-    exits. Methods raise WorkloadError if the program refuses a request, WorkloadDied if the program has exited.
+    If this object has paused the arena and not committed it, the arena continues when the object is closed or this
+    process exits. Methods raise WorkloadError if the program refuses a request, WorkloadDied if the program has exited.
     """
 
     def __init__(self, connection: socket.socket, path: str) -> None:
@@ -40,9 +40,8 @@ class RemoteArena(ProgramWorkload):
         self._path = path
         self._lock = threading.Lock()
         self._cut = False
-        """Whether a request was cancelled and the connection shut down. The program, which may hang, continues as if
-        its client had exited.
-        """
+        """Whether a request was cancelled, and the connection shut down. The program then continues as if its client
+        had exited."""
         try:
             description, files = self._describe()
         except BaseException:
@@ -121,7 +120,7 @@ class RemoteArena(ProgramWorkload):
             await self._do(wire.Resume())
 
     async def save_state(self) -> bytes:
-        """Return the state of the program that is migrated besides its memory."""
+        """Return the state of the program that is needed in addition to its memory."""
         return await self._cancellable(self._save_state)
 
     async def load_state(self, state: bytes) -> None:
@@ -152,11 +151,11 @@ class RemoteArena(ProgramWorkload):
         return Faults(answer.minor, answer.major)
 
     async def report(self) -> dict[str, object]:
-        """Return data of the program about itself."""
+        """Return data of the program about itself, for display and for benchmarks."""
         return (await in_thread(self._ask, wire.AskReport(), wire.ReportIs)).report
 
     def close(self) -> None:
-        """Close socket and files. An arena that is paused by this object and not committed continues."""
+        """Close the socket and the files. An arena that this object has paused and not committed continues."""
         self._connection.close()
         wire.close_all([region.fd for region in self.regions])
         self.regions = ()
@@ -212,7 +211,7 @@ class RemoteArena(ProgramWorkload):
         try:
             answer, files = wire.receive_answer(self._connection, most)
         except TimeoutError as slow:
-            # A later reply would be taken for the reply to another request.
+            # A later reply would be mistaken for the reply to the next request.
             self._connection.close()
             raise WorkloadError(f"no reply from the program at {self._path} within {TIMEOUT:.0f} s") from slow
         except (EOFError, OSError) as gone:

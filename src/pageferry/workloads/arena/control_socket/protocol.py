@@ -1,4 +1,4 @@
-"""Messages of the control socket, and their framing. The docstring of the package shows their order."""
+"""Messages of the control socket, and their framing. The docstring of the package shows the order of the messages."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class Description(Message):
 
 
 class CheckMappers(Message):
-    """Request to refuse other processes, not listed in the Description, that can write to the memory."""
+    """Request to check that only processes in the Description can write to the memory. The reply is Refused
+    otherwise."""
 
 
 class Pause(Message):
@@ -84,7 +85,7 @@ class Resume(Message):
 
 
 class SaveState(Message):
-    """Request for the state that is migrated besides the memory."""
+    """Request for the state that is needed in addition to the memory."""
 
 
 class LoadState(Message):
@@ -106,7 +107,7 @@ class Commit(Message):
 
 
 class Discard(Message):
-    """Notice that the workload runs at the destination, and is to be ended."""
+    """Notice that the workload runs at the destination, and must be ended at the source."""
 
 
 class AskStatus(Message):
@@ -186,7 +187,8 @@ def send(connection: socket.socket, message: Message, descriptors: tuple[int, ..
 
 
 def receive_request(connection: socket.socket) -> Request | None:
-    """Return the next request; None if the client has disconnected. Raises MsgspecError, ValueError if invalid."""
+    """Return the next request; None if the client has disconnected. Raises MsgspecError or ValueError for an invalid
+    request."""
     length = _exactly(connection, _LENGTH_BYTES)
     body = None if length is None else _exactly(connection, _bounded(length))
     return None if body is None else _requests.decode(body)
@@ -219,14 +221,13 @@ def close_all(descriptors: list[int]) -> None:
 
 
 def refusal(error: Exception) -> Refused:
-    """Return an exception as a reply."""
+    """Return the reply for an exception."""
     return Refused(error=type(error).__name__, reason=str(error) or type(error).__name__)
 
 
 def raise_refusal(refused: Refused) -> NoReturn:
-    """Raise the exception of a reply: of the class that it names, if that is a WorkloadError, otherwise
-    WorkloadError.
-    """
+    """Raise the exception that a reply describes. Raises WorkloadError if the named class is not derived from
+    WorkloadError."""
     kind = getattr(errors, refused.error, None)
     if isinstance(kind, type) and issubclass(kind, WorkloadError):
         raise kind(refused.reason)

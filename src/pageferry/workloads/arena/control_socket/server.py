@@ -35,8 +35,8 @@ class ControlServer:
     """Server of the control socket at `path` for one workload. It runs in daemon threads until it is closed.
 
     The socket is created with mode 0600. Each connection is a separate controller (`workloads.lifecycle`). Only
-    connections keep the workload alive: the server itself has a weak reference. The thread that accepts connections
-    calls `stopped` when it ends.
+    connections keep the workload alive: the server itself has a weak reference. `stopped`: function that the accepting
+    thread calls when it ends.
     """
 
     def __init__(self, workload: Owned, path: str, stopped: Callable[[], object] = lambda: None) -> None:
@@ -107,7 +107,7 @@ class _Session:
         self._client = client
         self._state = bytearray()
         self._regions: tuple[Region, ...] = ()
-        """Regions that were sent in the description."""
+        """Regions that were sent in the Description."""
 
     def run(self) -> None:
         """Reply to requests until the client disconnects or sends an invalid message."""
