@@ -11,8 +11,8 @@ use crate::uapi::check;
 /// Size of the secret that makes page hashes unpredictable, bytes.
 const SECRET_LEN: usize = 192;
 
-/// Places of stored contents by their 128-bit hash. The hash uses a random secret, so that a workload cannot construct
-/// two different pages with the same hash.
+/// Map from the 128-bit hash of page contents to the place where they are stored. The hash uses a random secret, so
+/// that a workload cannot construct two different pages with the same hash.
 #[derive(Debug)]
 pub struct DedupIndex {
     places: HashMap<u128, (u32, u16), BuildHasherDefault<AsItIs>>,
@@ -33,12 +33,13 @@ impl DedupIndex {
         xxh3_128_with_secret(contents, &self.secret)
     }
 
-    /// Returns the storage block (or its ticket) and slot of contents with a hash.
+    /// Returns the storage block (or the ticket for it) and the slot of the contents with this hash, or `None` if they
+    /// are not stored.
     pub fn place(&self, hash: u128) -> Option<(u32, u16)> {
         self.places.get(&hash).copied()
     }
 
-    /// Records the place of contents with a hash.
+    /// Records the storage block (or the ticket for it) and the slot of the contents with this hash.
     pub fn insert(&mut self, hash: u128, place: (u32, u16)) {
         self.places.insert(hash, place);
     }
@@ -46,13 +47,14 @@ impl DedupIndex {
 
 fn random() -> io::Result<[u8; SECRET_LEN]> {
     let mut bytes = [0; SECRET_LEN];
-    // SAFETY: the buffer has the given length; a request of this size is not split.
+    // SAFETY: the buffer is valid for writing `SECRET_LEN` bytes. getrandom(2) fills requests of up to 256 bytes
+    // completely.
     let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), SECRET_LEN, 0) };
     check(libc::c_int::try_from(got).unwrap_or(-1))?;
     Ok(bytes)
 }
 
-/// Hasher that returns a hash value unchanged.
+/// Hasher for keys that are hashes already: returns the low 64 bits of a key.
 #[derive(Debug, Default)]
 struct AsItIs(u64);
 

@@ -9,10 +9,11 @@ use super::reader::Chain;
 use super::writer::{ImageWriter, Sizes};
 use crate::block::{Builder, Class, Codec};
 
-/// Copies all stored pages of a chain into a writer. Returns the page map for it.
+/// Copies all stored pages of a chain into a new image. Returns the page map of the new image.
 ///
-/// `regions` are the numbers of pages of the regions. Pages are copied in the order in which the chain stores them,
-/// oldest image first, so that pages that were written together stay adjacent. Shared contents are copied once.
+/// `regions` contains the number of pages of each region. The pages of a region are copied in the order in which the
+/// chain stores them, oldest image first, so that pages that were written together stay adjacent. Contents to which
+/// several pages refer are copied once.
 ///
 /// # Errors
 /// If a page cannot be read or verified, or if the image cannot be written.
@@ -59,17 +60,17 @@ pub fn flatten(
     Ok(map)
 }
 
-/// Collects pages in storage blocks, for one region at a time.
+/// Collector of pages in storage blocks, for one region at a time.
 #[derive(Debug)]
 pub(super) struct Copier<W> {
     pub(super) writer: W,
     pub(super) builder: Builder,
-    /// Number of the next block.
+    /// Number of the storage block being filled.
     pub(super) block: u32,
 }
 
 impl<W: BorrowMut<ImageWriter>> Copier<W> {
-    /// Adds a page. Returns its storage block and slot.
+    /// Adds a page of `region`. Returns its storage block and slot.
     pub(super) fn push(&mut self, region: usize, page: usize, contents: &[u8]) -> Result<(u32, u16), ImageError> {
         if self.builder.is_full() {
             self.flush(region)?;
@@ -78,7 +79,7 @@ impl<W: BorrowMut<ImageWriter>> Copier<W> {
         Ok((self.block, u16::try_from(slot).unwrap_or(u16::MAX)))
     }
 
-    /// Writes the current block, which holds pages of `region`.
+    /// Writes the current storage block, which holds pages of `region`, unless it is empty.
     pub(super) fn flush(&mut self, region: usize) -> Result<(), ImageError> {
         if !self.builder.is_empty() {
             let region = u32::try_from(region).unwrap_or(u32::MAX);
@@ -88,7 +89,7 @@ impl<W: BorrowMut<ImageWriter>> Copier<W> {
     }
 }
 
-/// Returns the region of a page counted over all regions, and the page within it.
+/// Converts a page index that is counted over all regions to the index of a region and a page index within that region.
 fn region_of(regions: &[usize], page: usize) -> (usize, usize) {
     let mut rest = page;
     for (region, pages) in regions.iter().enumerate() {

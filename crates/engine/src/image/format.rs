@@ -9,7 +9,7 @@
 //!
 //! The page map has 16 bytes for each page of each region, in the order of the regions: class, signature, storage block
 //! and slot, so that a page is found without a search. Storage blocks contain their own checksums. The footer contains
-//! the checksums of the sections, and one of itself. All numbers are little endian.
+//! the checksums of the sections, and its own checksum. All numbers are little endian.
 
 use std::io;
 
@@ -33,14 +33,14 @@ pub const MAX_SECTIONS: usize = 24;
 pub const MAX_LEN: u64 = 1 << 48;
 /// Maximum number of pages of all regions: 16 TiB of memory.
 pub const MAX_PAGES: u64 = 1 << 32;
-/// Supported features. An image with another feature bit is rejected.
+/// Bit set of supported features. An image with any other feature bit is rejected.
 pub const KNOWN_FEATURES: u32 = 0;
 
 /// Numbers of the sections that the engine uses. Python uses numbers from 16 on.
 pub mod section {
-    /// [`super::PageEntry`] for every page.
+    /// Page map: a [`super::PageEntry`] for each page of all regions.
     pub const PAGE_MAP: u32 = 1;
-    /// [`super::BlockEntry`] for every storage block.
+    /// Block table: a [`super::BlockEntry`] for each storage block.
     pub const BLOCK_TABLE: u32 = 2;
 }
 
@@ -88,7 +88,7 @@ pub enum ImageError {
     /// The page is deferred, but no image of the chain holds it.
     #[error("page {0} of all regions is not in this image: the deferred pages belong to another image")]
     NotStored(usize),
-    /// A section consists almost entirely of holes.
+    /// A section consists almost entirely of holes. The fields are the bytes in holes and the bytes of data.
     #[error(
         "a section of the image has {0} bytes of holes and {1} bytes of data: the file is damaged or was copied as a \
          sparse file; copy it again with `cp --sparse=never`"
@@ -97,7 +97,7 @@ pub enum ImageError {
     /// The caller cancelled the operation.
     #[error("cannot open the image: interrupted")]
     Interrupted,
-    /// The file cannot be read.
+    /// The file cannot be read or written.
     #[error("cannot read the image: {0}")]
     Io(#[from] io::Error),
 }
@@ -106,25 +106,25 @@ pub enum ImageError {
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct FileHeader {
-    /// [`MAGIC`].
+    /// Magic number, [`MAGIC`].
     pub magic: [u8; 8],
-    /// [`VERSION`].
+    /// Version of the format, [`VERSION`].
     pub version: U16,
-    /// 0.
+    /// Reserved; written as 0.
     pub reserved: U16,
-    /// Features that a reader must support.
+    /// Bit set of features that a reader must support.
     pub features: U32,
-    /// Features that a reader may ignore.
+    /// Bit set of features that a reader may ignore.
     pub optional: U32,
     /// Page size, bytes: 4096.
     pub page: U32,
     /// Data bytes per page block, before compression.
     pub page_block: U32,
-    /// Maximum number of data bytes of a storage block.
+    /// Maximum number of data bytes of a storage block, before compression.
     pub storage_block: U32,
     /// Random identifier of the image.
     pub id: [u8; 16],
-    /// 0.
+    /// Reserved; written as 0.
     pub reserved2: [u8; 8],
     /// xxh3-64 of this header, with this field zero.
     pub checksum: U64,
@@ -134,19 +134,20 @@ pub struct FileHeader {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct PageEntry {
-    /// Zero and absent: 0. Pattern: the word. Data and duplicate: xxh3-64 of the contents.
+    /// Data and duplicate: xxh3-64 of the contents. Pattern: the repeated word. Zero and absent: 0.
     pub signature: U64,
-    /// Data and duplicate: number of the storage block that holds the contents.
+    /// Data and duplicate: number of the storage block that holds the contents, unless they are in the parent image.
     pub block: U32,
-    /// Data and duplicate: index of the page among the data pages of that block.
+    /// Data and duplicate: index of the contents among the data pages of `block`, unless they are in the parent image.
     pub slot: U16,
-    /// [`Class`].
+    /// Number of the [`Class`].
     pub class: u8,
-    /// A set of `FLAG_*`.
+    /// Bit set of `FLAG_*`.
     pub flags: u8,
 }
 
-/// Flag: the contents are those of the same page in the parent image. Class and signature are valid as well.
+/// Flag of a page whose contents are those of the same page in the parent image. The class and the signature in its
+/// entry are valid.
 pub const FLAG_IN_PARENT: u8 = 1;
 
 /// Entry of the block table.
@@ -157,7 +158,7 @@ pub struct BlockEntry {
     pub offset: U64,
     /// Size in the file, bytes, header included.
     pub len: U32,
-    /// 0.
+    /// Reserved; written as 0.
     pub reserved: U32,
     /// Checksum in the header of the block, to detect a misplaced block.
     pub checksum: U64,
@@ -169,7 +170,7 @@ pub struct BlockEntry {
 pub struct SectionEntry {
     /// Number of the section, see [`section`].
     pub kind: U32,
-    /// 0.
+    /// Reserved; written as 0.
     pub reserved: U32,
     /// Offset in the file, bytes.
     pub offset: U64,
@@ -183,7 +184,7 @@ pub struct SectionEntry {
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Footer {
-    /// [`FOOTER_MAGIC`].
+    /// Magic number, [`FOOTER_MAGIC`].
     pub magic: [u8; 8],
     /// Number of sections.
     pub sections: U32,
@@ -195,7 +196,7 @@ pub struct Footer {
     pub file_len: U64,
     /// Section table; unused entries are zero.
     pub table: [SectionEntry; MAX_SECTIONS],
-    /// 0.
+    /// Reserved; written as 0.
     pub reserved: [u8; 1024 - 8 - 4 - 4 - 16 - 8 - 32 * MAX_SECTIONS - 8],
     /// xxh3-64 of this footer, with this field zero.
     pub checksum: U64,
@@ -213,7 +214,7 @@ impl PageEntry {
         Class::numbered(self.class)
     }
 
-    /// Creates an entry without stored contents: absent, zero or pattern.
+    /// Creates an entry without stored contents. `signature` is the word of a pattern; 0 for absent and zero pages.
     pub fn plain(class: Class, signature: u64) -> Self {
         let (signature, block, slot) = (U64::new(signature), U32::ZERO, U16::ZERO);
         Self { signature, block, slot, class: class as u8, flags: 0 }

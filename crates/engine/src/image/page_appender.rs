@@ -1,5 +1,6 @@
-//! Appends selected pages of memory to an image while the workload may write to them. The user of the image must know
-//! which pages were not written in the meantime. Duplicates are stored once. All other pages refer to the parent image.
+//! Image of selected pages, which are appended while the workload may write to them. The caller must determine which
+//! pages were written while they were copied: their copies are not usable. Duplicates are stored once. Pages that are
+//! not appended refer to the parent image.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,16 +22,16 @@ use crate::pages::PageSet;
 #[derive(Debug)]
 pub struct PageAppender {
     copier: Copier<ImageWriter>,
-    /// Region of the open storage block.
+    /// Index of the region whose pages are in the current storage block.
     region: usize,
-    /// First page of each region, and the total number of pages.
+    /// Index of the first page of each region, counted over all regions; then the total number of pages.
     bases: Vec<usize>,
     map: Vec<PageEntry>,
     known: DedupIndex,
 }
 
 impl PageAppender {
-    /// Creates an image in an empty file, for regions of the given numbers of pages.
+    /// Creates an image in an empty file. `regions` contains the number of pages of each region.
     ///
     /// # Errors
     /// If the file cannot be written, or if getrandom(2) fails.
@@ -46,10 +47,11 @@ impl PageAppender {
         Ok(Self { copier: Copier { writer, builder, block: 0 }, region: 0, bases, map, known })
     }
 
-    /// Appends the present pages among `pages` of a region. Returns these pages.
+    /// Appends those pages of `pages` that are present in a region. Returns the set of appended pages.
     ///
     /// # Errors
-    /// `InvalidInput` if the pages do not match the region; otherwise the error of writing the image.
+    /// `InvalidInput` if `memory` or `pages` has another size than the region; otherwise the error of lseek(2) or of
+    /// writing the image.
     pub fn add(&mut self, region: usize, memory: &Mapping, pages: &PageSet) -> Result<PageSet, ImageError> {
         let count = self.bases.get(region + 1).map_or(0, |end| end - self.bases[region]);
         if count != pages.pages() || memory.pages() != count {
@@ -63,7 +65,7 @@ impl PageAppender {
         let mut added = PageSet::new(count);
         let mut contents = [0; SMALL_PAGE];
         for (first, end) in pages.runs() {
-            // Reading a hole would allocate it.
+            // Skip holes: reading a hole would allocate a page.
             for (start, stop) in memory.data_within(first * SMALL_PAGE, end * SMALL_PAGE)? {
                 let (start, stop) = ((start / SMALL_PAGE).max(first), (stop / SMALL_PAGE).min(end));
                 for page in start..stop {
@@ -94,7 +96,8 @@ impl PageAppender {
         }
     }
 
-    /// Refers to `parent` for all pages that were not added, adds sections, writes the index and syncs.
+    /// Completes the image: adds `sections`, writes the index and syncs the file. Pages that were not added refer to
+    /// `parent`; without a parent, they are absent.
     ///
     /// # Errors
     /// If the parent lacks a page, or if the image cannot be written.

@@ -37,7 +37,8 @@ impl<'a> PageReader<'a> {
         Ok(())
     }
 
-    /// Returns the contents of a page stored in one image of the chain.
+    /// Returns the contents (4 KiB) to which `entry` refers in one image of the chain. `image` is the index of the
+    /// image, nearest first.
     ///
     /// # Errors
     /// If the contents cannot be read or verified.
@@ -77,7 +78,7 @@ pub fn fill(out: &mut [u8], word: u64) {
     }
 }
 
-/// Returns the word that fills a page, if a single word does; 0 for zeros.
+/// Returns the 64-bit word that fills a page by repetition, or `None` for other contents. The word of a zero page is 0.
 pub fn pattern(page: &[u8]) -> Option<u64> {
     let words = <[U64]>::ref_from_bytes(page).ok()?;
     let first = *words.first()?;
@@ -96,7 +97,8 @@ pub fn differences(a: &Chain, b: &Chain, first: usize, count: usize) -> Result<V
     for page in first..first + count {
         let ((_, one), (_, other)) = (a.find(page)?, b.find(page)?);
         let plain = |entry: &PageEntry| matches!(entry.class(), Some(Class::Absent | Class::Zero | Class::Pattern));
-        // The entries of plain pages determine their contents. Others are compared, because signatures can collide.
+        // The entries of plain pages determine their contents. The contents of other pages are compared, because
+        // signatures can collide.
         let same = if plain(&one) && plain(&other) {
             one.signature == other.signature
         } else {

@@ -21,18 +21,18 @@ use crate::mapping::prefer_large;
 /// Maximum size of a section other than the page map, bytes.
 const MAX_SECTION: u64 = 1 << 30;
 
-/// Number of table records that are read at a time, and validated while they are in the cache.
+/// Number of table records per read. Records are validated while they are in the CPU cache.
 const CHUNK: usize = 8 << 10;
 
 /// Number of chunks between two checks for cancellation.
 const CHUNKS_PER_CHECK: usize = 32;
 
-/// Maximum number of bytes in holes of a section: a constant, plus a multiple of its data. The page map may have more
-/// holes than other sections, because they take no memory when it is read.
+/// Maximum number of bytes in holes of a section: a constant, plus a multiple of the bytes of data in the section.
 const HOLES: (u64, u64) = (64 << 20, 64);
+/// Like `HOLES`, but for the page map. The limit is higher, because holes in the page map take no memory when read.
 const MAP_HOLES: (u64, u64) = (1 << 30, 4096);
 
-/// Open image. Everything except the storage blocks has been read and verified.
+/// Open image. Header, footer, page map and block table have been read and verified.
 #[derive(Debug)]
 pub struct Image {
     file: File,
@@ -47,18 +47,19 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens and verifies an image. All lengths are validated before memory is allocated.
+    /// Opens an image, and verifies its header, footer, page map and block table. All lengths are validated before
+    /// memory is allocated.
     ///
     /// # Errors
-    /// [`ImageError`] with the first part that is invalid or damaged.
+    /// [`ImageError`] about the first part that is invalid or damaged, or that cannot be read.
     pub fn open(file: OwnedFd) -> Result<Self, ImageError> {
         Self::open_while(file, &mut || true)
     }
 
-    /// Like `open`, while `wanted`, which is called every few megabytes, returns true.
+    /// Like [`open`](Self::open), but stops when `wanted` returns false. `wanted` is called every few megabytes.
     ///
     /// # Errors
-    /// [`ImageError::Interrupted`] if `wanted` returned false.
+    /// [`ImageError::Interrupted`] if `wanted` returned false; otherwise the same errors as `open`.
     pub fn open_while(file: OwnedFd, wanted: &mut dyn FnMut() -> bool) -> Result<Self, ImageError> {
         let file = File::from(file);
         let len = file.metadata()?.len();
@@ -106,7 +107,7 @@ impl Image {
         self.id
     }
 
-    /// Returns the digest: the checksum of the footer, which covers everything except the contents of storage blocks.
+    /// Returns the digest of the image: the checksum of the footer, which contains the checksums of all sections.
     pub fn digest(&self) -> u64 {
         self.digest
     }
@@ -132,15 +133,16 @@ impl Image {
         &self.blocks
     }
 
-    /// Returns the data bytes of a page block, the unit of decompression.
+    /// Returns the size of a page block before compression, bytes. The last page block of a storage block may be
+    /// shorter.
     pub fn page_block(&self) -> usize {
         self.page_block
     }
 
-    /// Returns the contents of a section, or `None` if there is none with this number.
+    /// Returns the contents of the section with number `kind`, or `None` if the image has no such section.
     ///
     /// # Errors
-    /// If the section cannot be read or verified.
+    /// If the section cannot be read or verified, or consists almost entirely of holes.
     pub fn section(&self, kind: u32) -> Result<Option<Vec<u8>>, ImageError> {
         let Some(entry) = self.sections.iter().find(|entry| entry.kind.get() == kind) else { return Ok(None) };
         let len = usize::try_from(entry.len.get()).map_err(io::Error::other)?;
@@ -156,15 +158,16 @@ impl Image {
     /// Reads a storage block with a single read. Verifies its header and table, but not its page blocks.
     ///
     /// # Errors
-    /// If the block cannot be read or verified.
+    /// If there is no such block, or if it cannot be read or verified.
     pub fn read_block(&self, number: u32) -> Result<StoredBlock, ImageError> {
         self.read_block_into(number, Vec::new())
     }
 
-    /// Like `read_block`, into the buffer of an earlier block, which saves page faults on new memory.
+    /// Like [`read_block`](Self::read_block), but reuses the buffer of another block, which avoids page faults on new
+    /// memory.
     ///
     /// # Errors
-    /// If the block cannot be read or verified.
+    /// If there is no such block, or if it cannot be read or verified.
     pub fn read_block_into(&self, number: u32, mut bytes: Vec<u8>) -> Result<StoredBlock, ImageError> {
         let entry = self.blocks.get(number as usize).copied();
         let entry = entry.ok_or_else(|| value("storage block", u64::from(number), "one of the block table"))?;
@@ -203,7 +206,7 @@ impl Image {
         })
     }
 
-    /// Reads a table of records and applies `check` to all of them.
+    /// Reads a section as a table of records, verifies its checksum, and applies `check` to all records.
     fn table<T: FromBytes + IntoBytes + zerocopy::Immutable + Clone>(
         &self,
         name: &'static str,
@@ -233,7 +236,7 @@ impl Image {
             if data <= offset {
                 data = self.next_data(offset);
             }
-            // A hole is not read: the memory allocated for it stays untouched and takes no space.
+            // Do not read a hole: its part of `records` is zero already, and stays unallocated.
             let chunk = if data < end {
                 self.read_at(chunk.as_mut_bytes(), offset)?;
                 &*chunk
@@ -250,7 +253,8 @@ impl Image {
         finding.map(|()| records)
     }
 
-    /// Returns the next offset with data. File systems without holes report `offset` itself.
+    /// Returns the first offset with data, starting at `offset`, or `u64::MAX` if only a hole follows. If the file
+    /// system does not report holes, returns `offset`.
     fn next_data(&self, offset: u64) -> u64 {
         match self.seek(offset, libc::SEEK_DATA) {
             Ok(data) => data,
@@ -314,7 +318,7 @@ impl Image {
     }
 }
 
-/// Storage block in memory. Its page blocks are verified and decompressed separately.
+/// Storage block in memory. Its page blocks are verified and decompressed separately, by [`unpack`](Self::unpack).
 #[derive(Debug)]
 pub struct StoredBlock {
     number: u32,
@@ -342,7 +346,7 @@ impl StoredBlock {
         ImageError::Block { number: self.number, offset: self.offset, error }
     }
 
-    /// Returns the header, runs and page blocks.
+    /// Returns the decoded header, with runs and page blocks.
     pub fn head(&self) -> &block::Head {
         &self.head
     }
@@ -353,12 +357,12 @@ impl StoredBlock {
         self.bytes.len()
     }
 
-    /// Returns the number of data pages.
+    /// Returns the number of data pages of the block.
     pub fn slots(&self) -> usize {
         self.head.page_blocks.iter().map(|record| record.raw_len.get() as usize / SMALL_PAGE).sum()
     }
 
-    /// Returns the page block of a slot, and the index of the slot in it.
+    /// Returns the index of the page block that contains a slot, and the index of the slot within that page block.
     pub fn locate(&self, slot: usize) -> (usize, usize) {
         let pages = (self.page_block / SMALL_PAGE).max(1);
         (slot / pages, slot % pages)
@@ -394,7 +398,7 @@ impl Chain {
         }
     }
 
-    /// Returns the nearest image, whose page map covers the chain.
+    /// Returns the nearest image. Its page map has an entry for every page of the chain.
     pub fn nearest(&self) -> &Image {
         &self.0[0]
     }
@@ -404,7 +408,8 @@ impl Chain {
         &self.0
     }
 
-    /// Returns the index of the image that holds a page, counted over all regions, and its entry there.
+    /// Finds a page, counted over all regions. Returns the index of the image that holds the page, and the entry of the
+    /// page in that image.
     ///
     /// # Errors
     /// If there is no such page, or if the image that holds it is not part of the chain.

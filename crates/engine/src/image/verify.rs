@@ -10,13 +10,14 @@ use crate::block::Class;
 /// Damage found in an image.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Damaged page, counted over all regions; `None` for a storage block without referenced pages.
+    /// Damaged page, counted over all regions; `None` for a storage block to which no page refers.
     pub page: Option<usize>,
     /// Description of the damage.
     pub message: String,
 }
 
-/// Returns the pages stored in the image itself as (entry, page), in the order of its storage blocks.
+/// Returns the pages whose contents are stored in `image`, not in a parent, as (entry, page), in the order of the
+/// storage blocks.
 pub fn stored_pages(image: &Image) -> Vec<(PageEntry, usize)> {
     let own = |entry: &PageEntry| matches!(entry.class(), Some(Class::Data | Class::SameAs)) && !entry.in_parent();
     let mut pages: Vec<_> = image
@@ -30,7 +31,8 @@ pub fn stored_pages(image: &Image) -> Vec<(PageEntry, usize)> {
     pages
 }
 
-/// Compares the pages of `part` (of [`stored_pages`]) with their signatures. Returns up to `max` findings.
+/// Compares the contents of pages with their signatures. `part` is a part of the [`stored_pages`] of the nearest image.
+/// Returns up to `max` findings; a storage block that cannot be read or verified yields a single finding.
 pub fn verify(chain: &Chain, part: &[(PageEntry, usize)], max: usize) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut reader = PageReader::new(chain);
@@ -56,7 +58,8 @@ pub fn verify(chain: &Chain, part: &[(PageEntry, usize)], max: usize) -> Vec<Fin
     findings
 }
 
-/// Verifies the storage blocks to which no page refers, because any changed byte counts as damage.
+/// Verifies the storage blocks to which no page of `used` refers, because any changed byte counts as damage. Returns
+/// one finding per damaged block.
 pub fn verify_unused(image: &Image, used: &[(PageEntry, usize)]) -> Vec<Finding> {
     let mut seen = vec![false; image.blocks().len()];
     for (entry, _) in used {

@@ -1,4 +1,4 @@
-//! Writer of images: storage blocks as they are finished, then sections, and the footer last.
+//! Writer of images: writes storage blocks as they are completed, then the sections, and the footer last.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -21,13 +21,13 @@ pub const WRITE_LEN: usize = 1 << 20;
 /// Block sizes of an image.
 #[derive(Debug, Clone, Copy)]
 pub struct Sizes {
-    /// Data bytes of a page block.
+    /// Data bytes of a page block, before compression.
     pub page_block: usize,
-    /// Maximum number of data bytes of a storage block.
+    /// Maximum number of data bytes of a storage block, before compression.
     pub storage_block: usize,
 }
 
-/// Image being written. It cannot be read before `finish`.
+/// Image being written. The file is not a valid image before [`finish`](Self::finish) returns.
 #[derive(Debug)]
 pub struct ImageWriter {
     file: File,
@@ -72,7 +72,7 @@ impl ImageWriter {
     /// Appends a storage block. Returns its number.
     ///
     /// # Errors
-    /// If there are too many blocks; otherwise the error of write(2).
+    /// If there are too many blocks, or if the block is too large; otherwise the error of write(2).
     pub fn append(&mut self, built: &Built<'_>) -> io::Result<u32> {
         let number = u32::try_from(self.blocks.len()).map_err(|_| io::Error::other("too many storage blocks"))?;
         let len = u32::try_from(built.head.len() + built.payload.len()).map_err(io::Error::other)?;
@@ -85,7 +85,7 @@ impl ImageWriter {
         Ok(number)
     }
 
-    /// Appends a section.
+    /// Appends a section with number `kind`.
     ///
     /// # Errors
     /// If there are too many sections; otherwise the error of write(2).
@@ -107,7 +107,7 @@ impl ImageWriter {
     /// Writes page map, block table and footer, and syncs the file.
     ///
     /// # Errors
-    /// The error of write(2) or fsync(2).
+    /// If there are too many sections or regions; otherwise the error of write(2) or fsync(2).
     pub fn finish(mut self, regions: usize, page_map: &[PageEntry]) -> io::Result<Finished> {
         self.section(section::PAGE_MAP, page_map.as_bytes())?;
         let blocks = std::mem::take(&mut self.blocks);
@@ -148,7 +148,7 @@ impl ImageWriter {
         if self.buffer.len() >= WRITE_LEN { self.flush() } else { Ok(()) }
     }
 
-    /// Writes the buffer. Writes are few, large and sequential (S4).
+    /// Writes the buffer to the file, unless it is empty. Buffering makes writes few, large and sequential (S4).
     fn flush(&mut self) -> io::Result<()> {
         if !self.buffer.is_empty() {
             self.file.write_all(&self.buffer)?;

@@ -18,12 +18,13 @@ pub(super) struct Armed {
     pub(super) uffd: Arc<Userfault>,
 }
 
-/// Traces that take over the saved memory.
+/// Hand-over of saved memory to write traces.
 #[derive(Debug)]
 pub(super) struct TraceHandover {
     pub(super) userfaults: Userfaults,
     /// For each region, the number of bytes from its start that have been handed over.
     pub(super) handed: Vec<AtomicUsize>,
+    /// Whether memory was handed over that could not be traced.
     pub(super) broken: AtomicBool,
     /// Locked while registrations change.
     changing: Mutex<()>,

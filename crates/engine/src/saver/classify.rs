@@ -24,15 +24,15 @@ pub(super) struct Classifier {
     shared: Arc<SaverState>,
     free: Receiver<Builder>,
     full: Sender<Full>,
-    /// Storage blocks being filled: for traps, and for the sweep.
+    /// Storage blocks being filled: one for pages copied by traps, one for pages copied by the sweep or in rounds.
     open: [Option<Full>; 2],
     result: Classified,
-    /// Places of the contents stored so far, by ticket.
+    /// Places of the contents stored so far, as (ticket, slot).
     known: DedupIndex,
     parent: Option<Chain>,
 }
 
-/// Chain of parent images with one reader per image, which caches the block that it has read last.
+/// Chain of parent images, with one reader per image. Each reader caches the storage block that it has read last.
 struct Parents<'a> {
     chain: &'a Chain,
     readers: Vec<PageReader<'a>>,
@@ -44,7 +44,7 @@ impl<'a> Parents<'a> {
         Self { chain, readers }
     }
 
-    /// Returns whether the chain holds a page with these contents. An unreadable page counts as different.
+    /// Returns whether a page of the chain has these contents. An unreadable page counts as different.
     fn hold(&mut self, page: usize, signature: u64, bytes: &[u8]) -> bool {
         let Ok((image, entry)) = self.chain.find(page) else { return false };
         // Compare the signatures first, to avoid reading most of the pages that differ.
@@ -54,7 +54,8 @@ impl<'a> Parents<'a> {
     }
 }
 
-/// Page map, with tickets in place of block numbers until [`Classified::page_map`].
+/// Page map whose entries contain tickets, which [`Classified::page_map`] replaces by the numbers of the storage
+/// blocks.
 #[derive(Debug)]
 pub(super) struct Classified {
     entries: Vec<PageEntry>,
@@ -62,7 +63,7 @@ pub(super) struct Classified {
 }
 
 impl Classified {
-    /// Returns the page map with the numbers of the storage blocks.
+    /// Returns the page map. `numbers` contains the number of the storage block of each ticket.
     pub(super) fn page_map(mut self, numbers: &HashMap<u32, u32>) -> Vec<PageEntry> {
         for entry in &mut self.entries {
             if matches!(entry.class(), Some(Class::Data | Class::SameAs)) && !entry.in_parent() {
@@ -87,7 +88,8 @@ fn in_parent(signature: u64) -> PageEntry {
 }
 
 impl Classifier {
-    /// Creates the classifier. Pages that are never copied are unchanged since the parent if `as_parent`, else holes.
+    /// Creates the classifier. Pages that are never copied are unchanged since the parent if `as_parent` is true,
+    /// otherwise holes.
     pub(super) fn new(
         shared: Arc<SaverState>,
         parent: Option<Chain>,
@@ -105,7 +107,8 @@ impl Classifier {
         Ok(Self { shared, free, full, open: [None, None], result, known, parent })
     }
 
-    /// Classifies blocks until all senders are closed.
+    /// Classifies blocks until all senders are closed. After a failure of the checkpoint, only frees the staging slots
+    /// of the blocks.
     pub(super) fn run(mut self, copied: &Receiver<Copied>) -> Classified {
         let parent = self.parent.take();
         let mut parents = parent.as_ref().map(Parents::new);
@@ -121,7 +124,8 @@ impl Classifier {
         self.result
     }
 
-    /// Classifies the pages of a block. Returns `None` if the packers have exited.
+    /// Classifies the pages of a block, and sets their entries in the page map. Returns `None` if the packers have
+    /// exited.
     fn file(&mut self, block: &Copied, mut parents: Option<&mut Parents<'_>>) -> Option<()> {
         let first = self.shared.areas[block.region].first_page + block.page;
         for &(start, end) in &block.absent {
@@ -166,7 +170,8 @@ impl Classifier {
         Some(PageEntry::stored(Class::Data, signature, ticket, slot))
     }
 
-    /// Adds a page to the storage block being filled. Returns its ticket and slot.
+    /// Adds a page to the storage block being filled. Returns the ticket of the block and the slot of the page, or
+    /// `None` if the packers have exited.
     fn store(&mut self, block: &Copied, page: usize, bytes: &[u8]) -> Option<(u32, u16)> {
         let open = block.origin as usize;
         if self.open[open].as_ref().is_some_and(|full| full.region != block.region || full.builder.is_full()) {
@@ -179,7 +184,7 @@ impl Classifier {
         }
         let full = self.open[open].as_mut()?;
         let slot = u16::try_from(full.builder.raw_len() / SMALL_PAGE).ok()?;
-        // SAFETY: the slice holds one page.
+        // SAFETY: `bytes` is a slice of one page, and thus valid for reading 4 KiB.
         unsafe { full.builder.push_page(page, bytes.as_ptr()) };
         Some((full.ticket, slot))
     }

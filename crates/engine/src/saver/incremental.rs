@@ -1,17 +1,17 @@
-//! Checkpoints from a write trace (S2, S4). With a trace since the parent image, only the reported pages are read and
-//! saved. Without a parent, for memory whose contents are deferred (S8), all pages are saved as they are loaded, and
-//! then the pages that the trace has reported since.
+//! Checkpoints from a write trace (S2, S4). If the trace has been installed since the parent image, only the reported
+//! pages are read and saved. Otherwise the trace is installed first, for example through the userfaultfd of a pager
+//! (S8). All present pages are then saved, and after them the pages that the trace has reported.
 //!
-//! The trace stays installed throughout. While the workload runs, written pages are saved in rounds, which the caller
-//! controls. `collect` protects pages before they are read: a later write is reported again, and saved again. The last
-//! pages are copied at the snapshot point; from then on the trace serves the next checkpoint.
+//! The trace stays installed during the whole checkpoint. While the workload runs, written pages are saved in rounds,
+//! which the caller controls. `collect` protects pages before they are read: if a page is written later, it is reported
+//! and saved again. The last pages are copied at the snapshot point; from then on the trace serves the next checkpoint.
 //!
-//! A device that has pinned a page writes to it regardless of protection. The caller must drain such I/O between a
-//! collection and the next copy (docs/decisions/0012).
+//! A device that has pinned a page can write to the page regardless of its protection. The caller must drain such I/O
+//! between a collection and the next copy (docs/decisions/0012).
 //!
 //! The trace does not report a page that is discarded and then read. Such a page is zero or a hole although the parent
-//! holds contents for it. All pages are checked for this, most of them at the cost of one word; later discards are
-//! reported by the file's notifications.
+//! holds contents for it. `scan` checks all pages for this; for most pages it reads a single word. Later discards are
+//! reported by notifications of the file system.
 
 use std::io;
 use std::sync::Arc;
@@ -37,11 +37,13 @@ pub(super) struct Rounds {
     shared: Arc<SaverState>,
     trace: Trace,
     slots: Sender<Copied>,
-    /// Parent since which the trace is installed. `None`: all memory has to be saved.
+    /// Parent since whose snapshot point the trace has been installed; `None` if all memory has to be saved.
     since: Option<Chain>,
-    /// For each region: pages to save, pages saved, and pages that were present in the last scan.
+    /// Pages to save, by region.
     dirty: Vec<PageSet>,
+    /// Pages that have been saved, by region.
     saved: Vec<PageSet>,
+    /// Pages that were present in the last scan, by region.
     present: Vec<PageSet>,
     /// Whether no memory has been discarded since the last scan.
     unchanged: bool,
@@ -54,7 +56,7 @@ impl Rounds {
         Self { shared, trace, slots, since, dirty, saved, present, unchanged: false }
     }
 
-    /// Saves the last pages at the snapshot point. The workload is paused.
+    /// Sets the snapshot point: collects and saves the last pages. The workload must be paused.
     pub(super) fn end(mut self) -> Result<(), SaveError> {
         if !self.unchanged {
             return Err(SaveError::Memory(io::Error::other("cannot begin a checkpoint before its memory is scanned")));
@@ -68,8 +70,8 @@ impl Rounds {
         Ok(())
     }
 
-    /// Returns whether memory has been discarded since the last call. If so, pages that have been saved are to be
-    /// copied again, because their contents may be gone.
+    /// Returns whether memory has been discarded since the last call. If so, all saved pages are to be copied again,
+    /// because their contents may have been discarded.
     pub(super) fn lost(&mut self) -> Result<bool, SaveError> {
         let lost = self.discarded()?;
         self.unchanged &= !lost;
@@ -99,7 +101,7 @@ impl Rounds {
         Ok(count)
     }
 
-    /// Copies the pages that have been collected.
+    /// Copies the collected pages.
     pub(super) fn copy(&mut self) -> Result<(), SaveError> {
         self.save(false)
     }
@@ -108,7 +110,7 @@ impl Rounds {
         self.dirty.iter().map(PageSet::count).sum()
     }
 
-    /// Copies the present pages among `count` pages of a region.
+    /// Copies the collected pages, and the present pages among `count` pages of a region from page `first` on.
     pub(super) fn copy_range(&mut self, region: usize, first: usize, count: usize) -> Result<(), SaveError> {
         let Some(area) = self.shared.areas.get(region) else { return Ok(()) };
         let end = first.saturating_add(count).min(area.source.pages());
@@ -140,7 +142,8 @@ impl Rounds {
                 }
                 let there = present.contains(page);
                 if !there && area.hugetlb {
-                    // In hugetlbfs, a hole cannot be distinguished from data later, and reading it would allocate a huge page.
+                    // In hugetlbfs, a hole cannot be distinguished from data later, and reading a hole would allocate a
+                    // huge page.
                     return Err(SaveError::Untraceable(HUGE_PAGES_GONE));
                 }
                 if !there || area.source.is_zero(page).map_err(SaveError::Memory)? {
@@ -153,7 +156,7 @@ impl Rounds {
         Ok(self.count())
     }
 
-    /// Copies the dirty pages; with `now`, without waiting for staging slots.
+    /// Copies the dirty pages. If `now` is true, does not wait for staging slots, but allocates more.
     fn save(&mut self, now: bool) -> Result<(), SaveError> {
         for (region, area) in self.shared.areas.iter().enumerate() {
             let pages = area.source.pages();
@@ -195,7 +198,7 @@ impl Rounds {
         Ok(())
     }
 
-    /// Divides a run into present pages and holes, relative to page `base`.
+    /// Appends the present pages of a run to `there`, and its holes to `absent`, as runs relative to page `base`.
     fn split(
         &self,
         region: usize,
@@ -205,7 +208,8 @@ impl Rounds {
         absent: &mut Vec<(usize, usize)>,
     ) -> io::Result<()> {
         for page in start..end {
-            // Present pages are still present: there was no discard. Holes may have been filled since the scan.
+            // Pages that were present in the scan are still present, unless memory was discarded, which `lost` and
+            // `end` detect. Holes may have been filled since the scan.
             let present =
                 self.present[region].contains(page) || self.shared.areas[region].source.is_data(page * SMALL_PAGE)?;
             let runs = if present { &mut *there } else { &mut *absent };

@@ -8,18 +8,20 @@
 //! ```
 //!
 //! Memory is write-protected through a userfaultfd in synchronous mode, while the workload runs. Blocks written before
-//! the snapshot point are unprotected and recorded, so that the pause only has to protect those again. From the return
-//! of [`Saver::begin`] on, every block of memory is unchanged until its state is *saved*:
+//! the snapshot point are unprotected and recorded, so that the pause only has to protect these blocks again. After
+//! [`Saver::begin`] has returned, every block of memory is unchanged until its state is *saved*:
 //!
-//! * a block is claimed for copying by one compare-and-swap, by a trap thread or by the sweep; the other one waits;
+//! * a trap thread or the sweep claims a block for copying by a compare-and-swap; the thread that fails waits until the
+//!   block is saved;
 //! * only saved blocks are unprotected;
 //! * a page that is a hole when its block is copied was a hole at the snapshot point, or has read as zeros since.
 //!
-//! With a write trace since the parent image, neither traps nor sweep are needed: see [`incremental`]. To leave a trace
-//! from this snapshot point on: see [`trace_handover`].
+//! With a write trace, neither traps nor the sweep are needed (see [`incremental`]). A checkpoint by traps can leave a
+//! write trace from its snapshot point on (see [`trace_handover`]).
 //!
-//! The saver holds the only reference to the userfaultfd. If it exits, the kernel removes every protection and wakes
-//! every blocked thread. On an error (such as a full disk) or a cancellation, the saver removes all protections.
+//! The process of the saver holds the only reference to the userfaultfd. If the process exits, the kernel removes every
+//! protection and wakes every blocked thread. On an error (such as a full disk) or a cancellation, the saver removes
+//! all protections.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -60,7 +62,7 @@ use state::SaverState;
 pub use state::Stats;
 use trap_blocks::Copied;
 
-/// Number of queued builders, in addition to those being filled.
+/// Number of storage blocks that may wait to be compressed, and that may wait to be written.
 const QUEUED: usize = 2;
 /// Niceness of background threads.
 const NICENESS: libc::c_int = 5;
@@ -80,13 +82,13 @@ pub enum SaveError {
     /// Memory could not be read or protected.
     #[error("cannot read or protect memory of the workload: {0}")]
     Memory(io::Error),
-    /// The workload discarded memory, some of which may not have been saved.
+    /// The workload discarded memory during the checkpoint. Some of this memory may not have been saved.
     #[error(
         "memory was discarded during the checkpoint (balloon?); retry when the discards have stopped, or with the \
          workload paused"
     )]
     Discarded,
-    /// The trace since the parent cannot be used. A retry without the trace may succeed.
+    /// The write trace cannot be used. A retry without the trace may succeed.
     #[error("{0}")]
     Untraceable(&'static str),
     /// The checkpoint was cancelled.
@@ -104,15 +106,15 @@ pub struct Options {
     pub codec: Codec,
     /// Data bytes of a page block, the unit of compression.
     pub page_block: usize,
-    /// Data bytes of a storage block, the unit of reading.
+    /// Maximum number of data bytes of a storage block, the unit of reading.
     pub storage_block: usize,
-    /// Bytes that a trap copies and unprotects: a power of two, at least the page size of the memory.
+    /// Bytes that a trap copies and unprotects, a power of two. In a region with larger pages, the page size applies.
     pub trap_block: usize,
     /// Size of the staging buffer, bytes.
     pub staging: usize,
     /// Bandwidth limit of the sweep, bytes per second; 0 means unlimited.
     pub bandwidth: u64,
-    /// Number of compression threads.
+    /// Number of compression threads; 0 means 1.
     pub packers: usize,
 }
 
@@ -121,25 +123,28 @@ pub struct Options {
 pub enum Traces {
     /// No traces.
     Without,
-    /// Leave traces on these userfaultfds from the snapshot point on.
+    /// Traces that the checkpoint installs through these userfaultfds, and leaves from the snapshot point on.
     Leave(Userfaults),
-    /// Use the traces on these userfaultfds since the parent, and leave them for the next checkpoint.
+    /// Existing traces, installed through these userfaultfds since the parent. They report the pages to save, and stay
+    /// for the next checkpoint.
     TakeUp(Userfaults),
-    /// Install traces on these userfaultfds now, and leave them from the snapshot point on. For workloads with direct
-    /// I/O, which could pin a page while its synchronous protection is replaced by a trace.
+    /// Traces that [`Saver::arm`] installs through these userfaultfds. They report the pages to save, and stay from the
+    /// snapshot point on. For workloads with direct I/O, which could pin a page while a trace replaces its synchronous
+    /// protection.
     Begin(Userfaults),
-    /// Install traces on the userfaultfds of an acquired pager, which keeps them: contents are deferred.
+    /// Traces that [`Saver::arm`] installs through the userfaultfds of an acquired pager. For memory with deferred
+    /// contents.
     Borrow(Userfaults),
 }
 
 /// File and parent of the image to write.
 #[derive(Debug)]
 pub struct NewImage {
-    /// Empty file.
+    /// File of the image, empty.
     pub file: OwnedFd,
-    /// Random identifier.
+    /// Random identifier of the image.
     pub id: [u8; 16],
-    /// Chain of parent images over the same regions.
+    /// Chain of parent images over the same regions; `None` if the image has no parent.
     pub parent: Option<Chain>,
 }
 
@@ -150,7 +155,7 @@ struct Installed {
     trace: Option<Trace>,
 }
 
-/// Registers the segments for traps, or installs the trace that reports the pages to save.
+/// Registers the segments for traps; or installs, or takes up, the trace that reports the pages to save.
 fn install(traces: Traces, segments: Vec<Segment>, regions: usize) -> Result<Installed, SaveError> {
     let traced = |trace| Ok(Installed { armed: Vec::new(), handover: None, trace: Some(trace) });
     match traces {
@@ -171,11 +176,12 @@ fn install(traces: Traces, segments: Vec<Segment>, regions: usize) -> Result<Ins
 /// Method of finding the pages to save.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pages {
-    /// All pages, by traps and the sweep.
+    /// Traps and the sweep save all pages.
     Swept,
-    /// Pages reported by a trace. All others are unchanged since the parent if `as_parent`, else holes.
+    /// Rounds save the pages that a trace reports. All other pages are unchanged since the parent if `as_parent` is
+    /// true, otherwise holes.
     InRounds {
-        /// Whether the trace is installed since the parent.
+        /// Whether the trace has been installed since the snapshot point of the parent.
         as_parent: bool,
     },
 }
@@ -185,7 +191,7 @@ pub enum Pages {
 pub struct SavedRegion {
     /// Origin of the contents.
     pub source: PageOrigin,
-    /// Page size, bytes: 4 KiB, or that of hugetlbfs.
+    /// Page size, bytes: 4 KiB, or the page size of hugetlbfs.
     pub page_size: usize,
 }
 
@@ -204,15 +210,16 @@ pub struct Saver {
 }
 
 impl Saver {
-    /// Write-protects `segments` while the workload runs, and prepares everything for [`begin`](Self::begin).
+    /// Write-protects or traces `segments` while the workload runs, and starts the threads of the checkpoint.
     ///
-    /// Pages that `parent` (a chain over the same regions) holds are not stored again. Without segments nothing is
-    /// protected, and the workload must stay paused until the end. With [`Traces::TakeUp`], [`Traces::Begin`] or
-    /// [`Traces::Borrow`], [`scan`](Self::scan) must be called before `begin`.
+    /// Pages whose contents the parent of `image` holds are not stored again. Without segments, nothing is protected,
+    /// and the workload must stay paused until the checkpoint is complete. With [`Traces::TakeUp`], [`Traces::Begin`]
+    /// or [`Traces::Borrow`], [`scan`](Self::scan) must be called before `begin`.
     ///
     /// # Errors
-    /// If a process cannot be adopted, or if a segment is registered with another userfaultfd (EBUSY).
-    /// [`SaveError::Untraceable`], here or from [`begin`](Self::begin), if the trace since the parent cannot be used.
+    /// [`SaveError::Adopt`] if a process cannot be adopted, or if a segment is registered with another userfaultfd.
+    /// [`SaveError::Untraceable`] if there is no parent, or if its trace does not cover all memory. Otherwise
+    /// [`SaveError::Gone`], [`SaveError::Memory`] or [`SaveError::Write`].
     pub fn arm(
         regions: Vec<SavedRegion>,
         segments: Vec<Segment>,
@@ -261,16 +268,17 @@ impl Saver {
         Ok(saver)
     }
 
-    /// Returns how pages to save are found.
+    /// Returns the method of finding the pages to save.
     pub fn pages(&self) -> Pages {
         self.pages
     }
 
-    /// Collects the pages written since the trace was installed or last collected, and protects them again. Returns the
-    /// number of pages to copy.
+    /// Collects the pages written since the last collection, or since the trace was installed, and protects them again.
+    /// Returns the number of pages to copy.
     ///
     /// # Errors
-    /// [`SaveError::Untraceable`] if the trace no longer covers all memory, and errors of the memory.
+    /// [`SaveError::Untraceable`] if memory was remapped, [`SaveError::Gone`] if a process has exited; otherwise
+    /// [`SaveError::Memory`].
     pub fn collect(&mut self) -> Result<usize, SaveError> {
         self.rounds()?.collect()
     }
@@ -279,33 +287,34 @@ impl Saver {
     /// to copy.
     ///
     /// # Errors
-    /// [`SaveError::Untraceable`] if huge pages were discarded, and errors of the memory.
+    /// [`SaveError::Untraceable`] if huge pages were discarded; otherwise [`SaveError::Memory`].
     pub fn scan(&mut self) -> Result<usize, SaveError> {
         self.rounds()?.scan()
     }
 
-    /// Copies the pages that have been collected. Waits for the staging buffer. Direct I/O must have been drained since
-    /// the last collection.
+    /// Copies the collected pages. Waits for slots of the staging buffer. Direct I/O must have been drained since the
+    /// last collection.
     ///
     /// # Errors
-    /// [`SaveError::Cancelled`], the first error of another thread, and errors of the memory.
+    /// The first error of another thread; otherwise [`SaveError::Cancelled`] or [`SaveError::Memory`].
     pub fn copy(&mut self) -> Result<(), SaveError> {
         self.rounds()?.copy()
     }
 
-    /// Like `copy`, for the present pages among `count` pages of a region, whether or not they have been written.
+    /// Like [`copy`](Self::copy), but also copies the present pages among `count` pages of a region from page `first`
+    /// on, whether or not they have been written. Ignores pages beyond the region.
     ///
     /// # Errors
-    /// As for [`copy`](Self::copy).
+    /// The same errors as [`copy`](Self::copy).
     pub fn copy_range(&mut self, region: usize, first: usize, count: usize) -> Result<(), SaveError> {
         self.rounds()?.copy_range(region, first, count)
     }
 
-    /// Returns whether memory has been discarded since the last call. If so, [`scan`](Self::scan) must be called again,
-    /// and finds the saved pages to be copied once more.
+    /// Returns whether memory has been discarded since the last call. If so, all saved pages are to be copied again,
+    /// and [`scan`](Self::scan) must be called before [`begin`](Self::begin).
     ///
     /// # Errors
-    /// [`SaveError::Untraceable`] if huge pages were discarded.
+    /// [`SaveError::Untraceable`] if huge pages may have been discarded; otherwise [`SaveError::Memory`].
     pub fn lost(&mut self) -> Result<bool, SaveError> {
         self.rounds()?.lost()
     }
@@ -315,7 +324,7 @@ impl Saver {
         self.rounds.as_mut().ok_or_else(none)
     }
 
-    /// Starts all threads. Returns the channel for blocks that are copied in rounds.
+    /// Starts all threads of the checkpoint. Returns the channel for blocks that are copied in rounds.
     fn spawn(
         &mut self,
         image: ImageWriter,
@@ -344,7 +353,7 @@ impl Saver {
                 sweep::run(&swept, &slots, bandwidth);
             }
             swept.release_all();
-            drop((slots, wakeups)); // ends the trap threads, and with them the threads that process their blocks
+            drop((slots, wakeups)); // ends the trap threads, then the threads that process the copied blocks
         })?);
         let as_parent = pages == Pages::InRounds { as_parent: true };
         let classifier = Classifier::new(shared.clone(), parent, as_parent, builders, full)?;
@@ -360,7 +369,8 @@ impl Saver {
         Ok(rounds)
     }
 
-    /// Starts one trap thread per process. Returns the sockets whose closing ends them.
+    /// Starts one trap thread per process. Returns a wake-up socket for each thread: closing the socket ends the
+    /// thread.
     fn spawn_traps(&mut self, slots: &Sender<Copied>) -> Result<Vec<UnixStream>, SaveError> {
         let mut wakeups = Vec::new();
         for (number, uffd) in traps::processes(&self.shared.armed).into_iter().enumerate() {
@@ -374,11 +384,13 @@ impl Saver {
         Ok(wakeups)
     }
 
-    /// Sets the snapshot point. The workload must be paused, and may resume when this returns. Returns the duration of
-    /// the call.
+    /// Sets the snapshot point. The workload must be paused, and may resume when the call returns. Returns the duration
+    /// of the call.
     ///
     /// # Errors
-    /// As for [`arm`](Self::arm) and [`copy`](Self::copy).
+    /// [`SaveError::Memory`] if memory cannot be protected, or if [`scan`](Self::scan) is required. With a trace, also
+    /// the errors of [`collect`](Self::collect) and [`copy`](Self::copy), and [`SaveError::Untraceable`] if memory was
+    /// discarded.
     pub fn begin(&mut self) -> Result<Duration, SaveError> {
         let begin = Instant::now();
         match self.rounds.take() {
@@ -388,25 +400,25 @@ impl Saver {
         Ok(begin.elapsed())
     }
 
-    /// Starts the sweep, after [`begin`](Self::begin). Traps are served without it, so that the caller can leave the
-    /// CPUs to the workload until it has resumed.
+    /// Starts the sweep. Must be called after [`begin`](Self::begin). Traps are served before the sweep has started, so
+    /// that the caller can leave the CPUs to the workload until the workload has resumed.
     pub fn sweep(&mut self) {
         if let Some(start) = self.start.take() {
             let _ = start.send(());
         }
     }
 
-    /// Returns whether, after `finish`, traces cover all memory since the snapshot point.
+    /// Returns whether traces cover all memory since the snapshot point. Valid after [`finish`](Self::finish).
     pub fn leaves_traces(&self) -> bool {
         self.leaves || self.shared.follow.as_ref().is_some_and(TraceHandover::whole)
     }
 
-    /// Returns how long it took to protect all memory.
+    /// Returns how long [`arm`](Self::arm) took to start the threads and, without a trace, to protect all memory.
     pub fn arm_time(&self) -> Duration {
         self.arm_time
     }
 
-    /// Returns a handle for use by other threads.
+    /// Returns a handle with which other threads can observe or cancel the checkpoint.
     pub fn handle(&self) -> Handle {
         Handle(self.shared.clone())
     }
@@ -414,7 +426,8 @@ impl Saver {
     /// Waits for all threads, adds `sections`, and writes the index. The image is then complete and synced.
     ///
     /// # Errors
-    /// The first error of the checkpoint. The image file is then unusable.
+    /// The first error of the checkpoint; [`SaveError::Memory`] if [`sweep`](Self::sweep) has not been called. The
+    /// image file is then unusable.
     pub fn finish(&mut self, sections: &[(u32, Vec<u8>)]) -> Result<Finished, SaveError> {
         if self.start.is_some() && !self.shared.failed() {
             // Without the sweep, blocks that were not written would silently be missing.
@@ -471,7 +484,8 @@ impl Handle {
         &self.0.stats
     }
 
-    /// Waits up to `time` until everything is written or has failed. Returns whether that is the case.
+    /// Waits until all storage blocks are written or the checkpoint has failed, at most for `time`. Returns false if
+    /// `time` has expired.
     pub fn wait(&self, time: Duration) -> bool {
         self.0.wait(time)
     }
@@ -510,7 +524,8 @@ fn trouble(error: io::Error) -> SaveError {
     if armed::is_gone(&error) { SaveError::Gone } else { SaveError::Memory(error) }
 }
 
-/// Starts a thread with a lower priority than the workload and the trap threads.
+/// Starts a thread. If the workload runs during the checkpoint, the thread has a lower priority than the workload and
+/// the trap threads.
 fn background<T: Send + 'static>(
     shared: &Arc<SaverState>,
     name: &str,

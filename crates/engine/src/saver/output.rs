@@ -1,4 +1,4 @@
-//! Output of storage blocks: compressed by several threads, written by one.
+//! Output of storage blocks: several threads compress the blocks, and one thread writes them.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -10,7 +10,7 @@ use super::state::SaverState;
 use crate::block::{Builder, Built};
 use crate::image::ImageWriter;
 
-/// Filled storage block.
+/// Storage block that is being filled or has been filled, before compression.
 #[derive(Debug)]
 pub(super) struct Full {
     /// Placeholder for the block number, which is assigned when the block is written.
@@ -23,7 +23,7 @@ pub(super) struct Full {
 #[derive(Debug)]
 pub(super) struct Packed {
     ticket: u32,
-    /// Length of the bytes before the payload.
+    /// Length of header, runs and page-block table, which precede the payload, bytes.
     head: usize,
     bytes: Vec<u8>,
 }
@@ -56,7 +56,7 @@ pub(super) fn pack(
     }
 }
 
-/// Writes blocks until the channel is closed. After an error, discards them, so that no sender blocks.
+/// Writes blocks until the channel is closed. After an error, discards the remaining blocks, so that no sender blocks.
 pub(super) fn write(
     shared: &SaverState,
     mut image: ImageWriter,

@@ -12,18 +12,18 @@ use crate::uapi::{PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PmScanArg};
 /// Origin of the contents of a region.
 #[derive(Debug, Clone)]
 pub enum PageOrigin {
-    /// Memory file, through our mapping.
+    /// Memory file, accessed through our mapping.
     Shared(Arc<Mapping>),
-    /// Memory of a process that we may read.
+    /// Memory of a process, read with process_vm_readv(2).
     Process(ProcessRange),
 }
 
 /// Range of the address space of a process.
 #[derive(Debug, Clone)]
 pub struct ProcessRange {
-    /// Address space.
+    /// Address space of the process.
     pub space: Arc<Space>,
-    /// First byte, page aligned.
+    /// Address of the first byte, page aligned.
     pub address: u64,
     /// Length in bytes, page aligned.
     pub len: usize,
@@ -44,7 +44,7 @@ impl PageOrigin {
         self.len() / SMALL_PAGE
     }
 
-    /// Returns the descriptor of the file, if there is one.
+    /// Returns the descriptor of the memory file, or `None` for memory of a process.
     pub fn file(&self) -> Option<RawFd> {
         match self {
             Self::Shared(mapping) => Some(mapping.file()),
@@ -63,7 +63,8 @@ impl PageOrigin {
         }
     }
 
-    /// Returns the present ranges within `[start, end)`. Not for hugetlbfs files.
+    /// Like [`data_ranges`](Self::data_ranges), but only within `[start, end)` (bytes). Not for files in hugetlbfs,
+    /// which reports all of a file as present.
     ///
     /// # Errors
     /// Errors of lseek(2) or PAGEMAP_SCAN.
@@ -74,7 +75,7 @@ impl PageOrigin {
         }
     }
 
-    /// Returns whether a page is present in memory or swap.
+    /// Returns whether the page at byte `start` is present in memory or swap. In hugetlbfs, this is always the case.
     pub(super) fn is_data(&self, start: usize) -> io::Result<bool> {
         match self {
             Self::Shared(mapping) => mapping.is_data(start),
@@ -94,7 +95,8 @@ impl PageOrigin {
         }
     }
 
-    /// Copies whole pages from offset `start` on. The workload must not write to them during the call.
+    /// Copies whole pages from byte `start` on into `target`. If the workload writes to them during the call, the copy
+    /// may be torn.
     pub(super) fn read(&self, start: usize, target: &mut [u8]) -> io::Result<()> {
         let mapping = match self {
             Self::Process(range) => return range.read(start, target),
@@ -103,7 +105,8 @@ impl PageOrigin {
         let first = start / SMALL_PAGE;
         assert!(first + target.len() / SMALL_PAGE <= mapping.pages(), "pages beyond the mapping");
         // SAFETY: the pages lie within the mapping, by the assertion; the target is exclusively borrowed. The pages do
-        // not change, because they are protected in every mapping but ours or the workload is paused.
+        // not change if the workload is paused, or if they are protected synchronously in every mapping but ours.
+        // Otherwise the copy may be torn: a trace then reports the write, and the caller does not use the copy.
         unsafe { std::ptr::copy_nonoverlapping(mapping.page(first), target.as_mut_ptr(), target.len()) };
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Staging buffer: slots for copied blocks until they are packed. Some slots are reserved for traps.
+//! Staging buffer: slots that hold copied blocks until they are classified. Half of the slots are reserved for traps.
 
 use parking_lot::{Condvar, Mutex};
 
@@ -11,7 +11,7 @@ pub(super) enum Origin {
     Sweep,
 }
 
-/// Fixed number of slots.
+/// Slots for copied blocks.
 #[derive(Debug)]
 pub(super) struct Staging {
     state: Mutex<State>,
@@ -29,15 +29,17 @@ struct State {
 }
 
 impl Staging {
-    /// Allocates at least two slots: one for traps, one for the sweep.
+    /// Allocates `count` slots of `slot` bytes, but at least two: one for traps, one for the sweep.
     pub(super) fn new(slot: usize, count: usize) -> Self {
         let count = count.max(2);
-        // Not zeros, which would be allocated at the first trap, while a thread of the workload is blocked.
+        // Not filled with zeros: zeroed memory would only be allocated at the first trap, while a thread of the
+        // workload is blocked.
         let free = (0..count).map(|_| vec![1; slot].into_boxed_slice()).collect();
         Self { state: Mutex::new(State { free, closed: false }), more: Condvar::new(), slot, reserve: count / 2 }
     }
 
-    /// Takes a slot. Returns it and whether the caller had to wait, or `None` once closed.
+    /// Takes a slot, and waits until one is available. Returns the slot and whether the caller had to wait, or `None`
+    /// if the buffer is closed.
     pub(super) fn take(&self, origin: Origin) -> Option<(Box<[u8]>, bool)> {
         let left = if origin == Origin::Trap { 0 } else { self.reserve };
         let mut state = self.state.lock();
@@ -49,19 +51,19 @@ impl Staging {
         if state.closed { None } else { state.free.pop().map(|slot| (slot, waited)) }
     }
 
-    /// Takes a slot without waiting; allocates one if none is free.
+    /// Takes a slot without waiting. Allocates a slot if none is free.
     pub(super) fn take_now(&self) -> Box<[u8]> {
         let free = self.state.lock().free.pop();
         free.unwrap_or_else(|| vec![1; self.slot].into_boxed_slice())
     }
 
-    /// Returns a slot.
+    /// Puts a slot back into the buffer, and wakes the threads that wait for one.
     pub(super) fn give(&self, slot: Box<[u8]>) {
         self.state.lock().free.push(slot);
         self.more.notify_all();
     }
 
-    /// Closes the buffer: no caller gets a slot or waits for one from now on.
+    /// Closes the buffer: all waiting and later calls of `take` return `None`.
     pub(super) fn close(&self) {
         self.state.lock().closed = true;
         self.more.notify_all();

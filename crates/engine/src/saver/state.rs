@@ -20,7 +20,7 @@ pub struct Stats {
     pub traps: AtomicU64,
     /// Number of traps before the snapshot point, whose blocks were only unprotected and recorded.
     pub early_traps: AtomicU64,
-    /// Number of blocks copied by the sweep. All others were copied by traps.
+    /// Number of blocks copied by the sweep.
     pub swept: AtomicU64,
     /// Number of traps that waited for a staging slot.
     pub staging_waits: AtomicU64,
@@ -30,17 +30,18 @@ pub struct Stats {
     pub trap_time: AtomicU64,
     /// Number of present pages that have been classified.
     pub pages: AtomicU64,
-    /// Number of pages of each [`Class`], by its number. Pages of the parent are not included.
+    /// Number of pages of each [`Class`](crate::block::Class), indexed by the number of the class. Pages whose contents
+    /// are in the parent image are not included.
     pub classes: [AtomicU64; 5],
     /// Number of pages whose contents are in the parent image.
     pub in_parent: AtomicU64,
-    /// Bytes of storage blocks.
+    /// Bytes of storage blocks written.
     pub stored: AtomicU64,
-    /// Number of storage blocks.
+    /// Number of storage blocks written.
     pub blocks: AtomicU64,
     /// Number of write calls.
     pub writes: AtomicU64,
-    /// Number of pages reported by the trace since the parent; a page may count more than once.
+    /// Number of pages reported by the trace; a page may count more than once.
     pub written: AtomicU64,
 }
 
@@ -61,7 +62,8 @@ impl Stats {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts the pages of the final page map: earlier counts may include a page more than once or not at all.
+    /// Replaces the counts of pages by those of the final page map. The counts so far may include a page more than once
+    /// or not at all.
     pub(super) fn recount(&self, page_map: &[PageEntry]) {
         self.classes.iter().chain([&self.in_parent]).for_each(|counter| counter.store(0, Ordering::Relaxed));
         page_map.iter().for_each(|entry| self.count(entry));
@@ -75,7 +77,7 @@ pub(super) struct SaverState {
     pub(super) armed: Vec<Armed>,
     pub(super) staging: Staging,
     pub(super) discards: Discards,
-    /// Traces that take over saved memory.
+    /// Hand-over of saved memory to write traces; `None` if memory is only unprotected.
     pub(super) follow: Option<TraceHandover>,
     /// Whether the workload runs during the checkpoint.
     pub(super) live: bool,
@@ -123,7 +125,8 @@ impl SaverState {
         self.armed.iter().try_for_each(|Armed { segment, uffd }| uffd.write_protect(segment.address, segment.len, true))
     }
 
-    /// Sets the snapshot point: protects again what was unprotected since `protect_all`, in few calls.
+    /// Sets the snapshot point: protects the blocks again that were unprotected since `protect_all`, with one call per
+    /// run of blocks in each mapping.
     pub(super) fn protect_released(&self) -> io::Result<()> {
         let _beginning = self.beginning.lock();
         for (region, area) in self.areas.iter().enumerate() {
@@ -141,13 +144,15 @@ impl SaverState {
                 self.each_mapping(region, start, last + len - start, true)?;
             }
         }
-        // Pages discarded so far are holes at the snapshot point, or were written since and are saved as such.
+        // Ignore earlier discards: the discarded pages are holes at the snapshot point, or have been written again, and
+        // are saved in this state.
         self.discards.seen()?;
         self.begun.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Unprotects and records a block if the snapshot point has not been set. Returns false if it has.
+    /// Before the snapshot point, unprotects and records a block, and returns true. After the snapshot point, returns
+    /// false.
     pub(super) fn release_before_snapshot(&self, armed: &Armed, block: usize) -> bool {
         if self.begun.load(Ordering::Acquire) {
             return false;
@@ -169,7 +174,7 @@ impl SaverState {
         let (start, len) = self.areas[armed.segment.region].bounds(block);
         let Some((address, bytes)) = within(&armed.segment, start, len) else { return Ok(()) };
         match self.check(armed.uffd.write_protect(address, bytes, false)) {
-            // Handed over in the meantime, which has woken all threads.
+            // The block has been handed over since. Unregistering it has woken all threads.
             Err(_) if self.is_handed_over(armed.segment.region, start + len) => Ok(()),
             other => other,
         }
@@ -200,7 +205,7 @@ impl SaverState {
         Ok(())
     }
 
-    /// Ignores errors once all memory has been unregistered, which makes calls fail.
+    /// Converts the result of a userfaultfd call. Ignores errors after `release_all`, which makes such calls fail.
     pub(super) fn check(&self, result: io::Result<()>) -> Result<(), SaveError> {
         match result {
             Err(_) if self.released.load(Ordering::Acquire) => Ok(()),
@@ -209,7 +214,8 @@ impl SaverState {
         }
     }
 
-    /// Unregisters all memory, which wakes every blocked thread. Ignores errors: an exited process has none.
+    /// Unregisters all memory that has not been handed over, which wakes every blocked thread. Ignores errors, because
+    /// an exited process has no registered memory.
     pub(super) fn release_all(&self) {
         let _still = self.follow.as_ref().map(TraceHandover::still);
         self.released.store(true, Ordering::Release);
@@ -224,7 +230,8 @@ impl SaverState {
 
     // -- ends
 
-    /// Records the first error, and unregisters all memory.
+    /// Fails the checkpoint: records the error, closes the staging buffer and unregisters all memory. Does nothing if
+    /// the checkpoint has already failed or finished.
     pub(super) fn fail(&self, error: SaveError) {
         let mut first = self.error.lock();
         if first.is_none() && !self.is_done() {

@@ -15,10 +15,11 @@ use crate::{LARGE_PAGE, SMALL_PAGE};
 /// Longest sleep between two checks for cancellation.
 const SLICE: Duration = Duration::from_millis(20);
 
-/// Wait for notifications of discards, which the kernel sends after the discard.
+/// Time to wait for notifications of discards. The kernel sends them after the discard.
 const NOTICE: Duration = Duration::from_millis(5);
 
-/// Saves all blocks that traps have not saved. Returns early if the checkpoint has failed.
+/// Saves all blocks that traps have not saved. Fails the checkpoint on an error, or if memory was discarded. Returns
+/// early if the checkpoint has failed.
 pub(super) fn run(shared: &SaverState, slots: &Sender<Copied>, bandwidth: u64) {
     let mut pace = RateLimit { since: Instant::now(), bytes: 0, bandwidth };
     for region in 0..shared.areas.len() {
@@ -61,7 +62,7 @@ fn region_of(
             if data.iter().any(|&(from, to)| from < start + len && start < to) {
                 save(shared, slots, region, block, pace, kept.as_mut())?;
             } else {
-                // Still protected, so it was a hole at the snapshot point.
+                // An unsaved block is protected: if it has no data now, it had none at the snapshot point.
                 area.change(block, UNSAVED, SAVED);
             }
         }
@@ -108,7 +109,7 @@ fn save(
     Ok(())
 }
 
-/// Rate limit, bytes per second since `since`.
+/// Rate limit of the sweep: at most `bandwidth` bytes per second since `since`. `bytes` have been copied so far.
 struct RateLimit {
     since: Instant,
     bytes: u64,
@@ -116,7 +117,7 @@ struct RateLimit {
 }
 
 impl RateLimit {
-    /// Sleeps while the sweep is ahead of the limit.
+    /// Sleeps while the sweep is ahead of the limit. Returns early if `given_up` returns true.
     fn wait(&self, given_up: impl Fn() -> bool) {
         if self.bandwidth == 0 {
             return;

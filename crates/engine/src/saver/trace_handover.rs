@@ -2,10 +2,11 @@
 //! checkpoint.
 //!
 //! Memory can be registered with only one userfaultfd at a time, and a userfaultfd is either synchronous or
-//! asynchronous. Saved memory is therefore unregistered from the synchronous one and registered with the asynchronous
-//! one, a part of a region at a time. In between, that part is unprotected. The sweep keeps a copy of the part and
-//! compares it when the trace is installed. Pages that differ or that a trap has saved were written since the snapshot
-//! point: they are unprotected again, so that the trace reports them.
+//! asynchronous. Saved memory is therefore unregistered from the synchronous userfaultfd and registered with the
+//! asynchronous one, a part of a region at a time. In between, the part is unprotected, and writes to it are not
+//! recorded. The sweep therefore keeps a copy of the part, and compares the memory with the copy once the trace is
+//! installed. Pages that differ, or that a trap has saved, were written since the snapshot point. They are unprotected
+//! again, so that the trace reports them.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -47,7 +48,8 @@ impl Kept {
 }
 
 impl SaverState {
-    /// Hands a saved part of a region over to the traces, or only unprotects it if there are none.
+    /// Hands the saved part `[from, to)` (bytes) of a region over to the traces. `kept` is the copy that the sweep has
+    /// made. If there are no traces, or if a part could not be traced, only unprotects the part.
     pub(super) fn hand_over(&self, region: usize, from: usize, to: usize, kept: &Kept) -> Result<(), SaveError> {
         let Some(follow) = self.follow.as_ref().filter(|follow| follow.whole()) else {
             return self.release(region, from, to - from);
@@ -63,7 +65,7 @@ impl SaverState {
             follow.handed[region].store(to, Ordering::Release);
         }
         if self.trace(follow, region, from, to, kept).is_err() {
-            // This checkpoint does not need the trace; the next one compares all pages.
+            // This checkpoint does not need the trace. The next checkpoint cannot use it, and compares all pages.
             follow.broken.store(true, Ordering::Release);
         }
         Ok(())
@@ -94,7 +96,8 @@ impl SaverState {
     }
 }
 
-/// Finds the pages of a traced part that may have been written since the snapshot point, as (start, end) in bytes.
+/// Returns the pages of a traced part that may have been written since the snapshot point, as runs (start, end) in
+/// bytes.
 fn written(area: &Area, from: usize, to: usize, kept: &Kept) -> io::Result<Vec<(usize, usize)>> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     let mut now = vec![0; SMALL_PAGE];
@@ -102,7 +105,7 @@ fn written(area: &Area, from: usize, to: usize, kept: &Kept) -> io::Result<Vec<(
     let data = if area.hugetlb { vec![(from, to)] } else { area.source.data_within(from, to)? };
     for at in data.into_iter().flat_map(|(start, end)| (start..end).step_by(SMALL_PAGE)) {
         if let Some(then) = kept.page(at) {
-            // Writes from now on are reported by the trace.
+            // The trace reports any write after this read.
             area.source.read(at, &mut now)?;
             if now == then {
                 continue;

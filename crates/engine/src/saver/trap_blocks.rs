@@ -8,13 +8,13 @@ use super::source::PageOrigin;
 use super::staging::Origin;
 use crate::SMALL_PAGE;
 
-/// Not copied, and protected.
+/// State of a block that is protected and has not been copied.
 pub(super) const UNSAVED: u8 = 0;
-/// Being copied by the thread that has claimed it.
+/// State of a block that is being copied by the thread that has claimed it.
 pub(super) const COPYING: u8 = 1;
-/// Copied; may be unprotected.
+/// State of a block that has been copied, and may be unprotected.
 pub(super) const SAVED: u8 = 2;
-/// Unprotected before the snapshot point; must be protected again.
+/// State of a block that was unprotected before the snapshot point, and must be protected again.
 pub(super) const RELEASED: u8 = 3;
 
 /// Region divided into trap blocks.
@@ -38,7 +38,8 @@ pub(super) struct Copied {
     pub(super) page: usize,
     /// Present pages of the block, as (first, end) relative to `page`.
     pub(super) runs: Vec<(usize, usize)>,
-    /// Pages that were present in the parent image and are holes now, as (first, end) relative to `page`.
+    /// Pages to record as holes, as (first, end) relative to `page`. Only in rounds: otherwise pages without a copy are
+    /// holes.
     pub(super) absent: Vec<(usize, usize)>,
     pub(super) slot: Box<[u8]>,
     pub(super) origin: Origin,
@@ -82,14 +83,15 @@ impl Area {
         self.states[block].compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// Waits until another thread has copied a block, which takes a few microseconds.
+    /// Waits while another thread copies a block, which takes a few microseconds.
     pub(super) fn await_saved(&self, block: usize) {
         while self.state(block) == COPYING {
             std::thread::yield_now();
         }
     }
 
-    /// Copies the present pages of a block that is protected and claimed by the caller. Returns these pages.
+    /// Copies the present pages of a block, which must be protected and claimed by the caller, into `slot`. Returns
+    /// these pages as (first, end), relative to the block.
     pub(super) fn copy(&self, block: usize, slot: &mut [u8]) -> io::Result<Vec<(usize, usize)>> {
         let (start, len) = self.bounds(block);
         let ranges =

@@ -19,7 +19,7 @@ use crate::segment::{Segment, register_for_writes};
 use crate::space::AdoptError;
 use crate::uapi::{self, Userfault};
 
-/// Time to poll for the next trap before blocking: a wake-up takes longer than a trap.
+/// Time for which a trap thread polls for the next trap before it sleeps, because a wake-up takes longer than a trap.
 const SPIN: Duration = Duration::from_micros(30);
 
 /// Registers segments, with one userfaultfd per process. Nothing is protected yet.
@@ -40,7 +40,7 @@ pub(super) fn processes(armed: &[Armed]) -> Vec<Arc<Userfault>> {
     found
 }
 
-/// Serves the traps of a process until the peer of `wakeup` is closed.
+/// Serves the traps of a process until the peer of `wakeup` is closed. Fails the checkpoint on an error.
 pub(super) fn serve(shared: &SaverState, uffd: &Arc<Userfault>, wakeup: &UnixStream, slots: &Sender<Copied>) {
     let mut events = Vec::new();
     let mut idle = Instant::now();
@@ -71,7 +71,7 @@ pub(super) fn serve(shared: &SaverState, uffd: &Arc<Userfault>, wakeup: &UnixStr
 fn sleep(uffd: &Arc<Userfault>, wakeup: &UnixStream) -> bool {
     let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let mut polls = [poll(uffd.as_raw_fd()), poll(wakeup.as_raw_fd())];
-    // SAFETY: two pollfds that live through the call.
+    // SAFETY: `polls` consists of two pollfds, and lives through the call.
     let ready = unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) };
     ready > 0 && polls[1].revents != 0
 }
