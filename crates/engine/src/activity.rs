@@ -4,11 +4,12 @@
 //! memory:
 //!
 //! * Shared memory: protecting one base page (userfaultfd, asynchronous) replaces the PMD mapping by an empty page
-//!   table. The marker left in it keeps later faults from mapping more than one page, and a registered range is not
-//!   mapped around a fault either. Pages present at the end of the window have been read or written.
+//!   table, which contains a marker for the protected page. The marker prevents a later fault from mapping more than
+//!   one page. The kernel does not map pages around a fault either, because the range is registered. Pages that are
+//!   mapped at the end of the window have been read or written.
 //! * Private memory: after the split, the base pages stay mapped. MADV_COLD clears their accessed bits and flushes the
-//!   TLB, so that the processor sets them again; `Referenced` in smaps then counts them. Each registered huge page is a
-//!   separate mapping, so that smaps reports one count per huge page.
+//!   TLB, so that the processor sets the bit of each page that is accessed. `Referenced` in smaps counts these pages.
+//!   Each registered huge page is a separate mapping, so that smaps reports one count per huge page.
 //!
 //! The workload is never blocked, and no write is undone. If the sampler exits, its descriptor is closed, and the
 //! kernel removes every protection. Split mappings then stay split until khugepaged or another sample collapses them.
@@ -29,7 +30,7 @@ const ATTEMPTS: usize = 5;
 /// Base pages of a huge page, as a bitmap: page n is bit n % 64 of word n / 64.
 pub type Touched = [u64; SLOTS / 64];
 
-/// Huge pages of one address space, registered for sampling. Dropping it restores them.
+/// Huge pages of one address space, registered for sampling. A drop restores them.
 #[derive(Debug)]
 pub struct Sampler {
     space: Arc<Space>,
@@ -44,7 +45,7 @@ struct Held {
 }
 
 impl Sampler {
-    /// Adopts the process for any number of windows.
+    /// Creates a sampler for any number of windows. Adopts the process.
     ///
     /// # Errors
     /// If the process cannot be adopted.
@@ -57,11 +58,12 @@ impl Sampler {
         self.held.lock()
     }
 
-    /// Registers huge pages (given by their addresses), which makes each one a separate mapping without splitting it.
-    /// Returns those that are no longer mapped.
+    /// Registers huge pages, given by their addresses. Each of them becomes a separate mapping, and is not split.
+    /// Returns the addresses that are no longer mapped.
     ///
     /// # Errors
-    /// EBUSY if a page is registered with another userfaultfd. Pages registered before the error are restored on drop.
+    /// EBUSY if a page is registered with another userfaultfd; otherwise the error of UFFDIO_REGISTER. Pages registered
+    /// before the error are restored on drop.
     pub fn hold(&self, pages: &[u64]) -> io::Result<Vec<u64>> {
         let (mut held, mut gone) = (self.held(), Vec::new());
         for &address in pages {
@@ -74,7 +76,8 @@ impl Sampler {
         Ok(gone)
     }
 
-    /// Splits the mappings of registered pages. In shared memory (`marked`), the marker stays until they are restored.
+    /// Splits the PMD mappings of registered huge pages. `marked` must be true for shared memory: the marker then stays
+    /// until [`restore`](Self::restore).
     ///
     /// # Errors
     /// The error of UFFDIO_WRITEPROTECT; `InvalidInput` if a page is not registered.
@@ -96,7 +99,8 @@ impl Sampler {
         Ok(())
     }
 
-    /// Clears the accessed bits of pages and flushes the TLB (MADV_COLD). Has no effect on locked memory.
+    /// Clears the accessed bits of huge pages and flushes the TLB (MADV_COLD). Has no effect on locked or unmapped
+    /// memory.
     ///
     /// # Errors
     /// The error of process_madvise(2), other than EINVAL and ENOMEM.
@@ -110,7 +114,7 @@ impl Sampler {
         Ok(())
     }
 
-    /// Returns which base pages of each page are mapped.
+    /// Returns for each huge page which of its base pages are mapped.
     ///
     /// # Errors
     /// The error of PAGEMAP_SCAN.
@@ -128,13 +132,13 @@ impl Sampler {
         Ok(bits)
     }
 
-    /// Unregisters all pages and maps those that were split as huge pages again. Returns those that stay split, and
-    /// why.
+    /// Unregisters all huge pages, and collapses the mappings that were split. Returns the addresses of the mappings
+    /// that stay split, with the errors.
     pub fn restore(&self) -> Vec<(u64, io::Error)> {
         let held = std::mem::take(&mut *self.held());
         let mut small = Vec::new();
         for Held { address, split } in held {
-            // Fails if the mapping is gone or the process has exited; the collapse then reports it.
+            // Fails if the range is no longer mapped or the process has exited; the collapse then reports the error.
             let _ = self.uffd.unregister(address, LARGE_PAGE as u64);
             if split && let Err(error) = self.collapse(address) {
                 small.push((address, error));

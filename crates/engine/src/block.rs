@@ -29,7 +29,7 @@ pub const MAX_RAW: usize = 4 << 20;
 pub const MAX_RUNS: usize = 2048;
 /// Maximum size of a page block before compression, bytes.
 pub const MAX_UNIT: usize = 1 << 20;
-/// Maximum number of page blocks: a full storage block with page blocks of one page.
+/// Maximum number of page blocks of a storage block, reached if each page block consists of one page.
 pub const MAX_PAGE_BLOCKS: usize = MAX_RAW / SMALL_PAGE;
 /// Maximum number of pages of a run.
 pub const MAX_RUN_PAGES: usize = 1 << 24;
@@ -91,7 +91,7 @@ pub enum Codec {
 }
 
 impl Codec {
-    /// Returns the codec with a name.
+    /// Returns the codec with this name (`none`, `lz4` or `zstd`). Returns `None` for other names.
     pub fn named(name: &str) -> Option<Self> {
         [("none", Self::None), ("lz4", Self::Lz4), ("zstd", Self::Zstd)]
             .into_iter()
@@ -109,24 +109,24 @@ impl Codec {
     }
 }
 
-/// Class of a run of pages.
+/// Class of pages, by their contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Class {
-    /// Hole: not present in memory.
+    /// Hole: page that is not present in memory.
     Absent = 0,
-    /// Present, all zeros.
+    /// Present page of zeros.
     Zero = 1,
-    /// Repeated 64-bit word.
+    /// Page that consists of a repeated 64-bit word.
     Pattern = 2,
-    /// Duplicate of another page of the region.
+    /// Duplicate of another page; in a storage block, of the same region.
     SameAs = 3,
-    /// Any other contents, stored in the payload.
+    /// Page with any other contents, stored in a payload.
     Data = 4,
 }
 
 impl Class {
-    /// Returns the class with a number.
+    /// Returns the class with this number, or `None` if the number is invalid.
     #[inline]
     pub fn numbered(number: u8) -> Option<Self> {
         match number {
@@ -152,9 +152,9 @@ fn field(field: &'static str, value: impl Into<u64>, allowed: &'static str) -> B
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// Carries pages.
+    /// Block of pages.
     Pages = 1,
-    /// Ends a round on a stream; `sequence` is the number of preceding blocks.
+    /// End of a round on a stream. `sequence` is the number of preceding blocks.
     Barrier = 2,
 }
 
@@ -162,15 +162,15 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Header {
-    /// [`MAGIC`].
+    /// Magic number, [`MAGIC`].
     pub magic: [u8; 4],
-    /// [`VERSION`].
+    /// Version of the format, [`VERSION`].
     pub version: u8,
-    /// [`Kind`].
+    /// Number of the [`Kind`].
     pub kind: u8,
-    /// [`Codec`].
+    /// Number of the [`Codec`].
     pub codec: u8,
-    /// 0.
+    /// Reserved; must be 0.
     pub reserved: u8,
     /// Index of the region in the region table.
     pub region: U32,
@@ -178,7 +178,7 @@ pub struct Header {
     pub runs: U16,
     /// Number of page blocks.
     pub page_blocks: U16,
-    /// Data bytes per page block, before compression.
+    /// Data bytes per page block before compression.
     pub unit: U32,
     /// Data bytes of all page blocks before compression.
     pub raw_len: U32,
@@ -188,7 +188,7 @@ pub struct Header {
     pub round: U32,
     /// Number of the block in its stream or file, starting at 0.
     pub sequence: U64,
-    /// 0.
+    /// Reserved; must be 0.
     pub reserved2: [u8; 16],
     /// xxh3-64 of header (this field zero), runs and page-block table.
     pub checksum: U64,
@@ -202,21 +202,21 @@ pub struct RunRecord {
     pub first: U64,
     /// Number of pages, at least 1.
     pub count: U32,
-    /// [`Class`].
+    /// Number of the [`Class`].
     pub class: u8,
-    /// 0.
+    /// Reserved; must be 0.
     pub reserved: [u8; 3],
-    /// Pattern: the word. Duplicate: the page. Otherwise 0.
+    /// Pattern: the repeated word. Duplicate: the page with the same contents, within the region. Otherwise 0.
     pub value: U64,
 }
 
-/// Page block.
+/// Entry of the page-block table.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct PageBlockRecord {
     /// Data bytes before compression.
     pub raw_len: U32,
-    /// Bytes in the payload. If equal to `raw_len`, the block is not compressed, regardless of the codec.
+    /// Bytes in the payload. If equal to `raw_len`, the page block is not compressed, regardless of the codec.
     pub stored_len: U32,
     /// xxh3-64 of the stored bytes.
     pub checksum: U64,
@@ -237,11 +237,11 @@ pub struct Run {
     pub count: usize,
     /// Class of the pages.
     pub class: Class,
-    /// Pattern word, or the page that holds the same contents.
+    /// Pattern: the repeated word. Duplicate: the page with the same contents, within the region. Otherwise 0.
     pub value: u64,
 }
 
-/// Decoded and verified header with its runs and page blocks. The payload follows.
+/// Decoded and verified header of a storage block, with runs and page-block table, but without the payload.
 #[derive(Debug)]
 pub struct Head {
     /// Purpose of the block.
@@ -250,22 +250,22 @@ pub struct Head {
     pub codec: Codec,
     /// Index of the region.
     pub region: u32,
-    /// Round of a migration.
+    /// Round of a migration; 0 in a file.
     pub round: u32,
-    /// Number of the block in its stream.
+    /// Number of the block in its stream or file.
     pub sequence: u64,
-    /// Runs, in the order of their data.
+    /// Runs, in the order of their pages in the raw stream.
     pub runs: Vec<Run>,
-    /// Page blocks, in the order of their data.
+    /// Page-block table, in the order of the payload.
     pub page_blocks: Vec<PageBlockRecord>,
     /// Size of the payload, bytes.
     pub stored_len: usize,
 }
 
 impl Head {
-    /// Checks that no page is in two runs. A valid peer does not send a page twice in a block, and each one causes
-    /// work: without this check, a block of 49 KB could stand for 2048 times the region. Within a round, a page may be
-    /// sent again if it was discarded in the meantime.
+    /// Checks that no page is in two runs. A correct peer does not send a page twice in a block. Without this check, a
+    /// block of 49 KB could make the receiver process the whole region 2048 times. A later block of the same round may
+    /// contain the page again, if the page was discarded in between.
     ///
     /// # Errors
     /// [`BlockError::Field`] with the page that is in two runs.
@@ -280,7 +280,7 @@ impl Head {
         }
     }
 
-    /// Compares a checksum with that of a page block.
+    /// Compares `checksum` with the recorded checksum of page block `index`.
     ///
     /// # Errors
     /// [`BlockError::PayloadChecksum`] if they differ.
@@ -294,7 +294,7 @@ impl Head {
     /// Verifies the stored bytes of a page block and decompresses them into `out`, which is resized to the raw length.
     ///
     /// # Errors
-    /// [`BlockError::PayloadChecksum`] or [`BlockError::Decompress`].
+    /// [`BlockError::PayloadChecksum`] if the checksum differs, [`BlockError::Decompress`] if decompression fails.
     pub fn unpack(&self, index: usize, stored: &[u8], out: &mut Vec<u8>) -> Result<(), BlockError> {
         self.verify(index, checksum(stored))?;
         out.resize(self.page_blocks[index].raw_len.get() as usize, 0);
@@ -340,10 +340,10 @@ pub fn table_len(header: &Header) -> Result<usize, BlockError> {
     Ok(runs * RUN_LEN + page_blocks * PAGE_BLOCK_LEN)
 }
 
-/// Decodes and verifies a header and its table, whose length is that of [`table_len`].
+/// Decodes and verifies a header and its table of runs and page blocks. The length of `table` must be [`table_len`].
 ///
 /// # Errors
-/// [`BlockError`] with the first field that is invalid.
+/// [`BlockError`] about the first field that is invalid.
 pub fn decode_head(header: &Header, table: &[u8]) -> Result<Head, BlockError> {
     if table.len() != table_len(header)? {
         return Err(field("table length", table.len() as u64, "the runs and page blocks of its header"));
@@ -464,7 +464,7 @@ fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String>
     if len == out.len() { Ok(()) } else { Err(format!("{len} bytes, expected {}", out.len())) }
 }
 
-/// Builder of storage blocks. There is one per stream, which reuses its buffers.
+/// Builder of storage blocks. Each stream has a separate builder, which reuses its buffers.
 #[derive(Debug)]
 pub struct Builder {
     codec: Codec,
@@ -489,7 +489,8 @@ impl Builder {
     /// Creates a builder of storage blocks with up to `storage_block` data bytes, in page blocks of `page_block` bytes.
     ///
     /// # Panics
-    /// If a size is not a multiple of 4 KiB, or exceeds [`MAX_UNIT`] or [`MAX_RAW`].
+    /// If `page_block` is not a positive multiple of 4 KiB up to [`MAX_UNIT`], or if `storage_block` is not a positive
+    /// multiple of `page_block` up to [`MAX_RAW`].
     pub fn new(codec: Codec, page_block: usize, storage_block: usize) -> Self {
         let fits = |len: usize, part: usize, max: usize| len > 0 && len.is_multiple_of(part) && len <= max;
         assert!(fits(page_block, SMALL_PAGE, MAX_UNIT), "page block of {page_block} bytes");
@@ -508,12 +509,12 @@ impl Builder {
         self.raw.len() + SMALL_PAGE > self.storage_block || self.runs.len() >= MAX_RUNS
     }
 
-    /// Returns the number of data bytes.
+    /// Returns the number of data bytes before compression.
     pub fn raw_len(&self) -> usize {
         self.raw.len()
     }
 
-    /// Adds pages without data. Extends the last run if possible.
+    /// Adds a run of `count` pages, without data. Extends the last run if possible.
     ///
     /// # Panics
     /// If `count` is 0 or exceeds [`MAX_RUN_PAGES`].
@@ -552,7 +553,8 @@ impl Builder {
         }
     }
 
-    /// Adds a page with any contents. Returns its slot, the index among the data pages of the block.
+    /// Adds a page as data, even if it consists of zeros. Returns the slot of the page: its index among the data pages
+    /// of the block.
     pub fn push_data(&mut self, number: usize, contents: &[u8]) -> usize {
         debug_assert!(contents.len() == SMALL_PAGE, "a page of {} bytes", contents.len());
         let slot = self.raw.len() / SMALL_PAGE;
@@ -561,12 +563,12 @@ impl Builder {
         slot
     }
 
-    /// Finishes the block and starts the next one.
+    /// Finishes the block and starts a new one.
     pub fn build(&mut self, region: u32, round: u32, sequence: u64) -> Built<'_> {
         self.finish(Kind::Pages, region, round, sequence)
     }
 
-    /// Like `build`; changes the codec from this block on.
+    /// Like [`build`](Self::build), but changes the codec for this block and all later ones.
     pub fn build_with(&mut self, codec: Codec, region: u32, round: u32, sequence: u64) -> Built<'_> {
         self.codec = codec;
         self.build(region, round, sequence)
@@ -659,7 +661,8 @@ fn compress(codec: Codec, raw: &[u8], out: &mut Vec<u8>) {
     }
 }
 
-/// Returns whether all bytes are zero. Checks the first bytes first, which decide for most other pages.
+/// Returns whether all bytes are zero. Checks the first 64 bytes first, because they differ from zero in most other
+/// pages.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let (head, tail) = bytes.split_at(bytes.len().min(64));
     // Branch-free over 256 bytes, so that the compiler vectorises it.

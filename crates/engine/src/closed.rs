@@ -1,28 +1,32 @@
-//! Memory that is read-only because its workload has been handed over: a late write terminates the program with a
+//! Memory that is read-only because its workload has been handed over. A write to it terminates the program with a
 //! message.
 //!
-//! A buffer that a program has exported cannot be revoked, and a write through it would be lost. The memory is
-//! therefore made read-only. A write raises SIGSEGV, whose handler prints the reason; then the signal terminates the
-//! program.
+//! A buffer that a program has exported cannot be revoked, and a write through the buffer would be lost. The memory is
+//! therefore made read-only, so that a write raises SIGSEGV. The handler prints the reason and restores the previous
+//! action of the signal, which by default terminates the program.
 
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// Maximum number of closed ranges with a message.
 const LIMIT: usize = 64;
 const MESSAGE: &[u8] =
     b"pageferry: write to an arena that has moved to another process or host: the write would be lost; terminating \
 (SIGSEGV). Write only while on_pause does not hold, and not after on_moved\n";
 
-/// Bounds of closed ranges. Writes to ranges beyond the limit terminate the program without the message.
+/// Start addresses of closed ranges; 0 for an unused slot. A write to a range beyond the limit terminates the program
+/// without the message.
 static STARTS: [AtomicUsize; LIMIT] = [const { AtomicUsize::new(0) }; LIMIT];
+/// End addresses of the ranges in `STARTS`.
 static ENDS: [AtomicUsize; LIMIT] = [const { AtomicUsize::new(0) }; LIMIT];
+/// Number of ranges registered so far. Slots are not reused.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 /// Previous action of SIGSEGV; `None` if the handler could not be installed.
 static PREVIOUS: OnceLock<Option<libc::sigaction>> = OnceLock::new();
 
-/// Registers a range, so that the handler explains writes to it.
+/// Registers a range, so that the handler explains writes to the range. The first call installs the handler.
 pub fn watch(start: usize, len: usize) {
     let slot = COUNT.fetch_add(1, Ordering::AcqRel);
     if slot < LIMIT {
@@ -53,7 +57,8 @@ fn install() -> Option<libc::sigaction> {
     (result == 0).then(|| unsafe { previous.assume_init() })
 }
 
-/// Prints the reason, restores the previous action of SIGSEGV and returns, so that the access faults again.
+/// Prints the reason if the address is in a closed range. Restores the previous action of SIGSEGV and returns, so that
+/// the access faults again.
 extern "C" fn explain(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler, and for SIGSEGV it contains an address.
     let address = unsafe { (*info).si_addr() } as usize;

@@ -1,7 +1,7 @@
 //! Events of a userfaultfd, and their resolution.
 //!
-//! While a removal event has not been read, every resolution fails with EAGAIN; then nothing is mapped, and the woken
-//! threads fault again. EEXIST means that another thread has mapped the page. A process that has exited needs no
+//! While a removal event is pending, every resolution fails with EAGAIN. In this case nothing is mapped, and the woken
+//! threads fault again. EEXIST means that another thread has mapped the page. The faults of an exited process need no
 //! resolution.
 
 use std::io;
@@ -34,9 +34,9 @@ const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 struct Message {
     event: u8,
     reserved: [u8; 7],
-    /// Fault: flags. Removal: first address.
+    /// Flags of a fault, or first address of a removal.
     first: u64,
-    /// Fault: address. Removal: address after the last.
+    /// Address of a fault, or address after the end of a removal.
     second: u64,
     third: u64,
 }
@@ -52,20 +52,22 @@ pub enum Event {
     Fault {
         /// Address of the access, rounded down to a page.
         address: u64,
-        /// Whether the page is write-protected, not missing.
+        /// Whether the access was a write to a write-protected page; otherwise the page is missing.
         protected: bool,
     },
-    /// A range is about to be discarded. The call that discards it continues once the event has been read.
+    /// A range is about to be discarded. The system call that discards the range continues once the event has been
+    /// read.
     Removal {
         /// First address.
         start: u64,
-        /// Address after the last.
+        /// Address after the end.
         end: u64,
     },
 }
 
 impl Userfault {
-    /// Waits until there is an event to read. Returns false after `timeout`, or if the address space no longer exists.
+    /// Waits until there is an event to read. Returns false after `timeout`, after a signal, or if the address space no
+    /// longer exists.
     ///
     /// # Errors
     /// The error of poll(2).
@@ -80,7 +82,7 @@ impl Userfault {
         }
     }
 
-    /// Reads the available events without waiting, and appends them to `events`.
+    /// Reads up to 64 available events without waiting, and appends them to `events`.
     ///
     /// # Errors
     /// The error of read(2).
@@ -104,20 +106,20 @@ impl Userfault {
         Ok(())
     }
 
-    /// Wakes the threads that wait in a range; they retry their accesses.
+    /// Wakes the threads that wait for pages of a range. The threads retry their accesses.
     ///
     /// # Errors
     /// The error of UFFDIO_WAKE.
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = UffdioRange { start, len };
-        // SAFETY: wakes threads without changing memory.
+        // SAFETY: `range` lives through the call, which wakes threads without changing memory.
         unsafe { ioctl(self, UFFDIO_WAKE, &mut range) }.map(drop)
     }
 
-    /// Maps pages of `page` bytes from the page cache and wakes the threads that wait for them. Skips pages that are
-    /// already mapped, and holes. Maps nothing while the address space changes, or without memory for page tables. In
-    /// either case the access is retried. With `protect`, maps the pages write-protected, in a range registered for
-    /// that.
+    /// Maps the pages of a range from the page cache and wakes the threads that wait for them. `page` is the page size,
+    /// bytes. Skips holes, and pages that are already mapped. If the address space is changing, or if memory for page
+    /// tables is lacking, stops and wakes the threads, which retry their accesses. If `protect` is true, maps the pages
+    /// write-protected; the range must be registered for write protection.
     ///
     /// # Errors
     /// The error of UFFDIO_CONTINUE, such as ESRCH.
@@ -128,7 +130,8 @@ impl Userfault {
         while at < end {
             let range = UffdioRange { start: at, len: end - at };
             let mut argument = UffdioContinue { range, mode, mapped: 0 };
-            // SAFETY: only installs page table entries for pages of the file that is mapped there.
+            // SAFETY: `argument` lives through the call, which only installs page table entries for pages of the mapped
+            // file.
             let result = unsafe { ioctl(self, UFFDIO_CONTINUE, &mut argument) };
             at += u64::try_from(argument.mapped).unwrap_or(0);
             let Err(error) = result else { continue };
@@ -149,7 +152,7 @@ impl Userfault {
     /// The error of UFFDIO_POISON.
     pub fn poison(&self, start: u64, len: u64) -> io::Result<()> {
         let mut argument = UffdioPoison { range: UffdioRange { start, len }, mode: 0, updated: 0 };
-        // SAFETY: nothing is mapped in the range; accesses fail instead of waiting.
+        // SAFETY: `argument` lives through the call, which only changes entries of pages that are not mapped.
         unsafe { ioctl(self, UFFDIO_POISON, &mut argument) }.map(drop)
     }
 }

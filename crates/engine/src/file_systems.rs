@@ -6,9 +6,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use crate::uapi::{check, owned};
 
-/// Creates a detached tmpfs mount with `huge=always`, and returns a directory for `O_TMPFILE` files.
+/// Creates a detached tmpfs mount of up to `size` bytes, with `huge=always`. Returns its root directory, for
+/// `O_TMPFILE` files.
 ///
-/// The mount exists as long as a descriptor of it or of its files is open.
+/// The mount exists while a descriptor of the directory or of a file in it is open.
 ///
 /// # Errors
 /// EPERM without CAP_SYS_ADMIN; otherwise the error of fsopen(2), fsconfig(2) or fsmount(2).
@@ -16,10 +17,10 @@ pub fn large_tmpfs(size: u64) -> io::Result<OwnedFd> {
     detached_mount("tmpfs", &[("huge", "always"), ("size", &size.to_string()), ("mode", "0700")])
 }
 
-/// Like `large_tmpfs`, of hugetlbfs with pages of 2 MiB.
+/// Like [`large_tmpfs`], but creates a mount of hugetlbfs with pages of 2 MiB.
 ///
 /// # Errors
-/// As for `large_tmpfs`.
+/// The same errors as [`large_tmpfs`].
 pub fn hugetlbfs(size: u64) -> io::Result<OwnedFd> {
     detached_mount("hugetlbfs", &[("pagesize", "2M"), ("size", &size.to_string()), ("mode", "0700")])
 }
@@ -27,7 +28,7 @@ pub fn hugetlbfs(size: u64) -> io::Result<OwnedFd> {
 fn detached_mount(kind: &str, options: &[(&str, &str)]) -> io::Result<OwnedFd> {
     const FSCONFIG_SET_STRING: libc::c_uint = 1;
     const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
-    /// FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC.
+    /// Value of FSOPEN_CLOEXEC and of FSMOUNT_CLOEXEC.
     const CLOEXEC: libc::c_uint = 1;
     /// MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV and MOUNT_ATTR_NOEXEC.
     const ATTRIBUTES: libc::c_uint = 2 | 4 | 8;

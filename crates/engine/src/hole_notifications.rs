@@ -1,19 +1,21 @@
-//! Notifications of holes punched into memory files, for example by a balloon. Neither faults nor traces report such a
-//! discard, after which the page reads as zeros; but the file system reports that the file was modified.
+//! Notifications of holes punched into memory files, for example by a balloon. After such a discard, the page reads as
+//! zeros. Neither faults nor traces report the discard, but the file system reports a modification of the file.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use crate::uapi::{check, owned};
 
-/// Watch for modifications of files other than through mappings (inotify, IN_MODIFY).
+/// Inotify watch that reports modifications of files other than through mappings (IN_MODIFY).
 ///
-/// A memfd does not report modifications through the descriptor that `memfd_create` returned. Arenas therefore reopen
-/// theirs, and map the new descriptor. The owner of any other memfd must not punch holes into it during the operation.
+/// A memfd does not report modifications through the descriptor that `memfd_create` returned. An arena therefore
+/// reopens its memfd, and maps the new descriptor. The owner of any other memfd must not punch holes into the memfd
+/// during the operation.
 #[derive(Debug)]
 pub(crate) struct Discards(OwnedFd);
 
 impl Discards {
+    /// Starts to watch files, given by their descriptors.
     pub(crate) fn watch(files: impl Iterator<Item = RawFd>) -> io::Result<Self> {
         // SAFETY: inotify_init1 takes no pointers; the descriptor it returns is new and has no other owner.
         let inotify = unsafe { owned(libc::c_long::from(libc::inotify_init1(libc::IN_CLOEXEC | libc::IN_NONBLOCK))) }?;

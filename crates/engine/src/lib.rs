@@ -5,13 +5,15 @@
 //! * [`uapi`]: kernel interfaces that the `libc` crate lacks.
 //! * [`faults`]: events of a userfaultfd, and their resolution.
 //! * [`file_systems`]: types of file systems, and detached mounts for memory files.
+//! * [`closed`]: memory that is read-only after the hand-over of its workload.
 //! * [`mapping`]: shared mappings of the files that back a workload's memory.
+//! * [`mappers`]: processes that map a file or have it open for writing.
 //! * [`space`]: address spaces of other processes: adoption, and system calls in them.
 //! * [`segment`]: mappings of a workload's memory in these address spaces.
 //! * [`pages`]: sets of base pages.
 //! * [`trace`]: write traces (S2).
-//! * `hole_notifications`: memory discarded during an operation.
-//! * [`probing`]: accesses and calls of feature probes.
+//! * `hole_notifications`: notifications of memory discarded during an operation.
+//! * [`probing`]: memory accesses and system calls of feature probes.
 //! * [`truncated`]: memory files truncated during an operation.
 //! * [`activity`]: accessed base pages of huge pages (S3).
 //! * [`block`]: storage blocks, the unit in which pages are sent and stored.

@@ -9,8 +9,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Identity of a file as reported by stat and in the maps files of /proc. File systems with subvolumes report another
-/// device in the latter.
+/// Identity of a file, as reported by stat(2) and in the maps files of /proc. For file systems with subvolumes, the
+/// devices in the two reports differ.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct FileId {
     /// `st_dev`.
@@ -21,12 +21,12 @@ pub struct FileId {
     pub mapped_device: u64,
 }
 
-/// Shared mapping of one of the files.
+/// Shared mapping of one of the files searched for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct FileMapping {
-    /// Index of the file.
+    /// Index of the file in the argument of [`scan`].
     pub file: usize,
-    /// Process ID.
+    /// ID of the process that maps the file.
     pub pid: i32,
     /// Start address.
     pub address: u64,
@@ -51,7 +51,8 @@ pub struct Found {
     pub read: usize,
 }
 
-/// Scans all processes for mappings and descriptors of the files. Ignores processes that exit during the scan.
+/// Scans all processes for shared mappings of `files`, and for descriptors of `files` that are open for writing.
+/// Ignores processes that exit during the scan.
 ///
 /// # Errors
 /// If /proc cannot be listed.
@@ -144,8 +145,8 @@ fn descriptors(folder: &Path, pid: i32, files: &[FileId], found: &mut Found) -> 
     Ok(())
 }
 
-/// Returns whether a process has memory, unlike kernel threads and zombies. Field 9 of stat (flags) contains
-/// PF_KTHREAD.
+/// Returns whether a process has memory. Kernel threads (PF_KTHREAD in field 9 of stat, the flags) and zombies have
+/// none.
 fn has_memory(folder: &Path) -> bool {
     const KERNEL_THREAD: u64 = 0x0020_0000;
     let Ok(text) = fs::read(folder.join("stat")) else { return false };

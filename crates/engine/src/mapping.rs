@@ -1,7 +1,7 @@
 //! Shared mappings of the files that back a workload's memory.
 //!
-//! The engine maps the same files as the workload. It reads and writes pages through its own mapping, without copies,
-//! system calls or faults: traces and fault handling apply only to the workload's mapping.
+//! The engine maps the same files as the workload, and reads and writes pages through its own mapping. This requires no
+//! copies or system calls, and causes no faults: traces and fault handling apply only to the mapping of the workload.
 
 use std::fs::File;
 use std::io;
@@ -49,14 +49,15 @@ fn unregister(address: u64) {
 // SAFETY: the mapping is plain shared memory, accessed through raw pointers, volatile reads and atomics. References to
 // plain bytes exist only while no other thread or process uses these bytes.
 unsafe impl Send for Mapping {}
-// SAFETY: as above.
+// SAFETY: as for `Send`.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the file. `len` and `offset` must be multiples of the page size.
+    /// Maps `len` bytes of a file from `offset` on. Both must be multiples of the page size of the file.
     ///
     /// # Errors
-    /// EINVAL if `len` or `offset` is not a multiple of 4 KiB; otherwise the error of mmap(2).
+    /// EINVAL if `len` is 0, or if `len` or `offset` is not a multiple of the page size; otherwise the error of
+    /// fcntl(2), fstatfs(2) or mmap(2).
     pub fn new(file: BorrowedFd<'_>, len: usize, offset: u64) -> io::Result<Self> {
         if len == 0 || !len.is_multiple_of(SMALL_PAGE) || !offset.is_multiple_of(SMALL_PAGE as u64) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -68,8 +69,8 @@ impl Mapping {
         Ok(Self { base, len, file, offset, hugetlb, closed: AtomicBool::new(false) })
     }
 
-    /// Makes the mapping read-only, after the workload has been handed over: a write would be lost. A later write
-    /// terminates the program with a message (see [`crate::closed`]).
+    /// Makes the mapping read-only, for use after the hand-over of the workload, when a write would be lost. A later
+    /// write terminates the program with a message (see [`crate::closed`]).
     ///
     /// # Errors
     /// The error of mprotect(2).
@@ -128,10 +129,11 @@ impl Mapping {
         unsafe { self.base.as_ptr().add(page * SMALL_PAGE) }
     }
 
-    /// Returns the ranges that hold data, as (start, end) in bytes. Reading any other byte would allocate a page.
+    /// Returns the ranges that hold data, as (start, end) in bytes. Reading a byte outside these ranges would allocate
+    /// a page.
     ///
     /// # Errors
-    /// The error of lseek(2), or of the scan in hugetlbfs.
+    /// The error of lseek(2); in hugetlbfs, the error of mmap(2), userfaultfd(2) or PAGEMAP_SCAN.
     pub fn data_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
         match self.hugetlb {
             Some(page) => self.hugetlb_ranges(page),
@@ -139,7 +141,8 @@ impl Mapping {
         }
     }
 
-    /// Returns the data ranges within `[start, end)`. Not for hugetlbfs, which reports everything as data.
+    /// Like [`data_ranges`](Self::data_ranges), but only within `[start, end)` (bytes). Not for hugetlbfs, which
+    /// reports all of a file as data.
     ///
     /// # Errors
     /// The error of lseek(2).
@@ -159,7 +162,7 @@ impl Mapping {
         Ok(ranges)
     }
 
-    /// Returns whether a byte is in a data range. In hugetlbfs, this is always the case.
+    /// Returns whether the byte at `at` is in a data range. In hugetlbfs, this is always the case.
     ///
     /// # Errors
     /// The error of lseek(2).
@@ -168,8 +171,8 @@ impl Mapping {
         Ok(self.seek(position, libc::SEEK_DATA)? == Some(position))
     }
 
-    /// Sets the lowest bit of an element of `found` for each page that is in memory, neither a hole nor in swap
-    /// (mincore(2)). In hugetlbfs, only for pages mapped by this process.
+    /// Sets the lowest bit of `found[n]` if page `first + n` is in memory, which excludes holes and pages in swap
+    /// (mincore(2)). In hugetlbfs, the bit is only set for pages that this process has mapped.
     ///
     /// # Errors
     /// The error of mincore(2).
@@ -208,8 +211,8 @@ impl Mapping {
         Ok(found)
     }
 
-    /// Returns the data ranges in hugetlbfs, which reports everything as data: maps the existing pages into a new
-    /// mapping.
+    /// Returns the data ranges of a file in hugetlbfs. Finds them by mapping the existing pages into a temporary
+    /// mapping, because lseek(2) reports all of the file as data.
     fn hugetlb_ranges(&self, page: usize) -> io::Result<Vec<(usize, usize)>> {
         let base = map(self.as_fd(), self.len, self.offset, libc::MAP_NORESERVE)?;
         let mut ranges = Vec::new();
@@ -246,10 +249,11 @@ impl Mapping {
         check(unsafe { libc::fallocate(self.file.as_raw_fd(), mode, position, len) }).map(drop)
     }
 
-    /// Returns which 2 MiB units are backed by a huge page, which is mapped by a PMD entry once accessed.
+    /// Returns for each 2 MiB unit whether it is backed by a huge page. Maps the pages that are in memory, and checks
+    /// whether a PMD entry maps the unit.
     ///
-    /// Only pages in memory are accessed: holes stay holes, and swapped pages stay in swap. Units are counted from the
-    /// start of the mapping. A shorter last unit is never huge.
+    /// Holes stay holes, and swapped pages stay in swap. Units are counted from the start of the mapping. A shorter
+    /// last unit is never huge.
     ///
     /// # Errors
     /// Errors of lseek(2), mincore(2), madvise(2) and PAGEMAP_SCAN.
@@ -273,12 +277,12 @@ impl Mapping {
     /// Returns whether a present page contains only zeros. For most other pages, the first word decides.
     pub fn is_zero(&self, page: usize) -> bool {
         let words = self.page(page).cast::<u64>();
-        // SAFETY: the words lie in one page of the mapping, by the assertion in `page`. Other writers require volatile
-        // reads.
+        // SAFETY: the words lie in one page of the mapping, by the assertion in `page`. The reads are volatile, because
+        // the workload may write to the page.
         (0..SMALL_PAGE / size_of::<u64>()).all(|at| unsafe { words.add(at).read_volatile() } == 0)
     }
 
-    /// Maps a range that holds data.
+    /// Maps the pages of a range of data in this process, without changing them.
     fn populate_read(&self, start: usize, len: usize) -> io::Result<()> {
         // SAFETY: the range lies within our mapping, and reading data changes nothing.
         check(unsafe { libc::madvise(self.base.as_ptr().add(start).cast(), len, libc::MADV_POPULATE_READ) }).map(drop)
@@ -297,12 +301,12 @@ impl Drop for Mapping {
         if self.is_closed() {
             crate::closed::forget(self.base.as_ptr().addr());
         }
-        // SAFETY: `new` created the mapping, and the pointers that it gave out must not be used after the drop.
+        // SAFETY: `new` created the mapping. Callers must not use pointers into the mapping after the drop.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
 
-/// Maps a file, aligned to 2 MiB in our address space.
+/// Maps a part of a file at an address aligned to 2 MiB.
 fn map(file: BorrowedFd<'_>, len: usize, offset: u64, flags: libc::c_int) -> io::Result<NonNull<u8>> {
     let base = reserve(len)?;
     let start = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
@@ -318,7 +322,7 @@ fn map(file: BorrowedFd<'_>, len: usize, offset: u64, flags: libc::c_int) -> io:
     Ok(base)
 }
 
-/// Asks the kernel for huge pages in memory that is about to be filled, to save one fault per base page.
+/// Advises the kernel to back memory that is about to be filled by huge pages, which avoids a fault per base page.
 pub fn prefer_large<T>(memory: &[T]) {
     let (start, len) = (memory.as_ptr() as usize, size_of_val(memory));
     let first = start.next_multiple_of(LARGE_PAGE);
@@ -337,7 +341,8 @@ fn hugetlb_page(file: BorrowedFd<'_>) -> io::Result<Option<usize>> {
     usize::try_from(found.f_bsize).map(Some).map_err(io::Error::other)
 }
 
-/// Maps the page cache pages into a new mapping of a hugetlbfs file. Reports them as offsets.
+/// Maps the existing pages of a hugetlbfs file into a new mapping of the file. Calls `found` with their runs, as
+/// (start, end) in bytes from `address`.
 fn present(address: u64, len: u64, page: u64, mut found: impl FnMut(usize, usize)) -> io::Result<()> {
     let uffd = Userfault::own()?;
     uffd.enable(uapi::FEATURE_MINOR_HUGETLBFS)?;
@@ -389,9 +394,9 @@ pub fn scan(
     walk(pagemap, start, end, what, found)
 }
 
-/// Like `scan`, for any selection of pages: `what` is an argument without its range.
+/// Like [`scan`], but `what` selects the pages. The range in `what` is ignored.
 ///
-/// Requests 512 runs per call: with more, some kernels end the walk early and report pages twice.
+/// Requests up to 512 runs per call: with more, some kernels end the walk early and report pages twice.
 ///
 /// # Errors
 /// The error of PAGEMAP_SCAN.
@@ -415,9 +420,9 @@ pub fn walk(pagemap: &File, start: u64, end: u64, what: PmScanArg, mut found: im
 /// Duplicates a descriptor.
 ///
 /// # Errors
-/// EBADF if it is not open.
+/// The error of fcntl(2), such as EBADF if `fd` is not open.
 pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: this fcntl command takes no pointers; the returned descriptor is new.
+    // SAFETY: this fcntl command takes no pointers.
     let copy = check(unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) })?;
     // SAFETY: the descriptor was created above and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })

@@ -54,25 +54,25 @@ impl PageSet {
         self.pages
     }
 
-    /// Adds `[start, end)`. Ignores pages beyond the end of the region.
+    /// Adds the pages `[start, end)`. Ignores pages beyond the end of the region.
     pub fn insert(&mut self, start: usize, end: usize) {
         self.each_word(start, end, |word, mask| *word |= mask);
     }
 
-    /// Removes `[start, end)`.
+    /// Removes the pages `[start, end)`. Ignores pages beyond the end of the region.
     pub fn remove(&mut self, start: usize, end: usize) {
         self.each_word(start, end, |word, mask| *word &= !mask);
     }
 
-    /// Serialises the set: little-endian bitmap, compressed.
+    /// Serialises the set as a little-endian bitmap, compressed with Zstandard.
     pub fn pack(&self) -> Vec<u8> {
         let bitmap: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
         // Cannot fail: the buffer has sufficient capacity for incompressible data.
         zstd::bulk::compress(&bitmap, 1).unwrap_or_default()
     }
 
-    /// Deserialises a set that [`PageSet::pack`] has made, for a region of `pages` pages. Allocates no more than its
-    /// bitmap.
+    /// Deserialises a set of pages of a region, as serialised by [`PageSet::pack`]. `pages` is the number of pages of
+    /// the region, and limits the memory that is allocated.
     ///
     /// # Errors
     /// [`UnpackError`] if the bytes are not a set of pages of this region.
@@ -127,7 +127,7 @@ impl PageSet {
         self.words.iter_mut().zip(&other.words).for_each(|(word, more)| *word |= more);
     }
 
-    /// Removes all pages that are not in another set for the same region.
+    /// Removes all pages that are not in `other`, a set for the same region.
     pub fn intersect(&mut self, other: &Self) {
         self.words.iter_mut().zip(&other.words).for_each(|(word, mask)| *word &= mask);
     }
@@ -137,7 +137,7 @@ impl PageSet {
         self.words.iter_mut().zip(&other.words).for_each(|(word, less)| *word &= !less);
     }
 
-    /// Returns the number of pages in the set for each 2 MiB unit.
+    /// Returns the number of pages in the set for each 2 MiB unit of the region.
     pub fn unit_counts(&self) -> Vec<u16> {
         let words_per_unit = SLOTS / BITS;
         let ones = |words: &[u64]| words.iter().map(|word| word.count_ones()).sum::<u32>();
@@ -154,7 +154,8 @@ impl PageSet {
         Runs { set: self, at: start, end: end.min(self.pages) }
     }
 
-    /// Returns the first page from `from` on that is (or is not) in the set.
+    /// Returns the first page from `from` on that is in the set if `present` is true, or that is not in the set
+    /// otherwise.
     fn next(&self, from: usize, present: bool) -> Option<usize> {
         let mut word = from / BITS;
         let mut mask = u64::MAX << (from % BITS);
@@ -190,7 +191,7 @@ impl Iterator for Runs<'_> {
     }
 }
 
-/// Atomic bitmap.
+/// Bitmap with atomic operations on its bits.
 #[derive(Debug)]
 pub(crate) struct AtomicBits(Vec<AtomicU64>);
 
@@ -215,7 +216,7 @@ impl AtomicBits {
         self.0[bit / BITS].fetch_and(!mask, Ordering::AcqRel) & mask != 0
     }
 
-    /// Returns the first set bit from `from` on.
+    /// Returns the first set bit from `from` on, or `None`.
     pub(crate) fn next(&self, from: usize) -> Option<usize> {
         let mut mask = u64::MAX << (from % BITS);
         for (index, word) in self.0.iter().enumerate().skip(from / BITS) {

@@ -5,12 +5,12 @@
 //! the marked pages and protects them again, atomically per page. Installing a trace does not stop any thread of the
 //! workload. If the tracer exits, its descriptor is closed, and the kernel removes every protection.
 //!
-//! *Coarse* traces mark a whole huge page when one of its base pages is written, and unprotect the remaining ones, so
-//! that the workload takes one fault instead of up to 512. A helper thread polls for huge pages that have been written.
-//! The helper marks them as written while they are still registered, so that all later writes are covered; then it
-//! unregisters them and has them mapped as huge pages again. Removing only the protection would not help: protecting a
-//! huge page splits its PMD mapping, and each base page would still fault once. `collect` registers and protects the
-//! huge pages again. Memory backed by base pages is always traced page by page.
+//! *Coarse* traces mark a whole huge page as written once enough of its base pages have been written, and unprotect the
+//! other base pages, so that the workload takes few faults instead of up to 512. A helper thread polls for such huge
+//! pages. The helper marks them as written while they are still registered, so that all later writes are covered; then
+//! it unregisters them and has them mapped as huge pages again. Removing only the protection would not help: protecting
+//! a huge page splits its PMD mapping, and each base page would still fault once. `collect` registers and protects the
+//! huge pages again. Memory backed by base pages is always protected page by page.
 //!
 //! Correctness follows from the order: `collect` protects pages before the caller reads them, so that a later write is
 //! reported by the next `collect`.
@@ -31,7 +31,7 @@ use crate::space::AdoptError;
 use crate::uapi::{self, Userfault};
 use crate::{LARGE_PAGE, SLOTS};
 
-/// Features that the userfaultfd of a trace needs.
+/// Features that the userfaultfd of a trace requires.
 pub const FEATURES: u64 = uapi::FEATURE_PAGEFAULT_FLAG_WP
     | uapi::FEATURE_WP_HUGETLBFS_SHMEM
     | uapi::FEATURE_WP_UNPOPULATED
@@ -39,17 +39,17 @@ pub const FEATURES: u64 = uapi::FEATURE_PAGEFAULT_FLAG_WP
 
 /// Interval at which the helper of a coarse trace polls for units to unprotect.
 const POLL: Duration = Duration::from_millis(5);
-/// Maximum number of units of a segment that may be unprotected at a time. Each of them can split a mapping in two, and
-/// a process may have 65,530 mappings (vm.max_map_count).
+/// Maximum number of units of a segment that may be unprotected at a time. Each unprotected unit can split a mapping in
+/// two, and a process may have 65,530 mappings by default (vm.max_map_count).
 const MAX_RELEASED: usize = 8192;
 
 #[derive(Debug)]
 struct Armed {
     segment: Segment,
     uffd: Arc<Userfault>,
-    /// Units of the segment that are backed by huge pages.
+    /// Whether each unit of the segment is backed by a huge page; units beyond the end are not.
     large: Vec<bool>,
-    /// Units unprotected since the last collection. Locked while protections change.
+    /// Indices of the units unprotected since the last collection. Locked while protections change.
     released: Mutex<BTreeSet<usize>>,
     /// Whether the segment is no longer traced.
     gone: AtomicBool,
@@ -69,12 +69,12 @@ impl Armed {
         self.released.lock()
     }
 
-    /// Returns the address of a unit of the segment.
+    /// Returns the address of the unit with this index.
     fn unit(&self, unit: usize) -> u64 {
         self.segment.address + (unit * LARGE_PAGE) as u64
     }
 
-    /// Marks a unit as written, unprotects it and maps it as a huge page.
+    /// Marks a unit as written, unprotects the unit and maps it as a huge page if possible.
     fn release(&self, unit: usize, released: &mut BTreeSet<usize>) -> io::Result<()> {
         released.insert(unit);
         self.uffd.unregister(self.unit(unit), LARGE_PAGE as u64)?;
@@ -83,7 +83,7 @@ impl Armed {
         Ok(())
     }
 
-    /// Protects the unprotected units again, and reports all of their pages.
+    /// Registers and protects the unprotected units again, and adds all of their pages to `set`.
     fn protect(&self, released: &mut BTreeSet<usize>, set: &mut PageSet) -> io::Result<()> {
         for (first, count) in consecutive(&std::mem::take(released)) {
             let (start, len) = (self.unit(first), (count * LARGE_PAGE) as u64);
@@ -108,7 +108,8 @@ fn consecutive(numbers: &BTreeSet<usize>) -> Vec<(usize, usize)> {
     runs
 }
 
-/// Returns the units of a segment that can be mapped as huge pages, given the huge pages of its region.
+/// Returns for each unit of a segment whether it can be mapped as a huge page. `region` states which units of the
+/// region are backed by huge pages. If the segment and these units are not aligned, the result is empty.
 fn large_units(segment: &Segment, region: Option<&Vec<bool>>) -> Vec<bool> {
     let aligned = segment.address.is_multiple_of(LARGE_PAGE as u64) && segment.first_page.is_multiple_of(SLOTS);
     let Some(region) = region.filter(|_| aligned) else { return Vec::new() };
@@ -116,7 +117,7 @@ fn large_units(segment: &Segment, region: Option<&Vec<bool>>) -> Vec<bool> {
     region.iter().skip(segment.first_page / SLOTS).take(whole).copied().collect()
 }
 
-/// Write traces over segments. Dropping it removes every protection, unless the traces are borrowed.
+/// Write traces over segments. A drop removes all traces, unless they are borrowed.
 #[derive(Debug)]
 pub struct Trace {
     armed: Arc<Vec<Armed>>,
@@ -128,7 +129,7 @@ pub struct Trace {
     borrowed: bool,
 }
 
-/// Userfaultfd of each process.
+/// Userfaultfds by process ID.
 pub type Userfaults = HashMap<libc::pid_t, Arc<Userfault>>;
 
 #[derive(Debug, Default)]
@@ -138,15 +139,16 @@ struct TraceState {
 }
 
 impl Trace {
-    /// Installs traces over `segments`. From the return on, every write is reported.
+    /// Installs traces over `segments`. Every write after the return is reported.
     ///
-    /// `release_after` makes the traces coarse: a huge page is unprotected as a whole after that many of its base pages
-    /// have been written. With 1, every 2 MiB unit that was written is reported as a whole. With 0, each base page is
-    /// traced separately. `large` lists the units of each region that are backed by huge pages; omitted regions have
-    /// none.
+    /// `release_after` makes the traces coarse: a huge page is unprotected as a whole once this number of its base
+    /// pages have been written. If `release_after` is 1, every 2 MiB unit with a written page is reported as a whole.
+    /// If it is 0, each base page is traced separately. `large` states for each unit of each region whether the unit is
+    /// backed by a huge page; omitted regions have no huge pages.
     ///
     /// # Errors
-    /// If a process cannot be adopted, or if a segment is registered with another userfaultfd (EBUSY).
+    /// If a process cannot be adopted, if a segment is registered with another userfaultfd (EBUSY) or cannot be
+    /// protected, or if the helper thread cannot be started.
     pub fn install(segments: Vec<Segment>, large: &[Vec<bool>], release_after: usize) -> Result<Self, AdoptError> {
         let arm = |(segment, uffd): (Segment, Arc<Userfault>)| {
             let large = large_units(&segment, large.get(segment.region));
@@ -170,11 +172,12 @@ impl Trace {
         Ok(trace)
     }
 
-    /// Uses existing traces on `segments`, installed through these userfaultfds. They stay installed after a drop.
+    /// Uses existing traces on `segments`, installed through these userfaultfds. The traces stay installed after a
+    /// drop.
     ///
     /// # Errors
-    /// EPERM if a part of a segment is not traced (for example, because it was remapped), EBUSY if it is registered
-    /// with another userfaultfd, ENOENT if there is none for its process.
+    /// EPERM if a part of a segment is not traced (for example, because it was remapped), EBUSY if the part is
+    /// registered with another userfaultfd, ENOENT if a process has no userfaultfd in `userfaults`.
     pub fn take_up(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
         Self::borrowed(segments, userfaults, |Segment { space, address, len, .. }, uffd| {
             // Check first, because registering would hide a missing trace. Registering again leaves existing traces
@@ -185,12 +188,12 @@ impl Trace {
         })
     }
 
-    /// Installs traces on `segments` through userfaultfds that are registered for other events as well, namely those of
-    /// an acquired pager ([`crate::pager::Pager::hold`]). They stay installed after a drop, until the pager is
+    /// Installs traces on `segments` through the userfaultfds of an acquired pager ([`crate::pager::Pager::hold`]),
+    /// with which the segments are registered already. The traces stay installed after a drop, until the pager is
     /// released.
     ///
     /// # Errors
-    /// ENOENT if a part of a segment is not registered or if there is no userfaultfd for its process, ESRCH if the
+    /// ENOENT if a part of a segment is not registered or if a process has no userfaultfd in `userfaults`, ESRCH if a
     /// process has exited.
     pub fn install_on(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
         let begin = Instant::now();
@@ -201,11 +204,11 @@ impl Trace {
         Ok(trace)
     }
 
-    /// Registers `segments` with these userfaultfds and installs traces. They stay installed after a drop.
+    /// Registers `segments` with these userfaultfds and installs traces. The traces stay installed after a drop.
     ///
     /// # Errors
-    /// EBUSY if a segment is registered with another userfaultfd, ENOENT if there is none for its process, ESRCH if the
-    /// process has exited.
+    /// EBUSY if a segment is registered with another userfaultfd, ENOENT if a process has no userfaultfd in
+    /// `userfaults`, ESRCH if a process has exited.
     pub fn begin_on(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
         let begin = Instant::now();
         let mut trace = Self::borrowed(segments, userfaults, |Segment { address, len, .. }, uffd| {
@@ -216,7 +219,7 @@ impl Trace {
         Ok(trace)
     }
 
-    /// Creates a trace from userfaultfds of another owner, after calling `each` for every segment.
+    /// Creates traces from userfaultfds of another owner. Calls `each` for every segment to check or install its trace.
     fn borrowed(
         segments: Vec<Segment>,
         userfaults: &Userfaults,
@@ -234,7 +237,7 @@ impl Trace {
         Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, borrowed: true })
     }
 
-    /// Returns how long it took to install the protections.
+    /// Returns how long it took to install the protections; 0 for existing traces.
     pub fn install_time(&self) -> Duration {
         self.install
     }
@@ -247,8 +250,8 @@ impl Trace {
     /// Protects the pages written since the last call again, and adds them to `dirty` (one set per region).
     ///
     /// # Errors
-    /// ESRCH if a process has exited, in which case its last writes are unknown. `InvalidInput` if a region has no set.
-    /// Pages found before an error are in the sets.
+    /// ESRCH if a process has exited, in which case its last writes are unknown. EPERM if a part of a segment is no
+    /// longer traced. `InvalidInput` if a region has no set. Pages found before an error are in the sets.
     pub fn collect(&self, dirty: &mut [PageSet]) -> io::Result<()> {
         self.fits(dirty)?;
         for armed in self.armed.iter() {
@@ -271,7 +274,7 @@ impl Trace {
     /// Adds the pages written since the last `collect` to `dirty`. The next `collect` reports them again.
     ///
     /// # Errors
-    /// As for [`collect`](Self::collect).
+    /// The same errors as [`collect`](Self::collect), except EPERM.
     pub fn peek(&self, dirty: &mut [PageSet]) -> io::Result<()> {
         self.fits(dirty)?;
         for armed in self.armed.iter() {
@@ -284,8 +287,8 @@ impl Trace {
         Ok(())
     }
 
-    /// Removes the traces from one segment, given by its index. Later writes to it are not reported. Does nothing for
-    /// borrowed traces.
+    /// Removes the traces from the segment with this index. Later writes to the segment are not reported. Does nothing
+    /// if there is no such segment, or if the traces are borrowed.
     ///
     /// # Errors
     /// The error of UFFDIO_UNREGISTER.
@@ -308,7 +311,7 @@ impl Trace {
         }
     }
 
-    /// Removes all traces. Ignores errors: an exited process has none.
+    /// Removes all traces, unless they are borrowed. Ignores errors, because an exited process has no traces.
     pub fn remove(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         if let Some(helper) = self.helper.take() {
@@ -328,7 +331,8 @@ impl Drop for Trace {
     }
 }
 
-/// Unprotects units in which at least `threshold` pages were written since the last collection.
+/// Repeatedly unprotects the huge pages in which at least `threshold` base pages were written since the last
+/// collection, until `shared.stop` is set.
 fn release_loop(armed: &[Armed], shared: &TraceState, threshold: usize) {
     while !shared.stop.load(Ordering::Relaxed) {
         let begin = Instant::now();
@@ -355,7 +359,7 @@ fn release_units(armed: &Armed, shared: &TraceState, threshold: usize) -> io::Re
         }
     })?;
     for (unit, count) in fired.into_iter().enumerate() {
-        // A huge page that has been written completely has no protections left.
+        // A huge page that has been written completely has no protected pages.
         let worth = armed.large[unit] && (threshold..SLOTS).contains(&count) && released.len() < MAX_RELEASED;
         if worth && !released.contains(&unit) {
             armed.release(unit, &mut released)?;

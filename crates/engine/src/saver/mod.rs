@@ -217,9 +217,9 @@ impl Saver {
     /// or [`Traces::Borrow`], [`scan`](Self::scan) must be called before `begin`.
     ///
     /// # Errors
-    /// [`SaveError::Adopt`] if a process cannot be adopted, or if a segment is registered with another userfaultfd.
-    /// [`SaveError::Untraceable`] if there is no parent, or if its trace does not cover all memory. Otherwise
-    /// [`SaveError::Gone`], [`SaveError::Memory`] or [`SaveError::Write`].
+    /// If a process cannot be adopted, if a segment is registered with another userfaultfd (EBUSY), if memory cannot be
+    /// protected, or if the image cannot be written. With [`Traces::TakeUp`], [`SaveError::Untraceable`] if there is no
+    /// parent, or if the traces do not cover all memory.
     pub fn arm(
         regions: Vec<SavedRegion>,
         segments: Vec<Segment>,
@@ -283,8 +283,8 @@ impl Saver {
         self.rounds()?.collect()
     }
 
-    /// Scans for present pages, and for pages that have lost their contents without a write. Returns the number of pages
-    /// to copy.
+    /// Scans for present pages, and for pages that have lost their contents without a write. Returns the number of
+    /// pages to copy.
     ///
     /// # Errors
     /// [`SaveError::Untraceable`] if huge pages were discarded; otherwise [`SaveError::Memory`].

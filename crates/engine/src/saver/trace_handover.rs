@@ -105,7 +105,7 @@ fn written(area: &Area, from: usize, to: usize, kept: &Kept) -> io::Result<Vec<(
     let data = if area.hugetlb { vec![(from, to)] } else { area.source.data_within(from, to)? };
     for at in data.into_iter().flat_map(|(start, end)| (start..end).step_by(SMALL_PAGE)) {
         if let Some(then) = kept.page(at) {
-            // The trace reports any write after this read.
+            // The trace is installed: it reports any write after this read.
             area.source.read(at, &mut now)?;
             if now == then {
                 continue;

@@ -20,7 +20,8 @@ pub enum Content {
 }
 
 impl Content {
-    /// Classifies a copy of a page. It must be a copy, because the workload may write to the page.
+    /// Classifies the contents of a page. `words` must be a copy of the page, because the workload may write to the
+    /// page itself.
     pub fn of(words: &[u64; WORDS]) -> Self {
         let first = words[0];
         // For most data pages, the second word differs from the first.

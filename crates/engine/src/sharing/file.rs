@@ -1,8 +1,8 @@
-//! Pages of a shared file, including pages whose contents are deferred (S8), which are known by their signatures.
+//! Pages of a shared file. Deferred pages (S8) are included by their signatures.
 //!
-//! A restore sets a bit for each deferred page. The image contains class and signature of every page; the signature is
-//! the same xxh3-64 that a scan computes for pages in memory. Duplicates are therefore found without loading deferred
-//! pages.
+//! A restore sets a bit for each deferred page. The image contains the class and the signature of every page; the
+//! signature is the same xxh3-64 hash that a scan computes for pages in memory. Duplicates are therefore found without
+//! loading deferred pages.
 
 use std::io;
 use std::sync::Arc;
@@ -23,9 +23,9 @@ pub struct Deferred {
     pub flags: Arc<Flags>,
     /// Index of the first page of the region, counted over all regions.
     pub base: usize,
-    /// Image that contains the contents. `None` if their origin has no signatures; such pages are ignored.
+    /// Image that contains the contents; `None` if their origin has no signatures. Deferred pages are then ignored.
     pub image: Option<Arc<Image>>,
-    /// 2 MiB units that will be backed by huge pages. Pages of these units that the image lacks are zeros in memory.
+    /// Whether each 2 MiB unit will be backed by a huge page. Pages of such a unit that the image lacks will be zeros.
     pub large: Vec<bool>,
 }
 
@@ -52,12 +52,12 @@ impl Deferred {
 pub struct SharedFile {
     /// Mapping of the file.
     pub mapping: Arc<Mapping>,
-    /// Deferred contents of the file.
+    /// Deferred contents of the file; `None` if there are none.
     pub deferred: Option<Deferred>,
 }
 
 impl SharedFile {
-    /// See `ScannedMemory::units`. A unit that will be backed by a huge page counts as one.
+    /// Implements `ScannedMemory::units`. A unit that will be backed by a huge page counts as a huge page already.
     pub(super) fn units(&self, start: u64, end: u64) -> io::Result<Vec<(Span, bool)>> {
         let mut large = self.mapping.large_units()?;
         let mut pages = PageSet::new(self.mapping.pages());
@@ -90,14 +90,15 @@ impl SharedFile {
         }
     }
 
-    /// See `ScannedMemory::read`.
+    /// Implements `ScannedMemory::read`.
     pub(super) fn read(&self, span: Span, reader: &mut Reader, mut found: impl FnMut(Content)) -> io::Result<Others> {
         let first = usize::try_from(span.start).unwrap_or(usize::MAX) / SMALL_PAGE;
         // Read the bitmap before the memory: a page that is not deferred is then present, unless it is a hole.
         let waiting = self.waiting(first, first + span.pages);
         let there = &mut reader.resident[..span.pages];
         self.mapping.resident(first, there)?;
-        // Parts of a huge page that are not present have not been written.
+        // While pages of a huge page are deferred, its pages that are neither deferred nor present have the contents of
+        // the image, or are zeros if the image lacks them.
         let coming = self.deferred.as_ref().filter(|deferred| {
             waiting.as_ref().is_some_and(|pages| !pages.is_empty())
                 && (self.mapping.is_hugetlb() || deferred.is_large(first / SLOTS))
@@ -120,13 +121,13 @@ impl SharedFile {
         Ok(Others { shared: 0, deferred })
     }
 
-    /// Returns the deferred pages of `[first, end)`, relative to `first`.
+    /// Returns the deferred pages of `[first, end)`, relative to `first`; `None` if the file has no deferred contents.
     fn waiting(&self, first: usize, end: usize) -> Option<PageSet> {
         self.deferred.as_ref().map(|deferred| deferred.flags.set_in(deferred.base + first, deferred.base + end))
     }
 
     fn copied(&self, page: usize, copy: &mut [u64; WORDS]) -> Content {
-        // SAFETY: `page` points to a page of the mapping, and the copy has its size. The workload may write
+        // SAFETY: `page` points to a page of the mapping, and the copy has the size of a page. The workload may write
         // concurrently: the copy may then be torn, which is acceptable because a hash is only a hint.
         unsafe { std::ptr::copy_nonoverlapping(self.mapping.page(page).cast(), copy, 1) };
         Content::of(copy)

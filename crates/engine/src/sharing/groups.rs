@@ -12,7 +12,7 @@ pub struct Limits {
 /// Page that may have duplicates, collected during a scan. Zero pages are not included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Signature {
-    /// Hash of the contents, or the spread word of a pattern.
+    /// Hash of the contents; for a pattern, its word with the bits spread.
     pub hash: u64,
     /// Whether the page is a pattern.
     pub pattern: bool,
@@ -20,12 +20,12 @@ pub struct Signature {
     pub unit: u32,
 }
 
-/// Numbers of shareable pages, and of pages that sharing would free, by class.
+/// Numbers of shareable pages and of pages that sharing would free, by class.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Totals {
-    /// Pages that have duplicates, by [`Class`].
+    /// Number of shareable pages, by [`Class`].
     pub pages: [u64; Class::COUNT],
-    /// Pages that would be freed, by [`Class`].
+    /// Number of pages that sharing would free, by [`Class`].
     pub freed: [u64; Class::COUNT],
 }
 
@@ -37,7 +37,7 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// Finds duplicates, and counts them in their units and in `totals`.
+    /// Finds pages that have duplicates, and adds them to the counts of their units and to `totals`.
     pub fn find(mut signatures: Vec<Signature>, units: &mut [Unit], totals: &mut Totals) -> Self {
         signatures.sort_unstable();
         let mut groups = Self::default();
@@ -60,9 +60,8 @@ impl Groups {
 
     /// Returns the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units of `order`.
     ///
-    /// One copy is kept for every `pages_per_copy` pages of a group of identical pages, beginning with the pages
-    /// encountered first. All zero pages are freed. In units for which `only_zeros` returns true, no other pages are
-    /// freed.
+    /// Of every `pages_per_copy` pages of a group of identical pages, in the order of the units, the first one is kept.
+    /// All zero pages are freed. In units for which `only_zeros` returns true, only zero pages are freed.
     pub fn curve(&self, units: &[Unit], order: &[u32], limits: Limits, only_zeros: impl Fn(&Unit) -> bool) -> Vec<u64> {
         let mut met = vec![0u32; self.count];
         let mut freed = 0;
@@ -80,7 +79,7 @@ impl Groups {
     }
 }
 
-/// Counts the pages of one group, which are in one or several workloads.
+/// Adds the pages of one group to the counts of their units and to `totals`. The pages may belong to several workloads.
 fn count(group: &[Signature], units: &mut [Unit], totals: &mut Totals) {
     let mut workloads: Vec<(u32, u64)> = Vec::new();
     for page in group {

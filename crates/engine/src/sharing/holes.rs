@@ -1,8 +1,8 @@
 //! Freeing of zero pages of a shared file, by punching holes.
 //!
 //! Comparing and punching are two steps, and a write in between would be lost. The workload must therefore be *paused*.
-//! Write protection alone is not sufficient: a device, or direct I/O, that has pinned a page bypasses the page tables,
-//! and its write would be lost.
+//! Write protection alone is not sufficient: a device or direct I/O that has pinned a page bypasses the page tables,
+//! and its writes would be lost.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -12,15 +12,19 @@ use crate::SMALL_PAGE;
 use crate::mapping::Mapping;
 use crate::pager::Flags;
 
-/// Punches the zero pages in `ranges` (start, length; bytes of the mapping) until `budget` is exceeded.
+/// Frees the zero pages in `ranges` (start and length, bytes of the mapping) by punching holes, until `budget` is
+/// exceeded.
 ///
-/// Deferred pages (`waiting`: the bitmap, and the index of the mapping's first page in it) are skipped, because a page
-/// may be zero while it is being loaded. Punching splits a huge page; its other pages keep their contents.
+/// `waiting` consists of the deferred bitmap, and of the index of the mapping's first page in the bitmap. Deferred
+/// pages are skipped, because a page may be zero while it is being loaded. A hole in a huge page splits the huge page;
+/// the other pages keep their contents.
 ///
-/// Returns the number of ranges that were processed (at least one, if there is one), and the number of freed pages.
+/// Returns the number of ranges that were processed, and the number of freed pages. Processes at least one range,
+/// unless `ranges` is empty.
 ///
 /// # Errors
-/// `InvalidInput` if a range is not in the mapping; otherwise the error of fallocate(2), such as EOPNOTSUPP.
+/// `InvalidInput` if a range is not in the mapping; otherwise the error of lseek(2), or of fallocate(2), such as
+/// EOPNOTSUPP.
 pub fn free_zeros(
     mapping: &Mapping,
     ranges: &[(usize, usize)],
@@ -44,13 +48,14 @@ pub fn free_zeros(
     Ok((ranges.len(), pages))
 }
 
-/// Punches the zero pages of one range that holds data.
+/// Frees the zero pages of a range of data, except those for which `stays` returns true. Returns the number of freed
+/// pages.
 fn free_in(mapping: &Mapping, start: usize, end: usize, stays: impl Fn(usize) -> bool) -> io::Result<usize> {
     let mut copy = [0; WORDS];
     let mut zeros: Vec<(usize, usize)> = Vec::new();
-    // Check the deferred bit before reading: it is cleared when the contents have been written.
+    // Check the deferred bit before reading the page: the bit is cleared after the contents have been written.
     for page in (start / SMALL_PAGE..end.max(start) / SMALL_PAGE).filter(|&page| !stays(page)) {
-        // SAFETY: `page` points to a page of the mapping, and the copy has its size.
+        // SAFETY: `page` points to a page of the mapping, and the copy has the size of a page. The workload is paused.
         unsafe { std::ptr::copy_nonoverlapping(mapping.page(page).cast(), &raw mut copy, 1) };
         if Content::of(&copy) != Content::Zero {
             continue;

@@ -5,8 +5,8 @@
 //! that sharing would free. Hashes are hints: the kernel (KSM) compares contents under write protection before it
 //! merges pages, and [`holes`] compares zero pages of shared files while their workload is paused.
 //!
-//! Memory use is bounded. A page costs 24 bytes. Beyond the limit, only contents whose hash has its lowest bits clear
-//! are kept, which keeps or drops all copies of a page; the counts are then scaled up.
+//! Memory use is bounded. A page costs 24 bytes. Beyond the limit, only pages whose hash has its lowest bits clear are
+//! kept, so that either all copies of a page are kept or none. The counts are then scaled up.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -39,7 +39,7 @@ pub enum Class {
     Pattern,
     /// Duplicate of another page of the same workload.
     Inside,
-    /// Only copy in its workload, with duplicates in another one.
+    /// Page without duplicates in its workload, but with duplicates in another one.
     Across,
 }
 
@@ -48,14 +48,14 @@ impl Class {
     pub const COUNT: usize = 4;
 }
 
-/// Part of a workload to scan.
+/// Part of the memory of a workload, to be scanned.
 #[derive(Debug, Clone)]
 pub struct Piece {
     /// Index of the workload.
     pub workload: u32,
     /// Memory that contains the part.
     pub source: ScannedMemory,
-    /// Position of the first byte in that memory.
+    /// Position of the first byte in `source`.
     pub start: u64,
     /// Length, bytes.
     pub len: u64,
@@ -64,11 +64,11 @@ pub struct Piece {
 /// 2 MiB unit, or the part of it that belongs to a piece.
 #[derive(Debug, Clone, Copy)]
 pub struct Unit {
-    /// Index of its piece.
+    /// Index of the piece.
     pub piece: u32,
-    /// Index of its workload.
+    /// Index of the workload.
     pub workload: u32,
-    /// Location in the memory of its piece.
+    /// Location in the memory that contains the piece.
     pub span: Span,
     /// Whether the unit was backed by a huge page at the start of the scan.
     pub large: bool,
@@ -78,7 +78,7 @@ pub struct Unit {
     pub deferred: u32,
     /// Number of pages that are already shared.
     pub shared: u32,
-    /// Number of pages by [`Class`]. Duplicates are counted by `finish`.
+    /// Number of pages by [`Class`]. Before [`Scan::finish`], only zero pages are counted.
     pub counts: [u32; Class::COUNT],
 }
 
@@ -90,7 +90,7 @@ pub struct Scan {
     next: usize,
     signatures: Vec<Signature>,
     max: usize,
-    /// Number of low bits that must be clear in the hashes of the contents kept.
+    /// Number of low bits that must be clear in the hash of a page that is kept.
     shift: u32,
     groups: Groups,
     totals: Totals,
@@ -104,7 +104,7 @@ struct Found {
 }
 
 impl Scan {
-    /// Prepares a scan that records up to `max` pages. Pages of hugetlbfs are included.
+    /// Prepares a scan that records up to `max` pages. Pages in hugetlbfs are included.
     ///
     /// # Errors
     /// The error of scanning the pagemap or the file of a piece.
@@ -141,11 +141,11 @@ impl Scan {
         self.units[self.next..].iter().map(|unit| (unit.span.pages * SMALL_PAGE) as u64).sum()
     }
 
-    /// Scans the next units, up to `bytes` (at least one unit), with `threads` threads. Returns the number of bytes
-    /// scanned, or 0 at the end.
+    /// Scans the next units with `threads` threads, until at least `bytes` bytes (and at least one unit) are scanned.
+    /// Returns the number of bytes scanned, or 0 at the end.
     ///
     /// # Errors
-    /// ESRCH if a process has exited.
+    /// ESRCH if a process has exited; otherwise the error of reading the memory.
     pub fn step(&mut self, bytes: u64, threads: usize) -> io::Result<u64> {
         let (start, mut end, mut sum) = (self.next, self.next, 0);
         while end < self.units.len() && (sum == 0 || sum < bytes) {
@@ -220,7 +220,7 @@ impl Scan {
         }
     }
 
-    /// Finds duplicates among the scanned pages, and completes the counts of the units.
+    /// Finds duplicates among the scanned pages, and completes the counts of the units and the totals.
     pub fn finish(&mut self) {
         let signatures = std::mem::take(&mut self.signatures);
         self.totals = Totals::default();
@@ -240,18 +240,18 @@ impl Scan {
         &self.units
     }
 
-    /// Returns the result of the last `finish`.
+    /// Returns the totals; zeros before [`finish`](Self::finish).
     pub fn totals(&self) -> Totals {
         self.totals
     }
 
-    /// Returns the sampling factor: one of this many contents was recorded.
+    /// Returns the sampling factor N: about one of N distinct contents was recorded.
     pub fn scale(&self) -> u64 {
         1 << self.shift
     }
 
-    /// Returns the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units of `order`. With
-    /// `possible`, only of pages that can be shared: in shared files, zero pages.
+    /// Returns the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units of `order`. If
+    /// `possible` is true, counts only pages that can be shared; in a shared file, these are the zero pages.
     ///
     /// # Errors
     /// `InvalidInput` if there is no such unit, or if `pages_per_copy` is less than 2.
@@ -267,7 +267,7 @@ impl Scan {
         Ok(if self.shift == 0 { curve } else { self.scaled(order, &curve) })
     }
 
-    /// Scales up a curve of sampled contents. Zero pages are not sampled.
+    /// Scales a curve up by the sampling factor, except for zero pages, which are all counted.
     fn scaled(&self, order: &[u32], curve: &[u64]) -> Vec<u64> {
         let mut zeros = 0;
         let point = |(&unit, &freed): (&u32, &u64)| {
@@ -278,8 +278,8 @@ impl Scan {
     }
 }
 
-/// Spreads the bits of a pattern's word, so that sampling by low bits is fair to patterns. Distinct words stay
-/// distinct.
+/// Spreads the bits of a pattern's word, so that sampling by low bits selects patterns like other contents. Distinct
+/// words stay distinct.
 fn spread(word: u64) -> u64 {
     // An odd factor, and an xor with the shifted high half: both are bijective.
     let mixed = word.wrapping_mul(0x9e37_79b9_7f4a_7c15);

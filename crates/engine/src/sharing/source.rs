@@ -34,7 +34,7 @@ impl ScannedMemory {
     /// page.
     ///
     /// # Errors
-    /// Errors of PAGEMAP_SCAN or lseek(2).
+    /// Errors of PAGEMAP_SCAN, lseek(2), mincore(2) or madvise(2).
     pub fn units(&self, start: u64, len: u64) -> io::Result<Vec<(Span, bool)>> {
         let end = start + len;
         match self {
@@ -51,8 +51,8 @@ impl ScannedMemory {
         }
     }
 
-    /// Calls `found` with the contents of every page of a span that the workload does not share already. Returns the
-    /// numbers of pages that were counted without being read.
+    /// Calls `found` with the contents of every page of a span, except pages that are already shared. Returns the
+    /// numbers of pages that were not read from memory.
     ///
     /// Changes nothing: no page is faulted in or swapped in, and no hole is filled.
     ///
@@ -66,7 +66,7 @@ impl ScannedMemory {
     }
 }
 
-/// Extends spans to their units within `[start, end)`, because pages may be populated during the scan.
+/// Extends each span to its whole unit within `[start, end)`, because pages may be populated during the scan.
 fn whole_units(spans: &[Span], start: u64, end: u64) -> impl Iterator<Item = Span> {
     let unit_len = LARGE_PAGE as u64;
     spans.iter().map(move |span| {
@@ -83,7 +83,7 @@ fn read_process(space: &Space, span: Span, reader: &mut Reader, mut found: impl 
     let gone = |_| io::Error::from_raw_os_error(libc::ESRCH);
     space.pagemap().read_exact_at(entries.as_mut_bytes(), position).map_err(gone)?;
     let in_memory = |entry: u64| entry & PM_PRESENT != 0 && entry & (PM_SWAP | PM_FILE) == 0;
-    // Pages that are shared are not read: process_vm_readv would give the process a private copy of each.
+    // Pages that are shared are not read: process_vm_readv(2) would create private copies of them in the process.
     let ours: Vec<u64> = (span.start..)
         .step_by(SMALL_PAGE)
         .zip(entries.iter())
@@ -104,7 +104,7 @@ fn copy_pages(space: &Space, addresses: &[u64], to: &mut [[u64; WORDS]]) -> io::
     let remote: Vec<libc::iovec> = addresses.iter().map(page).collect();
     let target = &mut to[..addresses.len()];
     let local = libc::iovec { iov_base: target.as_mut_ptr().cast(), iov_len: size_of_val(target) };
-    // SAFETY: only writes to `target`; the kernel checks the remote addresses.
+    // SAFETY: the arrays live through the call, which only writes to `target`. The kernel checks the remote addresses.
     let copied = unsafe {
         libc::process_vm_readv(space.pid(), &raw const local, 1, remote.as_ptr(), remote.len() as libc::c_ulong, 0)
     };

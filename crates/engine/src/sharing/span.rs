@@ -15,21 +15,23 @@ pub struct Span {
     pub pages: usize,
 }
 
-/// Pages of a [`Span`] that were not read from memory.
+/// Numbers of pages of a [`Span`] that were not read from memory.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Others {
-    /// Pages already shared, with a forked process or by KSM.
+    /// Number of pages that are already shared, with a forked process or by KSM.
     pub shared: u32,
-    /// Deferred pages (S8), known by their signatures.
+    /// Number of deferred pages (S8), which are known by their signatures.
     pub deferred: u32,
 }
 
-/// Buffers of a thread.
+/// Read buffers of a scanning thread.
 #[derive(Debug)]
 pub struct Reader {
+    /// Entries of the pagemap.
     pub(super) entries: Vec<u64>,
-    /// Whether each page is in memory, see `Mapping::resident`.
+    /// Result of `Mapping::resident`: whether each page is in memory.
     pub(super) resident: Vec<u8>,
+    /// Copies of pages.
     pub(super) chunk: Vec<[u64; WORDS]>,
 }
 
@@ -39,7 +41,8 @@ impl Default for Reader {
     }
 }
 
-/// Appends the 2 MiB units that overlap `[start, end)`; runs in the same unit become one span. Runs must be in order.
+/// Splits the run `[start, end)` at 2 MiB boundaries, and appends the parts to `spans`. Runs in the same unit become
+/// one span. Runs must be passed in ascending order.
 pub(super) fn split(start: u64, end: u64, spans: &mut Vec<Span>) {
     let unit_len = LARGE_PAGE as u64;
     let mut at = start;
