@@ -60,7 +60,7 @@ impl Groups {
 
     /// Returns the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units of `order`.
     ///
-    /// Of every `pages_per_copy` pages of a group of identical pages, in the order of the units, the first one is kept.
+    /// In each group of identical pages, the first of every `pages_per_copy` pages is kept, in the order of the units.
     /// All zero pages are freed. In units for which `only_zeros` returns true, only zero pages are freed.
     pub fn curve(&self, units: &[Unit], order: &[u32], limits: Limits, only_zeros: impl Fn(&Unit) -> bool) -> Vec<u64> {
         let mut met = vec![0u32; self.count];
