@@ -11,8 +11,8 @@
 //!   TLB, so that the processor sets the bit of each page that is accessed. `Referenced` in smaps counts these pages.
 //!   Each registered huge page is a separate mapping, so that smaps reports one count per huge page.
 //!
-//! The workload is never blocked, and no write is undone. If the sampler exits, its descriptor is closed, and the
-//! kernel removes every protection. Split mappings then stay split until khugepaged or another sample collapses them.
+//! The workload is never blocked, and no write is lost. If the sampler exits, its descriptor is closed, and the kernel
+//! removes every protection. Split mappings then stay split until khugepaged or another sample collapses them.
 
 use std::io;
 use std::sync::Arc;

@@ -63,7 +63,7 @@ pub enum BlockError {
         index: usize,
         /// First page of the page block.
         page: u64,
-        /// Region of the storage block.
+        /// Index of the region of the storage block.
         region: u32,
     },
     /// A page block cannot be decompressed to its raw length.
@@ -71,7 +71,7 @@ pub enum BlockError {
     Decompress {
         /// Index of the page block.
         index: usize,
-        /// Region of the storage block.
+        /// Index of the region of the storage block.
         region: u32,
         /// Error of the codec.
         reason: String,
@@ -539,8 +539,9 @@ impl Builder {
     pub unsafe fn push_page(&mut self, number: usize, page: *const u8) {
         let start = self.raw.len();
         self.raw.reserve(SMALL_PAGE);
-        // SAFETY: the space has been reserved, and the caller guarantees that the source is readable. The copy may be
-        // torn by a concurrent write. The write trace then reports the page again, and a later round sends it.
+        // SAFETY: the space after `start` has been reserved and is initialised by the copy, and the caller guarantees
+        // that `page` is readable. The copy may be torn by a concurrent write. The write trace then reports the page
+        // again, and a later round sends it.
         unsafe {
             std::ptr::copy_nonoverlapping(page, self.raw.as_mut_ptr().add(start), SMALL_PAGE);
             self.raw.set_len(start + SMALL_PAGE);
@@ -661,7 +662,7 @@ fn compress(codec: Codec, raw: &[u8], out: &mut Vec<u8>) {
     }
 }
 
-/// Returns whether all bytes are zero. Checks the first 64 bytes first, because they differ from zero in most other
+/// Returns whether all bytes are zero. Checks the first 64 bytes first, which contain a non-zero byte in most other
 /// pages.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let (head, tail) = bytes.split_at(bytes.len().min(64));

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::uapi::{READ, UFFD, UFFDIO_CONTINUE, UffdioContinue, UffdioRange, Userfault, WRITE, check, ioc, ioctl};
 
-/// `struct uffdio_poison`
+/// Argument of UFFDIO_POISON (`struct uffdio_poison`).
 #[repr(C)]
 #[derive(Default, Debug, Clone, Copy)]
 struct UffdioPoison {
@@ -28,7 +28,7 @@ const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_REMOVE: u8 = 0x15;
 const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 
-/// `struct uffd_msg`
+/// Message read from a userfaultfd (`struct uffd_msg`).
 #[repr(C)]
 #[derive(Debug, Default, Clone, Copy)]
 struct Message {
@@ -52,7 +52,7 @@ pub enum Event {
     Fault {
         /// Address of the access, rounded down to a page.
         address: u64,
-        /// Whether the access was a write to a write-protected page; otherwise the page is missing.
+        /// Whether the access was a write to a write-protected page. Otherwise the page was not mapped.
         protected: bool,
     },
     /// A range is about to be discarded. The system call that discards the range continues once the event has been
@@ -88,7 +88,7 @@ impl Userfault {
     /// The error of read(2).
     pub fn read(&self, events: &mut Vec<Event>) -> io::Result<()> {
         let mut messages = [Message::default(); BATCH];
-        // SAFETY: the buffer has the given length, and any bytes are a valid `Message`.
+        // SAFETY: the buffer is valid for writing its length, and any bytes are a valid `Message`.
         let read = unsafe { libc::read(self.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages)) };
         let Ok(read) = usize::try_from(read) else {
             let error = io::Error::last_os_error();

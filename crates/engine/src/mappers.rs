@@ -13,11 +13,11 @@ use std::path::Path;
 /// devices in the two reports differ.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct FileId {
-    /// `st_dev`.
+    /// Device number (`st_dev`).
     pub device: u64,
-    /// `st_ino`.
+    /// Inode number (`st_ino`).
     pub inode: u64,
-    /// Device in maps files, encoded like `st_dev`.
+    /// Device number in maps files, encoded like `st_dev`.
     pub mapped_device: u64,
 }
 
@@ -28,7 +28,7 @@ pub struct FileMapping {
     pub file: usize,
     /// ID of the process that maps the file.
     pub pid: i32,
-    /// Start address.
+    /// Start address in the process.
     pub address: u64,
     /// Length, bytes.
     pub length: u64,

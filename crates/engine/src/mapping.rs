@@ -88,23 +88,23 @@ impl Mapping {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Returns a pointer to the first byte.
+    /// Returns a pointer to the first byte of the mapping.
     pub fn base(&self) -> *mut u8 {
         self.base.as_ptr()
     }
 
-    /// Returns the address of the first byte.
+    /// Returns the address of the first byte of the mapping.
     pub fn address(&self) -> u64 {
         self.base.as_ptr() as u64
     }
 
-    /// Returns the length in bytes.
+    /// Returns the length of the mapping, bytes.
     #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Returns the number of base pages.
+    /// Returns the number of base pages of the mapping.
     pub fn pages(&self) -> usize {
         self.len / SMALL_PAGE
     }
@@ -315,7 +315,7 @@ fn map(file: BorrowedFd<'_>, len: usize, offset: u64, flags: libc::c_int) -> io:
     let mapped = unsafe { libc::mmap(base.as_ptr().cast(), len, access, flags, file.as_raw_fd(), start) };
     if mapped == libc::MAP_FAILED {
         let error = io::Error::last_os_error();
-        // SAFETY: frees the reservation made above.
+        // SAFETY: the range is the reservation made above, to which there are no other references.
         unsafe { libc::munmap(base.as_ptr().cast(), len) };
         return Err(error);
     }
@@ -381,7 +381,7 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
 /// `flags` are PM_SCAN flags.
 ///
 /// # Errors
-/// The error of PAGEMAP_SCAN.
+/// The error of PAGEMAP_SCAN, or an error if PAGEMAP_SCAN makes no progress.
 pub fn scan(
     pagemap: &File,
     start: u64,
@@ -399,7 +399,7 @@ pub fn scan(
 /// Requests up to 512 runs per call: with more, some kernels end the walk early and report pages twice.
 ///
 /// # Errors
-/// The error of PAGEMAP_SCAN.
+/// The error of PAGEMAP_SCAN, or an error if PAGEMAP_SCAN makes no progress.
 pub fn walk(pagemap: &File, start: u64, end: u64, what: PmScanArg, mut found: impl FnMut(u64, u64)) -> io::Result<()> {
     let mut regions = [PageRegion::default(); 512];
     let mut at = start;

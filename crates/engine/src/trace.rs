@@ -1,4 +1,4 @@
-//! Write traces (S2): report the pages of a workload that were written since the last collection.
+//! Write traces (S2), which report the pages of a workload that were written since the last collection.
 //!
 //! A write trace is a userfaultfd write protection in asynchronous mode. The first write to a protected page costs
 //! about a microsecond in the kernel, which removes the protection and marks the page as written. PAGEMAP_SCAN returns
@@ -8,8 +8,8 @@
 //! *Coarse* traces mark a whole huge page as written once enough of its base pages have been written, and unprotect the
 //! other base pages, so that the workload takes few faults instead of up to 512. A helper thread polls for such huge
 //! pages. The helper marks them as written while they are still registered, so that all later writes are covered; then
-//! it unregisters them and has them mapped as huge pages again. Removing only the protection would not help: protecting
-//! a huge page splits its PMD mapping, and each base page would still fault once. `collect` registers and protects the
+//! it unregisters them and maps them as huge pages again. Removing only the protection would not help: protecting a
+//! huge page splits its PMD mapping, and each base page would still fault once. `collect` registers and protects the
 //! huge pages again. Memory backed by base pages is always protected page by page.
 //!
 //! Correctness follows from the order: `collect` protects pages before the caller reads them, so that a later write is

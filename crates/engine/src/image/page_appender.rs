@@ -70,7 +70,7 @@ impl PageAppender {
                 let (start, stop) = ((start / SMALL_PAGE).max(first), (stop / SMALL_PAGE).min(end));
                 for page in start..stop {
                     // SAFETY: the page lies within the mapping, by the check above. If the workload writes to it
-                    // concurrently, the copy may be torn; the caller discards such pages.
+                    // concurrently, the copy may be torn; the caller does not use such copies.
                     unsafe { std::ptr::copy_nonoverlapping(memory.page(page), contents.as_mut_ptr(), SMALL_PAGE) };
                     self.map[self.bases[region] + page] = self.entry(region, page, &contents)?;
                 }

@@ -139,7 +139,8 @@ impl Image {
         self.page_block
     }
 
-    /// Returns the contents of the section with number `kind`, or `None` if the image has no such section.
+    /// Reads and verifies the section with number `kind`. Returns its contents, or `None` if the image has no such
+    /// section.
     ///
     /// # Errors
     /// If the section cannot be read or verified, or consists almost entirely of holes.
@@ -305,7 +306,7 @@ impl Image {
         let fits = |entry: &PageEntry| {
             (entry.class <= Class::Data as u8) & (!stored(entry) | (u64::from(entry.block.get()) < blocks))
         };
-        // Branch-free over all entries; the invalid one is searched for only if there is one.
+        // Branch-free over all entries: an invalid entry is searched for only if there is one.
         if entries.iter().fold(true, |all, entry| all & fits(entry)) {
             return Ok(());
         }

@@ -14,7 +14,7 @@
 //! * a trap thread or the sweep claims a block for copying by a compare-and-swap; the thread that fails waits until the
 //!   block is saved;
 //! * only saved blocks are unprotected;
-//! * a page that is a hole when its block is copied was a hole at the snapshot point, or has read as zeros since.
+//! * a page that is a hole when its block is copied was a hole at the snapshot point, or has read as zeros ever since.
 //!
 //! With a write trace, neither traps nor the sweep are needed (see [`incremental`]). A checkpoint by traps can leave a
 //! write trace from its snapshot point on (see [`trace_handover`]).
@@ -155,7 +155,8 @@ struct Installed {
     trace: Option<Trace>,
 }
 
-/// Registers the segments for traps; or installs, or takes up, the trace that reports the pages to save.
+/// Registers the segments for traps. For a checkpoint in rounds, installs or takes up the trace that reports the pages
+/// to save.
 fn install(traces: Traces, segments: Vec<Segment>, regions: usize) -> Result<Installed, SaveError> {
     let traced = |trace| Ok(Installed { armed: Vec::new(), handover: None, trace: Some(trace) });
     match traces {
@@ -195,7 +196,7 @@ pub struct SavedRegion {
     pub page_size: usize,
 }
 
-/// Checkpoint in progress. Dropping it cancels the checkpoint; the workload keeps running.
+/// Checkpoint in progress. A drop cancels the checkpoint; the workload keeps running.
 #[derive(Debug)]
 pub struct Saver {
     shared: Arc<SaverState>,

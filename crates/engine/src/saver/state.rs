@@ -228,7 +228,7 @@ impl SaverState {
         }
     }
 
-    // -- ends
+    // -- failure and completion
 
     /// Fails the checkpoint: records the error, closes the staging buffer and unregisters all memory. Does nothing if
     /// the checkpoint has already failed or finished.

@@ -1,4 +1,4 @@
-//! Trap threads: serve writes of the workload to unsaved blocks. There is one thread per process of the workload.
+//! Trap threads, which serve writes of the workload to unsaved blocks. There is one thread per process of the workload.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;

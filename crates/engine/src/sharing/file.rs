@@ -97,8 +97,8 @@ impl SharedFile {
         let waiting = self.waiting(first, first + span.pages);
         let there = &mut reader.resident[..span.pages];
         self.mapping.resident(first, there)?;
-        // While pages of a huge page are deferred, its pages that are neither deferred nor present have the contents of
-        // the image, or are zeros if the image lacks them.
+        // While a huge page has deferred pages, those of its pages that are neither deferred nor present have the
+        // contents of the image, or are zeros if the image lacks them.
         let coming = self.deferred.as_ref().filter(|deferred| {
             waiting.as_ref().is_some_and(|pages| !pages.is_empty())
                 && (self.mapping.is_hugetlb() || deferred.is_large(first / SLOTS))

@@ -14,10 +14,13 @@ use crate::space::Space;
 use crate::uapi::{PAGE_IS_HUGE, PAGE_IS_PRESENT};
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
-/// Bits of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
+/// Bit of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst): the page is in memory.
 const PM_PRESENT: u64 = 1 << 63;
+/// Bit of an entry: the page is in swap.
 const PM_SWAP: u64 = 1 << 62;
+/// Bit of an entry: the page is a file page or shared anonymous memory.
 const PM_FILE: u64 = 1 << 61;
+/// Bit of an entry: the page is mapped exclusively.
 const PM_EXCLUSIVE: u64 = 1 << 56;
 
 /// Memory to scan.
