@@ -165,9 +165,10 @@ impl Counters<'_> {
         }
     }
 
-    /// Returns whether the page has the tag of this partition.
+    /// Returns whether the page has the tag of this partition, and names a first damaged page only if it counts one.
     pub(super) fn intact(&self) -> bool {
-        self.words[0].load(Ordering::Relaxed) == self.tag
+        let tagged = self.words[0].load(Ordering::Relaxed) == self.tag;
+        tagged && (self.bad() > 0) == self.first_bad().is_some()
     }
 
     pub(super) fn writes(&self) -> u64 {
