@@ -158,7 +158,8 @@ def test_guest_whose_qemu_exits_during_migration_leaves_no_copy(start: Start, po
     wait_until(lambda: travel.around() == set(), "the end of all processes")
 
 
-@pytest.mark.parametrize("point", RUNNING)
+# At `source.paused` the vCPUs are stopped, and QEMU has not written the devices.
+@pytest.mark.parametrize("point", [*RUNNING, "source.paused"])
 def test_guest_that_resets_during_migration_is_migrated(start: Start, point: str) -> None:
     guest = start(*MACHINE)
     with interrupted(guest, point) as (migration, _):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from qemu.qmp import EventListener
 
@@ -28,6 +29,9 @@ _RUNS_OR_WAITS = frozenset({"running", "inmigrate"})
 
 _PAUSED_BY_USER = frozenset({"paused", "prelaunch"})
 """Run states of a guest that was paused by QMP `stop`, or started with -S."""
+
+_WRITES_DEVICES = "device"
+"""Status of QEMU's migration from `migrate-continue` on."""
 
 MIGRATED = "postmigrate"
 """Run state of a QEMU whose own migration has completed."""
@@ -54,8 +58,12 @@ class LastSeen:
         """Whether the guest ran at the last check, or until the last `stop`."""
         self.status = ""
         """Run state of the paused guest, as in `query-status`."""
-        self._interference: EventListener | None = None
-        """Events that report that another client resumed or reset the guest after `stop`."""
+        self._events: EventListener | None = None
+        """Events since `stop` that can show a resume or a reset of the guest."""
+        self._resumed = False
+        """Whether the guest was resumed after `stop`."""
+        self._interfered = False
+        """Whether the guest was resumed after `stop`, or reset after QEMU began to write the devices."""
 
     async def stop(self, monitor: Monitor, stop: Stop) -> bool:
         """Stop the vCPUs, and read run state and machine. Return whether the guest ran until then.
@@ -63,7 +71,8 @@ class LastSeen:
         Raises WorkloadError if the guest cannot be stopped, WorkloadDied.
         """
         ran = await stop(monitor)
-        self._interference = monitor.listen("RESUME", "RESET")
+        self._events = monitor.listen("RESUME", "RESET", "MIGRATION")
+        self._resumed = self._interfered = False
         await self._look(monitor)
         if self.status in ("running", "suspended"):
             raise WorkloadError(
@@ -99,11 +108,26 @@ class LastSeen:
         """Raise WorkloadError unless guest and machine are unchanged since the state was saved or loaded."""
         before = self.status
         await self._check_machine(monitor)
-        if self.status != before or (self._interference is not None and not self._interference.empty()):
+        self._read_events()
+        if self.status != before or self._interfered:
             raise WorkloadError(
                 f"{self.name} was resumed or reset while it was paused (run state {self.status}, before: "
                 f"{before}); keep other clients from controlling it until it has been migrated"
             )
+
+    def _read_events(self) -> None:
+        """Update `_interfered`. A reset that was requested while the guest ran can be executed after the stop. It does
+        no harm before QEMU writes the devices, because the last pages are collected later."""
+        events: Any = self._events.clear() if self._events is not None else ()
+        for event in events:
+            match event["event"]:
+                case "MIGRATION":
+                    if event["data"]["status"] == _WRITES_DEVICES:
+                        self._interfered = self._resumed
+                case "RESUME":
+                    self._interfered = self._resumed = True
+                case _:
+                    self._interfered = True
 
     async def _check_machine(self, monitor: Monitor) -> None:
         before = self.machine
