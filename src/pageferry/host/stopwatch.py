@@ -23,9 +23,10 @@ class Stopwatch:
         """Start a span, now or at an earlier time of `time.perf_counter`."""
         self._running[name] = time.perf_counter() if at is None else at
 
-    def stop(self, name: str) -> None:
-        """End a span."""
-        self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - self._running.pop(name)
+    def stop(self, name: str, at: float | None = None) -> None:
+        """End a span, now or at an earlier time of `time.perf_counter`."""
+        now = time.perf_counter() if at is None else at
+        self._spent[name] = self._spent.get(name, 0.0) + now - self._running.pop(name)
 
     def phase(self, name: str, at: float | None = None) -> None:
         """End the current phase and start the phase `name` at the same time, so that phases add up. `at`: time of the
@@ -37,10 +38,11 @@ class Stopwatch:
         self._phase, self._since = name, now
 
     def stop_all(self) -> None:
-        """End all running spans."""
-        self.phase("")
+        """End all running spans and the phase at the same time."""
+        now = time.perf_counter()
+        self.phase("", at=now)
         for name in tuple(self._running):
-            self.stop(name)
+            self.stop(name, at=now)
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 from pageferry.errors import MigrationError, OutcomeUnknown, PeerRefused
 from pageferry.host.fault_points import fault_point
@@ -58,8 +59,9 @@ class Commit:
         except (MigrationError, asyncio.CancelledError) as error:
             raise self._outcome_unknown(error) from error
         fault_point("source.answered")
-        statistics.times.stop("downtime")
-        statistics.times.phase("postcopy" if self._session.service is not None else "report")
+        received = time.perf_counter()
+        statistics.times.stop("downtime", at=received)
+        statistics.times.phase("postcopy" if self._session.service is not None else "report", at=received)
         self._state.enter(SourceState.MOVED)
         return running
 
