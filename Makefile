@@ -9,8 +9,8 @@ MAKEFLAGS += --no-builtin-rules
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTEST_ARGS ?=
-# One process more than cores: tests wait now and then, and some of them measure time.
-WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
+# Two processes more than cores: tests wait often, and some of them measure time.
+WORKERS ?= $(shell echo $$(($$(nproc) + 2)))
 PYTEST := scripts/pytest.sh $(PYTHON) $(WORKERS)
 
 ENGINE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
