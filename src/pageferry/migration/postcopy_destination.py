@@ -16,18 +16,17 @@ import secrets
 import time
 from collections.abc import Sequence
 from logging import getLogger
+from typing import Literal
 
 import msgspec
 
-from pageferry._engine import MappedSegment, Mapping, Pager, PageSet, PeerSource, Space, TargetRegion
+from pageferry._engine import Mapping, Pager, PageSet, PeerSource, TargetRegion
 from pageferry.errors import PageferryError, UsageError, WorkloadDied
-from pageferry.host import proc
 from pageferry.host.blocking import in_thread
 from pageferry.host.cgroups import join_groups_of
 from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder
 from pageferry.memory.regions import SMALL_PAGE, Region
-from pageferry.memory.view import segments_of
 from pageferry.migration import events
 from pageferry.migration.engine_call import off_loop
 from pageferry.migration.incoming import ReceivingHost
@@ -36,9 +35,9 @@ from pageferry.migration.recovery_server import RecoveryServer
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.channel import Channel
 from pageferry.migration.transport.connection import PageStream, Reception
-from pageferry.pager import page_faults, records
+from pageferry.pager import records
 from pageferry.pager.records import PostcopyRecord
-from pageferry.pager.server import PagerServer
+from pageferry.pager.service import PagerService
 
 log = getLogger(__name__)
 
@@ -49,30 +48,21 @@ EVENT_INTERVAL = 0.5
 
 
 class PostcopyMemory:
-    """Fetches the missing pages of one workload. Started by `begin`, or by `reconnect` if the workload already runs."""
+    """Fetches the missing pages of one workload. Started by `begin`, or by `reconnect` if the workload already runs.
 
-    def __init__(
-        self,
-        record: PostcopyRecord,
-        regions: Sequence[Region],
-        host: ReceivingHost,
-        flags: int = -1,
-    ) -> None:
+    The constructor raises CannotHandleFaults, ProcessLookupError.
+    """
+
+    def __init__(self, record: PostcopyRecord, regions: Sequence[Region], host: ReceivingHost) -> None:
         self.record = record
-        self.regions = tuple(regions)
-        self.mappings = [Mapping(region.fd, region.length, region.file_offset) for region in self.regions]
-        self.segments: list[MappedSegment] = segments_of(self.regions)
-        self.spaces: dict[int, Space] = {one.space.pid: one.space for one in self.segments}
-        self.started = {pid: proc.start_time(pid) for pid in self.spaces}
         self.folder = host.folder()
         self.host = host
+        self.service = PagerService(regions, self.folder)
+        self._mappings = [Mapping(region.fd, region.length, region.file_offset) for region in regions]
         self._begun = time.monotonic()
         self._arrived: messages.Arrived | None = None
         """Report of the completion; None while pages are missing."""
-        self.pager: Pager | None = None
         self._source: PeerSource | None = None
-        self._server: PagerServer | None = None
-        self._flags = flags
         self._channel: Channel | None = None
         self._linked = asyncio.Event()
 
@@ -91,40 +81,44 @@ class PostcopyMemory:
         """
         self._channel = channel
         self._linked.set()
-        pages = sum(region.length for region in self.regions) // SMALL_PAGE
-        self._flags = records.create_flags(self.folder, Pager.flags_length(pages))
-        Pager.set_flags(self._flags, missing)
-        await off_loop(lambda: self._start(late, missing))
+        self._source = source = self._peer(late)
+
+        def make(userfaults: dict[int, int], flags: int) -> Pager:
+            Pager.set_flags(flags, missing)
+            return self._make_pager(source, userfaults, flags, "kept")
+
+        await off_loop(lambda: self.service.start(make))
+        self.record = msgspec.structs.replace(self.record, userfaults=self.service.userfaults)
         if self.folder is not None:
             # Stored only after the pager has set the bitmap: a record with an empty bitmap would mean that all
             # pages are present.
             self.folder.store(records.POSTCOPY, self.record, synced=False)
-        self._serve_questions()
+        self._serve()
 
-    def _start(self, late: Sequence[PageStream], missing: Sequence[PageSet] | None) -> None:
-        """Start a pager over these streams: the first pager of this memory if `missing` is given, otherwise one that
-        takes over from an earlier pager."""
-        ours: dict[int, int] = {}
-        try:
-            if missing is not None:
-                ours, numbers = page_faults.userfaults(self.spaces)
-                self.record = msgspec.structs.replace(self.record, userfaults=numbers)
-            else:
-                for pid, number in self.record.userfaults.items():
-                    ours[pid] = self.spaces[pid].descriptor(number)
-            self._source = self._peer(late)
-            self.pager = Pager(
-                self._source,
-                self._targets(),
-                self.segments,
-                ours,
-                self._flags,
-                begin="taken-over" if missing is None else "kept",
-                checks_removals=os.getpid() in self.spaces,
+    async def _take_over(self, late: Sequence[PageStream]) -> None:
+        """Start a pager that takes over from one that was killed."""
+        self._source = source = self._peer(late)
+        start = self.service.start
+        await off_loop(
+            lambda: start(
+                lambda ours, flags: self._make_pager(source, ours, flags, "taken-over"), self.record.userfaults
             )
-        finally:
-            for descriptor in ours.values():
-                os.close(descriptor)
+        )
+        self._serve()
+
+    def _make_pager(
+        self, source: PeerSource, userfaults: dict[int, int], flags: int, begin: Literal["kept", "taken-over"]
+    ) -> Pager:
+        segments = [(number, one) for number, region in enumerate(self.service.regions) for one in region.segments]
+        return Pager(
+            source,
+            self._targets(),
+            self.service.mapped(segments),
+            userfaults,
+            flags,
+            begin=begin,
+            checks_removals=os.getpid() in self.service.spaces,
+        )
 
     def _peer(self, late: Sequence[PageStream]) -> PeerSource:
         urgent, *streams = [connection.handle for connection in late]
@@ -133,15 +127,11 @@ class PostcopyMemory:
     def _targets(self) -> list[TargetRegion]:
         return [
             TargetRegion(mapping, region.page_size, messages.unpack_units(packed, len(packed) * 8))
-            for mapping, region, packed in zip(self.mappings, self.regions, self.record.large, strict=True)
+            for mapping, region, packed in zip(self._mappings, self.service.regions, self.record.large, strict=True)
         ]
 
-    def _serve_questions(self) -> None:
-        if self.folder is not None:
-            assert self.pager is not None
-            path = self.folder.socket_path(records.SOCKET)
-            extents = [(region.name, region.length) for region in self.regions]
-            self._server = PagerServer(path, self.pager, f"the source of {self.record.source}", extents)
+    def _serve(self) -> None:
+        self.service.serve(f"the source of {self.record.source}")
 
     async def populate(self) -> None:
         """Map the present pages before the workload runs (S1, S5)."""
@@ -158,24 +148,22 @@ class PostcopyMemory:
         await channel.send(messages.Welcome(token=token))
         late = await channel.during(reception.streams(token, 1 + serve.streams, self.host.timeout))
         try:
-            if self.pager is None:
-                await off_loop(lambda: self._start(late, None))
-                self._serve_questions()
-            else:
+            if self.service.started:
                 source = self._peer(late)
                 await off_loop(lambda: self._pager.reconnect(source))
                 self._source = source
+            else:
+                await self._take_over(late)
         finally:
             for connection in late:
                 connection.close()
         pager = self._pager
-        missing = await off_loop(lambda: [pager.missing(number) for number in range(len(self.regions))])
+        missing = await off_loop(lambda: [pager.missing(number) for number in range(len(self.service.regions))])
         await send_missing(channel, missing)
         fault_point("destination.relinked")
         channel.limit = messages.MAX_MESSAGE
         before, self._channel = self._channel, channel
-        if self._server is not None:
-            self._server.paused = None
+        self._report_link(None)
         self._linked.set()
         if before is not None:
             await before.close()
@@ -196,8 +184,7 @@ class PostcopyMemory:
                 return channel
             if channel is self._channel:
                 self._linked.clear()
-                if self._server is not None:
-                    self._server.paused = f"the link to the source is gone ({why})"
+                self._report_link(f"the link to the source is gone ({why})")
                 self._report_progress("postcopy-paused")
                 log.warning(
                     "%s: waiting for memory from its source: connection lost (%s); at the source, run pageferry "
@@ -206,6 +193,11 @@ class PostcopyMemory:
                     why,
                     self.record.source,
                 )
+
+    def _report_link(self, paused: str | None) -> None:
+        """Set the reason for which no pages are received, for clients of the pager; None if they are received."""
+        if self.service.server is not None:
+            self.service.server.paused = paused
 
     async def _link(self) -> None:
         """Wait until there is a link."""
@@ -217,8 +209,7 @@ class PostcopyMemory:
 
     async def _finished_or_lost(self, channel: Channel) -> str | None:
         """Return None once all pages are present, or the reason for which the link was lost."""
-        assert self.pager is not None
-        pager, reported = self.pager, 0.0
+        pager, reported = self._pager, 0.0
         while not await off_loop(lambda: pager.wait(POLL_INTERVAL, len(pager.failures))):
             self._check_workload()
             if channel is not self._channel:
@@ -232,11 +223,10 @@ class PostcopyMemory:
         return None
 
     def _check_workload(self) -> None:
-        if self.pager is not None and not self.pager.pending:
+        if self.service.started and not self._pager.pending:
             return  # the workload may have been migrated further
-        for pid, started in self.started.items():
-            if proc.start_time(pid) != started:
-                raise WorkloadDied(f"{self.name} (process {pid}) ended before all of its memory had been received")
+        if (pid := self.service.ended()) is not None:
+            raise WorkloadDied(f"{self.name} (process {pid}) ended before all of its memory had been received")
 
     async def _finish(self) -> None:
         """Record durably that all pages are present, prepare the report, release the userfaultfds, and delete the other
@@ -253,21 +243,15 @@ class PostcopyMemory:
             waits=self._pager.histogram,
             seconds=seconds,
         )
-        await in_thread(self._release)
+        await in_thread(self.service.release_userfaults)
         # The workload may have been migrated further, and another workload may have its name.
         if self.folder is not None and self._is_recorded(self.folder):
-            self.folder.forget(records.POSTCOPY)
-            (self.folder.path / records.FLAGS).unlink(missing_ok=True)
+            self.service.forget(records.POSTCOPY)
         self.close()
 
     def _is_recorded(self, folder: Folder) -> bool:
         record = folder.load(records.POSTCOPY, PostcopyRecord)
         return record is not None and record.migration == self.record.migration
-
-    def _release(self) -> None:
-        for pid, number in self.record.userfaults.items():
-            with contextlib.suppress(OSError):
-                self.spaces[pid].close_fd(number)
 
     def arrived(self) -> messages.Arrived:
         """Return the message that reports completion to the source, after `wait_complete`."""
@@ -287,26 +271,18 @@ class PostcopyMemory:
 
     @property
     def _pager(self) -> Pager:
-        assert self.pager is not None
-        return self.pager
+        return self.service.pager
 
     async def abandon(self) -> None:
         """Fail accesses to missing pages: the workload stays at the source, and the process that loads its state must
         not wait for pages that are never sent."""
-        if self.pager is not None:
-            await off_loop(self.pager.abandon)
+        if self.service.started:
+            await off_loop(self._pager.abandon)
         self.close()
 
     def close(self) -> None:
         """Stop fetching. Another process can take over and fetch the pages that are still missing."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        if self.pager is not None:
-            self.pager.stop()
-        if self._flags >= 0:
-            os.close(self._flags)
-            self._flags = -1
+        self.service.close()
 
 
 class Resumption:
@@ -324,10 +300,8 @@ class Resumption:
             )
         for failure in join_groups_of(record.regions[0].segments[0].pid):
             log.info("%s: memory is charged to the control group of this receiver: %s", folder.name, failure)
-        regions = [records.open_region(one) for one in record.regions]
-        pages = sum(region.length for region in regions) // SMALL_PAGE
-        flags = records.open_flags(folder, Pager.flags_length(pages))
-        self.late = PostcopyMemory(record, regions, host, flags)
+        self.late = PostcopyMemory(record, [records.open_region(one) for one in record.regions], host)
+        self.late.service.take_bitmap(folder)
         self.recovery = RecoveryServer(reception, host.verdicts)
         self.recovery.arrivals = self.late
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from pageferry._engine import Advice, MappedSegment, Pager
+from pageferry._engine import Advice, Pager
 from pageferry.errors import ImageError
 from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder
@@ -78,15 +78,10 @@ class ImagePager:
             self.service.start(lambda ours, flags: self._pager(ours, flags, begin))
 
     def _pager(self, ours: dict[int, int], flags: int, begin: Literal["empty", "kept", "taken-over"]) -> Pager:
-        spaces = self.service.spaces
-        segments = [
-            MappedSegment(spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
-            for number, segment in self._watched()
-        ]
         return Pager(
             self.image.chain,
             targets.targets(self.image, self.regions),
-            segments,
+            self.service.mapped(self._watched()),
             ours,
             flags,
             fill="none",
