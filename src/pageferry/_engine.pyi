@@ -257,9 +257,12 @@ class PageStore:
         """Write the index, and sync the file. Pages that were not added refer to `parent`."""
 
 class _PagerOptions(TypedDict, total=False):
-    working_set: Sequence[int]
+    windows: Sequence[int]
     """Numbers of the windows that are loaded first (default: none). A window is 16 pages; windows are counted over all
     regions."""
+    blocks: Sequence[tuple[int, int]]
+    """Storage blocks that are loaded next (default: none), each as the number of its image in the chain and its number.
+    Pages of no such block are loaded last, one after the other. Raises OSError if a block does not exist."""
     begin: Literal["empty", "kept", "taken-over"]
     """Initial state. `empty` (default): the files are emptied, and all contents are deferred. `kept`: the bitmap
     contains the deferred pages, and the files contain all other pages. `taken-over`: like `kept`, but another pager has
@@ -387,9 +390,11 @@ class Pager:
     def wait(self, timeout: float, known: int = 0) -> bool:
         """Wait until the pager has finished or has more than `known` failures, for at most `timeout` seconds. Return
         whether the pager has finished."""
-    def fill(self, working_set: Sequence[int], eager: bool = False) -> None:
-        """Start to load the working set and then all other pages; with `eager`, at full speed. Requires a pager that
-        was created with `fill` = `none`. Call this once."""
+    def fill(self, windows: Sequence[int], blocks: Sequence[tuple[int, int]], eager: bool = False) -> None:
+        """Start to load all pages: these windows first, then these storage blocks, then the other pages; with `eager`,
+        at full speed. Requires a pager that was created with `fill` = `none`. Call this once.
+
+        Raises OSError if a block does not exist."""
     def ensure(self, region: int, first: int, count: int) -> None:
         """Load `count` pages of a region from page `first` on, and return when they are present. Required before any
         read that bypasses the workload's page tables.

@@ -71,7 +71,7 @@ enum ContentOrigin<'py> {
 
 /// Keyword arguments of `Pager`.
 struct PagerOptions {
-    working_set: Vec<u32>,
+    order: pager::FillOrder,
     begin: Begin,
     background: bool,
     eager: bool,
@@ -86,7 +86,10 @@ impl PagerOptions {
         let choice = |name, default: &str| keywords.take(name, default.to_owned());
         let (background, eager) = choose("fill", &choice("fill", "gentle")?, FILL)?;
         let options = Self {
-            working_set: keywords.take("working_set", Vec::new())?,
+            order: pager::FillOrder {
+                windows: keywords.take("windows", Vec::new())?,
+                blocks: keywords.take("blocks", Vec::new())?,
+            },
             begin: choose("begin", &choice("begin", "empty")?, BEGIN)?,
             background,
             eager,
@@ -153,7 +156,7 @@ impl Pager {
             watched,
             flags,
             begin: options.begin,
-            working_set: options.working_set,
+            order: options.order,
             background: options.background,
             eager: options.eager,
             whole_blocks: options.whole_blocks,
@@ -247,9 +250,9 @@ impl Pager {
         }
     }
 
-    #[pyo3(signature = (working_set, eager = false))]
-    fn fill(&self, working_set: Vec<u32>, eager: bool) -> PyResult<()> {
-        self.inner.fill(working_set, eager).map_err(errors::kernel)
+    #[pyo3(signature = (windows, blocks, eager = false))]
+    fn fill(&self, windows: Vec<u32>, blocks: Vec<(usize, u32)>, eager: bool) -> PyResult<()> {
+        self.inner.fill(pager::FillOrder { windows, blocks }, eager).map_err(errors::kernel)
     }
 
     fn ensure(&self, py: Python<'_>, region: usize, first: usize, count: usize) -> PyResult<()> {

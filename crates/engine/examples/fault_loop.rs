@@ -17,7 +17,7 @@ use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::faults::Event;
 use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::Mapping;
-use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, FillOrder, Flags, Origin, Pager, Plan, file_len};
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
 use pageferry_engine::space::{Faults, Space};
@@ -91,7 +91,7 @@ fn paged(chain: &Chain) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
         watched: vec![(segment, Arc::new(uffd))],
         flags: Flags::open(memory_file(file_len(PAGES))?.as_fd(), PAGES)?,
         begin: Begin::Empty,
-        working_set: Vec::new(),
+        order: FillOrder::default(),
         background: false,
         eager: false,
         whole_blocks: true,

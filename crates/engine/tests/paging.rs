@@ -13,7 +13,7 @@ use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, FillOrder, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
@@ -45,6 +45,13 @@ fn word(page: usize, at: usize) -> u64 {
 fn image() -> Chain {
     static IMAGE: OnceLock<Chain> = OnceLock::new();
     IMAGE.get_or_init(new_image).clone()
+}
+
+/// Returns an order without a working set.
+fn all_blocks() -> FillOrder {
+    let blocks = image().images()[0].blocks().len();
+    let blocks = (0..u32::try_from(blocks).expect("few blocks")).map(|block| (0, block)).collect();
+    FillOrder { windows: Vec::new(), blocks }
 }
 
 fn new_image() -> Chain {
@@ -125,7 +132,7 @@ impl Scene {
             watched: vec![(segment, uffd)],
             flags: Flags::open(self.flags.as_fd(), PAGES).expect("flags"),
             begin,
-            working_set: Vec::new(),
+            order: all_blocks(),
             background,
             eager: true,
             whole_blocks: true,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, FillOrder, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
@@ -100,7 +100,7 @@ impl Scene {
             watched: vec![(segment, uffd)],
             flags: Flags::open(self.flags.as_fd(), PAGES).expect("flags"),
             begin,
-            working_set: Vec::new(),
+            order: FillOrder::default(),
             background: true,
             eager: false,
             whole_blocks: true,

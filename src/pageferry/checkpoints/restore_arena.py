@@ -23,6 +23,7 @@ from pageferry.images.image import ImageFile
 from pageferry.images.working_set import WorkingSet
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import page_faults, records
+from pageferry.pager.fill_order import fill_order
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.server import PagerServer
 from pageferry.workloads.arena.arena import Arena, memory_file
@@ -183,6 +184,7 @@ def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> N
 def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], options: RestoredArenaOptions) -> Pager:
     mapping = Mapping(arena.descriptor, arena.length)
     target = TargetRegion(mapping, SMALL_PAGE, targets.large_units(image)[0])
+    order = fill_order(image, working_set if options.prefetch else [])
     space = Space()
     userfaults, _ = page_faults.userfaults({os.getpid(): space})
     try:
@@ -193,7 +195,8 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], optio
             [segment],
             userfaults,
             arena._flags,
-            working_set=working_set if options.prefetch else [],
+            windows=order.windows,
+            blocks=order.blocks,
             fill=("eager" if options.eager else "gentle") if options.prefetch else "none",
             on_failure="sigbus",
             checks_removals=True,

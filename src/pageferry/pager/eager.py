@@ -14,6 +14,7 @@ from pageferry.errors import ImageError
 from pageferry.images.image import ImageFile
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import records
+from pageferry.pager.fill_order import fill_order
 
 _POLL = 0.2
 """Interval of reports, seconds."""
@@ -31,7 +32,8 @@ def load(image: ImageFile, targets: Sequence[TargetRegion], report: Report) -> P
     """
     flags = records.create_flags(None, Pager.flags_length(image.pages))
     try:
-        pager = Pager(image.chain, targets, [], {}, flags, fill="eager")
+        blocks = fill_order(image, ()).blocks
+        pager = Pager(image.chain, targets, [], {}, flags, fill="eager", blocks=blocks)
     finally:
         os.close(flags)
     try:

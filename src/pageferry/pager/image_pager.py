@@ -25,6 +25,7 @@ from pageferry.images.image import ImageFile, open_link
 from pageferry.images.working_set import WorkingSet
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
 from pageferry.pager import records
+from pageferry.pager.fill_order import fill_order
 from pageferry.pager.records import Deferred, OwnImage
 from pageferry.pager.service import PagerService
 
@@ -105,7 +106,8 @@ class ImagePager:
         """Start to load all contents in the background, unless the restore is without prefetch."""
         if not self._filling:
             self._filling = True
-            self.service.pager.fill(self.working_set.windows, self.work.eager)
+            order = fill_order(self.image, self.working_set.windows)
+            self.service.pager.fill(order.windows, order.blocks, self.work.eager)
 
     def end_evictions(self) -> None:
         """Allow the pager to finish when all pages are loaded. Before this call, the pager of an evicting reclaim does

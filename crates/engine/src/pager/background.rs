@@ -1,5 +1,5 @@
-//! Background loading: the remaining pages of storage blocks that were read for faults, the working set, and then all
-//! pages.
+//! Background loading: the remaining pages of storage blocks that were read for faults, and pages that were not
+//! requested, in an order that the user of the engine gives (S10).
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -7,6 +7,7 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 
 use super::blocks::{Blocks, Fetched};
+use super::config::FillOrder;
 use super::memory::{LoadError, Scratch, WINDOW};
 use super::source::PageSource;
 use super::{Failure, PagerState};
@@ -29,13 +30,13 @@ pub fn install_rest(shared: &PagerState, jobs: &Receiver<Fetched>) {
     }
 }
 
-/// Loads pages before they are requested: first the working set in its order, then, if `everything` is set, the storage
-/// blocks of all images. With a peer, which pushes all pages, only allocates huge pages.
-pub fn fill(shared: &PagerState, working_set: &[u32], everything: bool) {
+/// Loads pages before they are requested: first the windows of `order`, then, if `everything` is set, its storage
+/// blocks and all remaining pages. With a peer, which pushes all pages, only allocates huge pages.
+pub fn fill(shared: &PagerState, order: &FillOrder, everything: bool) {
     let PageSource::Images(blocks) = &shared.loader.source else { return allocate_large_pages(shared) };
     let mut pace = DemandThrottle { shared, faults: 0, pause: Duration::ZERO };
     let mut scratch = Scratch::default();
-    for &window in working_set {
+    for &window in &order.windows {
         if shared.stopping() {
             return;
         }
@@ -47,15 +48,12 @@ pub fn fill(shared: &PagerState, working_set: &[u32], everything: bool) {
     if !everything {
         return;
     }
-    let images = blocks.chain().images().to_vec();
-    for (number, image) in images.iter().enumerate() {
-        for block in 0..u32::try_from(image.blocks().len()).unwrap_or(u32::MAX) {
-            if shared.stopping() || !shared.loader.memory.flags.any() {
-                return;
-            }
-            counted(shared, || shared.loader.load_block(blocks, (number, block), &mut scratch));
-            pace.yield_to_demand();
+    for &block in &order.blocks {
+        if shared.stopping() || !shared.loader.memory.flags.any() {
+            return;
         }
+        counted(shared, || shared.loader.load_block(blocks, block, &mut scratch));
+        pace.yield_to_demand();
     }
     rest(shared, blocks, &mut scratch);
 }
@@ -76,8 +74,8 @@ fn allocate_large_pages(shared: &PagerState) {
     }
 }
 
-/// Loads the pages that no storage block lists, namely patterns and duplicates. Records a failure for each page that
-/// cannot be loaded.
+/// Loads the remaining pages: those of no storage block, namely patterns and duplicates, and those that the order leaves
+/// out. Records a failure for each page that cannot be loaded.
 fn rest(shared: &PagerState, blocks: &Blocks, scratch: &mut Scratch) {
     let (mut at, pages) = (0, shared.pages());
     while let Some(page) = shared.loader.memory.flags.next(at, pages) {

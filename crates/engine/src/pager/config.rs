@@ -76,6 +76,35 @@ pub enum Origin {
     Peer(Arc<PeerSource>),
 }
 
+/// Order of background loading from images. Pages that it leaves out are loaded last, one after the other.
+#[derive(Debug, Default)]
+pub struct FillOrder {
+    /// Windows of 16 pages to load first, in this order.
+    pub windows: Vec<u32>,
+    /// Storage blocks to load next, in this order: number of the image in the chain, number of the block.
+    pub blocks: Vec<(usize, u32)>,
+}
+
+impl FillOrder {
+    /// Checks that all storage blocks exist.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the chain has no such block.
+    pub(super) fn check(&self, chain: &Chain) -> io::Result<()> {
+        let images = chain.images();
+        let exists = |&(image, block): &(usize, u32)| {
+            images.get(image).is_some_and(|image| (block as usize) < image.blocks().len())
+        };
+        match self.blocks.iter().find(|&block| !exists(block)) {
+            Some((image, block)) => {
+                let message = format!("image {image} of the chain has no storage block {block}");
+                Err(io::Error::new(io::ErrorKind::InvalidInput, message))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 /// Configuration of a pager.
 #[derive(Debug)]
 pub struct Plan {
@@ -89,8 +118,8 @@ pub struct Plan {
     pub flags: Flags,
     /// Initial state of the memory.
     pub begin: Begin,
-    /// Windows of 16 pages to load first, in this order.
-    pub working_set: Vec<u32>,
+    /// Order of background loading.
+    pub order: FillOrder,
     /// Whether to load pages that have not been requested.
     pub background: bool,
     /// Whether background loading runs at full speed instead of giving precedence to faults.

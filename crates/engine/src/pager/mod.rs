@@ -42,7 +42,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use blocks::{Blocks, Fetched};
-pub use config::{Begin, Failure, Origin, PagerError, Plan};
+pub use config::{Begin, Failure, FillOrder, Origin, PagerError, Plan};
 use demand::Inbox;
 pub use flags::{Flags, file_len};
 pub use memory::{Counters, LoadError};
@@ -257,6 +257,7 @@ impl Pager {
             return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, words)));
         }
         let source = source(plan.from, plan.begin, &flags)?;
+        source.check(&plan.order)?;
         let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
         let large = plan.targets.iter().map(|target| target.large.clone()).collect();
         let placer = Placer::new(plan.targets, segments, true, 0)?;
@@ -284,17 +285,11 @@ impl Pager {
         });
         let abandoned = AtomicBool::new(false);
         let pager = Self { shared, threads: Mutex::default(), readers: Mutex::default(), abandoned };
-        pager.spawn_all(plan.begin, jobs, plan.working_set, plan.background)?;
+        pager.spawn_all(plan.begin, jobs, plan.order, plan.background)?;
         Ok(pager)
     }
 
-    fn spawn_all(
-        &self,
-        begin: Begin,
-        jobs: Receiver<Fetched>,
-        working_set: Vec<u32>,
-        everything: bool,
-    ) -> io::Result<()> {
+    fn spawn_all(&self, begin: Begin, jobs: Receiver<Fetched>, order: FillOrder, everything: bool) -> io::Result<()> {
         self.spawn_readers()?;
         self.spawn_servers()?;
         if begin == Begin::TakenOver {
@@ -306,20 +301,21 @@ impl Pager {
         self.spawn("pf-rest", move || background::install_rest(&shared, &jobs))?;
         let shared = self.shared.clone();
         self.spawn("pf-fill", move || {
-            background::fill(&shared, &working_set, everything);
+            background::fill(&shared, &order, everything);
             shared.wait_and_finish(if everything { SOON } else { LATER });
         })
     }
 
-    /// Starts to load the working set, and then all pages, in the background. The pager must have been started without
-    /// background loading. `eager` has the meaning of [`Plan::eager`].
+    /// Starts to load all pages in the background, in this order. The pager must have been started without background
+    /// loading. `eager` has the meaning of [`Plan::eager`].
     ///
     /// # Errors
-    /// If the thread cannot be started.
-    pub fn fill(&self, working_set: Vec<u32>, eager: bool) -> io::Result<()> {
+    /// If the order names a block that does not exist, or the thread cannot be started.
+    pub fn fill(&self, order: FillOrder, eager: bool) -> io::Result<()> {
+        self.shared.loader.source.check(&order)?;
         self.shared.eager.store(eager, Ordering::Relaxed);
         let shared = self.shared.clone();
-        self.spawn("pf-fill", move || background::fill(&shared, &working_set, true))
+        self.spawn("pf-fill", move || background::fill(&shared, &order, true))
     }
 
     fn spawn_servers(&self) -> io::Result<()> {

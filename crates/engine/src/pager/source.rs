@@ -1,9 +1,11 @@
 //! Loading of contents, from storage blocks of images or from a peer. The contents of both origins are installed in the
 //! same way ([`Memory::install`]).
 
+use std::io;
 use std::sync::Arc;
 
 use super::blocks::{Blocks, Fetched, Number};
+use super::config::FillOrder;
 use super::memory::{LoadError, Memory, Scratch};
 use super::peer::Peer;
 use crate::SMALL_PAGE;
@@ -21,6 +23,19 @@ pub enum PageSource {
     Images(Blocks),
     /// Peer, from which requested pages are received asynchronously.
     Peer(Peer),
+}
+
+impl PageSource {
+    /// Checks an order of background loading; without images, it is not used.
+    ///
+    /// # Errors
+    /// See [`FillOrder::check`].
+    pub fn check(&self, order: &FillOrder) -> io::Result<()> {
+        match self {
+            Self::Images(blocks) => order.check(blocks.chain()),
+            Self::Peer(_) => Ok(()),
+        }
+    }
 }
 
 /// Result of loading the page of a fault.
