@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 
@@ -14,8 +14,10 @@ def compile_program(source: Path, program: Path, *options: str) -> Path:
     """
     program.parent.mkdir(parents=True, exist_ok=True)
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        temporary = program.with_suffix(f".{os.getpid()}")
-        command = ["rustc", "--edition=2024", "-O", "-Cpanic=abort", *options, "-o", str(temporary), str(source)]
-        subprocess.run(command, check=True)
-        temporary.rename(program)
+        # rustc also creates its intermediate files here. Their names are the same in every process.
+        with tempfile.TemporaryDirectory(dir=program.parent) as folder:
+            temporary = Path(folder) / program.name
+            command = ["rustc", "--edition=2024", "-O", "-Cpanic=abort", *options, "-o", str(temporary), str(source)]
+            subprocess.run(command, check=True)
+            temporary.rename(program)
     return program
