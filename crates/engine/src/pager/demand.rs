@@ -57,9 +57,9 @@ fn next(shared: &PagerState, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u
     let mut waiting = inbox.waiting.lock();
     if waiting.is_empty() && inbox.uffd.wait(POLL_INTERVAL).ok()? {
         // The removal proceeds when its event is read. No thread may write contents to the removed pages at that time.
-        let _alone = shared.loader.memory.removing.write();
+        let alone = shared.loader.memory.removing.write();
         events.clear();
-        shared.loader.memory.take_reports();
+        shared.loader.memory.take_reports(&alone);
         if inbox.uffd.read(events).is_err() {
             std::thread::sleep(POLL_INTERVAL);
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use thiserror::Error;
 
 use super::flags::Flags;
@@ -345,7 +345,7 @@ impl Memory {
 
     /// Resolves the open removal as a discard if the file system has reported a punched hole. Must be called before
     /// events are read, with `removing` locked exclusively.
-    pub fn take_reports(&self) {
+    pub fn take_reports(&self, _alone: &RwLockWriteGuard<()>) {
         self.removals.take_reports(|runs| self.discard_all(runs));
     }
 

@@ -196,7 +196,7 @@ impl PagerState {
         let memory = &self.loader.memory;
         let unfinished = || self.is_held() || self.evicting.load(Ordering::Acquire) || memory.flags.any();
         while !self.stopping() && (unfinished() || !self.may_end()) {
-            memory.take_reports();
+            memory.take_reports(&memory.removing.write());
             std::thread::sleep(interval);
         }
         if !self.stopping() {
