@@ -1,14 +1,16 @@
 //! Background loading: the remaining pages of storage blocks that were read for faults, and pages that were not
 //! requested, in an order that the user of the engine gives (S10).
 
-use std::sync::atomic::Ordering;
+use std::mem::take;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 
 use super::blocks::{Blocks, Fetched};
 use super::config::FillOrder;
-use super::memory::{LoadError, Scratch, WINDOW};
+use super::memory::{Scratch, WINDOW};
 use super::source::PageSource;
 use super::{Failure, PagerState};
 use crate::SLOTS;
@@ -16,6 +18,8 @@ use crate::SLOTS;
 /// Initial and maximum pause of the background thread after each load. The pause is doubled while there are faults, and
 /// halved otherwise.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(250), Duration::from_millis(16));
+/// Maximum number of threads that load eagerly.
+const MAX_THREADS: usize = 8;
 
 /// Installs the remaining pages of storage blocks that were loaded for a fault.
 pub fn install_rest(shared: &PagerState, jobs: &Receiver<Fetched>) {
@@ -32,30 +36,57 @@ pub fn install_rest(shared: &PagerState, jobs: &Receiver<Fetched>) {
 
 /// Loads pages before they are requested: first the windows of `order`, then, if `everything` is set, its storage
 /// blocks and all remaining pages. With a peer, which pushes all pages, only allocates huge pages.
+///
+/// If loading is eager, several threads take windows and blocks from the order. Otherwise, faults have precedence, and
+/// one thread is enough.
 pub fn fill(shared: &PagerState, order: &FillOrder, everything: bool) {
     let PageSource::Images(blocks) = &shared.loader.source else { return allocate_large_pages(shared) };
-    let mut pace = DemandThrottle { shared, faults: 0, pause: Duration::ZERO };
-    let mut scratch = Scratch::default();
-    for &window in &order.windows {
-        if shared.stopping() {
-            return;
+    let steps = Steps { order, everything, next: AtomicUsize::new(0) };
+    let work = || steps.work(shared, blocks);
+    thread::scope(|scope| {
+        if shared.eager.load(Ordering::Relaxed) {
+            for _ in 1..thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS) {
+                // If no thread can be started, the others load the pages.
+                let _ = thread::Builder::new().name("pf-fill".into()).spawn_scoped(scope, work);
+            }
         }
-        let first = window as usize * WINDOW;
-        let end = (first + WINDOW).min(shared.pages());
-        counted(shared, || shared.loader.load(first.min(end), end, &mut scratch));
-        pace.yield_to_demand();
+        work();
+    });
+    if everything {
+        rest(shared, blocks, &mut Scratch::default());
     }
-    if !everything {
-        return;
-    }
-    for &block in &order.blocks {
-        if shared.stopping() || !shared.loader.memory.flags.any() {
-            return;
+}
+
+/// Order of background loading, and the position in it.
+struct Steps<'a> {
+    order: &'a FillOrder,
+    everything: bool,
+    next: AtomicUsize,
+}
+
+impl Steps<'_> {
+    /// Takes steps until none is left, no page is deferred, or the pager is stopped.
+    fn work(&self, shared: &PagerState, blocks: &Blocks) {
+        let mut pace = DemandThrottle { shared, faults: 0, pause: Duration::ZERO };
+        let mut scratch = Scratch::default();
+        let windows = &self.order.windows;
+        while !shared.stopping() && shared.loader.memory.flags.any() {
+            let step = self.next.fetch_add(1, Ordering::Relaxed);
+            let loaded = if let Some(&window) = windows.get(step) {
+                let first = window as usize * WINDOW;
+                let end = (first + WINDOW).min(shared.pages());
+                shared.loader.load(first.min(end), end, &mut scratch)
+            } else if let Some(&block) = self.order.blocks.get(step - windows.len()).filter(|_| self.everything) {
+                shared.loader.load_block(blocks, block, &mut scratch)
+            } else {
+                return;
+            };
+            // Ignore errors: a fault on the page, or `rest`, reports them.
+            drop(loaded);
+            shared.loader.memory.counters.prefetched.fetch_add(take(&mut scratch.installed), Ordering::Relaxed);
+            pace.yield_to_demand();
         }
-        counted(shared, || shared.loader.load_block(blocks, block, &mut scratch));
-        pace.yield_to_demand();
     }
-    rest(shared, blocks, &mut scratch);
 }
 
 /// Allocates the huge pages of deferred contents in advance. Otherwise, the first access to each huge page would wait
@@ -92,14 +123,6 @@ fn rest(shared: &PagerState, blocks: &Blocks, scratch: &mut Scratch) {
     }
 }
 
-fn counted(shared: &PagerState, load: impl FnOnce() -> Result<(), LoadError>) {
-    let before = shared.loader.memory.counters.loaded.load(Ordering::Relaxed);
-    // Ignore errors: a fault on the page, or `rest`, reports them.
-    let _ = load();
-    let after = shared.loader.memory.counters.loaded.load(Ordering::Relaxed);
-    shared.loader.memory.counters.prefetched.fetch_add(after - before, Ordering::Relaxed);
-}
-
 /// Throttle that gives precedence to faults: the more faults, the longer the pauses of background loading.
 struct DemandThrottle<'a> {
     shared: &'a PagerState,
@@ -118,7 +141,7 @@ impl DemandThrottle<'_> {
         }
         self.faults = missed;
         if self.pause >= shortest && !self.shared.eager.load(Ordering::Relaxed) {
-            std::thread::sleep(self.pause);
+            thread::sleep(self.pause);
         }
     }
 }

@@ -155,6 +155,8 @@ pub struct Scratch {
     pub contents: Vec<u8>,
     /// Pages to install, each with the offset of its contents in `contents`, bytes.
     pub wanted: Vec<(usize, usize)>,
+    /// Number of pages that this thread has installed.
+    pub installed: u64,
 }
 
 impl Memory {
@@ -196,13 +198,14 @@ impl Memory {
                 rest.iter().enumerate().take_while(|(at, (page, _))| *page == first + at && *page < limit).count();
             let (run, others) = rest.split_at(count);
             rest = others;
-            self.write(region, run, &scratch.contents)?;
+            scratch.installed += self.write(region, run, &scratch.contents)?;
             self.map_with(region, first, first + count, self.protecting.load(Ordering::Acquire));
         }
         Ok(())
     }
 
-    fn write(&self, region: usize, run: &[(usize, usize)], contents: &[u8]) -> Result<(), LoadError> {
+    /// Returns the number of pages that this thread has written.
+    fn write(&self, region: usize, run: &[(usize, usize)], contents: &[u8]) -> Result<u64, LoadError> {
         let first = run[0].0 - self.regions[region].base;
         let _no_removals = self.removing.read();
         self.decide(run[0].0, run[0].0 + run.len());
@@ -221,7 +224,7 @@ impl Memory {
             done += 1;
         }
         self.counters.loaded.fetch_add(done, Ordering::Relaxed);
-        Ok(())
+        Ok(done)
     }
 
     /// Claims a deferred page for writing. Returns false if it is present or claimed by another thread.
