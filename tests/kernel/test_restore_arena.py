@@ -221,7 +221,7 @@ def test_damaged_page_is_an_error_and_never_zeros(tmp_path: Path) -> None:
     good = [page for page in range(64) if _readable(arena, page)]
     assert 33 not in good
     assert (words(arena)[good] == made.contents[good]).all()
-    with pytest.raises(ImageError, match="wrong checksum"):
+    with pytest.raises(ImageError, match="checksum mismatch"):
         arena.load()
 
 

@@ -1,18 +1,19 @@
 //! Activity of huge pages (S3): the base pages of a huge page that a workload accesses within a window.
 //!
-//! Only the PMD *mapping* of a huge page is split for the window; the page stays whole. The method depends on the
-//! memory:
+//! Only the PMD *mapping* of a huge page is split for the window; the page stays whole. The method depends on the type
+//! of memory:
 //!
-//! * Shared memory: protecting one base page (userfaultfd, asynchronous) replaces the PMD mapping by an empty page
-//!   table, which contains a marker for the protected page. The marker prevents a later fault from mapping more than
-//!   one page. The kernel does not map pages around a fault either, because the range is registered. Pages that are
-//!   mapped at the end of the window have been read or written.
+//! * Shared memory: protecting one base page (userfaultfd, asynchronous) replaces the PMD mapping with a page table
+//!   that contains only a marker for the protected page. The marker prevents a later fault from mapping more than one
+//!   page. Fault-around maps no other pages either, because the range is registered. Pages that are mapped at the end
+//!   of the window have been read or written.
 //! * Private memory: after the split, the base pages stay mapped. MADV_COLD clears their accessed bits and flushes the
-//!   TLB, so that the processor sets the bit of each page that is accessed. `Referenced` in smaps counts these pages.
-//!   Each registered huge page is a separate mapping, so that smaps reports one count per huge page.
+//!   TLB, so the processor sets the bit of each page that is accessed later. `Referenced` in smaps counts these pages.
+//!   Each registered huge page is a separate mapping, so smaps reports one count per huge page.
 //!
-//! The workload is never blocked, and no write is lost. If the sampler exits, its descriptor is closed, and the kernel
-//! removes every protection. Split mappings then stay split until khugepaged or another sample collapses them.
+//! The workload is never blocked, and no write is lost. If the process of the sampler exits, the kernel closes the
+//! userfaultfd and removes every protection. Split mappings then stay split until khugepaged or another sampler
+//! collapses them.
 
 use std::io;
 use std::sync::Arc;
@@ -24,13 +25,14 @@ use crate::space::{AdoptError, Space};
 use crate::uapi::{self, Userfault};
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE, trace};
 
-/// Number of attempts to collapse a mapping that is pinned or isolated from the LRU.
+/// Maximum number of attempts to collapse a mapping whose pages are pinned or isolated from the LRU list.
 const ATTEMPTS: usize = 5;
 
 /// Base pages of a huge page, as a bitmap: page n is bit n % 64 of word n / 64.
 pub type Touched = [u64; SLOTS / 64];
 
-/// Huge pages of one address space, registered for sampling. A drop restores them.
+/// Huge pages of one address space, registered for sampling. Dropping the sampler unregisters them and collapses the
+/// split mappings.
 #[derive(Debug)]
 pub struct Sampler {
     space: Arc<Space>,
@@ -45,7 +47,7 @@ struct Held {
 }
 
 impl Sampler {
-    /// Creates a sampler for any number of windows. Adopts the process.
+    /// Creates a sampler for any number of windows. Adopts the process of the address space.
     ///
     /// # Errors
     /// If the process cannot be adopted.
@@ -58,8 +60,8 @@ impl Sampler {
         self.held.lock()
     }
 
-    /// Registers huge pages, given by their addresses. Each of them becomes a separate mapping, and is not split.
-    /// Returns the addresses that are no longer mapped.
+    /// Registers huge pages, given by their addresses. Each huge page becomes a separate mapping; its PMD mapping is
+    /// not split. Returns the addresses that are no longer mapped.
     ///
     /// # Errors
     /// EBUSY if a page is registered with another userfaultfd; otherwise the error of UFFDIO_REGISTER. Pages registered
@@ -76,8 +78,8 @@ impl Sampler {
         Ok(gone)
     }
 
-    /// Splits the PMD mappings of registered huge pages. `marked` must be true for shared memory: the marker then stays
-    /// until [`restore`](Self::restore).
+    /// Splits the PMD mappings of registered huge pages. If `marked` is true, the marker of the protected page stays
+    /// until [`restore`](Self::restore), as shared memory requires.
     ///
     /// # Errors
     /// The error of UFFDIO_WRITEPROTECT; `InvalidInput` if a page is not registered.
@@ -114,7 +116,7 @@ impl Sampler {
         Ok(())
     }
 
-    /// Returns for each huge page which of its base pages are mapped.
+    /// Returns the mapped base pages of each huge page.
     ///
     /// # Errors
     /// The error of PAGEMAP_SCAN.

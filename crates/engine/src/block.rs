@@ -7,10 +7,10 @@
 //!                 payload       the page blocks, one after the other, each compressed separately
 //! ```
 //!
-//! The data pages of all runs, in order, form the *raw* stream. It is divided into page blocks of `unit` bytes; the
-//! last one may be shorter. Pages of other classes have no bytes. All numbers are little endian. The checksum in the
-//! header covers header, runs and page-block table, so that every length is verified before it is used. Every length
-//! has an upper bound, so that a peer cannot cause large allocations.
+//! The data pages of all runs, in order, form the *raw* stream. The stream is divided into page blocks of `unit` bytes;
+//! the last one may be shorter. Pages of other classes contribute no bytes. All numbers are little endian. The checksum
+//! in the header covers header, runs and page-block table, so that every length is verified before it is used. Every
+//! length has an upper bound, so a peer cannot cause large allocations.
 
 use thiserror::Error;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
@@ -34,10 +34,10 @@ pub const MAX_PAGE_BLOCKS: usize = MAX_RAW / SMALL_PAGE;
 /// Maximum number of pages of a run.
 pub const MAX_RUN_PAGES: usize = 1 << 24;
 
-/// Reason for which a storage block is invalid.
+/// Reason why a storage block is invalid.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 pub enum BlockError {
-    /// The magic number is wrong.
+    /// The magic number is invalid.
     #[error("not a storage block: magic is {0:02x?}")]
     Magic([u8; 4]),
     /// The version is not supported.
@@ -54,10 +54,10 @@ pub enum BlockError {
         allowed: &'static str,
     },
     /// The checksum of the header does not match.
-    #[error("invalid storage block: wrong header checksum")]
+    #[error("invalid storage block: header checksum mismatch")]
     HeaderChecksum,
     /// The checksum of a page block does not match.
-    #[error("damaged page block {index} (page {page} of region {region}): wrong checksum")]
+    #[error("damaged page block {index} (page {page} of region {region}): checksum mismatch")]
     PayloadChecksum {
         /// Index of the page block.
         index: usize,
@@ -119,9 +119,9 @@ pub enum Class {
     Zero = 1,
     /// Page that consists of a repeated 64-bit word.
     Pattern = 2,
-    /// Duplicate of another page; in a storage block, of the same region.
+    /// Duplicate of another page. In a storage block, the other page is in the same region.
     SameAs = 3,
-    /// Page with any other contents, stored in a payload.
+    /// Page with any other contents, stored in the payload of a storage block.
     Data = 4,
 }
 
@@ -319,10 +319,10 @@ impl Head {
     }
 }
 
-/// Returns the size of the runs and page-block table, after validating all fields that determine it.
+/// Returns the total size of the runs and the page-block table, bytes. Validates all fields that determine the size.
 ///
 /// # Errors
-/// [`BlockError`] for a wrong magic number, an unsupported version or a count beyond its limit.
+/// [`BlockError`] for an invalid magic number, an unsupported version or a count beyond its limit.
 pub fn table_len(header: &Header) -> Result<usize, BlockError> {
     if header.magic != MAGIC {
         return Err(BlockError::Magic(header.magic));
@@ -343,7 +343,7 @@ pub fn table_len(header: &Header) -> Result<usize, BlockError> {
 /// Decodes and verifies a header and its table of runs and page blocks. The length of `table` must be [`table_len`].
 ///
 /// # Errors
-/// [`BlockError`] about the first field that is invalid.
+/// [`BlockError`] for the first invalid field.
 pub fn decode_head(header: &Header, table: &[u8]) -> Result<Head, BlockError> {
     if table.len() != table_len(header)? {
         return Err(field("table length", table.len() as u64, "the runs and page blocks of its header"));
@@ -445,7 +445,7 @@ fn header_checksum(header: &Header, table: &[u8]) -> u64 {
     hash.digest()
 }
 
-/// Returns the checksum of stored bytes.
+/// Returns the checksum (xxh3-64) of the stored bytes of a page block.
 fn checksum(bytes: &[u8]) -> u64 {
     xxh3_64(bytes)
 }
@@ -457,7 +457,7 @@ fn decompress(codec: Codec, stored: &[u8], out: &mut [u8]) -> Result<(), String>
         return Ok(());
     }
     let len = match codec {
-        Codec::None => return Err("not compressed, but of another length".to_owned()),
+        Codec::None => return Err("stored uncompressed, but with an invalid length".to_owned()),
         Codec::Lz4 => lz4_flex::block::decompress_into(stored, out).map_err(|error| error.to_string())?,
         Codec::Zstd => zstd::bulk::decompress_to_buffer(stored, out).map_err(|error| error.to_string())?,
     };
@@ -476,7 +476,7 @@ pub struct Builder {
     head: Vec<u8>,
 }
 
-/// Finished block in two parts, to be written one after the other.
+/// Finished block in two parts, which the caller writes one after the other.
 #[derive(Debug)]
 pub struct Built<'a> {
     /// Header, runs and page-block table.
@@ -509,7 +509,7 @@ impl Builder {
         self.raw.len() + SMALL_PAGE > self.storage_block || self.runs.len() >= MAX_RUNS
     }
 
-    /// Returns the number of data bytes before compression.
+    /// Returns the number of data bytes of the unfinished block, before compression.
     pub fn raw_len(&self) -> usize {
         self.raw.len()
     }
@@ -639,7 +639,7 @@ impl Builder {
     }
 }
 
-/// Appends the compressed form of `raw`, or `raw` if compression does not make it smaller.
+/// Appends the compressed form of `raw` to `out`, or `raw` itself if compression does not make it smaller.
 fn compress(codec: Codec, raw: &[u8], out: &mut Vec<u8>) {
     let start = out.len();
     let bound = match codec {

@@ -2,15 +2,15 @@
 //! message.
 //!
 //! A buffer that a program has exported cannot be revoked, and a write through the buffer would be lost. The memory is
-//! therefore made read-only, so that a write raises SIGSEGV. The handler prints the reason and restores the previous
-//! action of the signal, which by default terminates the program.
+//! therefore made read-only, so that a write raises SIGSEGV. The signal handler prints the reason and restores the
+//! previous action of the signal, which by default terminates the program.
 
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Maximum number of closed ranges with a message.
+/// Maximum number of closed ranges for which the handler prints the message.
 const LIMIT: usize = 64;
 const MESSAGE: &[u8] =
     b"pageferry: write to an arena that has moved to another process or host: the write would be lost; terminating \
@@ -57,8 +57,8 @@ fn install() -> Option<libc::sigaction> {
     (result == 0).then(|| unsafe { previous.assume_init() })
 }
 
-/// Prints the reason if the address is in a closed range. Restores the previous action of SIGSEGV and returns, so that
-/// the access faults again.
+/// Signal handler: prints the reason if the faulting address is in a closed range. Restores the previous action of
+/// SIGSEGV and returns, so that the access faults again.
 extern "C" fn explain(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler, and for SIGSEGV it contains an address.
     let address = unsafe { (*info).si_addr() } as usize;

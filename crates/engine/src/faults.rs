@@ -1,6 +1,6 @@
 //! Events of a userfaultfd, and their resolution.
 //!
-//! While a removal event is pending, every resolution fails with EAGAIN. In this case nothing is mapped, and the woken
+//! While a removal event is pending, every resolution fails with EAGAIN. In this case, nothing is mapped, and the woken
 //! threads fault again. EEXIST means that another thread has mapped the page. The faults of an exited process need no
 //! resolution.
 
@@ -66,8 +66,8 @@ pub enum Event {
 }
 
 impl Userfault {
-    /// Waits until there is an event to read. Returns false after `timeout`, after a signal, or if the address space no
-    /// longer exists.
+    /// Waits for an event. Returns true if an event can be read; false after `timeout`, after a signal, or if the
+    /// address space no longer exists.
     ///
     /// # Errors
     /// The error of poll(2).
@@ -117,12 +117,12 @@ impl Userfault {
     }
 
     /// Maps the pages of a range from the page cache and wakes the threads that wait for them. `page` is the page size,
-    /// bytes. Skips holes, and pages that are already mapped. If the address space is changing, or if memory for page
-    /// tables is lacking, stops and wakes the threads, which retry their accesses. If `protect` is true, maps the pages
-    /// write-protected; the range must be registered for write protection.
+    /// bytes. Skips holes, and pages that are already mapped. If the address space is changing, or if there is no
+    /// memory for page tables, stops and wakes the threads, which retry their accesses. If `protect` is true, maps the
+    /// pages write-protected; the range must be registered for write protection.
     ///
     /// # Errors
-    /// The error of UFFDIO_CONTINUE, such as ESRCH.
+    /// The error of UFFDIO_CONTINUE, such as ESRCH if the process has exited.
     pub fn resolve(&self, start: u64, len: u64, page: u64, protect: bool) -> io::Result<()> {
         let (mut at, end) = (start, start + len);
         let mode = if protect { CONTINUE_MODE_WP } else { 0 };
@@ -152,7 +152,8 @@ impl Userfault {
     /// The error of UFFDIO_POISON.
     pub fn poison(&self, start: u64, len: u64) -> io::Result<()> {
         let mut argument = UffdioPoison { range: UffdioRange { start, len }, mode: 0, updated: 0 };
-        // SAFETY: `argument` lives through the call, which only changes entries of pages that are not mapped.
+        // SAFETY: `argument` lives through the call, which only changes page table entries of pages that are not
+        // mapped.
         unsafe { ioctl(self, UFFDIO_POISON, &mut argument) }.map(drop)
     }
 }

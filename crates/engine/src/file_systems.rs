@@ -17,7 +17,7 @@ pub fn large_tmpfs(size: u64) -> io::Result<OwnedFd> {
     detached_mount("tmpfs", &[("huge", "always"), ("size", &size.to_string()), ("mode", "0700")])
 }
 
-/// Like [`large_tmpfs`], but creates a mount of hugetlbfs with pages of 2 MiB.
+/// Like [`large_tmpfs`], but creates a hugetlbfs mount with pages of 2 MiB.
 ///
 /// # Errors
 /// The same errors as [`large_tmpfs`].

@@ -1,4 +1,4 @@
-//! Notifications of holes punched into memory files, for example by a balloon. After such a discard, the page reads as
+//! Notifications of holes punched into memory files, for example by a balloon. After such a discard, the pages read as
 //! zeros. Neither faults nor traces report the discard, but the file system reports a modification of the file.
 
 use std::io;
@@ -6,11 +6,11 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use crate::uapi::{check, owned};
 
-/// Inotify watch that reports modifications of files other than through mappings (IN_MODIFY).
+/// Inotify instance that reports file modifications (IN_MODIFY), except those through mappings.
 ///
-/// A memfd does not report modifications through the descriptor that `memfd_create` returned. An arena therefore
-/// reopens its memfd, and maps the new descriptor. The owner of any other memfd must not punch holes into the memfd
-/// during the operation.
+/// Inotify does not report modifications through the descriptor that memfd_create(2) returned. An arena therefore
+/// reopens its memfd, and maps the new descriptor. The owner of any other memfd must not punch holes into it during the
+/// operation.
 #[derive(Debug)]
 pub(crate) struct Discards(OwnedFd);
 
@@ -27,7 +27,7 @@ impl Discards {
         Ok(Self(inotify))
     }
 
-    /// Returns whether a file was modified since the last call.
+    /// Returns whether any of the watched files has been modified since the last call.
     pub(crate) fn seen(&self) -> io::Result<bool> {
         let (mut events, mut any) = ([0u8; 4096], false);
         loop {

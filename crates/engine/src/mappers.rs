@@ -1,7 +1,7 @@
-//! Search of /proc for processes that map a file or have it open for writing, in our PID namespace and those below.
+//! Search of /proc for processes that map a file or have it open for writing, in our PID namespace and its descendants.
 //!
-//! Everything is read as bytes, in one pass, without the GIL: a program that keeps the interpreter busy would otherwise
-//! delay the search by seconds.
+//! All files of /proc are read as bytes, in one pass, without the GIL: a program that keeps the interpreter busy would
+//! otherwise delay the search by seconds.
 
 use std::fs;
 use std::io;
@@ -45,7 +45,7 @@ pub struct Found {
     pub mappings: Vec<FileMapping>,
     /// Descriptors open for writing, as (index of the file, process ID, descriptor).
     pub writers: Vec<(usize, i32, i32)>,
-    /// Processes with memory that the caller may not inspect.
+    /// IDs of processes with memory that the caller has no permission to inspect.
     pub unreadable: Vec<i32>,
     /// Number of processes inspected.
     pub read: usize,
@@ -145,8 +145,8 @@ fn descriptors(folder: &Path, pid: i32, files: &[FileId], found: &mut Found) -> 
     Ok(())
 }
 
-/// Returns whether a process has memory. Kernel threads (PF_KTHREAD in field 9 of stat, the flags) and zombies have
-/// none.
+/// Returns whether a process has memory. Zombies and kernel threads have none; kernel threads have PF_KTHREAD set in
+/// field 9 of stat, the flags.
 fn has_memory(folder: &Path) -> bool {
     const KERNEL_THREAD: u64 = 0x0020_0000;
     let Ok(text) = fs::read(folder.join("stat")) else { return false };

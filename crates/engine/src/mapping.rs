@@ -1,7 +1,8 @@
 //! Shared mappings of the files that back a workload's memory.
 //!
 //! The engine maps the same files as the workload, and reads and writes pages through its own mapping. This requires no
-//! copies or system calls, and causes no faults: traces and fault handling apply only to the mapping of the workload.
+//! copies or system calls. Traces and fault handling are not triggered, because they apply only to the workload's
+//! mapping.
 
 use std::fs::File;
 use std::io;
@@ -30,7 +31,8 @@ pub struct Mapping {
 /// Address and length of every mapping of this process.
 static REGISTERED: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
 
-/// Returns the address and length of every [`Mapping`] of this process. All other mappings belong to the program.
+/// Returns the address and length of every [`Mapping`] of this process. All other mappings of the process belong to the
+/// program.
 pub fn registered() -> Vec<(u64, u64)> {
     REGISTERED.lock().clone()
 }
@@ -53,7 +55,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes of a file from `offset` on. Both must be multiples of the page size of the file.
+    /// Maps `len` bytes of a file from `offset` on. `len` and `offset` must be multiples of the page size of the file.
     ///
     /// # Errors
     /// EINVAL if `len` is 0, or if `len` or `offset` is not a multiple of the page size; otherwise the error of
@@ -141,8 +143,8 @@ impl Mapping {
         }
     }
 
-    /// Like [`data_ranges`](Self::data_ranges), but only within `[start, end)` (bytes). Not for hugetlbfs, which
-    /// reports all of a file as data.
+    /// Like [`data_ranges`](Self::data_ranges), but only within `[start, end)` (bytes). Not for hugetlbfs, where
+    /// lseek(2) reports the whole file as data.
     ///
     /// # Errors
     /// The error of lseek(2).
@@ -162,7 +164,7 @@ impl Mapping {
         Ok(ranges)
     }
 
-    /// Returns whether the byte at `at` is in a data range. In hugetlbfs, this is always the case.
+    /// Returns whether the byte at offset `at` of the mapping is in a data range. Always true in hugetlbfs.
     ///
     /// # Errors
     /// The error of lseek(2).
@@ -212,7 +214,7 @@ impl Mapping {
     }
 
     /// Returns the data ranges of a file in hugetlbfs. Finds them by mapping the existing pages into a temporary
-    /// mapping, because lseek(2) reports all of the file as data.
+    /// mapping, because lseek(2) reports the whole file as data.
     fn hugetlb_ranges(&self, page: usize) -> io::Result<Vec<(usize, usize)>> {
         let base = map(self.as_fd(), self.len, self.offset, libc::MAP_NORESERVE)?;
         let mut ranges = Vec::new();
@@ -322,7 +324,7 @@ fn map(file: BorrowedFd<'_>, len: usize, offset: u64, flags: libc::c_int) -> io:
     Ok(base)
 }
 
-/// Advises the kernel to back memory that is about to be filled by huge pages, which avoids a fault per base page.
+/// Advises the kernel to use huge pages for memory that is about to be filled, which avoids a fault per base page.
 pub fn prefer_large<T>(memory: &[T]) {
     let (start, len) = (memory.as_ptr() as usize, size_of_val(memory));
     let first = start.next_multiple_of(LARGE_PAGE);
@@ -377,8 +379,8 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(aligned as *mut u8).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
-/// Scans `[start, end)` of a pagemap, and calls `found(start, end)` for each run of pages in all of `categories`.
-/// `flags` are PM_SCAN flags.
+/// Scans `[start, end)` of a pagemap, and calls `found(start, end)` for each run of pages that are in all of
+/// `categories`. `flags` are PM_SCAN flags.
 ///
 /// # Errors
 /// The error of PAGEMAP_SCAN, or an error if PAGEMAP_SCAN makes no progress.

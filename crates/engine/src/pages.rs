@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use crate::SLOTS;
 
-/// Reason for which bytes are not a set of pages of a region.
+/// Reason why bytes are not a set of pages of a region.
 #[derive(Debug, Error, Clone, PartialEq, Eq)]
 pub enum UnpackError {
     /// The bitmap cannot be decompressed.

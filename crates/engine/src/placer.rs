@@ -1,10 +1,10 @@
 //! Placement of received pages in their slots, and population of the workload's page tables (S1, S5, S6, S7).
 //!
 //! A page is placed at its own offset in the region, regardless of its contents and of the order in which pages are
-//! received, so that a huge page of the source is a huge page at the destination. The first page received for a unit
-//! that is a huge page at the source allocates the whole huge page; zero pages are zeros in the huge page, never holes.
-//! A unit is *complete* when all of its slots have been received. From then on, its contents are final or overwritten
-//! in place, so that the unit can be mapped into the workload's page tables as one huge page during the transfer.
+//! received, so a huge page of the source is a huge page at the destination. The first page received for a unit that is
+//! a huge page at the source allocates the whole huge page; zero pages are zeros in the huge page, never holes. A unit
+//! is *complete* when all of its slots have been received. From then on, its contents are final or overwritten in
+//! place, so the unit can be mapped into the workload's page tables as one huge page during the transfer.
 
 use std::io;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 /// Number of allocation locks, which bounds the number of units that are allocated in parallel.
 const LOCKS: usize = 64;
 
-/// Reason for which pages could not be placed.
+/// Reason why pages could not be placed.
 #[derive(Debug, Error)]
 pub enum PlaceError {
     /// The region was not announced.
@@ -48,7 +48,7 @@ pub enum PlaceError {
     Class(Class),
     /// The file system, the huge page pool or the host is out of memory.
     #[error(
-        "cannot allocate memory for pages {first} to {end} of region {region}: {error}; free some, or enlarge their \
+        "cannot allocate memory for pages {first} to {end} of region {region}: {error}; free memory, or enlarge the \
          file system"
     )]
     Memory {
@@ -66,11 +66,12 @@ pub enum PlaceError {
 /// Region at the destination.
 #[derive(Debug)]
 pub struct Target {
-    /// Mapping of the region's file by this process. [`Placer::place_empty`] assumes that the file consisted of holes.
+    /// Mapping of the region's file by this process. [`Placer::place_empty`] assumes that the file initially had no
+    /// data.
     pub mapping: Arc<Mapping>,
     /// Page size of the file, bytes: 4 KiB, or 2 MiB in hugetlbfs.
     pub page_size: usize,
-    /// Units that are backed by huge pages at the source (S6). May be shorter than the region, or empty.
+    /// Whether each 2 MiB unit is backed by a huge page at the source (S6). May be shorter than the region, or empty.
     pub large: Vec<bool>,
 }
 
@@ -82,7 +83,7 @@ struct PlacedRegion {
     filled: AtomicBits,
     /// Units whose allocation has been attempted.
     begun: AtomicBits,
-    /// Units for which a huge page was allocated, so that all of their slots have memory.
+    /// Units for which a huge page was allocated. All of their slots have memory.
     whole: AtomicBits,
     /// Number of pages not received, per unit.
     missing: Vec<AtomicU16>,
@@ -253,8 +254,8 @@ impl Placer {
                 self.begin(found, unit);
             }
             (start..end).filter(|&page| found.filled.take(page)).for_each(|page| {
-                // SAFETY: the page lies within the mapping. A filled slot is allocated, so that the write cannot raise
-                // SIGBUS. The bit is taken atomically, so that no other thread clears the same slot.
+                // SAFETY: the page lies within the mapping. A filled slot is allocated, so the write cannot raise
+                // SIGBUS. The bit is taken atomically, so no other thread clears the same slot.
                 unsafe { std::ptr::write_bytes(found.target.mapping.page(page), 0, SMALL_PAGE) }
             });
         }
@@ -263,8 +264,8 @@ impl Placer {
     }
 
     /// Allocates a huge page for a unit that is backed by one at the source, before its first page is placed (S6).
-    /// Other streams wait for the allocation: base pages allocated in between would have to be copied, and could
-    /// prevent it.
+    /// Other streams wait for the allocation: base pages allocated earlier would have to be copied, and could prevent
+    /// the allocation of the huge page.
     fn begin(&self, region: &PlacedRegion, unit: usize) {
         if region.begun.get(unit) {
             return;
@@ -402,7 +403,7 @@ impl PlacerState {
         let all = touching.clone().all(|segment| segment.map_large(start, end));
         if touching.next().is_some() {
             let counter = if all { &self.populated.large } else { &self.populated.failed };
-            // A worker and `populate` may have mapped the unit concurrently.
+            // A worker and `populate` may have mapped the unit concurrently: count it once.
             let before = found.mapped[unit].fetch_or(all, Ordering::AcqRel);
             counter.fetch_add(u64::from(!before), Ordering::Relaxed);
         }
@@ -445,7 +446,7 @@ fn populate_write(start: *mut u8, len: usize) -> io::Result<()> {
     })
 }
 
-/// Appends the parts of `[start, end)` that belong to complete units not mapped as huge pages.
+/// Appends to `ranges` the parts of `[start, end)` that belong to complete units not mapped as huge pages.
 fn unmapped(region: &PlacedRegion, start: usize, end: usize, ranges: &mut Vec<(usize, usize)>) {
     let mut at = start;
     while at < end {
@@ -461,8 +462,8 @@ fn unmapped(region: &PlacedRegion, start: usize, end: usize, ranges: &mut Vec<(u
     }
 }
 
-/// Maps the existing pages of `ranges`, in pages of the region, in one segment. Pages of the file have `page` bytes.
-/// Returns the number of bytes mapped.
+/// Maps the pages of `ranges` (page numbers in the region) that the file contains and `segment` maps. `page` is the
+/// page size of the file, bytes. Returns the number of bytes mapped.
 fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
     // Handle faults in kernel mode too: otherwise, system calls of the workload would fail while the memory is
     // registered.

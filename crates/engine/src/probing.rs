@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::uapi::{UFFD_FLAGS, UFFD_USER_MODE_ONLY, owned};
 
-/// Creates a userfaultfd by the system call, without features and without the fallbacks of
+/// Creates a userfaultfd with userfaultfd(2), without features and without the fallbacks of
 /// [`Userfault::own`](crate::uapi::Userfault::own).
 ///
 /// # Errors
@@ -27,7 +27,7 @@ pub fn userfaultfd(user_mode_only: bool) -> io::Result<OwnedFd> {
 pub unsafe fn read_memory(address: u64, len: usize) -> Vec<u8> {
     let mut contents = vec![0; len];
     // SAFETY: the caller guarantees that the range is mapped and readable; `contents` has `len` bytes, and is new, so
-    // that the ranges do not overlap.
+    // the ranges do not overlap.
     unsafe { std::ptr::copy_nonoverlapping(address as *const u8, contents.as_mut_ptr(), len) };
     contents
 }
@@ -37,7 +37,7 @@ pub unsafe fn read_memory(address: u64, len: usize) -> Vec<u8> {
 /// # Safety
 /// The range must be mapped writable, and no Rust reference to it may exist.
 pub unsafe fn write_memory(address: u64, contents: &[u8]) {
-    // SAFETY: the caller guarantees that the range is mapped writable and not referenced, so that it does not overlap
+    // SAFETY: the caller guarantees that the range is mapped writable and not referenced, so it does not overlap
     // `contents`.
     unsafe { std::ptr::copy_nonoverlapping(contents.as_ptr(), address as *mut u8, contents.len()) };
 }
@@ -53,7 +53,7 @@ pub fn kernel_reads(address: u64) -> io::Result<()> {
     if written < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Makes the kernel write `contents`, at most a page, to an address. Returns the number of bytes written.
+/// Makes the kernel write `contents`, up to 4 KiB, to an address. Returns the number of bytes written.
 ///
 /// # Errors
 /// EFAULT if no byte can be written; otherwise the error of pipe(2) or write(2).
@@ -82,7 +82,7 @@ mod tests {
     fn kernel_accesses_report_bad_addresses() {
         let mut memory = [0_u8; 4];
         let address = memory.as_mut_ptr() as u64;
-        // SAFETY: the array has room for the three bytes, and is not accessed during the call.
+        // SAFETY: the array has space for the three bytes, and is not accessed during the call.
         assert_eq!(unsafe { kernel_writes(address, b"abc") }.expect("a write"), 3);
         assert_eq!(&memory, b"abc\0");
         kernel_reads(address).expect("a read");

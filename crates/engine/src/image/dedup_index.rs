@@ -11,8 +11,8 @@ use crate::uapi::check;
 /// Size of the secret that makes page hashes unpredictable, bytes.
 const SECRET_LEN: usize = 192;
 
-/// Map from the 128-bit hash of page contents to the place where they are stored. The hash uses a random secret, so
-/// that a workload cannot construct two different pages with the same hash.
+/// Map from the 128-bit hash of page contents to the place where the contents are stored. The hash uses a random
+/// secret, so that a workload cannot construct two different pages with the same hash.
 #[derive(Debug)]
 pub struct DedupIndex {
     places: HashMap<u128, (u32, u16), BuildHasherDefault<AsItIs>>,
@@ -33,8 +33,8 @@ impl DedupIndex {
         xxh3_128_with_secret(contents, &self.secret)
     }
 
-    /// Returns the storage block (or the ticket for it) and the slot of the contents with this hash, or `None` if they
-    /// are not stored.
+    /// Returns the storage block (or the ticket for it) and the slot of the contents with this hash, or `None` if the
+    /// contents are not stored.
     pub fn place(&self, hash: u128) -> Option<(u32, u16)> {
         self.places.get(&hash).copied()
     }
@@ -54,7 +54,7 @@ fn random() -> io::Result<[u8; SECRET_LEN]> {
     Ok(bytes)
 }
 
-/// Hasher for keys that are hashes already: returns the low 64 bits of a key.
+/// Hasher for keys that are already hashes: returns the low 64 bits of a key.
 #[derive(Debug, Default)]
 struct AsItIs(u64);
 
@@ -69,7 +69,7 @@ impl Hasher for AsItIs {
         }
     }
 
-    #[expect(clippy::cast_possible_truncation, reason = "half of a hash is one")]
+    #[expect(clippy::cast_possible_truncation, reason = "the low half of a hash is a hash too")]
     fn write_u128(&mut self, hash: u128) {
         self.0 = hash as u64;
     }

@@ -60,7 +60,7 @@ pub fn flatten(
     Ok(map)
 }
 
-/// Collector of pages in storage blocks, for one region at a time.
+/// Copier of pages into the storage blocks of an image, one region at a time.
 #[derive(Debug)]
 pub(super) struct Copier<W> {
     pub(super) writer: W,

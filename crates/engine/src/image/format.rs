@@ -3,13 +3,13 @@
 //! ```text
 //! 0            file header   64 bytes, then zeros to 4096
 //! 4096         storage blocks, one after the other, as in [`crate::block`]
-//!              sections, each at a multiple of 4096: page map, block table, and those that Python adds
+//!              sections, each at a multiple of 4096: page map, block table, and those of Python code
 //! end - 1024   footer        section table; written last
 //! ```
 //!
 //! The page map has 16 bytes for each page of each region, in the order of the regions: class, signature, storage block
-//! and slot, so that a page is found without a search. Storage blocks contain their own checksums. The footer contains
-//! the checksums of the sections, and its own checksum. All numbers are little endian.
+//! and slot. A page is therefore found without a search. Storage blocks contain their own checksums. The footer
+//! contains the checksums of the sections, and its own checksum. All numbers are little endian.
 
 use std::io;
 
@@ -33,10 +33,10 @@ pub const MAX_SECTIONS: usize = 24;
 pub const MAX_LEN: u64 = 1 << 48;
 /// Maximum number of pages of all regions: 16 TiB of memory.
 pub const MAX_PAGES: u64 = 1 << 32;
-/// Bit set of supported features. An image with any other feature bit is rejected.
+/// Bit set of supported features. The reader rejects an image with any other feature bit.
 pub const KNOWN_FEATURES: u32 = 0;
 
-/// Numbers of the sections that the engine uses. Python uses numbers from 16 on.
+/// Numbers of the sections that the engine uses. Python code uses numbers from 16 on.
 pub mod section {
     /// Page map: a [`super::PageEntry`] for each page of all regions.
     pub const PAGE_MAP: u32 = 1;
@@ -44,10 +44,10 @@ pub mod section {
     pub const BLOCK_TABLE: u32 = 2;
 }
 
-/// Reason for which an image cannot be used.
+/// Reason why an image cannot be used.
 #[derive(Debug, Error)]
 pub enum ImageError {
-    /// The magic number is wrong.
+    /// The magic number is invalid.
     #[error("not a pageferry image")]
     Magic([u8; 8]),
     /// The version is not supported.
@@ -60,7 +60,7 @@ pub enum ImageError {
     #[error("image has no index: the file is truncated, or the checkpoint did not finish")]
     NoFooter,
     /// The checksum of a part does not match.
-    #[error("damaged image: wrong checksum of the {0}")]
+    #[error("damaged image: checksum mismatch in the {0}")]
     Checksum(String),
     /// A field has an invalid value.
     #[error("invalid image: {what} is {value}, expected {allowed}")]
@@ -83,10 +83,10 @@ pub enum ImageError {
         error: BlockError,
     },
     /// The page is in the parent image, which is not part of the chain.
-    #[error("page {0} of all regions is in the parent image, which was not given")]
+    #[error("page {0}, counted over all regions, is in the parent image, which was not given")]
     InParent(usize),
     /// The page is deferred, but no image of the chain holds it.
-    #[error("page {0} of all regions is not in this image: the deferred pages belong to another image")]
+    #[error("page {0}, counted over all regions, is not in this image: the deferred pages belong to another image")]
     NotStored(usize),
     /// A section consists almost entirely of holes. The fields are the bytes in holes and the bytes of data.
     #[error(
@@ -98,7 +98,7 @@ pub enum ImageError {
     #[error("cannot open the image: interrupted")]
     Interrupted,
     /// The file cannot be read or written.
-    #[error("cannot read the image: {0}")]
+    #[error("cannot read or write the image: {0}")]
     Io(#[from] io::Error),
 }
 

@@ -1,6 +1,6 @@
-//! Image of selected pages, which are appended while the workload may write to them. The caller must determine which
-//! pages were written while they were copied: their copies are not usable. Duplicates are stored once. Pages that are
-//! not appended refer to the parent image.
+//! Image of selected pages, which are appended while the workload may write to them. A page that is written while it is
+//! copied has an invalid copy: the caller must find these pages and must not use their copies. Duplicates are stored
+//! once. Pages that are not appended refer to the parent image.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -50,7 +50,7 @@ impl PageAppender {
     /// Appends those pages of `pages` that are present in a region. Returns the set of appended pages.
     ///
     /// # Errors
-    /// `InvalidInput` if `memory` or `pages` has another size than the region; otherwise the error of lseek(2) or of
+    /// `InvalidInput` if `memory` or `pages` differs in size from the region; otherwise the error of lseek(2) or of
     /// writing the image.
     pub fn add(&mut self, region: usize, memory: &Mapping, pages: &PageSet) -> Result<PageSet, ImageError> {
         let count = self.bases.get(region + 1).map_or(0, |end| end - self.bases[region]);
@@ -69,7 +69,7 @@ impl PageAppender {
             for (start, stop) in memory.data_within(first * SMALL_PAGE, end * SMALL_PAGE)? {
                 let (start, stop) = ((start / SMALL_PAGE).max(first), (stop / SMALL_PAGE).min(end));
                 for page in start..stop {
-                    // SAFETY: the page lies within the mapping, by the check above. If the workload writes to it
+                    // SAFETY: the page lies within the mapping, by the check above. If the workload writes to the page
                     // concurrently, the copy may be torn; the caller does not use such copies.
                     unsafe { std::ptr::copy_nonoverlapping(memory.page(page), contents.as_mut_ptr(), SMALL_PAGE) };
                     self.map[self.bases[region] + page] = self.entry(region, page, &contents)?;

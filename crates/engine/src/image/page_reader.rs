@@ -8,7 +8,7 @@ use super::reader::{Chain, StoredBlock};
 use crate::SMALL_PAGE;
 use crate::block::{BlockError, Class};
 
-/// Page reader that caches the storage block and the page block read last.
+/// Page reader that caches the storage block and the page block that it has read last.
 #[derive(Debug)]
 pub struct PageReader<'a> {
     chain: &'a Chain,
@@ -38,7 +38,7 @@ impl<'a> PageReader<'a> {
     }
 
     /// Returns the contents (4 KiB) to which `entry` refers in one image of the chain. `image` is the index of the
-    /// image, nearest first.
+    /// image in the chain.
     ///
     /// # Errors
     /// If the contents cannot be read or verified.

@@ -27,7 +27,7 @@ const CHUNK: usize = 8 << 10;
 /// Number of chunks between two checks for cancellation.
 const CHUNKS_PER_CHECK: usize = 32;
 
-/// Maximum number of bytes in holes of a section: a constant, plus a multiple of the bytes of data in the section.
+/// Limit for the holes of a section, as (base, factor): `base` bytes plus `factor` times the bytes of data.
 const HOLES: (u64, u64) = (64 << 20, 64);
 /// Like `HOLES`, but for the page map. The limit is higher, because holes in the page map take no memory when read.
 const MAP_HOLES: (u64, u64) = (1 << 30, 4096);
@@ -51,12 +51,12 @@ impl Image {
     /// memory is allocated.
     ///
     /// # Errors
-    /// [`ImageError`] about the first part that is invalid or damaged, or that cannot be read.
+    /// [`ImageError`] for the first part that is invalid or damaged, or that cannot be read.
     pub fn open(file: OwnedFd) -> Result<Self, ImageError> {
         Self::open_while(file, &mut || true)
     }
 
-    /// Like [`open`](Self::open), but stops when `wanted` returns false. `wanted` is called every few megabytes.
+    /// Like [`open`](Self::open), but stops when `wanted` returns false. `wanted` is called at least once per 6 MiB.
     ///
     /// # Errors
     /// [`ImageError::Interrupted`] if `wanted` returned false; otherwise the same errors as `open`.
@@ -97,7 +97,7 @@ impl Image {
         Ok(image)
     }
 
-    /// Returns the file, for another process that reads the same image.
+    /// Returns the file, so that it can be passed to another process that reads the same image.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -112,13 +112,13 @@ impl Image {
         self.digest
     }
 
-    /// Returns the number of regions. Their lengths are in a section that Python adds.
+    /// Returns the number of regions. Their lengths are in a section of Python code.
     pub fn regions(&self) -> usize {
         self.regions
     }
 
     /// Returns the size of the file, bytes.
-    #[expect(clippy::len_without_is_empty, reason = "there always is a header")]
+    #[expect(clippy::len_without_is_empty, reason = "there is always a header")]
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -156,7 +156,7 @@ impl Image {
         Ok(Some(contents))
     }
 
-    /// Reads a storage block with a single read. Verifies its header and table, but not its page blocks.
+    /// Reads a storage block with a single system call. Verifies its header and table, but not its page blocks.
     ///
     /// # Errors
     /// If there is no such block, or if it cannot be read or verified.
@@ -237,7 +237,7 @@ impl Image {
             if data <= offset {
                 data = self.next_data(offset);
             }
-            // Do not read a hole: its part of `records` is zero already, and stays unallocated.
+            // Do not read a hole: its part of `records` is already zero, and stays unallocated.
             let chunk = if data < end {
                 self.read_at(chunk.as_mut_bytes(), offset)?;
                 &*chunk
@@ -306,7 +306,7 @@ impl Image {
         let fits = |entry: &PageEntry| {
             (entry.class <= Class::Data as u8) & (!stored(entry) | (u64::from(entry.block.get()) < blocks))
         };
-        // Branch-free over all entries: an invalid entry is searched for only if there is one.
+        // Branch-free over all entries; the invalid entry is searched for only if there is one.
         if entries.iter().fold(true, |all, entry| all & fits(entry)) {
             return Ok(());
         }
@@ -342,7 +342,7 @@ impl StoredBlock {
         self.number
     }
 
-    /// Returns an error about this block, with its offset in the file.
+    /// Converts an error of this block to an [`ImageError`] with the number and the offset of the block.
     pub fn wrong(&self, error: BlockError) -> ImageError {
         ImageError::Block { number: self.number, offset: self.offset, error }
     }
@@ -353,7 +353,7 @@ impl StoredBlock {
     }
 
     /// Returns the number of bytes read from the file.
-    #[expect(clippy::len_without_is_empty, reason = "there always is a header")]
+    #[expect(clippy::len_without_is_empty, reason = "there is always a header")]
     pub fn len(&self) -> usize {
         self.bytes.len()
     }
@@ -386,7 +386,7 @@ impl StoredBlock {
 pub struct Chain(Vec<Arc<Image>>);
 
 impl Chain {
-    /// Creates a chain of at least one image.
+    /// Creates a chain from at least one image, nearest first.
     ///
     /// # Errors
     /// [`ImageError::Value`] if there is no image, or if the page maps differ in length.

@@ -31,8 +31,8 @@ pub fn stored_pages(image: &Image) -> Vec<(PageEntry, usize)> {
     pages
 }
 
-/// Compares the contents of pages with their signatures. `part` is a part of the [`stored_pages`] of the nearest image.
-/// Returns up to `max` findings; a storage block that cannot be read or verified yields a single finding.
+/// Compares the contents of pages with their signatures. `part` is a slice of the [`stored_pages`] of the nearest
+/// image. Returns up to `max` findings; a storage block that cannot be read or verified yields a single finding.
 pub fn verify(chain: &Chain, part: &[(PageEntry, usize)], max: usize) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut reader = PageReader::new(chain);
@@ -58,8 +58,8 @@ pub fn verify(chain: &Chain, part: &[(PageEntry, usize)], max: usize) -> Vec<Fin
     findings
 }
 
-/// Verifies the storage blocks to which no page of `used` refers, because any changed byte counts as damage. Returns
-/// one finding per damaged block.
+/// Verifies the storage blocks to which no page of `used` refers, because any changed byte of an image counts as
+/// damage. Returns one finding per damaged block.
 pub fn verify_unused(image: &Image, used: &[(PageEntry, usize)]) -> Vec<Finding> {
     let mut seen = vec![false; image.blocks().len()];
     for (entry, _) in used {

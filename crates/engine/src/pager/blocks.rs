@@ -12,7 +12,7 @@ use crate::image::{Chain, Image, ImageError, StoredBlock};
 /// Maximum number of cached storage blocks.
 const KEPT: usize = 32;
 
-/// Maximum number of spare buffers, which are used for the next blocks.
+/// Maximum number of spare buffers, which are reused for the next blocks.
 const SPARE: usize = 4;
 
 /// Index of an image in the chain, and of a storage block in the image.
@@ -67,8 +67,7 @@ impl Blocks {
     /// Returns a storage block from the cache, or reads it from its image.
     ///
     /// # Errors
-    /// The error of reading or verifying the block. The error is not cached, so that the next call reads the block
-    /// again.
+    /// The error of reading or verifying the block. The error is not cached, so the next call reads the block again.
     pub fn get(&self, number: Number) -> Result<Arc<StoredBlock>, Arc<ImageError>> {
         let cell = self.cell(number);
         let found = cell.get_or_init(|| {
@@ -98,8 +97,8 @@ impl Blocks {
         recent.back().map(|(_, cell)| cell.clone()).unwrap_or_default()
     }
 
-    /// Keeps the buffer of a block that was removed from the cache, unless the block is still in use or there are
-    /// `SPARE` buffers already.
+    /// Retains the buffer of a block that was removed from the cache, unless the block is still in use or there are
+    /// already `SPARE` buffers.
     fn recycle(&self, entry: Option<(Number, Cell)>) {
         let block = entry.and_then(|(_, cell)| Arc::into_inner(cell)).and_then(OnceLock::into_inner);
         if let Some(block) = block.and_then(Result::ok).and_then(Arc::into_inner) {

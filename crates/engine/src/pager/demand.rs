@@ -56,7 +56,8 @@ pub fn serve(shared: &PagerState, inbox: &Inbox) {
 fn next(shared: &PagerState, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> {
     let mut waiting = inbox.waiting.lock();
     if waiting.is_empty() && inbox.uffd.wait(POLL_INTERVAL).ok()? {
-        // The removal proceeds when its event is read. No thread may write contents to the removed pages at that time.
+        // Reading a removal event lets the removal proceed. No thread may write to the removed pages until the event
+        // has been handled.
         let alone = shared.loader.memory.removing.write();
         events.clear();
         shared.loader.memory.take_reports(&alone);
@@ -79,7 +80,8 @@ fn next(shared: &PagerState, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u
 }
 
 /// Loads and maps the page of a fault, or requests it from the peer. Returns `None` if no segment maps the address, or
-/// if the page cannot be loaded. In the latter case, records the failure, and poisons the page if `fatal` is set.
+/// if the page cannot be loaded. If the page cannot be loaded, records the failure, and poisons the page if `fatal` is
+/// set.
 fn answer(shared: &PagerState, inbox: &Inbox, address: u64, scratch: &mut Scratch) -> Option<Loaded> {
     let memory = &shared.loader.memory;
     memory.counters.faults.fetch_add(1, Ordering::Relaxed);
@@ -97,8 +99,9 @@ fn answer(shared: &PagerState, inbox: &Inbox, address: u64, scratch: &mut Scratc
                 if new {
                     eprintln!("pageferry: cannot read page {} of region {region}: {error}", page - base);
                 }
-                // No other process can stop the workload, so that the access must raise SIGBUS; it must not read zeros.
-                // Poisoning fails with EAGAIN while a discard is pending; the woken thread then faults again.
+                // `fatal` is set if no other process can stop the workload: the access must raise SIGBUS, because
+                // blocking would never end and zeros would be wrong. UFFDIO_POISON fails with EAGAIN while a discard is
+                // pending; the woken thread then faults again.
                 let len = memory.regions[region].page_size as u64;
                 let start = address / len * len;
                 if inbox.uffd.poison(start, len).is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN)) {

@@ -1,13 +1,14 @@
 //! Eviction of pages (S3): discards pages whose contents are in the chain; a later access loads them again.
 //!
-//! The order of the steps keeps memory consistent even if the pager exits between two of them:
+//! The order of the steps keeps memory consistent even if the pager exits before the last one:
 //!
-//! 1. The units are unmapped and registered. From then on, every write faults first, so that the stored copies stay
-//!    valid.
+//! 1. The 2 MiB units of the pages are unmapped and registered. From then on, every write faults first, so the stored
+//!    copies stay valid.
 //! 2. The deferred bits are set. A deferred page is loaded from the chain, regardless of the contents of the file.
 //! 3. Holes are punched.
 //!
-//! If the pager exits in between, the next pager loads the deferred pages; all other pages are present and unchanged.
+//! If the pager exits between two steps, the next pager loads the deferred pages; all other pages are present and
+//! unchanged.
 
 use super::PagerError;
 use super::memory::{Memory, Watched};
@@ -47,7 +48,7 @@ pub fn evict(memory: &Memory, region: usize, pages: &PageSet) -> Result<usize, P
     memory.removals.forget_reports();
     drop(alone);
     for (first, end) in units {
-        // The remaining pages are in use and should not fault.
+        // The remaining pages of the unit are in use, and accesses to them should not fault.
         memory.map(region, found.base + first, found.base + end);
     }
     Ok(count)
@@ -70,8 +71,8 @@ fn units(pages: &PageSet) -> Vec<(usize, usize)> {
 fn trap(memory: &Memory, region: usize, first: usize, end: usize) -> Result<(), PagerError> {
     for Watched { segment, uffd } in memory.watched.iter().filter(|watched| watched.segment.region == region) {
         let Some((address, len)) = segment.part(first, end) else { continue };
-        // Pages that were evicted before and loaded again are registered. Unmapping them would be reported as a
-        // removal, and block until the event has been read.
+        // Pages that were evicted before and loaded again are still registered. Unmapping them while registered would
+        // be reported as a removal, and block until the event has been read.
         uffd.unregister(address, len)?;
         segment.space.unmap_pages(address, len)?;
         uffd.register(address, len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;

@@ -49,7 +49,8 @@ impl Flags {
         unsafe { &*self.mapping.base().cast::<AtomicU64>().add(index) }
     }
 
-    /// Sets the bits of 64 pages. Must be called before other threads access the bitmap.
+    /// Stores the bits of pages `64 * index` to `64 * index + 63`. Must be called before other threads access the
+    /// bitmap.
     pub fn set_word(&self, index: usize, flags: u64) {
         self.word(index).store(flags, Ordering::Relaxed);
     }

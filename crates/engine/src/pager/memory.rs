@@ -18,10 +18,10 @@ use crate::segment::Segment;
 use crate::uapi::Userfault;
 use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
-/// Number of base pages in a window, which are mapped together: 64 KiB.
+/// Number of base pages in a window (64 KiB), which the pager maps together.
 pub const WINDOW: usize = 16;
 
-/// Reason for which a page cannot be loaded. The page stays deferred, so that it never reads as zeros.
+/// Reason why a page cannot be loaded. The page stays deferred, so it never reads as zeros.
 #[derive(Debug, Error, Clone)]
 pub enum LoadError {
     /// The image is damaged, truncated or missing.
@@ -59,7 +59,7 @@ impl From<PlaceError> for LoadError {
 /// Region whose contents are loaded by the pager.
 #[derive(Debug)]
 pub struct PagedRegion {
-    /// Mapping of the region's file by the pager.
+    /// Pager's mapping of the region's file.
     pub mapping: Arc<Mapping>,
     /// Page size of the file, bytes.
     pub page_size: usize,
@@ -73,7 +73,7 @@ impl PagedRegion {
         self.base + self.mapping.pages()
     }
 
-    /// Returns the number of base pages per page of the file. They are mapped together.
+    /// Returns the number of base pages per page of the file. These base pages are mapped together.
     pub fn granule(&self) -> usize {
         self.page_size / SMALL_PAGE
     }
@@ -86,7 +86,7 @@ impl PagedRegion {
     }
 }
 
-/// Mapping of a part of a region by the workload, and the userfaultfd that reports its faults.
+/// Workload's mapping of a part of a region, and the userfaultfd that reports the faults in this mapping.
 #[derive(Debug)]
 pub struct Watched {
     pub segment: Segment,
@@ -124,7 +124,7 @@ impl Counters {
     }
 }
 
-/// Memory of the workload, in which contents are installed.
+/// Memory of the workload, in which the pager installs contents.
 #[derive(Debug)]
 pub struct Memory {
     pub regions: Vec<PagedRegion>,
@@ -141,7 +141,7 @@ pub struct Memory {
     pub removals: Removals,
     /// Windows in the order of their first fault on a deferred page.
     pub touched: Mutex<Vec<u32>>,
-    /// Windows that are recorded in `touched`. Each is recorded only once, even if its pages are evicted and loaded
+    /// Windows that are recorded in `touched`. A window is recorded only once, even if its pages are evicted and loaded
     /// again.
     noted: AtomicBits,
     /// Whether pages are mapped write-protected when their contents are installed.
@@ -186,8 +186,8 @@ impl Memory {
         self.flags.next(base + first, base + last).is_some()
     }
 
-    /// Writes the wanted pages to their slots, clears their deferred bits, and maps them. Does not write pages that are
-    /// present or claimed by another thread.
+    /// Writes the pages of `scratch.wanted` to their slots, clears their deferred bits, and maps them. Does not write
+    /// pages that are present or claimed by another thread.
     pub fn install(&self, scratch: &mut Scratch) -> Result<(), LoadError> {
         scratch.wanted.sort_unstable();
         let mut rest = scratch.wanted.as_slice();
@@ -227,7 +227,7 @@ impl Memory {
         Ok(done)
     }
 
-    /// Claims a deferred page for writing. Returns false if it is present or claimed by another thread.
+    /// Claims a deferred page for writing. Returns false if the page is present or claimed by another thread.
     fn claim(&self, page: usize) -> bool {
         self.flags.is_set(page) && !self.claims.set(page)
     }
@@ -278,7 +278,7 @@ impl Memory {
         }
     }
 
-    /// Counts a fault on a deferred page. Records its window at the first such fault.
+    /// Counts a fault on a deferred page. Records the window of the page, unless it has been recorded before.
     pub fn missed(&self, page: usize) {
         if let Ok(window) = u32::try_from(page / WINDOW)
             && !self.noted.set(page / WINDOW)
@@ -332,7 +332,7 @@ impl Memory {
     }
 
     /// Maps a huge page, which starts at page `start` of the region, in all mappings of the workload. Returns false,
-    /// and skips the remaining mappings, if one of them cannot map it by a PMD entry.
+    /// and skips the remaining mappings, if a mapping cannot map the huge page by a PMD entry.
     pub fn map_large(&self, region: usize, start: usize) -> bool {
         let touching = self.watched.iter().filter(|watched| watched.segment.region == region);
         let end = start + SLOTS;
@@ -347,7 +347,7 @@ impl Memory {
     }
 
     /// Resolves the open removal as a discard if the file system has reported a punched hole. Must be called before
-    /// events are read, with `removing` locked exclusively.
+    /// userfaultfd events are read, with `removing` locked exclusively.
     pub fn take_reports(&self, _alone: &RwLockWriteGuard<()>) {
         self.removals.take_reports(|runs| self.discard_all(runs));
     }

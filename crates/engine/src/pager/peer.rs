@@ -4,7 +4,7 @@
 //! No thread waits for the network while it holds a lock that other threads need. After a request, the demand thread
 //! continues with the next fault. Each stream has a thread that reads, verifies and installs blocks. Requests are
 //! recorded until their pages are present, so that they can be repeated on another connection if the current one is
-//! lost. The faulting threads stay blocked until then.
+//! lost. Faulting threads stay blocked until their pages are present.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::block::Head;
 use crate::uapi::short_slices;
 use crate::wire::{MAX_REQUEST, PeerSource, Request, WireError};
 
-/// Maximum number of pages per request that is not caused by a fault. It bounds the delay of replies to faults.
+/// Maximum number of pages per request that is not caused by a fault. This limit bounds the delay of replies to faults.
 const BATCH: usize = 64;
 /// Interval at which a waiting thread checks the connection.
 const SLICE: Duration = Duration::from_millis(20);
@@ -43,7 +43,7 @@ struct Want {
     requested: Instant,
 }
 
-/// Reason for which a connection is no longer used.
+/// Reason why a connection is no longer used.
 #[derive(Debug, Error)]
 enum LinkError {
     #[error(transparent)]
@@ -80,8 +80,8 @@ impl Peer {
         wanted.into_iter().for_each(|(range, page)| send(memory, &link, range, page));
     }
 
-    /// Requests the window of a fault, unless it has been requested. `page` is the faulting page, if it can be mapped
-    /// alone. Returns whether that page is present; without `page`, whether the whole window is present.
+    /// Requests the window of a fault, unless the window has already been requested. `page` is the faulting page, if it
+    /// can be mapped alone. Returns whether that page is present; without `page`, whether the whole window is present.
     pub fn fetch(&self, memory: &Memory, range: (usize, usize), page: Option<usize>) -> bool {
         self.request(memory, range, page, true);
         let (first, end) = page.map_or(range, |page| (page, page + 1));
@@ -120,7 +120,7 @@ impl Peer {
         }
     }
 
-    /// Returns whether a request is older than `timeout` and some of its pages have not been installed.
+    /// Returns whether a request with deferred pages is older than `timeout`.
     fn is_overdue(&self, timeout: Duration) -> bool {
         self.waiting().values().any(|want| want.requested.elapsed() > timeout)
     }
@@ -144,8 +144,8 @@ impl Peer {
         Ok(())
     }
 
-    /// Reads one stream of a connection until it ends or is cancelled, and installs its pages through `install`. On an
-    /// error, marks the connection as lost if there are deferred pages.
+    /// Reads one stream of a connection until the stream ends or the connection is cancelled, and installs its pages
+    /// through `install`. On an error, marks the connection as lost if there are deferred pages.
     pub fn receive(
         &self,
         memory: &Memory,

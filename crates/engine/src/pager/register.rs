@@ -52,7 +52,7 @@ pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
 ///
 /// The memory is unregistered before it is unmapped: the unmapping would otherwise be reported as a removal, and block
 /// until the event has been read. Until the memory is registered again, a running workload can map a page again. Fails
-/// with [`PagerError::Running`] if that happens in each of several attempts.
+/// with [`PagerError::Running`] if the workload does so in each of `ATTEMPTS` attempts.
 fn unmap_flagged(memory: &Memory, Watched { segment, uffd }: &Watched) -> Result<(), PagerError> {
     let base = memory.regions[segment.region].base;
     let (first, last) = (segment.address, segment.address + segment.len);

@@ -1,23 +1,23 @@
 //! Removals of deferred pages: discards, after which pages are zeros, and mere unmapping.
 //!
-//! The kernel reports MADV_DONTNEED and MADV_REMOVE by the same event, before it performs the operation. The caller
-//! waits only until the event has been read. For shared memory, MADV_DONTNEED only unmaps pages and keeps their
-//! contents, whereas MADV_REMOVE punches a hole into the file. The file does not show the difference if the pages are
-//! deferred, because it has a hole there anyway. However, the file system reports every punched hole (inotify,
-//! IN_MODIFY) before the call returns.
+//! The kernel reports MADV_DONTNEED and MADV_REMOVE with the same event, before it performs the operation. The calling
+//! thread waits only until the event has been read. For shared memory, MADV_DONTNEED only unmaps pages and keeps their
+//! contents, whereas MADV_REMOVE punches a hole into the file. If the pages are deferred, the file does not show the
+//! difference, because it already has a hole at these pages. However, the file system reports every punched hole
+//! (inotify, IN_MODIFY) before the call returns.
 //!
-//! A removal of deferred pages is therefore *open* at first. Before events are read, the notifications of the file
-//! system are read: later notifications belong to removals whose events are read then, or later. An open removal is
-//! resolved
+//! A removal of deferred pages is therefore *open* at first. The pager reads the notifications of the file system
+//! before it reads events. A notification that is sent after this belongs to a removal whose event is read in the same
+//! pass or in a later one. The pager resolves an open removal
 //!
 //! - as a discard, if there is a notification: its pages are zeros;
-//! - as MADV_DONTNEED, if the next removal is read without a notification before it, because a thread makes one such
-//!   call at a time;
-//! - before contents are written to its pages, [`GRACE`] after its event was read, because the call may be running
-//!   until then: as a discard if there is a notification, otherwise as MADV_DONTNEED.
+//! - as MADV_DONTNEED, if the event of the next removal is read and no notification has preceded it, because a thread
+//!   makes only one such call at a time;
+//! - before contents are written to its pages, but not earlier than [`GRACE`] after its event was read, because the
+//!   call may be running until then: as a discard if there is a notification, otherwise as MADV_DONTNEED.
 //!
 //! Concurrent removals by several threads are resolved together. For a guest, the distinction is not required: QEMU
-//! punches holes before it unmaps pages, so that each removal is a discard.
+//! punches holes before it unmaps pages, so each removal is a discard.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -29,7 +29,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::hole_notifications::Discards;
 
-/// Maximum time between the removal event and the notification of a call.
+/// Maximum time between the removal event of a call and the file system's notification of the same call.
 const GRACE: Duration = Duration::from_millis(10);
 
 /// Page runs removed together, and the time at which their events were read.
@@ -42,18 +42,17 @@ struct Removed {
 /// Removals that have not been resolved.
 #[derive(Debug)]
 pub struct Removals {
-    /// Whether removals are checked; otherwise all of them are discards.
+    /// Whether removals are checked; if false, every removal counts as a discard.
     pub checked: bool,
-    /// Inotify watch that reports punched holes; `None` if removals are not checked, or if no page is deferred any
-    /// longer.
+    /// Inotify watch that reports punched holes; `None` if removals are not checked, or once no page is deferred.
     watch: Mutex<Option<Discards>>,
     open: Mutex<Option<Removed>>,
     any: AtomicBool,
 }
 
 impl Removals {
-    /// Creates the state. `files` are the files in which removals must be checked; `None` if removals need not be
-    /// checked. Fails if the files cannot be watched.
+    /// Starts to watch `files`, the files in which removals must be checked; `None` if removals need not be checked.
+    /// Fails if the files cannot be watched.
     pub fn new(files: Option<Vec<RawFd>>) -> io::Result<Self> {
         let watch = files.map(|files| Discards::watch(files.into_iter())).transpose().map_err(|error| {
             let words = format!("cannot watch memory for discards: {error}; raise fs.inotify.max_user_instances");
@@ -83,7 +82,7 @@ impl Removals {
         let _ = self.punched();
     }
 
-    /// Closes the watch. Must be called only when no page is deferred any longer.
+    /// Closes the watch. Must be called only once no page is deferred.
     pub fn close(&self) {
         drop(self.watch.lock().take());
     }
@@ -99,15 +98,15 @@ impl Removals {
         }
     }
 
-    /// Records a removal as open; `None` if it affects no deferred pages. Resolves the previous open removal as mere
-    /// unmapping.
+    /// Records the removal of `runs` as open; `None` if the removal affects no deferred pages. Resolves the previous
+    /// open removal as mere unmapping.
     pub fn record(&self, runs: Option<Vec<(usize, usize)>>) {
         let removed = runs.map(|runs| Removed { runs, read: Instant::now() });
         self.set(&mut self.lock(), removed);
     }
 
-    /// Resolves the open removal if it overlaps `[first, end)`; may wait for `GRACE`. If a hole was punched, calls
-    /// `discard` before the removal counts as resolved.
+    /// Resolves the open removal if it overlaps `[first, end)`; may wait for up to `GRACE`. If a hole was punched,
+    /// calls `discard` before the removal counts as resolved.
     pub fn decide(&self, first: usize, end: usize, discard: impl FnOnce(&[(usize, usize)])) {
         if !self.any.load(Ordering::Acquire) {
             return;

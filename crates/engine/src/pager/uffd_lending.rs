@@ -3,9 +3,9 @@
 //! Memory can be registered with only one userfaultfd at a time. During a restore, this must be the userfaultfd of the
 //! pager, because deferred pages would otherwise read as zeros. A migration or a checkpoint therefore installs its
 //! write trace (S2) through the pager's userfaultfd, which is in asynchronous mode for this purpose. While the pager is
-//! acquired, it does not finish. It then maps pages write-protected when their contents are installed, so that they
-//! count as unchanged until they are written. All other pages that the pager maps count as written, so that no write is
-//! missed. After the protections have been removed, all pages count as written.
+//! acquired, it does not finish. It maps pages write-protected when it installs their contents, so these pages count as
+//! unchanged until the workload writes to them. All other pages that the pager maps count as written, so that no write
+//! is missed. After the protections have been removed, all pages count as written.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -42,7 +42,7 @@ impl PagerState {
         *held == Held::Ending
     }
 
-    /// Returns whether the pager is acquired, so that it cannot finish.
+    /// Returns whether the pager is acquired and therefore cannot finish.
     pub(super) fn is_held(&self) -> bool {
         *self.held() == Held::Yes
     }
@@ -54,7 +54,8 @@ impl Pager {
     /// unregistered.
     ///
     /// # Errors
-    /// EBUSY if the pager is acquired already, EINVAL if the kernel lacks support, ESRCH if a process has exited.
+    /// EBUSY if the pager is already acquired, EINVAL if the kernel cannot write-protect the memory, ESRCH if a process
+    /// has exited.
     pub fn hold(&self) -> io::Result<bool> {
         let memory = &self.shared.loader.memory;
         let mut held = self.shared.held();

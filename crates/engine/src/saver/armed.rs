@@ -24,7 +24,7 @@ pub(super) struct TraceHandover {
     pub(super) userfaults: Userfaults,
     /// For each region, the number of bytes from its start that have been handed over.
     pub(super) handed: Vec<AtomicUsize>,
-    /// Whether memory was handed over that could not be traced.
+    /// Whether a part of the memory that was handed over could not be traced.
     pub(super) broken: AtomicBool,
     /// Locked while registrations change.
     changing: Mutex<()>,
@@ -52,7 +52,7 @@ impl TraceHandover {
     }
 }
 
-/// Returns the address and length of a byte range of a region in a segment, or `None` if they do not overlap.
+/// Returns where a segment maps a byte range of a region, as (address, length); `None` if it maps no part of the range.
 pub(super) fn within(segment: &Segment, start: usize, len: usize) -> Option<(u64, u64)> {
     segment.part(start / SMALL_PAGE, (start + len) / SMALL_PAGE)
 }

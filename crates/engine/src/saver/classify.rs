@@ -32,7 +32,7 @@ pub(super) struct Classifier {
     parent: Option<Chain>,
 }
 
-/// Chain of parent images, with one reader per image. Each reader caches the storage block that it has read last.
+/// Chain of parent images, with one reader per image. Each reader caches the storage block that it read last.
 struct Parents<'a> {
     chain: &'a Chain,
     readers: Vec<PageReader<'a>>,
@@ -54,7 +54,7 @@ impl<'a> Parents<'a> {
     }
 }
 
-/// Page map whose entries contain tickets, which [`Classified::page_map`] replaces by the numbers of the storage
+/// Page map whose entries contain tickets, which [`Classified::page_map`] replaces with the numbers of the storage
 /// blocks.
 #[derive(Debug)]
 pub(super) struct Classified {
@@ -88,8 +88,8 @@ fn in_parent(signature: u64) -> PageEntry {
 }
 
 impl Classifier {
-    /// Creates the classifier. Pages that are never copied are unchanged since the parent if `as_parent` is true,
-    /// otherwise holes.
+    /// Creates the classifier. Pages that are never copied count as unchanged since the parent if `as_parent` is true,
+    /// otherwise as holes.
     pub(super) fn new(
         shared: Arc<SaverState>,
         parent: Option<Chain>,
@@ -107,7 +107,7 @@ impl Classifier {
         Ok(Self { shared, free, full, open: [None, None], result, known, parent })
     }
 
-    /// Classifies blocks until all senders are closed. After a failure of the checkpoint, only frees the staging slots
+    /// Classifies blocks until all senders are dropped. After a failure of the checkpoint, only frees the staging slots
     /// of the blocks.
     pub(super) fn run(mut self, copied: &Receiver<Copied>) -> Classified {
         let parent = self.parent.take();

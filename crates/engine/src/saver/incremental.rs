@@ -3,15 +3,16 @@
 //! (S8). All present pages are then saved, and after them the pages that the trace has reported.
 //!
 //! The trace stays installed during the whole checkpoint. While the workload runs, written pages are saved in rounds,
-//! which the caller controls. `collect` protects pages before they are read: if a page is written later, it is reported
-//! and saved again. The last pages are copied at the snapshot point; from then on the trace serves the next checkpoint.
+//! which the caller controls. `collect` protects pages before they are read: if a page is written later, the trace
+//! reports it, and it is saved again. The last pages are copied at the snapshot point; from then on the trace serves
+//! the next checkpoint.
 //!
 //! A device that has pinned a page can write to the page regardless of its protection. The caller must drain such I/O
 //! between a collection and the next copy (docs/decisions/0012).
 //!
 //! The trace does not report a page that is discarded and then read. Such a page is zero or a hole although the parent
-//! holds contents for it. `scan` checks all pages for this; for most pages it reads a single word. Later discards are
-//! reported by notifications of the file system.
+//! holds contents for it. `scan` checks all pages for this case; for most pages it reads a single word. The file system
+//! reports later discards with notifications.
 
 use std::io;
 use std::sync::Arc;
@@ -37,7 +38,7 @@ pub(super) struct Rounds {
     shared: Arc<SaverState>,
     trace: Trace,
     slots: Sender<Copied>,
-    /// Parent since whose snapshot point the trace has been installed; `None` if all memory has to be saved.
+    /// Parent image, if the trace has been installed since its snapshot point; `None` if all memory must be saved.
     since: Option<Chain>,
     /// Pages to save, by region.
     dirty: Vec<PageSet>,
@@ -70,8 +71,11 @@ impl Rounds {
         Ok(())
     }
 
-    /// Returns whether memory has been discarded since the last call. If so, all saved pages are to be copied again,
-    /// because their contents may have been discarded.
+    /// Returns whether memory has been discarded since the last call. If so, marks all saved pages as dirty, so that
+    /// they are copied again: their saved contents may have been discarded.
+    ///
+    /// # Errors
+    /// [`SaveError::Untraceable`] if huge pages may have been discarded; otherwise [`SaveError::Memory`].
     pub(super) fn lost(&mut self) -> Result<bool, SaveError> {
         let lost = self.discarded()?;
         self.unchanged &= !lost;
@@ -156,7 +160,7 @@ impl Rounds {
         Ok(self.count())
     }
 
-    /// Copies the dirty pages. If `now` is true, does not wait for staging slots, but allocates more.
+    /// Copies the dirty pages. If `now` is true, allocates staging slots if none is free, instead of waiting for one.
     fn save(&mut self, now: bool) -> Result<(), SaveError> {
         for (region, area) in self.shared.areas.iter().enumerate() {
             let pages = area.source.pages();

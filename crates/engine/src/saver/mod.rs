@@ -8,20 +8,20 @@
 //! ```
 //!
 //! Memory is write-protected through a userfaultfd in synchronous mode, while the workload runs. Blocks written before
-//! the snapshot point are unprotected and recorded, so that the pause only has to protect these blocks again. After
+//! the snapshot point are unprotected and recorded, so the pause only has to protect these blocks again. After
 //! [`Saver::begin`] has returned, every block of memory is unchanged until its state is *saved*:
 //!
-//! * a trap thread or the sweep claims a block for copying by a compare-and-swap; the thread that fails waits until the
-//!   block is saved;
+//! * a trap thread or the sweep claims a block for copying with a compare-and-swap; a thread whose compare-and-swap
+//!   fails waits until the block is saved;
 //! * only saved blocks are unprotected;
 //! * a page that is a hole when its block is copied was a hole at the snapshot point, or has read as zeros ever since.
 //!
-//! With a write trace, neither traps nor the sweep are needed (see [`incremental`]). A checkpoint by traps can leave a
-//! write trace from its snapshot point on (see [`trace_handover`]).
+//! With a write trace, neither traps nor the sweep is needed (see [`incremental`]). A checkpoint by traps can leave a
+//! write trace of all writes since its snapshot point (see [`trace_handover`]).
 //!
 //! The process of the saver holds the only reference to the userfaultfd. If the process exits, the kernel removes every
-//! protection and wakes every blocked thread. On an error (such as a full disk) or a cancellation, the saver removes
-//! all protections.
+//! protection and wakes every blocked thread. On a cancellation or an error, such as a full disk, the saver removes all
+//! protections.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -62,12 +62,12 @@ use state::SaverState;
 pub use state::Stats;
 use trap_blocks::Copied;
 
-/// Number of storage blocks that may wait to be compressed, and that may wait to be written.
+/// Maximum number of storage blocks that wait for compression, and of those that wait for the writer.
 const QUEUED: usize = 2;
 /// Niceness of background threads.
 const NICENESS: libc::c_int = 5;
 
-/// Reason for which a checkpoint failed.
+/// Reason why a checkpoint failed.
 #[derive(Debug, Error)]
 pub enum SaveError {
     /// The address space of a process of the workload could not be adopted.
@@ -123,14 +123,15 @@ pub struct Options {
 pub enum Traces {
     /// No traces.
     Without,
-    /// Traces that the checkpoint installs through these userfaultfds, and leaves from the snapshot point on.
+    /// Traces that the checkpoint installs through these userfaultfds. They stay installed, and report all writes since
+    /// the snapshot point.
     Leave(Userfaults),
     /// Existing traces, installed through these userfaultfds since the parent. They report the pages to save, and stay
-    /// for the next checkpoint.
+    /// installed for the next checkpoint.
     TakeUp(Userfaults),
-    /// Traces that [`Saver::arm`] installs through these userfaultfds. They report the pages to save, and stay from the
-    /// snapshot point on. For workloads with direct I/O, which could pin a page while a trace replaces its synchronous
-    /// protection.
+    /// Traces that [`Saver::arm`] installs through these userfaultfds. They report the pages to save, and stay
+    /// installed after the snapshot point. For workloads with direct I/O, which could pin a page while a trace replaces
+    /// its synchronous protection.
     Begin(Userfaults),
     /// Traces that [`Saver::arm`] installs through the userfaultfds of an acquired pager. For memory with deferred
     /// contents.
@@ -196,7 +197,7 @@ pub struct SavedRegion {
     pub page_size: usize,
 }
 
-/// Checkpoint in progress. A drop cancels the checkpoint; the workload keeps running.
+/// Checkpoint in progress. Dropping the saver cancels the checkpoint; the workload keeps running.
 #[derive(Debug)]
 pub struct Saver {
     shared: Arc<SaverState>,
@@ -311,8 +312,8 @@ impl Saver {
         self.rounds()?.copy_range(region, first, count)
     }
 
-    /// Returns whether memory has been discarded since the last call. If so, all saved pages are to be copied again,
-    /// and [`scan`](Self::scan) must be called before [`begin`](Self::begin).
+    /// Returns whether memory has been discarded since the last call. If so, marks all saved pages as dirty, so that
+    /// they are copied again, and [`scan`](Self::scan) must be called before [`begin`](Self::begin).
     ///
     /// # Errors
     /// [`SaveError::Untraceable`] if huge pages may have been discarded; otherwise [`SaveError::Memory`].
@@ -401,8 +402,8 @@ impl Saver {
         Ok(begin.elapsed())
     }
 
-    /// Starts the sweep. Must be called after [`begin`](Self::begin). Traps are served before the sweep has started, so
-    /// that the caller can leave the CPUs to the workload until the workload has resumed.
+    /// Starts the sweep. Must be called after [`begin`](Self::begin). Traps are served even before the sweep starts, so
+    /// the caller can leave the CPUs to the workload until the workload has resumed.
     pub fn sweep(&mut self) {
         if let Some(start) = self.start.take() {
             let _ = start.send(());
@@ -485,13 +486,13 @@ impl Handle {
         &self.0.stats
     }
 
-    /// Waits until all storage blocks are written or the checkpoint has failed, at most for `time`. Returns false if
+    /// Waits for up to `time` until all storage blocks are written or the checkpoint has failed. Returns false if
     /// `time` has expired.
     pub fn wait(&self, time: Duration) -> bool {
         self.0.wait(time)
     }
 
-    /// Cancels the checkpoint. All memory is unprotected at once.
+    /// Cancels the checkpoint, and unprotects all memory immediately.
     pub fn cancel(&self) {
         self.0.fail(SaveError::Cancelled);
     }

@@ -64,7 +64,7 @@ impl PageOrigin {
     }
 
     /// Like [`data_ranges`](Self::data_ranges), but only within `[start, end)` (bytes). Not for files in hugetlbfs,
-    /// which reports all of a file as present.
+    /// where lseek(2) reports the whole file as data.
     ///
     /// # Errors
     /// Errors of lseek(2) or PAGEMAP_SCAN.
@@ -75,7 +75,7 @@ impl PageOrigin {
         }
     }
 
-    /// Returns whether the page at byte `start` is present in memory or swap. In hugetlbfs, this is always the case.
+    /// Returns whether the page at byte `start` is present in memory or swap. Always true for files in hugetlbfs.
     pub(super) fn is_data(&self, start: usize) -> io::Result<bool> {
         match self {
             Self::Shared(mapping) => mapping.is_data(start),
@@ -95,8 +95,8 @@ impl PageOrigin {
         }
     }
 
-    /// Copies whole pages from byte `start` on into `target`. If the workload writes to them during the call, the copy
-    /// may be torn.
+    /// Copies whole pages from byte `start` on into `target`. If the workload writes to the pages during the call, the
+    /// copy may be torn.
     pub(super) fn read(&self, start: usize, target: &mut [u8]) -> io::Result<()> {
         let mapping = match self {
             Self::Process(range) => return range.read(start, target),

@@ -32,14 +32,14 @@ impl Staging {
     /// Allocates `count` slots of `slot` bytes, but at least two: one for traps, one for the sweep.
     pub(super) fn new(slot: usize, count: usize) -> Self {
         let count = count.max(2);
-        // Not filled with zeros: zeroed memory would only be allocated at the first trap, while a thread of the
-        // workload is blocked.
+        // Not filled with zeros: the kernel would allocate zeroed memory only on the first write, by a trap, while a
+        // thread of the workload is blocked.
         let free = (0..count).map(|_| vec![1; slot].into_boxed_slice()).collect();
         Self { state: Mutex::new(State { free, closed: false }), more: Condvar::new(), slot, reserve: count / 2 }
     }
 
-    /// Takes a slot, and waits until one is available. Returns the slot and whether the caller had to wait, or `None`
-    /// if the buffer is closed.
+    /// Takes a slot, after waiting until one is available. Returns the slot and whether the caller had to wait, or
+    /// `None` if the buffer is closed.
     pub(super) fn take(&self, origin: Origin) -> Option<(Box<[u8]>, bool)> {
         let left = if origin == Origin::Trap { 0 } else { self.reserve };
         let mut state = self.state.lock();
@@ -57,7 +57,7 @@ impl Staging {
         free.unwrap_or_else(|| vec![1; self.slot].into_boxed_slice())
     }
 
-    /// Puts a slot back into the buffer, and wakes the threads that wait for one.
+    /// Puts a slot back into the buffer, and wakes the threads that wait for a slot.
     pub(super) fn give(&self, slot: Box<[u8]>) {
         self.state.lock().free.push(slot);
         self.more.notify_all();

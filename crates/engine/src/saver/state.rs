@@ -41,7 +41,7 @@ pub struct Stats {
     pub blocks: AtomicU64,
     /// Number of write calls.
     pub writes: AtomicU64,
-    /// Number of pages reported by the trace; a page may count more than once.
+    /// Number of pages reported by the trace; a page may be counted more than once.
     pub written: AtomicU64,
 }
 
@@ -77,7 +77,7 @@ pub(super) struct SaverState {
     pub(super) armed: Vec<Armed>,
     pub(super) staging: Staging,
     pub(super) discards: Discards,
-    /// Hand-over of saved memory to write traces; `None` if memory is only unprotected.
+    /// Hand-over of saved memory to write traces; `None` if saved memory is unprotected without being traced.
     pub(super) follow: Option<TraceHandover>,
     /// Whether the workload runs during the checkpoint.
     pub(super) live: bool,
@@ -174,7 +174,8 @@ impl SaverState {
         let (start, len) = self.areas[armed.segment.region].bounds(block);
         let Some((address, bytes)) = within(&armed.segment, start, len) else { return Ok(()) };
         match self.check(armed.uffd.write_protect(address, bytes, false)) {
-            // The block has been handed over since. Unregistering it has woken all threads.
+            // Ignore the error: the block has been handed over in the meantime, and unregistering it has woken all
+            // threads.
             Err(_) if self.is_handed_over(armed.segment.region, start + len) => Ok(()),
             other => other,
         }

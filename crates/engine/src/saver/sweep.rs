@@ -109,7 +109,8 @@ fn save(
     Ok(())
 }
 
-/// Rate limit of the sweep: at most `bandwidth` bytes per second since `since`. `bytes` have been copied so far.
+/// Rate limit of the sweep: at most `bandwidth` bytes per second since `since`, unlimited if 0. `bytes` is the number
+/// of bytes copied so far.
 struct RateLimit {
     since: Instant,
     bytes: u64,

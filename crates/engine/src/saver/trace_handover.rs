@@ -34,7 +34,7 @@ impl Kept {
         self.runs.clear();
     }
 
-    /// Stores bytes that were at offset `at` of the region.
+    /// Stores a copy of the bytes at offset `at` of the region.
     pub(super) fn keep(&mut self, at: usize, bytes: &[u8]) {
         let from = at - self.start;
         self.bytes[from..from + bytes.len()].copy_from_slice(bytes);
@@ -49,7 +49,7 @@ impl Kept {
 
 impl SaverState {
     /// Hands the saved part `[from, to)` (bytes) of a region over to the traces. `kept` is the copy that the sweep has
-    /// made. If there are no traces, or if a part could not be traced, only unprotects the part.
+    /// made. If there are no traces, or if an earlier part could not be traced, only unprotects the part.
     pub(super) fn hand_over(&self, region: usize, from: usize, to: usize, kept: &Kept) -> Result<(), SaveError> {
         let Some(follow) = self.follow.as_ref().filter(|follow| follow.whole()) else {
             return self.release(region, from, to - from);
@@ -87,7 +87,7 @@ impl SaverState {
         Ok(())
     }
 
-    /// Returns where `[from, to)` of a region is mapped, as (mapping, address, length).
+    /// Returns the mappings of `[from, to)` (bytes) of a region, as (segment, address, length).
     fn mappings_of(&self, region: usize, from: usize, to: usize) -> impl Iterator<Item = (&Armed, u64, u64)> {
         let here = self.armed.iter().filter(move |armed| armed.segment.region == region);
         here.filter_map(move |armed| {

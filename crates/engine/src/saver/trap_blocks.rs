@@ -25,7 +25,7 @@ pub(super) struct Area {
     pub(super) trap_block: usize,
     /// Index of the first page in the page map, which covers all regions.
     pub(super) first_page: usize,
-    /// Whether the region is in hugetlbfs, which reports all pages as data.
+    /// Whether the region is in hugetlbfs, where lseek(2) reports all pages as data.
     pub(super) hugetlb: bool,
     states: Vec<AtomicU8>,
 }
@@ -38,14 +38,14 @@ pub(super) struct Copied {
     pub(super) page: usize,
     /// Present pages of the block, as (first, end) relative to `page`.
     pub(super) runs: Vec<(usize, usize)>,
-    /// Pages to record as holes, as (first, end) relative to `page`. Only in rounds: otherwise pages without a copy are
-    /// holes.
+    /// Pages to record as holes, as (first, end) relative to `page`. Used only in rounds: without rounds, pages without
+    /// a copy are holes.
     pub(super) absent: Vec<(usize, usize)>,
     pub(super) slot: Box<[u8]>,
     pub(super) origin: Origin,
 }
 
-/// Divides regions into blocks of `trap_block` bytes, or of one page if pages are larger.
+/// Divides regions into blocks of `trap_block` bytes, or of one page if pages are larger than `trap_block`.
 pub(super) fn areas(regions: Vec<SavedRegion>, trap_block: usize) -> Vec<Area> {
     let mut first_page = 0;
     let cut = |SavedRegion { source, page_size }: SavedRegion| {
