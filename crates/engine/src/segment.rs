@@ -1,4 +1,4 @@
-//! Segments: mappings of parts of a workload's regions in its address spaces.
+//! Segments: mappings of parts of a workload's regions in the address spaces of its processes.
 
 use std::sync::Arc;
 
@@ -52,7 +52,7 @@ impl Segment {
     }
 
     /// Maps the huge page that consists of pages `[first, end)` by a PMD entry. Returns false if the segment does not
-    /// map the whole huge page at an aligned address, or if the kernel refuses.
+    /// map the whole huge page at an aligned address, or if MADV_COLLAPSE fails.
     pub(crate) fn map_large(&self, first: usize, end: usize) -> bool {
         let Some((address, len)) = self.part(first, end) else { return false };
         let whole = len == LARGE_PAGE as u64 && address.is_multiple_of(len);

@@ -12,8 +12,8 @@
 //! huge page splits its PMD mapping, and each base page would still fault once. `collect` registers and protects the
 //! huge pages again. Memory backed by base pages is always protected page by page.
 //!
-//! Correctness follows from the order: `collect` protects pages before the caller reads them, so that a later write is
-//! reported by the next `collect`.
+//! Correctness follows from the order: `collect` protects pages before the caller reads them, so the next `collect`
+//! reports any later write.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -47,7 +47,7 @@ const MAX_RELEASED: usize = 8192;
 struct Armed {
     segment: Segment,
     uffd: Arc<Userfault>,
-    /// Whether each unit of the segment is backed by a huge page; units beyond the end are not.
+    /// Whether each unit of the segment is backed by a huge page. Units beyond the end of the list are not.
     large: Vec<bool>,
     /// Indices of the units unprotected since the last collection. Locked while protections change.
     released: Mutex<BTreeSet<usize>>,
@@ -109,7 +109,7 @@ fn consecutive(numbers: &BTreeSet<usize>) -> Vec<(usize, usize)> {
 }
 
 /// Returns for each unit of a segment whether it can be mapped as a huge page. `region` states which units of the
-/// region are backed by huge pages. If the segment and these units are not aligned, the result is empty.
+/// region are backed by huge pages. The result is empty if the segment is not aligned with the units of the region.
 fn large_units(segment: &Segment, region: Option<&Vec<bool>>) -> Vec<bool> {
     let aligned = segment.address.is_multiple_of(LARGE_PAGE as u64) && segment.first_page.is_multiple_of(SLOTS);
     let Some(region) = region.filter(|_| aligned) else { return Vec::new() };
@@ -117,7 +117,7 @@ fn large_units(segment: &Segment, region: Option<&Vec<bool>>) -> Vec<bool> {
     region.iter().skip(segment.first_page / SLOTS).take(whole).copied().collect()
 }
 
-/// Write traces over segments. A drop removes all traces, unless they are borrowed.
+/// Write traces over segments. Dropping the value removes all traces, unless they are borrowed.
 #[derive(Debug)]
 pub struct Trace {
     armed: Arc<Vec<Armed>>,
@@ -125,7 +125,7 @@ pub struct Trace {
     helper: Option<JoinHandle<()>>,
     expand: bool,
     install: Duration,
-    /// Whether the userfaultfds belong to another owner, so that the traces stay after a drop.
+    /// Whether the userfaultfds belong to another owner. If so, the traces stay installed after a drop.
     borrowed: bool,
 }
 
@@ -139,7 +139,7 @@ struct TraceState {
 }
 
 impl Trace {
-    /// Installs traces over `segments`. Every write after the return is reported.
+    /// Installs traces over `segments`. Every write after this function returns is reported.
     ///
     /// `release_after` makes the traces coarse: a huge page is unprotected as a whole once this number of its base
     /// pages have been written. If `release_after` is 1, every 2 MiB unit with a written page is reported as a whole.

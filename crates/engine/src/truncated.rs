@@ -3,9 +3,9 @@
 //!
 //! A check before each read does not help, because the file may be truncated after the check. Reading every page by a
 //! system call would copy all memory. Zeros must not be substituted, because they would be taken for contents. A
-//! process of pageferry that serves one workload therefore exits with a message and an exit code. This is safe at every
-//! point: before the commit the source owns the workload, an image without its index is incomplete, and a workload
-//! whose pager exits waits for the next pager.
+//! process of pageferry that serves one workload therefore exits with a message and a given exit code. This is safe at
+//! every point: before the commit the source owns the workload, an image without its index is incomplete, and a
+//! workload whose pager exits waits for the next pager.
 
 use std::io;
 use std::mem::zeroed;

@@ -126,7 +126,7 @@ pub const UFFD_API: u64 = 0xaa;
 pub const UFFD_USER_MODE_ONLY: i32 = 1;
 /// Flags of every userfaultfd.
 pub const UFFD_FLAGS: i32 = libc::O_CLOEXEC | libc::O_NONBLOCK;
-/// Device that creates userfaultfds for all faults. The permissions of the device control the access.
+/// Device that creates userfaultfds for all faults. The file permissions of the device control access.
 pub const UFFD_DEVICE: &CStr = c"/dev/userfaultfd";
 /// `ioctl(2)` request of [`UFFD_DEVICE`]. The argument contains the flags of `userfaultfd(2)`.
 pub const USERFAULTFD_IOC_NEW: u64 = ioc(0, UFFD, 0, 0);
@@ -157,7 +157,7 @@ pub const REGISTER_MODE_MISSING: u64 = 1;
 pub const REGISTER_MODE_WP: u64 = 2;
 /// Registration mode: faults on pages that are in the page cache but not mapped.
 pub const REGISTER_MODE_MINOR: u64 = 4;
-/// Flag that protects the range; without it, the range is unprotected.
+/// Mode of UFFDIO_WRITEPROTECT: protects the range. Without this mode, the range is unprotected.
 pub const WRITEPROTECT_MODE_WP: u64 = 1;
 
 /// Category: pages written since they were last protected.
@@ -168,9 +168,9 @@ pub const PAGE_IS_PRESENT: u64 = 1 << 3;
 pub const PAGE_IS_SWAPPED: u64 = 1 << 4;
 /// Category: pages that are mapped by a PMD entry or belong to hugetlbfs.
 pub const PAGE_IS_HUGE: u64 = 1 << 6;
-/// Flag that write-protects the matching pages.
+/// Flag of PAGEMAP_SCAN: write-protects the matching pages.
 pub const PM_SCAN_WP_MATCHING: u64 = 1;
-/// Flag that makes the scan fail for ranges that are not registered in WP_ASYNC mode.
+/// Flag of PAGEMAP_SCAN: the scan fails for ranges that are not registered in WP_ASYNC mode.
 pub const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 
 const UFFDIO_API: u64 = ioc(READ | WRITE, UFFD, 0x3f, size_of::<UffdioApi>());
@@ -204,7 +204,7 @@ pub unsafe fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
 }
 
 /// Reduces the time slices of the calling thread to 0.1 ms (`sched_setattr`, no effect before Linux 6.12). Among busy
-/// threads, the thread is then scheduled earlier, and yields the CPU earlier. Errors are ignored.
+/// threads, the scheduler then runs the thread earlier, and preempts it earlier. Errors are ignored.
 pub fn short_slices() {
     // SAFETY: getpriority takes no pointers. Process 0 means the calling thread.
     let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };

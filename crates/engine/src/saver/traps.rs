@@ -22,7 +22,7 @@ use crate::uapi::{self, Userfault};
 /// Time for which a trap thread polls for the next trap before it sleeps, because a wake-up takes longer than a trap.
 const SPIN: Duration = Duration::from_micros(30);
 
-/// Registers segments, with one userfaultfd per process. Nothing is protected yet.
+/// Registers segments, with one userfaultfd per process. Does not write-protect them.
 pub(super) fn register(segments: Vec<Segment>) -> Result<Vec<Armed>, AdoptError> {
     let features = uapi::FEATURE_PAGEFAULT_FLAG_WP | uapi::FEATURE_WP_HUGETLBFS_SHMEM | uapi::FEATURE_WP_UNPOPULATED;
     let registered = register_for_writes(segments, |space| space.full_userfault(features))?;
@@ -40,7 +40,7 @@ pub(super) fn processes(armed: &[Armed]) -> Vec<Arc<Userfault>> {
     found
 }
 
-/// Serves the traps of a process until the peer of `wakeup` is closed. Fails the checkpoint on an error.
+/// Serves the traps of a process until the peer socket of `wakeup` is closed. Fails the checkpoint on an error.
 pub(super) fn serve(shared: &SaverState, uffd: &Arc<Userfault>, wakeup: &UnixStream, slots: &Sender<Copied>) {
     let mut events = Vec::new();
     let mut idle = Instant::now();
@@ -67,7 +67,7 @@ pub(super) fn serve(shared: &SaverState, uffd: &Arc<Userfault>, wakeup: &UnixStr
     }
 }
 
-/// Waits for a trap. Returns whether the peer of `wakeup` was closed.
+/// Waits for a trap. Returns whether the peer socket of `wakeup` was closed.
 fn sleep(uffd: &Arc<Userfault>, wakeup: &UnixStream) -> bool {
     let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let mut polls = [poll(uffd.as_raw_fd()), poll(wakeup.as_raw_fd())];

@@ -1,8 +1,8 @@
 //! Pages of a shared file. Deferred pages (S8) are included by their signatures.
 //!
 //! A restore sets a bit for each deferred page. The image contains the class and the signature of every page; the
-//! signature is the same xxh3-64 hash that a scan computes for pages in memory. Duplicates are therefore found without
-//! loading deferred pages.
+//! signature is the same xxh3-64 hash that a scan computes for pages in memory. A scan therefore finds duplicates
+//! without loading deferred pages.
 
 use std::io;
 use std::sync::Arc;
@@ -57,7 +57,7 @@ pub struct SharedFile {
 }
 
 impl SharedFile {
-    /// Implements `ScannedMemory::units`. A unit that will be backed by a huge page counts as a huge page already.
+    /// Implements `ScannedMemory::units`. A unit that will be backed by a huge page already counts as a huge page.
     pub(super) fn units(&self, start: u64, end: u64) -> io::Result<Vec<(Span, bool)>> {
         let mut large = self.mapping.large_units()?;
         let mut pages = PageSet::new(self.mapping.pages());
@@ -82,7 +82,7 @@ impl SharedFile {
         Ok(spans.into_iter().map(|span| (span, large.get(unit(span.start)).copied().unwrap_or(false))).collect())
     }
 
-    /// Returns the deferred pages whose contents are known.
+    /// Returns the deferred pages whose contents are known from an image.
     fn known(&self, deferred: &Deferred) -> PageSet {
         match deferred.image {
             Some(_) => deferred.flags.set_in(deferred.base, deferred.base + self.mapping.pages()),

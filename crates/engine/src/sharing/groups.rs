@@ -12,7 +12,7 @@ pub struct Limits {
 /// Page that may have duplicates, collected during a scan. Zero pages are not included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Signature {
-    /// Hash of the contents; for a pattern, its word with the bits spread.
+    /// Hash of the contents; for a pattern, its word after a bijective mixing of the bits.
     pub hash: u64,
     /// Whether the page is a pattern.
     pub pattern: bool,
@@ -60,8 +60,8 @@ impl Groups {
 
     /// Returns the numbers of pages freed by sharing all shareable pages of the first 1, 2, 3... units of `order`.
     ///
-    /// In each group of identical pages, the first of every `pages_per_copy` pages is kept, in the order of the units.
-    /// All zero pages are freed. In units for which `only_zeros` returns true, only zero pages are freed.
+    /// In each group of identical pages, the first of every `pages_per_copy` pages is retained, in the order of the
+    /// units. All zero pages are freed. In units for which `only_zeros` returns true, only zero pages are freed.
     pub fn curve(&self, units: &[Unit], order: &[u32], limits: Limits, only_zeros: impl Fn(&Unit) -> bool) -> Vec<u64> {
         let mut met = vec![0u32; self.count];
         let mut freed = 0;

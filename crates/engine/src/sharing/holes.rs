@@ -1,8 +1,8 @@
 //! Freeing of zero pages of a shared file, by punching holes.
 //!
-//! Comparing and punching are two steps, and a write in between would be lost. The workload must therefore be *paused*.
-//! Write protection alone is not sufficient: a device or direct I/O that has pinned a page bypasses the page tables,
-//! and its writes would be lost.
+//! Comparing and punching are two steps, and a write between them would be lost. The workload must therefore be
+//! *paused*. Write protection alone is not sufficient: a device or direct I/O that has pinned a page bypasses the page
+//! tables, and its writes would be lost.
 
 use std::io;
 use std::time::{Duration, Instant};

@@ -1,12 +1,12 @@
 //! Duplicate pages (S9), found inside huge pages without splitting them.
 //!
 //! A [`Scan`] hashes the pages of several workloads with several threads, a slice at a time, so that the caller
-//! controls the pace. It then counts zero pages, patterns and duplicates for each 2 MiB unit, and estimates the memory
-//! that sharing would free. Hashes are hints: the kernel (KSM) compares contents under write protection before it
-//! merges pages, and [`holes`] compares zero pages of shared files while their workload is paused.
+//! controls the pace. The scan then counts zero pages, patterns and duplicates for each 2 MiB unit, and estimates the
+//! memory that sharing would free. Hashes are hints: the kernel (KSM) compares contents under write protection before
+//! it merges pages, and [`holes`] compares zero pages of shared files while their workload is paused.
 //!
-//! Memory use is bounded. A page costs 24 bytes. Beyond the limit, only pages whose hash has its lowest bits clear are
-//! kept, so that either all copies of a page are kept or none. The counts are then scaled up.
+//! Memory use is bounded. A recorded page costs 24 bytes. Beyond the limit, the scan records only pages whose hash has
+//! its lowest bits clear, so either all copies of a page are recorded or none. The counts are then scaled up.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -39,7 +39,7 @@ pub enum Class {
     Pattern,
     /// Duplicate of another page of the same workload.
     Inside,
-    /// Page without duplicates in its workload, but with duplicates in another one.
+    /// Page without duplicates in its workload, but with duplicates in another workload.
     Across,
 }
 
@@ -90,7 +90,7 @@ pub struct Scan {
     next: usize,
     signatures: Vec<Signature>,
     max: usize,
-    /// Number of low bits that must be clear in the hash of a page that is kept.
+    /// Number of low bits that are clear in the hash of every recorded page.
     shift: u32,
     groups: Groups,
     totals: Totals,
@@ -141,8 +141,8 @@ impl Scan {
         self.units[self.next..].iter().map(|unit| (unit.span.pages * SMALL_PAGE) as u64).sum()
     }
 
-    /// Scans the next units with `threads` threads, until at least `bytes` bytes (and at least one unit) are scanned.
-    /// Returns the number of bytes scanned, or 0 at the end.
+    /// Scans the next units with `threads` threads, until at least one unit and at least `bytes` bytes are scanned.
+    /// Returns the number of bytes scanned; 0 if no units are left.
     ///
     /// # Errors
     /// ESRCH if a process has exited; otherwise the error of reading the memory.

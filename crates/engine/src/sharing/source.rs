@@ -14,13 +14,13 @@ use crate::space::Space;
 use crate::uapi::{PAGE_IS_HUGE, PAGE_IS_PRESENT};
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
-/// Bit of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst): the page is in memory.
+/// Bit of a pagemap entry (Documentation/admin-guide/mm/pagemap.rst): the page is in memory.
 const PM_PRESENT: u64 = 1 << 63;
-/// Bit of an entry: the page is in swap.
+/// Bit of a pagemap entry: the page is in swap.
 const PM_SWAP: u64 = 1 << 62;
-/// Bit of an entry: the page is a file page or shared anonymous memory.
+/// Bit of a pagemap entry: the page is a file page or shared anonymous memory.
 const PM_FILE: u64 = 1 << 61;
-/// Bit of an entry: the page is mapped exclusively.
+/// Bit of a pagemap entry: the page is mapped exclusively.
 const PM_EXCLUSIVE: u64 = 1 << 56;
 
 /// Memory to scan.
@@ -57,7 +57,7 @@ impl ScannedMemory {
     /// Calls `found` with the contents of every page of a span, except pages that are already shared. Returns the
     /// numbers of pages that were not read from memory.
     ///
-    /// Changes nothing: no page is faulted in or swapped in, and no hole is filled.
+    /// Does not change memory: no page is faulted in or swapped in, and no hole is filled.
     ///
     /// # Errors
     /// ESRCH if the process has exited; otherwise the error of mincore(2) or process_vm_readv(2).

@@ -91,7 +91,7 @@ impl Space {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Unmaps the pages of a range of shared memory from the page tables of the process (MADV_DONTNEED_LOCKED). The
+    /// Removes the pages of a range of shared memory from the page tables of the process (MADV_DONTNEED_LOCKED). The
     /// contents are not affected.
     ///
     /// # Errors
@@ -145,8 +145,7 @@ impl Space {
             return self.inject(libc::SYS_mmap, [0, len, protection, flags, u64::MAX, 0]);
         }
         let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: mmap creates a new mapping at an address chosen by the kernel, so that no existing mapping is
-        // affected.
+        // SAFETY: mmap creates a new mapping at an address chosen by the kernel, so no existing mapping is affected.
         let address = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
         if address == libc::MAP_FAILED { Err(io::Error::last_os_error().into()) } else { Ok(address as u64) }
     }

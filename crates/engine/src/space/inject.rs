@@ -1,22 +1,23 @@
-//! Injection of system calls into another process, through one of its threads, by ptrace.
+//! Injection of system calls into another process, through one of its threads, with ptrace(2).
 //!
-//! The thread is stopped (PTRACE_SEIZE and PTRACE_INTERRUPT), and its registers and signal mask are saved. Then the
-//! thread is single-stepped over a `syscall` instruction of its own vdso with our arguments, and its state is restored.
-//! Other threads keep running. The kernel restarts a system call that the stop interrupted, as after a signal.
+//! The tracer stops the thread (PTRACE_SEIZE and PTRACE_INTERRUPT), and saves its registers and signal mask. It then
+//! single-steps the thread over a `syscall` instruction of the thread's vdso with our arguments, and restores the state
+//! of the thread. Other threads keep running. The kernel restarts a system call that the stop interrupted, as after a
+//! signal.
 //!
 //! Side effects that are avoided:
 //!
-//! - *32-bit code.* The injected system call numbers have another meaning in 32-bit code. A thread that is stopped in
-//!   32-bit code (a 32-bit process, or some code of Wine) is therefore rejected before anything is changed. An x32
+//! - *32-bit code.* The injected system call numbers have another meaning in 32-bit code, which 32-bit processes and
+//!   parts of Wine run. A thread that is stopped in such code is therefore rejected before anything is changed. An x32
 //!   process is accepted, because it runs in 64-bit mode, where the number alone selects the call.
-//! - *Restarts.* `orig_rax` is restored with the other registers, so that the kernel restarts the interrupted call. The
+//! - *Restarts.* `orig_rax` is restored with the other registers, so the kernel restarts the interrupted call. The
 //!   injected calls do not change the restart block.
 //! - *Restartable sequences.* See [`super::rseq`].
-//! - *Stacks.* Nothing is pushed, called or returned from, so that red zones, signal frames and shadow stacks are
-//!   preserved.
+//! - *Stacks.* Nothing is pushed, called or returned from, so red zones, signal frames and shadow stacks are preserved.
 //!
-//! The tracer is a single thread; the kernel detaches the traced thread when the tracer exits. Each injection therefore
-//! runs in a separate thread. A thread that did not stop in time is detached, so that it does not stop later.
+//! Only the thread that attached may trace, and the kernel detaches the traced thread when the tracing thread exits.
+//! Each injection therefore runs in a separate thread. A thread that did not stop within the timeout is detached, so
+//! that it does not stop later.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -29,16 +30,16 @@ use thiserror::Error;
 use super::rseq;
 use crate::{SMALL_PAGE, uapi};
 
-/// Timeout for a thread to stop. All threads stop at once, except threads in uninterruptible sleep.
+/// Timeout for a thread to stop. All threads stop immediately, except threads in uninterruptible sleep.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Timeout for an injected call. Unmapping a terabyte, for example, takes the kernel some time.
+/// Timeout for an injected call, which must suffice for long calls, such as unmapping a terabyte.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time to wait for another tracer to detach.
+/// Maximum time to wait for another tracer to detach.
 const TRACER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Signals by which the kernel reports the result of an instruction.
 const FORCED: [libc::c_int; 6] = [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS];
-/// Maximum number of attempts to stop a thread that executes another program, or is in 32-bit code or in a restartable
-/// sequence that cannot be aborted.
+/// Maximum number of attempts to stop a thread. An attempt fails if the process executes another program, or if the
+/// thread is in 32-bit code or in a restartable sequence that cannot be aborted.
 const ATTEMPTS: usize = 20;
 /// Segment selector of 64-bit user code. The 32-bit one is 0x23, and local descriptor tables have no 64-bit code.
 const CODE_64: u64 = 0x33;
@@ -47,7 +48,7 @@ const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const SIGSET_LEN: usize = size_of::<u64>();
 const PAGE: u64 = SMALL_PAGE as u64;
 
-/// Reason for which a process could not be adopted or a system call could not be injected.
+/// Reason why a process could not be adopted or a system call could not be injected.
 #[derive(Debug, Error)]
 pub enum AdoptError {
     /// Permission to trace the process is missing.
@@ -89,10 +90,10 @@ pub enum AdoptError {
     /// The memory is registered with another userfaultfd.
     #[error(
         "cannot register memory of process {0} at {1:#x}: it is registered with another userfaultfd (a trace or a \
-         post-copy in progress): {2}; end that first"
+         post-copy in progress): {2}; finish that operation first"
     )]
     Registered(libc::pid_t, u64, io::Error),
-    /// The process may not have a userfaultfd for its page faults.
+    /// A userfaultfd for the page faults of the process could not be created.
     #[error("cannot handle page faults of process {0}: userfaultfd: {1}; {remedy}", remedy = faults_remedy(.1))]
     NoFaults(libc::pid_t, io::Error),
     /// The injected call failed.
@@ -140,7 +141,7 @@ pub struct Stopped {
     saved: libc::user_regs_struct,
     mask: u64,
     instruction: u64,
-    /// Set of the signals received during the stop. They are sent again after the registers are restored.
+    /// Signals received during the stop, as a bit set. They are sent again after the registers are restored.
     held: Cell<u64>,
     /// Timeout for each injected call.
     timeout: Duration,
@@ -171,7 +172,7 @@ impl Stopped {
         Self::stop(pid, instruction, timeout).inspect_err(|_| detach(pid))
     }
 
-    /// Stops a seized thread. Changes nothing in it before all checks have passed.
+    /// Stops a seized thread. Does not change the thread before all checks have passed.
     fn stop(pid: libc::pid_t, instruction: u64, timeout: Duration) -> Result<Self, AdoptError> {
         interrupt(pid)?;
         let mut saved = std::mem::MaybeUninit::<libc::user_regs_struct>::zeroed();
@@ -182,7 +183,7 @@ impl Stopped {
             return Err(AdoptError::Code32(pid, saved.cs));
         }
         if !is_syscall(pid, instruction) {
-            return Err(AdoptError::NoVdso(pid)); // it has executed another program since `find_syscall`
+            return Err(AdoptError::NoVdso(pid)); // executed another program since `find_syscall`
         }
         rseq::abort(pid, &mut saved)?;
         let mut mask = 0u64;
@@ -215,8 +216,8 @@ impl Stopped {
         }
     }
 
-    /// Makes the process create a userfaultfd through [`uapi::UFFD_DEVICE`], which the process may be permitted to
-    /// open.
+    /// Makes the process create a userfaultfd through [`uapi::UFFD_DEVICE`]. The process may have permission to open
+    /// the device even if it may not call userfaultfd(2).
     ///
     /// The path is stored in a page that is mapped for this purpose, so that no memory of the program is overwritten.
     pub fn userfault_of_device(&self, flags: u64) -> Result<u64, AdoptError> {
@@ -292,7 +293,7 @@ impl Drop for Stopped {
         // never continue with our registers.
         let running = |error: io::Error| error.raw_os_error() == Some(libc::ESRCH);
         while set_registers(self.pid, &self.saved).is_err_and(running) && self.interrupt_call() {}
-        // Failures mean that the process has exited, so that nothing needs to be restored.
+        // Failures mean that the process has exited, so nothing needs to be restored.
         let _ = set_mask(self.pid, self.mask);
         detach(self.pid);
         for signal in (1..64).filter(|signal| self.held.get() >> signal & 1 == 1) {
@@ -302,7 +303,7 @@ impl Drop for Stopped {
     }
 }
 
-/// Reason for which a traced thread has stopped.
+/// Reason why a traced thread has stopped.
 enum Stop {
     /// Pending signal.
     Signal(libc::c_int),
@@ -353,7 +354,7 @@ fn is_syscall(pid: libc::pid_t, address: u64) -> bool {
     peek(pid, address).is_ok_and(|word| word.to_le_bytes().starts_with(&SYSCALL))
 }
 
-/// Reads the word at an address of a stopped thread.
+/// Returns the word at an address of a stopped thread.
 pub(super) fn peek(pid: libc::pid_t, address: u64) -> io::Result<u64> {
     let mut word = 0u64;
     // Use the system call: the wrapper of the C library returns the word in place of the status.
@@ -362,7 +363,7 @@ pub(super) fn peek(pid: libc::pid_t, address: u64) -> io::Result<u64> {
     if result == 0 { Ok(word) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Attaches to a thread. If the thread is traced already, waits up to `TRACER_TIMEOUT` for the tracer to detach,
+/// Attaches to a thread. If the thread is already traced, waits up to `TRACER_TIMEOUT` for the tracer to detach,
 /// because it may be another pageferry process.
 fn seize(pid: libc::pid_t, options: libc::c_int) -> Result<(), AdoptError> {
     let deadline = Instant::now() + TRACER_TIMEOUT;

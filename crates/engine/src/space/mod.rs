@@ -18,7 +18,7 @@ pub use inject::AdoptError;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Faults {
     /// All faults that user space resolves, including those of system calls and of KVM. With a userfaultfd for
-    /// user-mode faults only, system calls would fail (EFAULT) on pages for which other accesses wait.
+    /// user-mode faults only, a system call would fail with EFAULT on a page for which a user-mode access waits.
     All,
     /// Only faults that the kernel resolves (asynchronous write traces), for which user-mode faults suffice.
     Resolved,
@@ -58,14 +58,14 @@ impl Space {
         u32::try_from(self.pid).is_ok_and(|pid| pid == std::process::id())
     }
 
-    /// Creates a userfaultfd of this address space with `features`. This process holds the only reference: when the
+    /// Creates a userfaultfd of this address space with `features`. Our process holds the only reference: when our
     /// process exits, the kernel removes all registrations.
     ///
-    /// In another process, one thread is stopped by ptrace for less than a millisecond. It creates the descriptor, and
-    /// closes it after this process has duplicated it.
+    /// In another process, ptrace stops one thread for less than a millisecond. The thread creates the descriptor, and
+    /// closes it after our process has duplicated it.
     ///
     /// # Errors
-    /// [`AdoptError`] if the process cannot be adopted or may not have a userfaultfd.
+    /// [`AdoptError`] if the process cannot be adopted or is not permitted to create a userfaultfd.
     pub fn userfault(&self, features: u64) -> Result<Userfault, AdoptError> {
         let uffd = if self.is_own() {
             Userfault::own().map_err(|error| self.refused(error))?
@@ -77,10 +77,11 @@ impl Space {
     }
 
     /// Like `userfault`, but the userfaultfd always handles faults in kernel mode as well. With a userfaultfd for
-    /// user-mode faults only, system calls of the process would fail (EFAULT).
+    /// user-mode faults only, system calls of the process would fail with EFAULT.
     ///
     /// # Errors
-    /// [`AdoptError`] if the process cannot be adopted; [`AdoptError::NoFaults`] if it may not have such a userfaultfd.
+    /// [`AdoptError`] if the process cannot be adopted; [`AdoptError::NoFaults`] if it is not permitted to create such
+    /// a userfaultfd.
     pub fn full_userfault(&self, features: u64) -> Result<Userfault, AdoptError> {
         let uffd = if self.is_own() {
             Userfault::own_full().map_err(|error| self.refused(error))?
@@ -102,15 +103,15 @@ impl Space {
         }
     }
 
-    /// Creates a userfaultfd of this address space with `features`, of which the process keeps a copy: if the engine
-    /// exits, threads that wait for a page stay blocked. Returns our descriptor, and its number in the process (`None`
-    /// for our own process).
+    /// Creates a userfaultfd of this address space with `features`, of which the process keeps a copy: if our process
+    /// exits, threads that wait for a page stay blocked. Returns our descriptor, and the number of the copy in the
+    /// process; `None` for our own process.
     ///
     /// `wanted` are additional features, enabled if the kernel supports all of them.
     ///
     /// # Errors
-    /// [`AdoptError`] if the process cannot be adopted; [`AdoptError::NoFaults`] if it may not have a userfaultfd for
-    /// these `faults`.
+    /// [`AdoptError`] if the process cannot be adopted; [`AdoptError::NoFaults`] if it is not permitted to create a
+    /// userfaultfd for these `faults`.
     pub fn kept_userfault(
         &self,
         features: u64,

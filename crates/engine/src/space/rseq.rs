@@ -2,18 +2,18 @@
 //!
 //! A thread announces a critical section in the `rseq_cs` field of its rseq area. The kernel guarantees that a thread
 //! that was preempted or received a signal inside the section continues at the abort handler of the section. On the
-//! return to user mode, the kernel redirects the instruction pointer to the handler if it is inside the section
-//! (`rseq_ip_fixup` in kernel/rseq.c). Otherwise the section is over, and the kernel clears `rseq_cs`.
+//! return to user mode, the kernel redirects the instruction pointer to the handler if the pointer is inside the
+//! section (`rseq_ip_fixup` in kernel/rseq.c). Otherwise the section is over, and the kernel clears `rseq_cs`.
 //!
 //! A ptrace stop is a preemption. However, the thread first returns to user mode for the injected call, with its
 //! instruction pointer outside the section. The kernel then clears `rseq_cs`, and the section is not aborted when the
-//! registers of the thread are restored. Other threads may have run on that CPU in the meantime, so that the section
-//! could commit invalid data.
+//! registers of the thread are restored. Other threads may have run on that CPU in the meantime, so the section could
+//! commit invalid data.
 //!
 //! Before the first call, this module therefore does what the kernel would have done, with the same checks: it
 //! redirects the thread to the abort handler and clears `rseq_cs`. This is always allowed, because a section may be
-//! preempted at any instruction. If the kernel would kill the thread by SIGSEGV (wrong signature before the handler,
-//! unknown version), the operation fails before anything is changed.
+//! preempted at any instruction. For an invalid signature before the handler or an unknown version, the kernel would
+//! kill the thread with SIGSEGV. In this case, the operation fails before anything is changed.
 
 use libc::user_regs_struct;
 
@@ -72,7 +72,7 @@ pub fn abort(pid: libc::pid_t, registers: &mut user_regs_struct) -> Result<(), A
     Ok(())
 }
 
-/// Returns the rseq configuration of a thread, or `None` if there is none or the kernel lacks support.
+/// Returns the rseq configuration of a thread; `None` if the thread has none, or if the kernel cannot report it.
 fn configuration(pid: libc::pid_t) -> Option<Configuration> {
     let mut found = Configuration::default();
     let size = size_of::<Configuration>() as u64;
