@@ -235,8 +235,8 @@ def test_server_can_be_cancelled_and_refuses_malformed_requests() -> None:
         server = made.server(other)
         server.start()
         os.write(more[0], b"PFRQ" + bytes(28))
-        assert lost(server) == "page stream out of step: a request with a wrong magic or checksum"
-        with pytest.raises(ValueError, match="a request with a wrong magic or checksum"):
+        assert lost(server) == "unexpected message on a page stream: a request with an invalid magic number or checksum"
+        with pytest.raises(ValueError, match="a request with an invalid magic number or checksum"):
             server.push()
         assert ours
 

@@ -148,7 +148,7 @@ def test_closed_peer_is_an_error() -> None:
 def test_stalled_peer_times_out() -> None:
     with connected(1) as ((ours,), (theirs,)):
         ours.sendall(b"PFBK")
-        with pytest.raises(TimeoutError, match="not moved a byte"):
+        with pytest.raises(TimeoutError, match="not transferred a byte"):
             receiver_of(theirs, 0.2).receive(0)
 
 

@@ -5,12 +5,12 @@
 //! the marked pages and protects them again, atomically per page. Installing a trace does not stop any thread of the
 //! workload. If the tracer exits, its descriptor is closed, and the kernel removes every protection.
 //!
-//! *Coarse* traces mark a whole huge page as written once enough of its base pages have been written, and unprotect the
-//! other base pages, so that the workload takes few faults instead of up to 512. A helper thread polls for such huge
-//! pages. The helper marks them as written while they are still registered, so that all later writes are covered; then
-//! it unregisters them and maps them as huge pages again. Removing only the protection would not help: protecting a
-//! huge page splits its PMD mapping, and each base page would still fault once. `collect` registers and protects the
-//! huge pages again. Memory backed by base pages is always protected page by page.
+//! *Coarse* traces mark a whole huge page as written once a given number of its base pages have been written. They also
+//! unprotect the other base pages, so the workload takes only a few faults instead of up to 512. A helper thread polls
+//! for such huge pages. The helper marks them as written while they are still registered, so all later writes are
+//! covered; then it unregisters them and maps them as huge pages again. Removing only the protection would not help:
+//! protecting a huge page splits its PMD mapping, and each base page would still fault once. `collect` registers and
+//! protects the huge pages again. Memory backed by base pages is always protected page by page.
 //!
 //! Correctness follows from the order: `collect` protects pages before the caller reads them, so the next `collect`
 //! reports any later write.
@@ -189,7 +189,7 @@ impl Trace {
     }
 
     /// Installs traces on `segments` through the userfaultfds of an acquired pager ([`crate::pager::Pager::hold`]),
-    /// with which the segments are registered already. The traces stay installed after a drop, until the pager is
+    /// with which the segments are already registered. The traces stay installed after a drop, until the pager is
     /// released.
     ///
     /// # Errors

@@ -248,8 +248,8 @@ pub(crate) unsafe fn ioctl<T>(fd: &impl AsRawFd, request: u64, argument: &mut T)
 pub struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// Creates a userfaultfd of our address space, without features. It handles all faults if this process is permitted
-    /// to create such a userfaultfd, otherwise only user-mode faults.
+    /// Creates a userfaultfd of our address space, without features. The userfaultfd handles all faults if this process
+    /// is permitted to create such a userfaultfd, otherwise only user-mode faults.
     ///
     /// # Errors
     /// EPERM if this process may not create a userfaultfd, ENOSYS if the system call is not available.
@@ -297,7 +297,7 @@ impl Userfault {
     /// Registers `[start, start + len)` for the faults of `mode`.
     ///
     /// # Errors
-    /// The error of UFFDIO_REGISTER, such as EBUSY.
+    /// The error of UFFDIO_REGISTER, such as EBUSY if another userfaultfd covers a part of the range.
     pub fn register(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
         let mut argument = UffdioRegister { range: UffdioRange { start, len }, mode, ioctls: 0 };
         // SAFETY: the kernel interprets the range in the address space of the userfaultfd; registering changes no
@@ -314,8 +314,8 @@ impl Userfault {
         // SAFETY: the kernel interprets the range in the address space of the userfaultfd; unregistering changes no
         // contents.
         let result = unsafe { ioctl(&self.0, UFFDIO_UNREGISTER, &mut range) };
-        // The kernel wakes the waiters before it waits for concurrent faults. One of these faults may have blocked in
-        // between.
+        // Wake again: the kernel wakes the waiters before it waits for concurrent faults. The thread of such a fault may
+        // have blocked after the kernel's wake-up.
         let _ = self.wake(start, len);
         result.map(drop)
     }
@@ -336,7 +336,7 @@ impl Userfault {
 
     /// Maps the page cache pages of a range registered for MINOR faults. Returns the number of bytes mapped.
     ///
-    /// Skips pages of `page` bytes that are already mapped, and holes of the file.
+    /// `page` is the page size, bytes. Skips pages that are already mapped, and holes of the file.
     ///
     /// # Errors
     /// The error of UFFDIO_CONTINUE.
@@ -363,9 +363,9 @@ impl Userfault {
 
     /// Returns whether a thread that removes pages of registered memory waits until its event is read.
     pub fn is_removing(&self) -> bool {
-        // The kernel returns EAGAIN before it checks the range. The range is empty, so that the call changes nothing.
+        // The kernel returns EAGAIN before it checks the range. The range is empty, so the call changes nothing.
         let mut argument = UffdioContinue { range: UffdioRange { start: 0, len: 0 }, mode: 0, mapped: 0 };
-        // SAFETY: the range is empty, so that the kernel maps nothing.
+        // SAFETY: the range is empty, so the kernel maps nothing.
         let result = unsafe { ioctl(&self.0, UFFDIO_CONTINUE, &mut argument) };
         result.is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
     }

@@ -4,8 +4,9 @@
 //! each of them ends the round with a barrier. Every wait is bounded: it ends on cancellation, or if the peer has not
 //! transferred a byte within the timeout.
 //!
-//! After the switch-over of a post-copy migration, a [`PageServer`] at the source sends the blocks. It pushes them over
-//! separate streams. On another connection, it replies at once to the requests of a [`PeerSource`] at the destination.
+//! After the switch-over of a post-copy migration, a [`PageServer`] at the source sends the remaining pages. It pushes
+//! them over separate streams. On another connection, it replies immediately to the requests of a [`PeerSource`] at the
+//! destination.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -37,7 +38,7 @@ pub use socket::Endpoint;
 /// Round number of the blocks that are sent after the switch-over. No earlier round has this number.
 pub const POSTCOPY: u32 = u32::MAX;
 
-/// Reason for which a stream ended.
+/// Reason why a stream ended.
 #[derive(Debug, Error)]
 pub enum WireError {
     /// The transfer was cancelled.
@@ -47,7 +48,7 @@ pub enum WireError {
     #[error("the peer closed the page stream")]
     Closed,
     /// The peer did not transfer a byte within the timeout.
-    #[error("the peer has not moved a byte on the page stream for {0:?}")]
+    #[error("the peer has not transferred a byte on the page stream for {0:?}")]
     Stalled(Duration),
     /// A socket operation failed.
     #[error("page stream: {0}")]
@@ -62,7 +63,7 @@ pub enum WireError {
     #[error(transparent)]
     Place(#[from] PlaceError),
     /// A block or barrier was received out of order.
-    #[error("page stream out of step: {0}")]
+    #[error("unexpected message on a page stream: {0}")]
     Order(String),
 }
 

@@ -10,14 +10,14 @@ use crate::block::Codec;
 
 /// Longest sleep between two checks for cancellation.
 const SLICE: Duration = Duration::from_millis(20);
-/// Maximum unused time for which the limit may be exceeded afterwards. It compensates for sleeps that last too long.
+/// Maximum unused sending time that later sends may make up for. It compensates for sleeps that last too long.
 const BURST: Duration = Duration::from_millis(20);
 
 /// Bandwidth limit, shared by all streams of a sender.
 #[derive(Debug)]
 pub(super) struct RateLimit {
     bandwidth: u64,
-    /// Time at which the last of the bytes counted so far may have been sent.
+    /// Time at which, at the limited rate, all bytes counted so far have been sent.
     due: Mutex<Instant>,
 }
 
@@ -49,7 +49,7 @@ impl RateLimit {
         sleep_until(|| start, cancelled)
     }
 
-    /// Waits until the limit allows another send at once. Takes bytes into account that are counted during the wait.
+    /// Waits until the limit allows another send. Bytes that are counted during the wait prolong the wait.
     pub(super) fn wait_for_turn(&self, cancelled: &AtomicBool) -> Result<(), WireError> {
         sleep_until(|| *self.due.lock(), cancelled)
     }
@@ -79,9 +79,9 @@ const GAIN: f64 = 1.2;
 /// writing together.
 ///
 /// The cost of a mode is known only from using it: compression hides the speed of the link, and without compression the
-/// ratio is unknown. The other mode is therefore tried for a few blocks at increasing intervals. The interval is reset
-/// when a trial shows that the other mode is faster. While blocks are compressed, no trial takes place as long as
-/// writing takes longer than packing, because then the link is the bottleneck.
+/// compression ratio is unknown. The other mode is therefore tried for [`TRIAL`] blocks at increasing intervals. The
+/// interval is reset when a trial shows that the other mode is faster. While blocks are compressed, no trial takes
+/// place as long as writing takes longer than packing, because then the link is the bottleneck.
 #[derive(Debug)]
 pub(super) struct Adaptive {
     codec: Codec,
@@ -222,7 +222,7 @@ mod tests {
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| limit.wait_for_turn(&cancelled).map(|()| start.elapsed()));
             std::thread::sleep(Duration::from_millis(5));
-            urgent(); // while it waits
+            urgent(); // during the wait of the other thread
             let waited = waiting.join().expect("no panic").expect("not cancelled");
             assert!(waited + BURST >= Duration::from_millis(500), "{waited:?}");
         });

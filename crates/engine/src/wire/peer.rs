@@ -60,7 +60,7 @@ impl PeerSource {
         })
     }
 
-    /// Returns the reason for which the connection was lost, if any.
+    /// Returns the reason why the connection was lost; `None` if it was not lost.
     pub fn lost(&self) -> Option<String> {
         self.lost.lock().clone()
     }
@@ -100,16 +100,16 @@ impl PeerSource {
         self.cancelled.load(Ordering::Acquire)
     }
 
-    /// Cancels all transfers, and records the reason for which the connection is lost. Keeps only the first reason.
+    /// Cancels all transfers, and records the reason why the connection is lost. Keeps only the first reason.
     pub(crate) fn lose(&self, reason: &dyn std::fmt::Display) {
         let mut lost = self.lost.lock();
-        // Do not record errors after a cancellation, which are its consequence.
+        // Do not record errors after a cancellation: they are its consequence.
         if !self.cancelled.swap(true, Ordering::AcqRel) {
             lost.get_or_insert(reason.to_string());
         }
     }
 
-    /// Sends a page request. Requests are small and infrequent, so that writing one does not block.
+    /// Sends a page request. Requests are small and infrequent, so writing one does not block.
     pub(crate) fn request(&self, request: &Request) {
         let _alone = self.writing.lock();
         if self.cancelled.load(Ordering::Acquire) {

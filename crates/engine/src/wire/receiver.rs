@@ -174,7 +174,7 @@ impl BlockReceiver {
 }
 
 /// Reads uncompressed pages into their slots and verifies them in place. The workload does not use the memory before
-/// the source has committed, and a failed checksum ends the migration before that.
+/// the source has committed, and a failed checksum ends the migration before the commit.
 fn read_in_place(socket: &Socket, head: &Head, slots: Vec<libc::iovec>) -> Result<(), WireError> {
     if slots.is_empty() {
         return Ok(());

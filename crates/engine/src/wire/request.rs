@@ -12,8 +12,8 @@ pub const MAX_REQUEST: usize = 512;
 /// Value of `page` if no page of the request has priority.
 const NONE: u32 = u32::MAX;
 
-/// Request for pages of a region. The source sends `page` first and at once, even if it has been sent before. It then
-/// sends those of the other pages that have not been sent.
+/// Request for pages of a region. The source sends `page` immediately, even if it has been sent before. It then sends
+/// those of the other pages that have not been sent.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Request {
@@ -56,7 +56,7 @@ impl Request {
     pub(super) fn check(&self, regions: &[usize]) -> Result<PageRequest, WireError> {
         let wrong = |what: &str| Err(WireError::Order(format!("a request {what}")));
         if self.magic != MAGIC || self.checksum.get() != xxh3_64(&self.as_bytes()[..CHECKED]) {
-            return wrong("with a wrong magic or checksum");
+            return wrong("with an invalid magic number or checksum");
         }
         let (region, count, first) = (self.region.get() as usize, self.count.get() as usize, self.first.get());
         let Some(&pages) = regions.get(region) else { return wrong(&format!("for region {region}")) };

@@ -162,7 +162,7 @@ impl BlockSender {
     /// Sends the pages of `sets` (one set per region) over all streams; with `barrier`, ends the round.
     ///
     /// Also sends pages that were freed since they were sent: as holes, or as zero pages if they have been allocated
-    /// again. Freeing a page is not a write, so that no trace reports it.
+    /// again. Freeing a page is not a write, so no trace reports it.
     ///
     /// # Errors
     /// The error of lseek(2) on a region, or the first error of any stream; the other streams are then cancelled.

@@ -19,10 +19,11 @@ use crate::mapping::Mapping;
 use crate::pages::{AtomicBits, PageSet};
 use crate::uapi::short_slices;
 
-/// Maximum number of pages in a pushed block. It bounds the delay of a request that arrives during the push.
+/// Maximum number of pages in a pushed block. This limit bounds the delay of a reply to a request that is received
+/// during the push of the block.
 const CHUNK: usize = 64;
-/// Maximum number of unsent bytes in the socket buffer of a pushing stream. Such bytes delay replies on the other
-/// connection.
+/// Maximum number of unsent bytes in the socket buffer of a pushing stream. Such bytes delay replies on the connection
+/// for requests.
 const UNSENT: libc::c_int = 256 << 10;
 
 /// Server for the pages of a paused workload: replies to requests and pushes all other pages.

@@ -169,7 +169,7 @@ impl Socket {
         }
     }
 
-    /// Returns `Ok` if the transfer is to be retried after this error. Waits first if the socket was not ready.
+    /// Returns `Ok` if the caller must retry the transfer after this error. Waits first if the socket was not ready.
     fn retry_after(&self, error: io::Error, since: Instant, direction: Direction) -> Result<(), WireError> {
         match error.kind() {
             io::ErrorKind::WouldBlock if since.elapsed() > self.timeout => Err(WireError::Stalled(self.timeout)),

@@ -1,9 +1,9 @@
 //! TLS 1.3 on page streams: identities, handshake and records.
 //!
 //! Peers are authenticated on the control connection, which checks authorities, names, dates and revocations. A page
-//! stream accepts exactly the certificates that were accepted there, so that both connections are between the same
-//! hosts. The handshake ([`Session`]) performs no I/O. When it is complete, the caller passes descriptor and session to
-//! a sender or receiver, which seals and opens records in its own buffers from then on.
+//! stream accepts exactly the certificates that the control connection has accepted, so both connections are between
+//! the same hosts. The handshake ([`Session`]) performs no I/O. When the handshake is complete, the caller passes
+//! descriptor and session to a sender or receiver, which seals and opens records in its own buffers from then on.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ mod tests;
 pub(super) use records::Records;
 pub use session::Session;
 
-/// Reason for which a handshake or a record was rejected.
+/// Reason why a handshake or a record was rejected.
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// The certificate or key cannot be used.
@@ -115,7 +115,7 @@ impl Identity {
 }
 
 /// Returns the cryptography provider, with the fastest cipher suite first. Peers without AES in hardware negotiate the
-/// last one.
+/// last suite, ChaCha20-Poly1305.
 fn provider() -> CryptoProvider {
     let cipher_suites = vec![
         cipher_suite::TLS13_AES_128_GCM_SHA256,

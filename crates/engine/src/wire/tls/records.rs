@@ -20,7 +20,7 @@ use rustls::{
 use super::TlsError;
 use crate::wire::WireError;
 
-/// Number of data bytes of a record, which is the maximum that TLS allows.
+/// Maximum number of data bytes of a record (RFC 8446, 5.1).
 const RECORD: usize = 16 << 10;
 /// Number of bytes before the sealed part of a record, which contain type, version and length.
 const HEADER: usize = 5;
@@ -30,7 +30,7 @@ const MAX_SEALED: usize = RECORD + 256;
 const BATCH: usize = 16;
 /// Size of the receive buffer, bytes.
 const INCOMING: usize = 256 << 10;
-/// Maximum number of records per key: 128 GiB, half of what AES-GCM may seal (RFC 8446, 5.5).
+/// Maximum number of records per key: 128 GiB, about a third of what AES-GCM may seal (RFC 8446, 5.5).
 const RECORDS_PER_KEY: u64 = 1 << 23;
 /// KeyUpdate message: changes the sender's key without requesting a change of the receiver's key (RFC 8446, 4.6.3).
 const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
@@ -273,7 +273,7 @@ impl Incoming {
         match self.take(2) {
             [_, code] if *code == u8::from(AlertDescription::CloseNotify) => WireError::Closed,
             [_, code] => TlsError::Ended(format!("{:?}", AlertDescription::from(*code))).into(),
-            _ => TlsError::Unexpected("half an alert").into(),
+            _ => TlsError::Unexpected("a truncated alert").into(),
         }
     }
 }

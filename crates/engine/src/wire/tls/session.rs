@@ -63,10 +63,10 @@ impl Session {
     /// Processes bytes received from the peer.
     ///
     /// # Errors
-    /// If the handshake fails, if the peer sends too much, or on any call after an error.
+    /// If the handshake fails, if the peer sends more bytes than a handshake needs, or on any call after an error.
     pub fn feed(&mut self, bytes: &[u8]) -> Result<(), TlsError> {
         if self.failed {
-            return Err(TlsError::Unexpected("more after an error"));
+            return Err(TlsError::Unexpected("data after an error"));
         }
         if self.incoming.len() + self.plain.len() + bytes.len() > MAX_INCOMING {
             self.failed = true;
@@ -92,7 +92,7 @@ impl Session {
         self.established
     }
 
-    /// Returns the certificate that the peer has presented (DER).
+    /// Returns the certificate that the peer has presented (DER), or `None` if there is none yet.
     pub fn peer_certificate(&self) -> Option<&[u8]> {
         let shown = match &self.end {
             End::Connecting(connection) => connection.peer_certificates(),
@@ -101,7 +101,7 @@ impl Session {
         shown?.first().map(AsRef::as_ref)
     }
 
-    /// Seals bytes for the peer.
+    /// Seals bytes for the peer, and appends them to the bytes to send.
     ///
     /// # Errors
     /// If the handshake is not complete.

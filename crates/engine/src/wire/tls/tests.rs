@@ -1,4 +1,4 @@
-//! Handshakes and records between two sides in memory.
+//! Tests of handshakes and records, between two sides in memory.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
