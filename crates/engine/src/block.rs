@@ -265,7 +265,7 @@ pub struct Head {
 impl Head {
     /// Checks that no page is in two runs. A correct peer does not send a page twice in a block. Without this check, a
     /// block of 49 KB could make the receiver process the whole region 2048 times. A later block of the same round may
-    /// contain the page again, if the page was discarded in between.
+    /// contain the page again, if the page was discarded between the two blocks.
     ///
     /// # Errors
     /// [`BlockError::Field`] with the page that is in two runs.

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const LIMIT: usize = 64;
 const MESSAGE: &[u8] =
     b"pageferry: write to an arena that has moved to another process or host: the write would be lost; terminating \
-(SIGSEGV). Write only while on_pause does not hold, and not after on_moved\n";
+(SIGSEGV). Do not write between on_pause and on_resume, or after on_moved\n";
 
 /// Start addresses of closed ranges; 0 for an unused slot. A write to a range beyond the limit terminates the program
 /// without the message.

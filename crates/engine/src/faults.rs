@@ -48,15 +48,15 @@ const BATCH: usize = 64;
 /// Event in an address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
-    /// A thread waits for a page.
+    /// Fault: a thread waits for a page.
     Fault {
         /// Address of the access, rounded down to a page.
         address: u64,
         /// Whether the access was a write to a write-protected page. Otherwise the page was not mapped.
         protected: bool,
     },
-    /// A range is about to be discarded. The system call that discards the range continues once the event has been
-    /// read.
+    /// Removal of a range, before it is performed. The system call that discards the range continues once the event has
+    /// been read.
     Removal {
         /// First address.
         start: u64,

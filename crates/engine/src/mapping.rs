@@ -367,7 +367,7 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     let start = base as usize;
     let aligned = start.next_multiple_of(LARGE_PAGE);
     let (head, tail) = (aligned - start, start + whole - (aligned + len));
-    // SAFETY: both parts lie in the reservation, outside the part that is kept.
+    // SAFETY: both parts lie in the reservation, outside the part that stays reserved.
     unsafe {
         if head > 0 {
             libc::munmap(base, head);

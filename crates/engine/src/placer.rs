@@ -170,7 +170,7 @@ impl Placer {
     /// of starting a thread.
     pub fn new(targets: Vec<Target>, segments: Vec<Segment>, keep_large: bool, workers: usize) -> io::Result<Self> {
         if let Some(stray) = segments.iter().find(|segment| segment.region >= targets.len()) {
-            let words = format!("segment of region {}: only {} regions given", stray.region, targets.len());
+            let words = format!("invalid segment of region {}: only {} regions given", stray.region, targets.len());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
         }
         let own = Space::open(libc::pid_t::try_from(std::process::id()).map_err(io::Error::other)?)?;

@@ -96,7 +96,7 @@ pub struct PmScanArg {
     pub vec: u64,
     /// Number of elements of the array at `vec`.
     pub vec_len: u64,
-    /// Maximum number of pages; 0: no limit.
+    /// Maximum number of pages; 0 means no limit.
     pub max_pages: u64,
     /// Categories to invert.
     pub category_inverted: u64,
@@ -314,8 +314,8 @@ impl Userfault {
         // SAFETY: the kernel interprets the range in the address space of the userfaultfd; unregistering changes no
         // contents.
         let result = unsafe { ioctl(&self.0, UFFDIO_UNREGISTER, &mut range) };
-        // Wake again: the kernel wakes the waiters before it waits for concurrent faults. The thread of such a fault may
-        // have blocked after the kernel's wake-up.
+        // Wake again: the kernel wakes the waiters before it waits for concurrent faults. The thread of such a fault
+        // may have blocked after the kernel's wake-up.
         let _ = self.wake(start, len);
         result.map(drop)
     }

@@ -77,7 +77,7 @@ impl Image {
             let limit = if entry.kind.get() == section::PAGE_MAP { MAX_PAGES * 16 } else { MAX_SECTION };
             let end = entry.offset.get().checked_add(entry.len.get());
             if entry.len.get() > limit || end.is_none_or(|end| end > len - FOOTER_LEN as u64) {
-                return Err(value("section length", entry.len.get(), "a range of the file"));
+                return Err(value("section length", entry.len.get(), "a length within the file"));
             }
         }
         let mut image = Self {
@@ -294,7 +294,7 @@ impl Image {
             let largest = block::HEADER_LEN + block::MAX_RUNS * 24 + block::MAX_PAGE_BLOCKS * 16 + block::MAX_RAW;
             let len = entry.len.get() as usize;
             if end.is_none_or(|end| end > self.len) || len < block::HEADER_LEN || len > largest {
-                return Err(value("storage block length", u64::from(entry.len.get()), "a range of the file"));
+                return Err(value("storage block length", u64::from(entry.len.get()), "a length within the file"));
             }
         }
         Ok(())

@@ -132,7 +132,7 @@ impl ImageWriter {
         Ok(Finished { digest: footer.checksum.get(), len: self.len, writes: self.writes, blocks: blocks.len() })
     }
 
-    /// Returns the number of write calls.
+    /// Returns the number of write calls so far.
     pub fn writes(&self) -> u64 {
         self.writes
     }

@@ -51,8 +51,8 @@ pub fn serve(shared: &PagerState, inbox: &Inbox) {
     }
 }
 
-/// Returns the address of the next fault; `None` if there was none within `POLL_INTERVAL`. One thread holds the lock
-/// and waits for events; the others wait for the lock.
+/// Returns the address of the next fault; `None` if there was no fault within `POLL_INTERVAL`. One thread holds the
+/// lock and waits for events; the others wait for the lock.
 fn next(shared: &PagerState, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> {
     let mut waiting = inbox.waiting.lock();
     if waiting.is_empty() && inbox.uffd.wait(POLL_INTERVAL).ok()? {

@@ -31,7 +31,9 @@ impl Flags {
     pub fn open(file: BorrowedFd<'_>, pages: usize) -> io::Result<Self> {
         let (found, len) = (File::from(file.try_clone_to_owned()?).metadata()?.len(), file_len(pages));
         if found < len as u64 {
-            let words = format!("deferred bitmap of {pages} pages: file has {found} bytes, expected at least {len}");
+            let words = format!(
+                "cannot map the deferred bitmap of {pages} pages: file has {found} bytes, expected at least {len}"
+            );
             return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
         }
         Ok(Self { mapping: Mapping::new(file, len, 0)?, pages })

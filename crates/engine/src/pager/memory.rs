@@ -353,7 +353,7 @@ impl Memory {
     }
 
     /// Records removals of pages, as reported by events of the userfaultfd. If removals are not checked, discards the
-    /// pages at once. `removing` must be locked exclusively.
+    /// pages immediately. `removing` must be locked exclusively.
     pub fn removed(&self, runs: Vec<(usize, usize)>) {
         if !self.removals.checked {
             return self.discard_all(&runs);

@@ -57,7 +57,7 @@ impl Peer {
         Self { link: Mutex::new(link), waiting: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Returns the current connection, or the last one if it is lost.
+    /// Returns the current connection, even if it is lost.
     pub fn link(&self) -> Arc<PeerSource> {
         self.link.lock().clone()
     }

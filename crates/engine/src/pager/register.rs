@@ -1,4 +1,5 @@
-//! Start of a pager: deferred bitmap from the image, registration of the workload's mappings, removal of old contents.
+//! Start of a pager: sets the deferred bits of the image's pages, registers the workload's mappings, and removes old
+//! contents.
 
 use super::flags::Flags;
 use super::memory::{Memory, Watched};

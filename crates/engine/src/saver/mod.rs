@@ -481,7 +481,7 @@ impl Drop for Saver {
 pub struct Handle(Arc<SaverState>);
 
 impl Handle {
-    /// Returns the counters.
+    /// Returns the counters of the checkpoint.
     pub fn stats(&self) -> &Stats {
         &self.0.stats
     }

@@ -18,7 +18,7 @@ pub use inject::AdoptError;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Faults {
     /// All faults that user space resolves, including those of system calls and of KVM. With a userfaultfd for
-    /// user-mode faults only, a system call would fail with EFAULT on a page for which a user-mode access waits.
+    /// user-mode faults only, a system call would fail with EFAULT where a user-mode access waits.
     All,
     /// Only faults that the kernel resolves (asynchronous write traces), for which user-mode faults suffice.
     Resolved,

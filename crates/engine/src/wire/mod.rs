@@ -72,7 +72,7 @@ pub enum WireError {
 pub struct Progress {
     /// Number of bytes transferred, headers included.
     pub bytes: AtomicU64,
-    /// Number of storage blocks.
+    /// Number of storage blocks transferred.
     pub blocks: AtomicU64,
     /// Number of pages with data.
     pub data: AtomicU64,
@@ -108,7 +108,8 @@ fn on_all<S: Sync>(
 ) -> Result<(), WireError> {
     let failure = Mutex::new(None);
     let fail = |error: WireError| {
-        // Record the error before the flag is set: a stream that fails because of the flag must not be first.
+        // Record the error before the flag is set: otherwise, a stream that fails because of the flag could record its
+        // error first.
         failure.lock().get_or_insert(error);
         cancelled.store(true, Ordering::Release);
     };

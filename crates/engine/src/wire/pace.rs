@@ -194,7 +194,7 @@ mod tests {
     fn codec_is_used_on_a_slow_link() {
         let mut adaptive = Adaptive::new(Codec::Lz4, true);
         assert_eq!(run(&mut adaptive, 4000, 1000, 5000, 50), (1000, 0));
-        // Compression with a small gain is kept, because it costs little on this link.
+        // The policy keeps compression with a small gain, because compression costs little on this link.
         let (packed, changes) = run(&mut adaptive, 4000, 1000, 1500, 30);
         assert!(packed > 900 && changes < 20, "{packed} packed, {changes} changes");
     }

@@ -114,7 +114,7 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Waits until the bandwidth limit allows a send, so that pages taken afterwards are sent at once.
+    /// Waits until the bandwidth limit allows a send, so that pages taken after this call are sent without delay.
     pub(super) fn wait_for_turn(&self) -> Result<(), WireError> {
         self.limit.wait_for_turn(&self.cancelled)
     }

@@ -77,7 +77,7 @@ impl PageServer {
         if !missing.iter().map(PageSet::pages).eq(pages.iter().copied()) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "missing pages do not match the regions: expected one set per region, with as many pages",
+                "missing pages do not match the regions: expected one set per region, with as many pages as the region",
             ));
         }
         let (cancelled, limit) = (Arc::new(AtomicBool::new(false)), Arc::new(RateLimit::new(format.bandwidth)));

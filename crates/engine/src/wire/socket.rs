@@ -18,7 +18,7 @@ const MAX_BUFFERS: usize = 512;
 /// Connected socket, and the TLS session established on it, if any.
 #[derive(Debug)]
 pub struct Endpoint {
-    /// The socket.
+    /// Descriptor of the connected socket.
     pub fd: OwnedFd,
     /// TLS session; `None` if the stream is unencrypted.
     pub session: Option<Session>,

@@ -12,7 +12,7 @@ use rustls::{ClientConfig, Error, ServerConfig};
 use super::TlsError;
 use super::records::{Keys, Records};
 
-/// Maximum number of buffered bytes of an unauthenticated peer: 64 KiB of certificates and the rest of a handshake.
+/// Maximum number of buffered bytes of an unauthenticated peer: 64 KiB of certificates and all other messages.
 const MAX_INCOMING: usize = 128 << 10;
 /// Server name, required by rustls. It is neither resolved nor compared with a certificate.
 const NAME: &str = "peer.invalid";
