@@ -158,7 +158,7 @@ pub enum Kind {
     Barrier = 2,
 }
 
-/// Fixed-size part of a storage block.
+/// Header of a storage block, as it is sent and stored.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Header {

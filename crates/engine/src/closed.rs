@@ -1,5 +1,5 @@
-//! Memory that is read-only because its workload has been handed over. A write to it terminates the program with a
-//! message.
+//! Memory that is read-only because its workload has been handed over. A write to this memory terminates the program
+//! with a message.
 //!
 //! A buffer that a program has exported cannot be revoked, and a write through the buffer would be lost. The memory is
 //! therefore made read-only, so that a write raises SIGSEGV. The signal handler prints the reason and restores the

@@ -45,7 +45,7 @@ const _: () = assert!(size_of::<Message>() == 32);
 /// Maximum number of messages per read.
 const BATCH: usize = 64;
 
-/// Event in an address space.
+/// Event of an address space, read from a userfaultfd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     /// Fault: a thread waits for a page.

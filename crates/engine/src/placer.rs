@@ -33,7 +33,7 @@ pub enum PlaceError {
     /// The region was not announced.
     #[error("cannot place pages of region {0}: only {1} regions were announced")]
     Region(usize, usize),
-    /// Some of the pages are outside the region.
+    /// The range of pages extends beyond the region.
     #[error("cannot place pages {first} to {end}: the region has {pages} pages")]
     Pages {
         /// First page.
@@ -85,7 +85,7 @@ struct PlacedRegion {
     begun: AtomicBits,
     /// Units for which a huge page was allocated. All of their slots have memory.
     whole: AtomicBits,
-    /// Number of pages not received, per unit.
+    /// For each unit, the number of pages that have not been received.
     missing: Vec<AtomicU16>,
     mapped: Vec<AtomicBool>,
 }

@@ -68,7 +68,7 @@ pub unsafe fn kernel_writes(address: u64, contents: &[u8]) -> io::Result<usize> 
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
-/// Returns the ends of a pipe, for reading and writing.
+/// Returns the read end and the write end of a pipe.
 fn pipe() -> io::Result<(File, File)> {
     let (reading, writing) = io::pipe()?;
     Ok((File::from(OwnedFd::from(reading)), File::from(OwnedFd::from(writing))))

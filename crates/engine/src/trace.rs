@@ -141,7 +141,7 @@ struct TraceState {
 impl Trace {
     /// Installs traces over `segments`. Every write after this function returns is reported.
     ///
-    /// `release_after` makes the traces coarse: a huge page is unprotected as a whole once this number of its base
+    /// `release_after` makes the traces coarse: a huge page is unprotected as a whole once `release_after` of its base
     /// pages have been written. If `release_after` is 1, every 2 MiB unit with a written page is reported as a whole.
     /// If it is 0, each base page is traced separately. `large` states for each unit of each region whether the unit is
     /// backed by a huge page; omitted regions have no huge pages.

@@ -3,7 +3,7 @@
 //! Memory can be registered with only one userfaultfd at a time. During a restore, this must be the userfaultfd of the
 //! pager, because deferred pages would otherwise read as zeros. A migration or a checkpoint therefore installs its
 //! write trace (S2) through the pager's userfaultfd, which is in asynchronous mode for this purpose. While the pager is
-//! acquired, it does not finish. It maps pages write-protected when it installs their contents, so these pages count as
+//! acquired, it does not finish, and maps pages write-protected when it installs their contents. These pages count as
 //! unchanged until the workload writes to them. All other pages that the pager maps count as written, so that no write
 //! is missed. After the protections have been removed, all pages count as written.
 

@@ -4,7 +4,7 @@
 //!
 //! The trace stays installed during the whole checkpoint. While the workload runs, written pages are saved in rounds,
 //! which the caller controls. `collect` protects pages before they are read: if a page is written later, the trace
-//! reports it, and it is saved again. The last pages are copied at the snapshot point; from then on the trace serves
+//! reports it, and it is saved again. The last pages are copied at the snapshot point; from then on, the trace serves
 //! the next checkpoint.
 //!
 //! A device that has pinned a page can write to the page regardless of its protection. The caller must drain such I/O

@@ -432,7 +432,7 @@ impl Saver {
     /// image file is then unusable.
     pub fn finish(&mut self, sections: &[(u32, Vec<u8>)]) -> Result<Finished, SaveError> {
         if self.start.is_some() && !self.shared.failed() {
-            // Without the sweep, blocks that were not written would silently be missing.
+            // Without the sweep, blocks that the workload has not written would be missing, without an error.
             return Err(SaveError::Memory(io::Error::other("cannot finish a checkpoint before its sweep")));
         }
         let (classified, written) = self.join()?;

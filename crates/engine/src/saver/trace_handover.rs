@@ -3,8 +3,8 @@
 //!
 //! Memory can be registered with only one userfaultfd at a time, and a userfaultfd is either synchronous or
 //! asynchronous. Saved memory is therefore unregistered from the synchronous userfaultfd and registered with the
-//! asynchronous one, a part of a region at a time. In between, the part is unprotected, and writes to it are not
-//! recorded. The sweep therefore keeps a copy of the part, and compares the memory with the copy once the trace is
+//! asynchronous one, a part of a region at a time. Between these steps, the part is unprotected, and writes to it are
+//! not recorded. The sweep therefore keeps a copy of the part, and compares the memory with the copy once the trace is
 //! installed. Pages that differ, or that a trap has saved, were written since the snapshot point. They are unprotected
 //! again, so that the trace reports them.
 

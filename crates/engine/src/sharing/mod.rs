@@ -160,7 +160,7 @@ impl Scan {
         };
         std::thread::scope(|scope| {
             for _ in 1..threads {
-                // If a thread cannot be started, the others do its work.
+                // If a thread cannot be started, the other threads do its work.
                 let _ = std::thread::Builder::new().spawn_scoped(scope, scan);
             }
             scan();

@@ -120,7 +120,7 @@ pub(super) fn on_stopped<T: Send>(
     on_stopped_within(CALL_TIMEOUT, pid, work)
 }
 
-/// Like `on_stopped`, with a timeout for each injected call.
+/// Like `on_stopped`, but with the given timeout for each injected call.
 fn on_stopped_within<T: Send>(
     timeout: Duration,
     pid: libc::pid_t,

@@ -37,7 +37,7 @@ struct Configuration {
     pad: u32,
 }
 
-/// Redirects a stopped thread to the abort handler if it is inside a critical section.
+/// Redirects a stopped thread to the abort handler if the thread is inside a critical section.
 ///
 /// # Errors
 /// [`AdoptError::Sequence`] if the kernel would not abort the section either. In this case, nothing has been changed.

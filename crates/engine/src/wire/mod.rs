@@ -62,7 +62,7 @@ pub enum WireError {
     /// A block does not fit the regions.
     #[error(transparent)]
     Place(#[from] PlaceError),
-    /// A block or barrier was received out of order.
+    /// A block or barrier was received out of order, or a request is invalid.
     #[error("unexpected message on a page stream: {0}")]
     Order(String),
 }

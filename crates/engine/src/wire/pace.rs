@@ -109,7 +109,7 @@ impl Adaptive {
         if self.packed != self.trying { self.codec } else { Codec::None }
     }
 
-    /// Returns whether `codec` differs from the configured one.
+    /// Returns whether `codec` differs from the configured codec.
     pub(super) fn is_bypassed_by(&self, codec: Codec) -> bool {
         codec != self.codec
     }

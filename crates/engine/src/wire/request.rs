@@ -64,10 +64,12 @@ impl Request {
             return wrong(&format!("for {count} pages, expected 1 to {MAX_REQUEST}"));
         }
         let first = usize::try_from(first).ok().filter(|&first| first < pages && count <= pages - first);
-        let Some(first) = first else { return wrong(&format!("for pages beyond the {pages} of region {region}")) };
+        let Some(first) = first else {
+            return wrong(&format!("for pages beyond the {pages} pages of region {region}"));
+        };
         let page = (self.page.get() != NONE).then_some(self.page.get() as usize);
         match page {
-            Some(page) if page >= count => wrong(&format!("for page {page} of {count}")),
+            Some(page) if page >= count => wrong(&format!("for {count} pages with priority for page {page}")),
             page => Ok(PageRequest { region, first, end: first + count, page: page.map(|page| first + page) }),
         }
     }

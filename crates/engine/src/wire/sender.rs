@@ -73,7 +73,7 @@ impl Outgoing {
         Self { urgent: true, ..self }
     }
 
-    /// Returns whether the block may lack space for another page or run.
+    /// Returns whether the current block may lack space for another page or run.
     pub(super) fn is_full(&self) -> bool {
         self.builder.is_full()
     }

@@ -1,4 +1,4 @@
-//! TLS handshake without I/O, and the first bytes after it.
+//! TLS handshake without I/O, and the first bytes of the stream after the handshake.
 
 use std::fmt;
 use std::sync::Arc;
