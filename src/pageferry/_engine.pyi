@@ -10,7 +10,9 @@ from typing import Final, Literal, Self, TypedDict, Unpack, final
 from typing_extensions import disjoint_base
 
 SMALL_PAGE: int
+"""Size of a base page, bytes: 4096."""
 LARGE_PAGE: int
+"""Size of a 2 MiB unit, the memory of a huge page, bytes: 2097152."""
 
 @disjoint_base
 class Mapping:
@@ -36,8 +38,8 @@ class Mapping:
     def large_units(self) -> list[bool]:
         """Return, for each 2 MiB unit, whether it is backed by a huge page. Holes are not filled."""
     def close_memory(self) -> None:
-        """Make the mapping read-only. New buffers are read-only. A write through an existing buffer terminates the
-        program with a message and SIGSEGV."""
+        """Make the mapping read-only. New buffers are read-only. A write through an existing buffer prints a message
+        and terminates this process by SIGSEGV."""
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
@@ -68,7 +70,7 @@ class PageSet:
     @staticmethod
     def unpack(data: bytes, pages: int) -> PageSet:
         """Return the set that `pack` has serialised, for a region of `pages` pages. Allocates at most the memory of one
-        bitmap. Raises ValueError if `data` is not a set of pages of such a region."""
+        bitmap for the region. Raises ValueError if `data` is not a set of pages of such a region."""
     def copy(self) -> PageSet: ...
 
 @final
@@ -117,9 +119,10 @@ class Space:
         """Create a userfaultfd for a `Pager`. With `discards`, the userfaultfd reports memory that the process
         discards, for example through a balloon."""
     def write_traces(self) -> KeptUserfault:
-        """Create a userfaultfd for the traces that a `Saver` leaves installed or takes over (`traces`)."""
+        """Create a userfaultfd for the write traces that a `Saver` leaves installed or takes over (see its option
+        `traces`)."""
     def descriptor(self, number: int) -> int:
-        """Return a duplicate of a descriptor of the process (pidfd_getfd)."""
+        """Return a duplicate of descriptor `number` of the process (pidfd_getfd)."""
     def collapse(self, address: int, length: int) -> None:
         """Replace the base pages of a range by huge pages, and map huge pages by PMD mappings (process_madvise,
         MADV_COLLAPSE)."""
@@ -127,9 +130,10 @@ class Space:
         """Advise the kernel about a range. COLD, COLLAPSE and PAGEOUT do not stop the process (process_madvise). For
         any other advice, the process itself calls madvise(2)."""
     def make_read_only(self, address: int, length: int) -> None:
-        """Make a mapping read-only (mprotect)."""
+        """Make a range of the process read-only (mprotect)."""
     def mmap(self, length: int) -> int:
-        """Map private memory, readable and writable, at an address that the kernel chooses. Return the address."""
+        """Map private memory in the process, readable and writable, at an address that the kernel chooses. Return the
+        address."""
     def munmap(self, address: int, length: int) -> None:
         """Unmap a range of the process (munmap)."""
     def ioctl(self, descriptor: int, request: int, argument: int) -> int:
@@ -138,7 +142,8 @@ class Space:
     def close_fd(self, number: int) -> None:
         """Close a descriptor of the process."""
     def getppid(self) -> int:
-        """Return the result of getppid(2) in the process. For probes: shows that system calls can be injected."""
+        """Return the result of getppid(2) in the process. Probes call this to test whether system calls can be
+        injected."""
     def present(self, address: int, length: int) -> list[_Range]:
         """Return the parts of a range whose pages are mapped, as pairs of addresses (start, end)."""
     def large_mapped(self, address: int, length: int) -> list[_Range]:
@@ -192,8 +197,8 @@ class Trace:
     def collect(self, dirty: Sequence[PageSet]) -> None:
         """Add the pages written since the last call to `dirty` (one set per region), and protect them again.
 
-        Raises ProcessLookupError if a process has exited, whose last writes are then unknown. The pages that were found
-        before the error are added nevertheless.
+        Raises ProcessLookupError if a process has exited, because its last writes are then unknown. Pages found before
+        the error are added even so.
         """
     def peek(self, dirty: Sequence[PageSet]) -> None:
         """Add the pages written since the last `collect` to `dirty`, without protecting them: the next `collect`
@@ -232,27 +237,29 @@ class WrittenImage:
 
 @final
 class ImageWriter:
-    """Writer of an image from given storage blocks and page maps, for tests."""
+    """Writer of an image from given storage blocks and a given page map, for tests."""
 
     def __new__(cls, fd: int, id: bytes, **format: Unpack[_ImageFormat]) -> ImageWriter: ...
     def append(self, region: int, pages: Sequence[tuple[int, bytes]]) -> int:
-        """Write (page of the region, contents) pairs as one storage block. Return its number."""
+        """Write `pages`, pairs of page number in the region and contents, as one storage block. Return the number of
+        the block."""
     def section(self, kind: int, contents: bytes) -> None: ...
     def finish(self, regions: int, entries: Sequence[tuple[int, bool, int, int, int]]) -> WrittenImage:
-        """Write the page map, given as (class, in parent, signature, storage block, slot), and the index."""
+        """Write the page map and the index. `entries` contains a tuple for each page: (class, in parent, signature,
+        storage block, slot)."""
 
 @final
 class PageStore:
-    """Writer of an image from selected pages, to which the workload may write at the same time. `regions` are the
-    numbers of pages of the regions.
+    """Writer of an image from selected pages, to which the workload may write at the same time. `regions` contains the
+    number of pages of each region.
 
-    The caller must find out which pages were written after they were added. Raises OSError if the image cannot be
-    written.
+    The caller must detect which pages the workload has written after they were added. Raises OSError if the image
+    cannot be written.
     """
 
     def __new__(cls, fd: int, id: bytes, regions: Sequence[int], **format: Unpack[_ImageFormat]) -> PageStore: ...
     def add(self, region: int, memory: Mapping, pages: PageSet) -> PageSet:
-        """Add those of `pages` that are in memory. Return the set of the added pages."""
+        """Add those of `pages` that are in memory. Return the set of added pages."""
     def finish(self, sections: Sequence[_Section], parent: ImageChain | None = None) -> WrittenImage:
         """Write the index, and sync the file. Pages that were not added refer to `parent`."""
 
@@ -264,9 +271,9 @@ class _PagerOptions(TypedDict, total=False):
     """Storage blocks that are loaded next (default: none), each as the number of its image in the chain and its number.
     Pages of no such block are loaded last, one after the other. Raises OSError if a block does not exist."""
     begin: Literal["empty", "kept", "taken-over"]
-    """Initial state. `empty` (default): the files are emptied, and all contents are deferred. `kept`: the bitmap
-    contains the deferred pages, and the files contain all other pages. `taken-over`: like `kept`, but another pager has
-    served this memory before."""
+    """Initial state. `empty` (default): the files of the targets are emptied, and all contents are deferred. `kept`:
+    the bitmap contains the deferred pages, and the files contain all other pages. `taken-over`: like `kept`, but
+    another pager has served this memory before."""
     fill: Literal["none", "gentle", "eager"]
     """Loading of pages that have not been accessed: not at all (`none`), in the background with pauses while faults
     occur (`gentle`, default), or at full speed (`eager`)."""
@@ -278,13 +285,13 @@ class _PagerOptions(TypedDict, total=False):
     evicting: bool
     """Whether `evict` may be called (default: False)."""
     checks_removals: bool
-    """Whether a removal that the userfaultfd reports counts as a discard only if the file system reports a hole there
-    (default: False: every removal counts as a discard)."""
+    """Whether a removal event of a userfaultfd counts as a discard only if the file has a hole there. If False
+    (default), every removal event counts as a discard."""
 
 @final
 class TargetRegion:
     """Region whose contents a `Placer` or `Pager` provides. `large` states for each 2 MiB unit whether it is a huge
-    page at the source or in the image. Units beyond the end of `large` are not."""
+    page at the source or in the image. Units beyond the end of `large` are not huge pages."""
 
     def __new__(cls, mapping: Mapping, page_size: int, large: Sequence[bool] = ...) -> TargetRegion: ...
     @property
@@ -300,7 +307,7 @@ class PagerCounters:
 
     @property
     def faults(self) -> int:
-        """Number of faults."""
+        """Number of page faults read from the userfaultfds."""
     @property
     def missed(self) -> int:
         """Number of faults on deferred pages."""
@@ -312,7 +319,7 @@ class PagerCounters:
         """Number of pages loaded in the background."""
     @property
     def bytes_read(self) -> int:
-        """Number of bytes read from the image or received from the peer."""
+        """Number of bytes read from the image chain or received from the peer."""
     @property
     def service(self) -> float:
         """Total service time of the faults, seconds."""
@@ -344,7 +351,7 @@ class Pager:
 
     `userfaults` maps the ID of every process of `segments` to a descriptor from `Space.missing_faults`. `flags` is the
     descriptor of the deferred bitmap, a file of `flags_length` bytes. Bit n (little-endian) belongs to page n, counted
-    over all regions. Another pager can take over from this file.
+    over all regions. With this file, another pager can take over.
 
     With `begin` = `empty`, only the processes of `segments` may map the files. With any other `begin`, deferred pages
     that are mapped are unmapped first. Raises OSError if a running workload maps them again.
@@ -374,7 +381,7 @@ class Pager:
         """Return the deferred pages of a region."""
     @property
     def finished(self) -> bool:
-        """Whether all pages are loaded and the memory is unregistered."""
+        """Whether all pages are loaded and the memory is unregistered from the userfaultfds."""
     @property
     def counters(self) -> PagerCounters: ...
     @property
@@ -404,10 +411,11 @@ class Pager:
         """
     def hold(self) -> dict[int, int] | None:
         """Acquire the pager, so that write traces (`Trace`, `Saver`) can use its userfaultfds until `release` is
-        called. Return the descriptor of the userfaultfd of each process ID, or None if all pages are loaded or are
-        about to be. The pager continues to load pages; loading a page does not count as a write.
+        called. Return the descriptor of the userfaultfd for each process ID, or None if the pager has finished or is
+        about to finish. The pager continues to load pages; loading a page does not count as a write.
 
-        Raises OSError EBUSY if the pager is already acquired, or OSError EINVAL if the kernel lacks support.
+        Raises OSError: EBUSY if the pager is already acquired, EINVAL if the kernel cannot install write traces on its
+        userfaultfds, ESRCH if a process has exited.
         """
     def release(self) -> None:
         """Remove the traces and release the pager, which then finishes when all pages are loaded."""
@@ -415,8 +423,8 @@ class Pager:
         """Return, for each 2 MiB unit of a region, whether it is backed by a huge page once its contents are
         present."""
     def populate(self) -> None:
-        """Map all present pages (S1), huge pages by PMD mappings. Call this before the workload resumes on existing
-        memory."""
+        """Map all present pages into the workload's page tables (S1), huge pages by PMD mappings. Call this before the
+        workload resumes on existing memory."""
     def reconnect(self, source: PeerSource) -> None:
         """Continue over another connection to the peer, and repeat the requests for which faults wait. Raises
         ValueError if another pager uses the connection, or if the pager loads from an image."""
@@ -426,7 +434,7 @@ class Pager:
 
         Requires `evicting`. The workload must be paused, and must not have written to the pages since they were stored.
         Raises OSError if the workload maps the memory nevertheless, or if its mappings cannot be changed. Pages that
-        were evicted before the error stay evicted, and all others are unchanged.
+        were evicted before the error stay evicted; all other pages are unchanged.
         """
     def evicted(self) -> None:
         """Declare that no more pages will be evicted: the pager finishes when all pages are loaded."""
@@ -488,14 +496,15 @@ class Populated:
         """Number of huge pages that could not be mapped; their first access maps them."""
     @property
     def seconds(self) -> float:
-        """Time spent by all workers together, seconds."""
+        """Total time that the threads have spent on mapping, seconds."""
 
 @final
 class Placer:
     """Writer of received pages to their slots (S6, S7), which also populates the workload's page tables (S1, S5).
 
     `targets` are the regions, in new files. With `workers` > 0, that number of threads maps each 2 MiB unit into the
-    workload's page tables as soon as all of its pages have been received.
+    workload's page tables as soon as all of its pages have been received. With `keep_large`, units that are huge pages
+    at the source are allocated as huge pages (S6).
     """
 
     def __new__(
@@ -515,7 +524,7 @@ class Placer:
     @property
     def populated(self) -> Populated: ...
     def populate(self, region: int, units: Sequence[int]) -> None:
-        """Map those of the given 2 MiB units of a region of which all pages have been received.
+        """Map those of the given 2 MiB units of a region whose pages have all been received.
 
         Raises ValueError if the region or a unit does not exist.
         """
@@ -525,8 +534,7 @@ class Placer:
     def finish(self, *, populate_rest: bool) -> None:
         """Wait for the workers. With `populate_rest`, map all other present pages afterwards (UFFDIO_CONTINUE).
 
-        Holes are not mapped before their first access. They include the zero pages of units that are backed by base
-        pages.
+        Holes are mapped at their first access. Zero pages are holes too, except in units that are backed by huge pages.
         """
 
 @final
@@ -633,9 +641,9 @@ class Saver:
     """Lazy checkpoint (S4): saves memory as of a snapshot point to an empty file while the workload keeps running.
 
     `regions` are pairs: a `Mapping` or `ProcessRange`, and the page size of its file. Creating the saver protects
-    `segments` while the workload runs. Without segments, the workload must stay paused until `finish` returns. Then
-    call in this order: `begin` at the snapshot point, `sweep` when the workload has resumed, `wait` until it returns
-    True, `finish`.
+    `segments` while the workload runs. Without segments, the workload must stay paused until `finish` returns. Call, in
+    this order: `begin` at the snapshot point, `sweep` when the workload has resumed, `wait` until it returns True,
+    `finish`.
 
     Methods raise OSError with the errno of the failed call (ENOSPC if the disk is full), PermissionError if the kernel
     denies access, InterruptedError if the checkpoint was cancelled, or ProcessLookupError if the workload exited. After
@@ -650,8 +658,8 @@ class Saver:
         id: bytes,
         **options: Unpack[_SaverOptions],
     ) -> Saver:
-        """Protect the segments, or install the traces. This and every call before `sweep` raise LookupError if the
-        traces cannot be used. Save again without traces in this case."""
+        """Protect the segments, or install the traces. The constructor and all calls before `sweep` raise LookupError
+        if the traces cannot be used. In this case, save again without traces."""
     @property
     def leaves_traces(self) -> bool:
         """Whether traces that cover all memory since the snapshot point stay installed after `finish`."""
@@ -685,8 +693,8 @@ class Saver:
     def sweep(self) -> None:
         """Start the sweep, which saves all blocks that no trap has saved."""
     def wait(self, seconds: float) -> bool:
-        """Wait up to `seconds` until all pages are written or the checkpoint has failed. Return whether one of these is
-        the case."""
+        """Wait up to `seconds` until all pages are written or the checkpoint has failed. Return False after a
+        timeout."""
     def cancel(self) -> None:
         """Cancel the checkpoint, and unprotect all memory at once."""
     def finish(self, sections: Sequence[_Section]) -> SaveFinished:
@@ -698,7 +706,7 @@ class Saver:
 
 @final
 class SendProgress:
-    """Pages that streams have sent or received so far. A new object counts nothing."""
+    """Pages that streams have sent or received so far. All counters of a new object are 0."""
 
     def __new__(cls) -> SendProgress: ...
     @property
@@ -723,7 +731,8 @@ class SendProgress:
 
 @final
 class TlsIdentity:
-    """Certificate with its intermediate certificates, and private key (both in PEM), for page streams.
+    """Identity of this host for page streams: a certificate with its intermediate certificates, and its private key,
+    both in PEM.
 
     Raises ValueError if the certificate or the key is invalid or of an unsupported kind, or if they do not match.
     """
@@ -758,8 +767,8 @@ class TlsSession:
         """Return the next `count` bytes from the peer, or None if fewer have been received."""
 
 _Stream = int | tuple[int, TlsSession]
-"""Descriptor of a connected socket, which is duplicated. Without a TLS session, the stream is unencrypted. A TLS
-session must have been established on this socket."""
+"""Descriptor of a connected socket, alone or with the TLS session established on it. The descriptor is duplicated.
+Without a TLS session, the stream is unencrypted."""
 
 class _SendOptions(TypedDict, total=False):
     codec: str
@@ -842,8 +851,8 @@ class PageServer:
         Raises the same errors as `BlockSender`, and ValueError for malformed requests.
         """
     def cancel(self) -> None:
-        """End the push and the replies. For a successful end, first wait until the destination has reported that it has
-        all pages."""
+        """Stop the push and the replies to requests. After a successful push, call this only when the destination has
+        reported that it has received all pages."""
     @property
     def progress(self) -> SendProgress: ...
     @property
@@ -856,7 +865,7 @@ class PageServer:
         """Number of pages that have not been sent."""
     @property
     def lost(self) -> str | None:
-        """Reason for which requests are no longer served; None while they are served."""
+        """Reason why requests are no longer served; None while they are served."""
 
 @final
 class PeerSource:
@@ -866,7 +875,7 @@ class PeerSource:
     def __new__(cls, urgent: _Stream, streams: Sequence[_Stream], timeout: float = 30.0) -> PeerSource: ...
     @property
     def lost(self) -> str | None:
-        """Reason for which the connection was lost. None while the connection is usable, and after all pages have been
+        """Reason why the connection was lost. None while the connection is usable, and after all pages have been
         received."""
     @property
     def ended(self) -> bool:
@@ -958,8 +967,8 @@ class ImageChain:
     def stored(self) -> int:
         """Number of pages stored in the first image."""
     def verify(self, first: int, count: int, limit: int) -> list[Finding]:
-        """Compare the stored pages among `count` pages from page `first` on with their signatures. Return up to `limit`
-        findings."""
+        """Compare `count` of the `stored` pages with their signatures, from index `first` on, in the order of the
+        storage blocks. Return up to `limit` findings."""
     def verify_unused(self) -> list[Finding]:
         """Verify the storage blocks to which no page refers."""
     def flatten(
@@ -970,8 +979,8 @@ class ImageChain:
         sections: Sequence[_Section],
         **format: Unpack[_ImageFormat],
     ) -> WrittenImage:
-        """Write the contents of the chain as one image to an empty file, and sync the file. `regions` are the numbers
-        of pages of the regions."""
+        """Write the contents of the chain as one image to an empty file, and sync the file. `regions` contains the
+        number of pages of each region."""
 
 _Piece = tuple[int, Mapping | Space, int, int]
 """Piece of memory to scan: index of the workload, memory, position and length. The position is an offset in the
@@ -1060,9 +1069,10 @@ class FreedZeros:
 class SharingScan:
     """Scan for duplicate base pages (S9). The scan does not split huge pages.
 
-    Pages that are not in memory are ignored, except deferred pages. `deferred` maps the index of a piece to (bitmap,
-    number of its region's first page counted over all regions, 2 MiB units that will be huge pages). Deferred pages are
-    counted by their signatures in the image, without being loaded. Without an image they are ignored.
+    Pages that are not in memory are ignored, except deferred pages. `deferred` maps the index of a piece to a tuple:
+    bitmap, number of the region's first page counted over all regions, and for each 2 MiB unit whether it will be a
+    huge page. Deferred pages are not loaded: their signatures in the image are compared. Without an image, deferred
+    pages are ignored.
 
     `most_pages` is the maximum number of pages that are recorded, at 24 bytes each. Beyond this number, only one of
     `scale` different contents is recorded, and counts are scaled up. With `every` = n, only every nth 2 MiB unit is
@@ -1083,8 +1093,8 @@ class SharingScan:
     def scale(self) -> int:
         """Sampling factor n: one of n different contents is recorded."""
     def step(self, bytes: int, threads: int) -> int:
-        """Scan the next units, up to `bytes` bytes, in `threads` threads. Return the number of bytes scanned, or 0 at
-        the end.
+        """Scan the next units, up to `bytes` bytes, in `threads` threads. Return the number of bytes scanned; 0 if all
+        units have been scanned.
 
         Raises ProcessLookupError if a process has exited.
         """
@@ -1097,8 +1107,8 @@ class SharingScan:
         """Return the numbers of pages that are freed if all shareable pages of the first 1, 2, 3... units of `order`
         are shared. `order` contains indexes of `units`.
 
-        One copy is kept per `pages_per_copy` duplicates; zero pages need no copy. With `possible`, only zero pages
-        count in shared files.
+        One copy is kept per `pages_per_copy` duplicates; zero pages need no copy. With `possible`, only pages that can
+        be shared count; in a shared file, these are the zero pages.
         """
 
 def free_zeros(
@@ -1109,8 +1119,8 @@ def free_zeros(
 ) -> FreedZeros:
     """Punch holes for the zero pages in `ranges` (start, length) of a file, for about `seconds` at most.
 
-    The workload must be paused, because a concurrent write would be lost. `waiting` is the deferred bitmap, and the
-    number of the bit of the mapping's first page. Deferred pages are skipped.
+    The workload must be paused, because a concurrent write would be lost. `waiting` consists of the deferred bitmap and
+    the bit number of the mapping's first page. Deferred pages are skipped.
     """
 
 def end_on_truncation(code: int) -> None:
@@ -1121,7 +1131,8 @@ def end_on_truncation(code: int) -> None:
     """
 
 def large_tmpfs(size: int) -> int:
-    """Create a detached tmpfs mount with huge=always. Return a directory descriptor for use with O_TMPFILE.
+    """Create a detached tmpfs mount of `size` bytes with huge=always. Return a directory descriptor for use with
+    O_TMPFILE.
 
     The mount is in no mount namespace. It is freed when its last descriptor is closed. Raises OSError EPERM without
     CAP_SYS_ADMIN.
@@ -1131,11 +1142,11 @@ def hugetlbfs(size: int) -> int:
     """Like `large_tmpfs`, but create a hugetlbfs mount with pages of 2 MiB."""
 
 def file_system_type(fd: int) -> int:
-    """Return the type of the file system of an open file (`f_type` of statfs(2)). A descriptor with O_PATH is
-    sufficient. Raises OSError."""
+    """Return the type of the file system of an open file (`f_type` of statfs(2)). The descriptor may have been opened
+    with O_PATH. Raises OSError if statfs(2) fails."""
 
 def userfaultfd(*, user_mode_only: bool) -> int:
-    """Call userfaultfd(2) without features, and return the descriptor. For probes. Raises OSError."""
+    """Call userfaultfd(2) without features, and return the descriptor. For probes. Raises OSError if the call fails."""
 
 def read_memory(address: int, length: int) -> bytes:
     """Return the contents of mapped memory of this process. Waits if another thread must resolve a fault first. For
@@ -1216,7 +1227,7 @@ class _LedgerOptions(TypedDict, total=False):
     threads: int
     """Number of threads, and of partitions (default: 1)."""
     seed: int
-    """Seed of all contents and choices (default: 1)."""
+    """Seed of all pseudo-random contents and choices (default: 1)."""
     rate: int | None
     """Limit on the write rate of all threads together, bytes per second; None (default) means unlimited."""
     working_set: float
@@ -1239,7 +1250,7 @@ class Ledger:
 
     The memory contains a header, counters, a table of versions and the body pages. All of it is migrated. `verify`
     detects lost, stale and torn writes; the documentation of the crate `pageferry-ledger` describes the method. Each
-    thread owns one partition of the pages. Several processes can map the same memory, and each runs some of the
+    thread owns one partition of the pages. Several processes can map the same memory, and each can run a share of the
     partitions.
 
     Methods raise ValueError if an option is out of range, or if the memory is too small or does not contain a ledger.
@@ -1255,8 +1266,8 @@ class Ledger:
         """
     @staticmethod
     def attach(mapping: Mapping, *, first_thread: int = 0, threads: int | None = None) -> Ledger:
-        """Open the ledger in existing memory, to run `threads` partitions from partition `first_thread` on. None:
-        all."""
+        """Open the ledger in existing memory, to run `threads` partitions from partition `first_thread` on. None: all
+        partitions from `first_thread` on."""
     @property
     def options(self) -> _LedgerOptions:
         """Options with which the ledger was created."""
@@ -1327,7 +1338,7 @@ class Mappers:
         """Shared mappings of the files."""
     @property
     def writers(self) -> list[int]:
-        """Process ID of each descriptor that is open for writing on one of the files."""
+        """Process ID for each descriptor that is open for writing on one of the files."""
     @property
     def unreadable(self) -> list[int]:
         """IDs of the processes that this user is not permitted to inspect."""
@@ -1335,7 +1346,8 @@ class Mappers:
 def scan_mappers(files: Sequence[tuple[int, int, int]]) -> Mappers:
     """Search /proc, without the GIL, for the processes that map the files or have them open for writing.
 
-    Each of `files` is a tuple: st_dev, st_ino, and the device number that /proc/PID/maps shows. Raises OSError.
+    Each of `files` is a tuple: st_dev, st_ino, and the device number that /proc/PID/maps shows. Raises OSError if /proc
+    cannot be read.
     """
 
 def own_mappings() -> list[_Extent]:

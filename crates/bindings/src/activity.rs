@@ -5,7 +5,7 @@ use pyo3::types::PyBytes;
 use crate::errors;
 use crate::space::Space;
 
-/// Huge page that remains split, with the reason.
+/// Huge page whose mapping stays split, and the reason.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct SplitPage {
     address: u64,

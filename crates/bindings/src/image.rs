@@ -19,7 +19,7 @@ pub fn image_error(error: ImageError) -> PyErr {
     }
 }
 
-/// Stored pages with their page map entries, in the order of storage blocks.
+/// Page map entries and numbers of the stored pages, in the order of storage blocks.
 type StoredPages = Arc<Vec<(image::PageEntry, usize)>>;
 /// Damage found by a verification.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
@@ -34,7 +34,7 @@ impl From<image::Finding> for Finding {
     }
 }
 
-/// Digest and length in bytes of a complete image file.
+/// Digest, and length in bytes, of a complete image file.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct WrittenImage {
     digest: u64,
@@ -151,7 +151,7 @@ impl Image {
     }
 
     fn no_such_pages(&self, first: usize, end: usize) -> String {
-        format!("invalid pages {first} to {end}: the image has {}", self.pages())
+        format!("invalid pages {first} to {end}: the image has {} pages", self.pages())
     }
 }
 
@@ -186,7 +186,7 @@ impl ImageChain {
         Ok(PyBytes::new(py, &contents.map_err(image_error)?))
     }
 
-    /// Returns the pages of a range whose contents differ between two chains, as runs (start, end).
+    /// Returns those pages of a range whose contents differ between two chains, as runs (start, end).
     fn differences(
         &self,
         py: Python<'_>,
@@ -217,7 +217,7 @@ impl ImageChain {
         findings.into_iter().map(Finding::from).collect()
     }
 
-    /// Writes the whole chain as one image. `sections` are pairs of kind and contents.
+    /// Writes the contents of the chain as one image. `sections` are pairs of kind and contents.
     #[expect(clippy::too_many_arguments, reason = "five arguments in Python, besides the interpreter token")]
     #[pyo3(signature = (fd, id, regions, sections, **format))]
     fn flatten(

@@ -27,8 +27,8 @@ fn raised(error: LedgerError) -> PyErr {
     }
 }
 
-/// Runs `work` in a thread, and checks for signals until it ends. If a signal handler raises an exception, sets the
-/// flag passed to `work`, and returns the exception after `work` has ended.
+/// Runs `work` in a thread, and checks for signals until `work` returns. If a signal handler raises an exception, sets
+/// the flag passed to `work`, and returns the exception after `work` has returned.
 fn interruptible<T: Send>(
     py: Python<'_>,
     work: impl FnOnce(&AtomicBool) -> Result<T, LedgerError> + Send,
@@ -114,7 +114,7 @@ impl From<ledger::Report> for LedgerReport {
     }
 }
 
-/// Longest duration of an operation, nanoseconds, and a histogram of the durations.
+/// Longest duration of an operation, nanoseconds, and histogram of the durations.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct Stalls {
     longest: u64,
@@ -261,7 +261,7 @@ impl Ledger {
 
     fn page_offset(&self, number: usize) -> PyResult<usize> {
         let pages = self.inner.pages();
-        let missing = || PyValueError::new_err(format!("invalid body page {number}: the ledger has {pages}"));
+        let missing = || PyValueError::new_err(format!("invalid body page {number}: the ledger has {pages} pages"));
         self.inner.page_offset(number).ok_or_else(missing)
     }
 }

@@ -1,5 +1,5 @@
-//! Python bindings of the engine and the ledger, with one file per module and without logic. `_engine.pyi` documents
-//! the classes and functions.
+//! Python bindings of the engine and the ledger: one file per module, conversions only. `_engine.pyi` documents the
+//! classes and functions.
 
 use pyo3::prelude::*;
 

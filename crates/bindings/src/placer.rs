@@ -36,7 +36,7 @@ pub fn targets(given: &[PyRef<'_, TargetRegion>]) -> Vec<placer::Target> {
     given.iter().map(plain).collect()
 }
 
-/// Counters of the population of page tables; time in seconds.
+/// Numbers of pages mapped into page tables, and total time spent on mapping, seconds.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct Populated {
     large: u64,

@@ -128,7 +128,7 @@ pub struct Saver {
     handle: Handle,
 }
 
-/// Written image, with the numbers of its storage blocks and of write calls.
+/// Digest and length in bytes of a written image, and numbers of write calls and storage blocks.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct SaveFinished {
     digest: u64,
@@ -184,7 +184,7 @@ impl Saver {
         let parent = parent.map(|parent| parent.inner.clone());
         let pages: usize = regions.iter().map(|region| region.source.pages()).sum();
         if parent.as_ref().is_some_and(|parent| parent.nearest().page_map().len() != pages) {
-            return Err(PyValueError::new_err("invalid parent: it has another number of pages"));
+            return Err(PyValueError::new_err("invalid parent: expected an image with as many pages as the regions"));
         }
         let segments = self::segments(&segments);
         let image = NewImage { file: duplicate(fd).map_err(errors::kernel)?, id, parent };

@@ -49,7 +49,7 @@ pub struct ScannedUnit {
     counts: ClassCounts,
 }
 
-/// Number of duplicate pages of all units, and number of pages that sharing would free, by class.
+/// Numbers of duplicate pages in all units, and of pages that sharing would free, by class.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct SharingTotals {
     pages: ClassCounts,
@@ -77,7 +77,7 @@ impl PagerFlags {
     fn new(fd: i32, pages: usize, image: Option<PyRef<'_, Image>>) -> PyResult<Self> {
         let image = image.map(|image| image.inner.clone());
         if image.as_ref().is_some_and(|image| image.page_map().len() != pages) {
-            return Err(PyValueError::new_err(format!("invalid image: it does not have {pages} pages")));
+            return Err(PyValueError::new_err(format!("invalid image: expected {pages} pages")));
         }
         let flags = open_flags(fd, pages).map_err(errors::argument)?;
         Ok(Self { flags: Arc::new(flags), image })
@@ -85,11 +85,14 @@ impl PagerFlags {
 }
 
 impl PagerFlags {
-    /// Returns the bitmap if it covers `pages` pages from `base` on; fails otherwise.
+    /// Returns the bitmap if it covers `pages` pages from page `base` on. Fails with a ValueError otherwise.
     fn within(&self, base: usize, pages: usize) -> PyResult<Arc<Flags>> {
         let fits = base.checked_add(pages).is_some_and(|end| end <= self.flags.pages());
         let all = self.flags.pages();
-        let outside = || PyValueError::new_err(format!("invalid pages {base} and {pages} more: the bitmap has {all}"));
+        let outside = || {
+            let message = format!("invalid range of {pages} pages from page {base} on: the bitmap has {all} pages");
+            PyValueError::new_err(message)
+        };
         fits.then(|| self.flags.clone()).ok_or_else(outside)
     }
 }

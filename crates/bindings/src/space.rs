@@ -47,7 +47,7 @@ impl From<Advice> for space::Advice {
     }
 }
 
-/// Userfaultfd of which the process keeps a copy.
+/// Descriptor of a userfaultfd in this process, and its number in the process that keeps it open.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct KeptUserfault {
     descriptor: i32,
@@ -175,7 +175,7 @@ pub fn segments(given: &[PyRef<'_, MappedSegment>]) -> Vec<Segment> {
     given.iter().map(plain).collect()
 }
 
-/// Duplicates userfaultfds. `descriptors` maps process IDs to userfaultfds.
+/// Duplicates the userfaultfds in `descriptors`, which maps process IDs to descriptors.
 pub fn userfaults(descriptors: HashMap<i32, i32>) -> PyResult<Userfaults> {
     let known = |(pid, fd)| Ok((pid, Arc::new(Userfault::from_fd(duplicate(fd).map_err(errors::kernel)?))));
     descriptors.into_iter().map(known).collect()

@@ -21,7 +21,7 @@ pub fn timeout(seconds: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(seconds).map_err(wrong)
 }
 
-/// Socket, optionally with the TLS session established on it.
+/// Descriptor of a socket, optionally with the TLS session established on it.
 #[derive(FromPyObject)]
 pub enum Stream<'py> {
     Plain(i32),
@@ -40,7 +40,7 @@ pub fn endpoints(streams: Vec<Stream<'_>>) -> PyResult<Vec<wire::Endpoint>> {
     streams.into_iter().map(endpoint).collect()
 }
 
-/// Takes the format and the timeout of a sender of pages from keyword arguments. Rejects other arguments.
+/// Takes the format and the timeout of a sender of pages from keyword arguments. Rejects all other arguments.
 pub fn sending(keywords: &Keywords<'_>, sizes: Sizes) -> PyResult<(wire::Format, Duration)> {
     let Sizes { page_block, storage_block } = sizes;
     let format = wire::Format {

@@ -1,8 +1,8 @@
-//! Speed of a codec on the data pages of an image: one thread, contents in memory, no output.
+//! Compression speed of a codec on the data pages of an image, for one thread, in memory.
 //!
 //! `cargo run --release -p pageferry-engine --example codec_speed -- IMAGE CODEC`. Prints MiB of pages per second, and
-//! the compression ratio. Other work of a checkpoint (detection of zeros, patterns and duplicates, copying, writing) is
-//! not included.
+//! the compression ratio. The other work of a checkpoint is not included: copying, detection of zeros, patterns and
+//! duplicates, and writing.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ const STORAGE_BLOCK: usize = 1 << 20;
 const MAX_PAGES: usize = (512 << 20) / SMALL_PAGE;
 const TURNS: usize = 3;
 
-/// Returns the data pages of an image, up to a limit.
+/// Returns the contents of the data pages of an image, at most `MAX_PAGES` pages.
 fn contents(chain: &Chain) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     let map = chain.images()[0].page_map();
     let data = (0..map.len()).filter(|&page| map[page].class() == Some(Class::Data)).take(MAX_PAGES);
@@ -31,7 +31,7 @@ fn contents(chain: &Chain) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     Ok(found)
 }
 
-/// Compresses all pages. Returns the time in seconds, and the size of the blocks.
+/// Compresses the pages in `contents`. Returns the time in seconds, and the size of the storage blocks in bytes.
 fn code(contents: &[u8], codec: Codec, page_block: usize) -> (f64, usize) {
     let mut builder = Builder::new(codec, page_block, STORAGE_BLOCK);
     let begin = Instant::now();
@@ -47,8 +47,8 @@ fn code(contents: &[u8], codec: Codec, page_block: usize) -> (f64, usize) {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let [path, codec] = words.as_slice() else { return Err("give IMAGE and CODEC".into()) };
-    let codec = Codec::named(codec).ok_or("no such codec")?;
+    let [path, codec] = words.as_slice() else { return Err("usage: codec_speed IMAGE CODEC".into()) };
+    let codec = Codec::named(codec).ok_or("invalid codec: expected none, lz4 or zstd")?;
     let image = Image::open(File::open(path)?.into())?;
     let page_block = image.page_block();
     let contents = contents(&Chain::new(vec![Arc::new(image)])?)?;

@@ -1,8 +1,9 @@
-//! Estimate of the savings from sending a page as its difference from the version sent before.
+//! Estimate of the savings from sending only the difference between a page and its previously sent version.
 //!
-//! `cargo run --release -p pageferry-engine --example delta -- BEFORE AFTER CODEC`: two files with corresponding pages,
-//! all of which differ. Prints the size of the storage blocks of the pages and of their differences (exclusive or), and
-//! MiB of pages per second of one thread for each, computation of the differences included.
+//! `cargo run --release -p pageferry-engine --example delta -- BEFORE AFTER CODEC`. BEFORE and AFTER are files with the
+//! old and the new contents of the same pages, all of which differ. Prints four numbers: the size of the storage blocks
+//! of the new pages and of the differences (exclusive or), in bytes, and the speed of each compression in one thread,
+//! in MiB of pages per second. The speed for differences includes their computation.
 
 use std::io::{self, Write};
 use std::time::Instant;
@@ -13,7 +14,7 @@ use pageferry_engine::block::{Builder, Codec};
 const STORAGE_BLOCK: usize = 1 << 20;
 const PAGE_BLOCK: usize = 64 << 10;
 
-/// Returns the size of the storage blocks of these pages, bytes.
+/// Returns the size of the storage blocks of `pages`, bytes.
 fn code(pages: &[u8], codec: Codec) -> usize {
     let mut builder = Builder::new(codec, PAGE_BLOCK, STORAGE_BLOCK);
     let mut coded = 0;
@@ -28,11 +29,11 @@ fn code(pages: &[u8], codec: Codec) -> usize {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let [before, after, codec] = words.as_slice() else { return Err("give BEFORE, AFTER and CODEC".into()) };
-    let codec = Codec::named(codec).ok_or("no such codec")?;
+    let [before, after, codec] = words.as_slice() else { return Err("usage: delta BEFORE AFTER CODEC".into()) };
+    let codec = Codec::named(codec).ok_or("invalid codec: expected none, lz4 or zstd")?;
     let (before, after) = (std::fs::read(before)?, std::fs::read(after)?);
     if before.len() != after.len() || after.is_empty() || after.len() % SMALL_PAGE != 0 {
-        return Err("two files of as many pages".into());
+        return Err("invalid files: expected two files with the same number of whole pages, at least one".into());
     }
     let begin = Instant::now();
     let whole = code(&after, codec);

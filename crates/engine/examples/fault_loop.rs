@@ -1,8 +1,8 @@
-//! Cost of a fault on a deferred page: a minimal loop (read the event, copy 64 KiB, map them) against the pager, in
-//! turns.
+//! Cost of a fault on a deferred page: comparison of the pager with a minimal loop, in alternation. For each fault, the
+//! loop reads the event, copies 64 KiB and maps them.
 //!
-//! `cargo run --release -p pageferry-engine --example fault_loop`. The loop has its contents in memory and does nothing
-//! else. The pager reads them from an image in the page cache, stored without compression, and verifies them.
+//! `cargo run --release -p pageferry-engine --example fault_loop`. The contents for the loop are in memory. The pager
+//! reads them from an image in the page cache, stored without compression, and verifies them.
 
 use std::fs::File;
 use std::io::{self, Write};

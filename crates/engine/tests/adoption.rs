@@ -1,4 +1,4 @@
-//! Adoption of processes, after which registers, signals, waits, filters and stops are restored completely.
+//! Tests of adoption: registers, signals, waits, seccomp filters and stops of the process are restored completely.
 //!
 //! The processes are forked from the test and only use system calls and atomics on shared memory.
 
@@ -14,7 +14,7 @@ use pageferry_engine::uapi::{FEATURE_PAGEFAULT_FLAG_WP, FEATURE_WP_ASYNC, FEATUR
 const FEATURES: u64 = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_ASYNC;
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// Memory shared between test and child.
+/// Memory shared between the test and the child.
 #[derive(Debug, Default)]
 struct Board {
     /// Number of steps that the child has completed.
@@ -27,7 +27,7 @@ struct Board {
     result: AtomicI64,
     /// Duration of the last timed call, nanoseconds.
     time: AtomicU64,
-    /// Number that test or child stores to signal the other process.
+    /// Number that the test or the child stores to signal the other process.
     go: AtomicU64,
 }
 
@@ -180,7 +180,7 @@ fn injected_calls_return_their_results() {
     child.check();
 }
 
-/// Each wait returns normally, and not before its timeout.
+/// Each blocking system call returns normally, and not before its timeout.
 #[test]
 #[expect(clippy::too_many_lines, reason = "one function per kind of wait, used here only")]
 fn waits_last_for_their_full_time() {
@@ -234,7 +234,7 @@ fn waits_last_for_their_full_time() {
     }
 }
 
-/// Each of thousands of signals that are queued during repeated adoption is delivered exactly once.
+/// Each of 3000 signals queued during repeated adoption is delivered exactly once.
 #[test]
 fn signals_are_delivered_exactly_once() {
     const SIGNALS: u64 = 3000;
@@ -274,7 +274,7 @@ fn signals_are_delivered_exactly_once() {
     child.reaches(&child.board.signals, SIGNALS + 1);
 }
 
-/// The signal mask of a wait with a temporary mask is restored during the wait and after it.
+/// After adoption during ppoll(2), its temporary signal mask is in effect again; after the wait, the original mask is.
 #[test]
 fn temporary_signal_masks_are_restored() {
     fn work() {
@@ -325,7 +325,7 @@ fn stopped_process_stays_stopped() {
     child.check();
 }
 
-/// SIGSTOP and SIGCONT are sent repeatedly during adoption: the last signal determines the state of the child.
+/// The test sends SIGSTOP and SIGCONT repeatedly during adoption: the last signal determines the state of the child.
 #[test]
 fn stops_during_adoption_are_preserved() {
     let child = Child::new(compute);
@@ -353,7 +353,7 @@ fn stops_during_adoption_are_preserved() {
     }
 }
 
-/// The seccomp filter kills the process at the system call that adoption injects.
+/// The child's seccomp filter kills it at userfaultfd(2), the system call that adoption injects.
 #[test]
 fn seccomp_filter_is_suspended_and_restored() {
     fn work() {
@@ -361,7 +361,7 @@ fn seccomp_filter_is_suspended_and_restored() {
             went_wrong(!forbid_userfaultfd());
         }
         if board().go.load(Ordering::SeqCst) == 1 {
-            // SAFETY: userfaultfd takes no pointers. The filter must kill the process here.
+            // SAFETY: userfaultfd takes no pointers. The filter must kill the process at this call.
             unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
         }
         step();
@@ -369,7 +369,7 @@ fn seccomp_filter_is_suspended_and_restored() {
     let child = Child::new(work);
     child.reaches(&child.board.steps, 1);
     match child.adopt() {
-        Err(AdoptError::Seccomp(_)) => return eprintln!("skipped: filters cannot be suspended without CAP_SYS_ADMIN"),
+        Err(AdoptError::Seccomp(_)) => return eprintln!("skipped: suspending a seccomp filter requires CAP_SYS_ADMIN"),
         adopted => adopted.expect("adoption"),
     }
     child.check();

@@ -1,5 +1,5 @@
-//! Headers with valid checksums but invalid fields, as a hostile peer or file may contain them. Each is rejected with
-//! an error that names the field.
+//! Tests of block headers with valid checksums but invalid fields, as a hostile peer may send them or a file may
+//! contain them. Each header is rejected with an error that names the field.
 
 use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{
@@ -116,8 +116,8 @@ fn every_invalid_field_is_named() {
         for codec in 0..3 {
             let mut block = forged(codec);
             change(&mut block);
-            // Without a codec, an earlier check requires that stored lengths equal raw lengths. It names the same
-            // field.
+            // Without a codec, an earlier check requires that stored lengths equal raw lengths. Its error names the
+            // same field.
             assert_eq!(block.refused(), field, "change {number}, codec {codec}");
         }
     }
@@ -143,7 +143,7 @@ fn raw_length_must_match_the_runs() {
     }
 }
 
-/// The largest possible runs do not overflow the sum of their lengths.
+/// Runs of maximum length do not overflow the sum of the lengths.
 #[test]
 fn sums_of_huge_runs_do_not_overflow() {
     let mut block = forged(0);
@@ -191,7 +191,7 @@ fn table_of_wrong_length_is_rejected() {
 
 type Pack = fn(&[u8]) -> Vec<u8>;
 
-/// Compressed bytes with a valid checksum, whose decompressed length differs from that in the header.
+/// Compressed bytes are rejected if their decompressed length differs from that in the header.
 #[test]
 fn wrong_decompressed_length_is_rejected() {
     let raw = vec![7; 3 * SMALL_PAGE];
@@ -201,15 +201,15 @@ fn wrong_decompressed_length_is_rejected() {
         for len in [SMALL_PAGE - 1, 1, SMALL_PAGE + 1, 3 * SMALL_PAGE] {
             let stored = compress(&raw[..len]);
             assert!(stored.len() < SMALL_PAGE);
-            let error = unpack(codec, &stored).expect_err("of another length");
+            let error = unpack(codec, &stored).expect_err("an invalid length");
             assert!(matches!(error, BlockError::Decompress { index: 0, region: 0, .. }), "{error}");
         }
-        unpack(codec, &compress(&raw[..SMALL_PAGE])).expect("of the right length");
-        unpack(codec, b"no codec ever wrote this").expect_err("not compressed at all");
+        unpack(codec, &compress(&raw[..SMALL_PAGE])).expect("a valid length");
+        unpack(codec, b"no codec ever wrote this").expect_err("uncompressed bytes");
     }
 }
 
-/// Unpacks one page, stored as `stored`, through a valid header.
+/// Unpacks a block that has a valid header and consists of one page, whose stored bytes are `stored`.
 fn unpack(codec: u8, stored: &[u8]) -> Result<Vec<u8>, BlockError> {
     let mut block = forged(codec);
     block.runs[0].count = U32::new(1);

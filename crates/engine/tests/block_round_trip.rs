@@ -1,4 +1,4 @@
-//! Storage blocks are decoded as they were built, and damaged ones are rejected.
+//! Tests of storage blocks: blocks are decoded as they were built, and damaged blocks are rejected.
 
 use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{self, BlockError, Builder, Class, Codec, HEADER_LEN, Head, Header, Kind, Run};
@@ -80,7 +80,7 @@ fn build(builder: &mut Builder, pages: &[Page]) -> Vec<u8> {
     [built.head, built.payload].concat()
 }
 
-/// Decodes a whole block like a receiver. Returns the head, the contents of its pages, and the number of remaining
+/// Decodes a whole block as a receiver does. Returns the head, the contents of its pages, and the number of remaining
 /// bytes.
 fn parse(bytes: &[u8]) -> Result<(Head, Vec<u8>, usize), BlockError> {
     let (header, rest) = Header::read_from_prefix(bytes).map_err(|_| BlockError::HeaderChecksum)?;
@@ -166,7 +166,8 @@ fn every_changed_byte_is_detected() {
         let table = whole.len() - parse(&whole).expect("whole").0.stored_len;
         let mut changed = whole.clone();
         for at in 0..whole.len() {
-            // Change every bit of parsed bytes, but only some bits of bytes that are only hashed.
+            // Change each bit of parsed bytes, and all bits. Of bytes that are only hashed, change the lowest bit, the
+            // highest bit, and all bits.
             let bits: &[u8] = if at < table { &[1, 2, 4, 8, 16, 32, 64, 128, 255] } else { &[1, 128, 255] };
             for &pattern in bits {
                 changed[at] ^= pattern;

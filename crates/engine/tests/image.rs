@@ -18,7 +18,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 const SIZES: Sizes = Sizes { page_block: 2 * SMALL_PAGE, storage_block: 4 * SMALL_PAGE };
 
-/// Page of the model.
+/// Expected class and contents of a page.
 #[derive(Debug, Clone, PartialEq)]
 enum Page {
     Absent,
@@ -324,7 +324,8 @@ impl Numbers {
         usize::try_from(self.next() % end.max(1) as u64).unwrap()
     }
 
-    /// Returns a position in an image: half of the time in its last kilobytes, which contain the index.
+    /// Returns a random position in an image. At least half of the positions are in the last 9 KiB, which contain the
+    /// index.
     fn place(&mut self, len: usize) -> usize {
         let back = if self.next() & 1 == 0 { len.min(9 * 1024) } else { len };
         len - back + self.below(back)
@@ -380,8 +381,8 @@ fn seal(bytes: &mut [u8]) {
 }
 
 /// Damaged images, and images of untrusted origin with valid checksums, are rejected, or read without a crash. Only
-/// images with valid checksums may have other contents. The environment variable `PAGEFERRY_FUZZ` sets the number of
-/// attempts per codec.
+/// images with valid checksums may be read with other contents. The environment variable `PAGEFERRY_FUZZ` sets the
+/// number of attempts per codec.
 #[test]
 fn mutated_images_do_no_harm() {
     let tries = std::env::var("PAGEFERRY_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(1500);

@@ -1,4 +1,5 @@
-//! Sparse images: the cost of opening an image is bounded by the data in the file, and opening can be cancelled.
+//! Test of sparse images: the cost of opening an image is bounded by the data in the file, and opening can be
+//! cancelled.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -73,7 +74,7 @@ fn peak_memory() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
 }
 
-/// The only test of this file, because it measures the memory use of the process.
+/// This must stay the only test of this file, because it measures the memory use of the process.
 #[test]
 fn cost_of_an_image_is_bounded_by_its_data() {
     let map = Sparse::new("map", PAGE_MAP, 256 << 20, zeros(256 << 20));

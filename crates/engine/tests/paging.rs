@@ -1,4 +1,5 @@
-//! Pager, compared with a plain model: pages of an image are loaded on demand during writes, discards and takeovers.
+//! Tests of the pager against a plain model: pages of an image are loaded on demand during writes, discards and
+//! takeovers.
 //!
 //! Operations that may hang run in a thread with a deadline.
 
@@ -85,7 +86,7 @@ fn new_image() -> Chain {
     Chain::new(vec![Arc::new(Image::open(file).expect("an image"))]).expect("a chain")
 }
 
-/// Mapping of a workload, our mapping of the same file, and the configuration of a pager.
+/// Mapping of a workload, the pager's mapping of the same file, the deferred bitmap and the userfaultfd.
 struct Scene {
     workload: Mapping,
     ours: Arc<Mapping>,
@@ -164,7 +165,7 @@ fn expected(page: usize, at: usize) -> u64 {
     if page % 8 == 7 { 0 } else { word(page, at) }
 }
 
-/// Pseudo-random number generator.
+/// Returns the next pseudo-random number, and updates `state`.
 fn random(state: &mut u64) -> usize {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     usize::try_from(*state >> 33).expect("31 bits")
@@ -185,7 +186,7 @@ fn pages_are_loaded_on_demand_and_in_the_background() {
             let binned = || counters.histogram.iter().map(|bin| bin.load(Ordering::Relaxed)).sum::<u64>();
             let faults = counters.faults.load(Ordering::Relaxed);
             while binned() != faults {
-                std::thread::sleep(Duration::from_millis(1)); // fails after a minute
+                std::thread::sleep(Duration::from_millis(1)); // within_a_minute bounds the loop
             }
             assert!(faults > 0);
         });
@@ -218,7 +219,7 @@ fn late_contents_do_not_overwrite_writes_and_discards() {
     within_a_minute(|| {
         let scene = Arc::new(Scene::new());
         let pager = scene.pager(false, true);
-        // Each thread accesses only the pages with its remainder modulo 4, and has a model of them.
+        // Thread `number` accesses only pages whose number modulo 4 is `number`, and has a model of them.
         let threads: Vec<_> = (0..4)
             .map(|number| {
                 let scene = scene.clone();
@@ -247,7 +248,7 @@ fn late_contents_do_not_overwrite_writes_and_discards() {
     });
 }
 
-/// Threads discard pages until the pager has finished. No thread may wait for an event that is never read.
+/// Threads discard pages until the pager has finished. No discard may block because the pager does not read its event.
 #[test]
 fn pager_finishes_only_after_the_discards_in_progress() {
     for round in 0..30 {
@@ -302,7 +303,7 @@ fn present_pages_are_kept_and_deferred_pages_loaded() {
     }
 }
 
-/// Evicted pages are removed from the file and loaded again; all other pages are not affected.
+/// Evicted pages are removed from the file, and are loaded again on access; all other pages are unaffected.
 #[test]
 fn evicted_pages_are_loaded_again() {
     within_a_minute(|| {

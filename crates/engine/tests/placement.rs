@@ -1,5 +1,5 @@
-//! Huge pages across a transfer (S6, S7): a page is placed in its slot, regardless of its contents and of the order in
-//! which pages are received.
+//! Tests of huge pages across a transfer (S6, S7): a page is placed in its slot, regardless of its contents and of the
+//! order in which pages are received.
 
 use std::sync::Arc;
 use std::thread;
@@ -95,7 +95,7 @@ fn check_large(arrivals: &[Arrival], copy: &Arc<Mapping>) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// Huge pages on a file system that allocates them on first access.
+    /// On a file system that allocates huge pages on first access, huge pages stay whole.
     #[test]
     fn huge_pages_stay_whole(arrivals in arrivals(30)) {
         if let Some(copy) = large_file(PAGES, CAPACITY) {
@@ -103,7 +103,7 @@ proptest! {
         }
     }
 
-    /// Huge pages on a memfd, where they are made by collapsing base pages.
+    /// On a memfd, huge pages are created by collapsing base pages.
     #[test]
     fn huge_pages_are_made_by_collapsing(arrivals in arrivals(30)) {
         check_large(&arrivals, &small_file(PAGES));
@@ -128,7 +128,7 @@ proptest! {
     }
 }
 
-/// Zeros after data clear the slot, data after zeros fill it, and the huge page stays the same.
+/// Zeros received after data clear the slot, data received after zeros fill it, and the huge page is not replaced.
 #[test]
 fn slot_is_cleared_and_filled_in_place() {
     let Some(copy) = large_file(PAGES, CAPACITY) else { return };
@@ -150,7 +150,7 @@ fn units_of_holes_stay_holes() {
     assert_eq!((allocated(&copy), placer.missing(), placer.fallbacks()), (0, 0, 0));
 }
 
-/// The peer sends the units of huge pages; units beyond the region must be ignored.
+/// The peer announces which units are huge pages; units beyond the region must be ignored.
 #[test]
 fn huge_units_beyond_the_region_are_ignored() {
     let Some(copy) = large_file(SLOTS + 10, CAPACITY) else { return };
@@ -159,25 +159,26 @@ fn huge_units_beyond_the_region_are_ignored() {
     assert_eq!((allocated(&copy), placer.fallbacks()), (LARGE_PAGE as u64, 0));
 }
 
-/// With memory for one huge page and a few base pages, the second huge page is replaced by base pages and counted.
+/// In a file system with space for one huge page and 16 base pages, the second huge page is replaced by base pages and
+/// counted.
 #[test]
 fn base_pages_replace_an_unavailable_huge_page() {
     let Some(copy) = large_file(2 * SLOTS, LARGE_PAGE as u64 + (64 << 10)) else { return };
     let placer = placer(vec![large_target(&copy, vec![true, true])]);
     for (first, content) in [(3, 5), (SLOTS + 9, 6)] {
-        place(&placer, 0, &Arrival { first, count: 4, content: Some(content) }).expect("room for it");
+        place(&placer, 0, &Arrival { first, count: 4, content: Some(content) }).expect("space for the pages");
     }
     assert_eq!(placer.fallbacks(), 1);
     assert_eq!(copy.large_units().expect("a pagemap"), [true, false]);
     assert_eq!((page(&copy, 6)[4095], page(&copy, SLOTS + 12)[4095]), (5, 6));
 }
 
-/// Without memory, the error names the pages, and no signal is raised.
+/// If the file system is full, the error names the pages, and no signal is raised.
 #[test]
 fn full_file_system_is_an_error() {
     let Some(copy) = large_file(2 * SLOTS, LARGE_PAGE as u64 + (16 << 10)) else { return };
     let placer = placer(vec![large_target(&copy, vec![true, true])]);
-    place(&placer, 0, &Arrival { first: 0, count: SLOTS, content: Some(1) }).expect("room for a large page");
+    place(&placer, 0, &Arrival { first: 0, count: SLOTS, content: Some(1) }).expect("space for a huge page");
     let full = place(&placer, 0, &Arrival { first: SLOTS, count: 16, content: Some(2) });
     assert!(matches!(full, Err(PlaceError::Memory { region: 0, .. })), "{full:?}");
 }

@@ -1,5 +1,5 @@
-//! Pages from a peer, compared with a plain model: on demand during the push, from hostile peers, and over lost
-//! connections. Operations that may hang run in a thread with a deadline.
+//! Tests of post-copy against a plain model: requests during the push, hostile peers, and lost connections. Operations
+//! that may hang run in a thread with a deadline.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -25,12 +25,12 @@ use memory::{TIMEOUT, contents, format, large_file, small_file, within_a_minute}
 
 const PAGES: usize = 4 * SLOTS;
 
-/// Returns the contents at the source: one of sixteen pages is a hole, and another one is a zero page.
+/// Returns the contents at the source. Of every sixteen pages, one is a hole and one is a zero page.
 fn at_source(page: usize) -> u64 {
     if matches!(page % 16, 3 | 5) { 0 } else { (page as u64 + 1) << 20 }
 }
 
-/// Returns the contents at the destination from earlier rounds, which are outdated for missing pages.
+/// Returns the contents that earlier rounds have left at the destination; those of missing pages are outdated.
 fn at_destination(page: usize) -> u64 {
     if is_missing(page) { 0xdead } else { at_source(page) ^ 7 }
 }
@@ -50,7 +50,8 @@ fn put(mapping: &Mapping, page: usize, word: u64) {
     unsafe { mapping.page(page).cast::<u64>().write_volatile(word) }
 }
 
-/// Source, workload at the destination, our mapping of its memory, and the configuration of a pager.
+/// Memory of the source, the workload's and the pager's mapping of the destination memory, the deferred bitmap, the
+/// userfaultfd, and the missing pages.
 struct Scene {
     source: Arc<Mapping>,
     ours: Arc<Mapping>,
@@ -77,7 +78,7 @@ impl Scene {
             if page % 16 != 3 {
                 put(&source, page, at_source(page));
             }
-            // Write through the mapping of the workload, which maps the page as if the workload had accessed it before
+            // Write through the mapping of the workload: this maps the page, as if the workload had accessed it before
             // its pause.
             put(&workload, page, at_destination(page));
             if missing(page) {
@@ -239,9 +240,9 @@ fn push_continues_from_the_last_request() {
     let request = Request::new(0, (1600, 1616), Some(1601));
     urgent.write_all(zerocopy_bytes(&request)).expect("a request");
     let mut header = [0; 64 + 24];
-    urgent.read_exact(&mut header).expect("an answer");
+    urgent.read_exact(&mut header).expect("a reply");
     assert_eq!(u64::from_le_bytes(header[64..72].try_into().expect("eight bytes")), 1601);
-    until("the answer", || server.remaining() == PAGES - 16);
+    until("the reply to be counted", || server.remaining() == PAGES - 16);
     thread::scope(|scope| {
         scope.spawn(|| server.push());
         stream.read_exact(&mut header).expect("a block");
@@ -275,14 +276,14 @@ fn pager_continues_over_another_connection() {
             let before = server.requests();
             until("a request", || server.requests() > before + 3 * turn || pager.pending() == 0);
             drop(server);
-            until("a loss", || peer.lost().is_some() || pager.is_finished());
+            until("a lost connection", || peer.lost().is_some() || pager.is_finished());
             let (theirs, another) = connection(1);
             peer = another;
             server = scene.server(theirs, &pager.missing(0).expect("of the only region"), format(Codec::Zstd));
             server.start().expect("a thread");
             pager.reconnect(peer.clone()).expect("a pager of a peer");
         }
-        server.push().expect("the rest");
+        server.push().expect("the remaining pages");
         readers.into_iter().for_each(|reader| reader.join().expect("a reader"));
         assert!(pager.wait(Duration::from_secs(20), 0), "{} pages are missing", pager.pending());
         scene.check();
@@ -308,7 +309,7 @@ fn pager_takes_over_from_an_exited_one() {
             (server, peer, pager)
         };
         assert_eq!(reader.join().expect("a reader"), expected(77));
-        server.push().expect("the rest");
+        server.push().expect("the remaining pages");
         assert!(pager.wait(Duration::from_secs(20), 0));
         scene.check();
     });
@@ -328,13 +329,13 @@ fn discarded_pages_are_not_loaded() {
         }
         assert!(pager.wait(Duration::from_secs(20), 0), "{} pages are missing", pager.pending());
         server.push().expect("all of it");
-        until("the end", || peer.has_ended());
+        until("the end of the streams", || peer.has_ended());
         assert_eq!((peer.lost(), server.lost()), (None, None));
         assert!((0..PAGES).all(|page| scene.read(page) == 0));
     });
 }
 
-/// Builds a block as a peer could send it.
+/// Builds a block as a peer may send it.
 fn block(region: u32, round: u32, sequence: u64, make: impl FnOnce(&mut Builder)) -> Vec<u8> {
     let mut builder = Builder::new(Codec::None, 4 * SMALL_PAGE, 64 * SMALL_PAGE);
     make(&mut builder);
@@ -388,10 +389,10 @@ fn invalid_blocks_do_not_reach_memory() {
             let mut socket = UnixStream::from(target);
             let _ = socket.write_all(lie);
             drop(socket);
-            until("a loss", || peer.lost().is_some());
+            until("a lost connection", || peer.lost().is_some());
             assert!(
                 pager.ensure(0, 77, 1).is_err() && pager.missing(0).expect("a region").contains(77),
-                "lie {number}"
+                "invalid block {number}"
             );
             (theirs, peer) = connection(1);
             pager.reconnect(peer.clone()).expect("a pager of a peer");
@@ -422,7 +423,7 @@ fn late_reply_loses_the_connection() {
         thread::sleep(Duration::from_secs(1));
         assert_eq!(peer.lost(), None, "no request is pending");
         let reader = scene.reader(77);
-        until("a loss", || peer.lost().is_some());
+        until("a lost connection", || peer.lost().is_some());
         drop(theirs);
         let (theirs, peer) = connection(1);
         let server = scene.server(theirs, &scene.missing, format(Codec::None));
@@ -463,7 +464,7 @@ fn malformed_request_ends_the_server() {
         let server = scene.server(ends, &scene.missing, format(Codec::None));
         server.start().expect("a thread");
         ours.write_all(request).expect("a request");
-        until("a refusal", || server.lost().is_some());
+        until("a rejected request", || server.lost().is_some());
         assert!(matches!(server.push(), Err(WireError::Order(_))), "request {number}");
         assert_eq!(server.requests(), 0);
         drop(idle);
@@ -480,7 +481,7 @@ fn blocked_push_can_be_cancelled() {
             let server = server.clone();
             thread::spawn(move || server.push())
         };
-        until("some of it", || server.remaining() < scene.missing.count());
+        until("the first sent page", || server.remaining() < scene.missing.count());
         server.cancel();
         assert!(matches!(pushing.join().expect("the thread panicked"), Err(WireError::Cancelled)));
     });
@@ -495,7 +496,7 @@ fn bandwidth_limit_covers_all_streams() {
         let begin = Instant::now();
         server.push().expect("all of it");
         let bytes = server.progress().bytes.load(Ordering::Relaxed);
-        // The limit does not delay the burst and the last block of each stream.
+        // The limit delays neither the initial burst nor the last block of each stream.
         let least = (bytes - (1 << 18)) * 1000 / bandwidth;
         assert!(begin.elapsed() >= Duration::from_millis(least - 50), "{bytes} bytes in {:?}", begin.elapsed());
         assert!(pager.wait(Duration::from_secs(20), 0));
@@ -514,7 +515,7 @@ fn huge_pages_stay_huge() {
             let found = space().large_mapped(scene.workload.address(), scene.workload.len() as u64);
             found.expect("a scan").iter().map(|(start, end)| end - start).sum::<u64>()
         };
-        pager.populate().expect("what is there");
+        pager.populate().expect("present pages");
         assert_eq!(large(), LARGE_PAGE as u64, "the huge page without deferred pages");
         for page in (0..PAGES).step_by(37) {
             let right = if scene.missing.contains(page) { at_source(page) } else { at_destination(page) };

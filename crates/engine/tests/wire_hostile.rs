@@ -1,4 +1,5 @@
-//! Hostile, broken and stalled peers: an error in bounded time, and no writes outside the regions.
+//! Tests of hostile, failing and stalled peers: each causes an error in bounded time, and no writes outside the
+//! regions.
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -43,7 +44,7 @@ impl Guarded {
     }
 }
 
-/// Feeds bytes to a receiver of round 0 and closes the stream. Returns the result.
+/// Feeds bytes to a receiver of round 0 and closes the stream. Returns the result of the receiver.
 fn feed(bytes: &[u8]) -> Result<(), WireError> {
     let guarded = Guarded::new();
     let placer = placer(vec![target(&guarded.region)]);
@@ -123,7 +124,7 @@ fn overlapping_runs_are_rejected() {
         builder.push_run(4, 4, Class::Absent, 0);
         builder.push_run(0, 4, Class::Zero, 0);
     });
-    feed(&apart).expect("no page is in two runs");
+    feed(&apart).expect("runs without a common page");
 }
 
 /// A page that is discarded during a round is sent twice.
@@ -222,7 +223,7 @@ proptest! {
     }
 }
 
-/// The wait for a silent peer, also within a block, is bounded by the timeout.
+/// The wait for a silent peer is bounded by the timeout, even within a block.
 #[test]
 fn stalled_peer_times_out() {
     let whole = block(Codec::None, 0, 0, 0, data(0, 2));
@@ -239,7 +240,7 @@ fn stalled_peer_times_out() {
     }
 }
 
-/// The peer does not read from the socket.
+/// A sender fails after the timeout if its peer does not read from the socket.
 #[test]
 fn peer_that_does_not_read_times_out() {
     let source = full_file(4096);
@@ -297,7 +298,7 @@ fn cancellation_unblocks_sender_and_receiver() {
     let source = full_file(4096);
     let begin = Instant::now();
     thread::scope(|scope| {
-        // The receiver does not read yet, so that the sender blocks when the socket buffer is full.
+        // The receiver does not read yet, so the sender blocks when the socket buffer is full.
         let sending = scope.spawn(|| sender.send(&[source], &[PageSet::full(4096)], 0, true));
         thread::sleep(Duration::from_millis(100));
         sender.cancel();
@@ -344,7 +345,7 @@ fn first_failure_is_returned() {
     }
 }
 
-/// The peer of a sender closes the connection during a round.
+/// A sender reports that its peer has closed the connection during a round.
 #[test]
 fn closed_peer_is_reported() {
     let (mut peer, ours) = UnixStream::pair().expect("sockets");

@@ -1,4 +1,4 @@
-//! Rounds over sockets: after each barrier, the destination equals the source.
+//! Tests of rounds over sockets: after each barrier, the destination equals the source.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -20,9 +20,9 @@ const REGIONS: [usize; 3] = [SLOTS + 37, 4 * SLOTS + 3, 1];
 
 #[derive(Debug, Clone)]
 enum Change {
-    /// Pages filled with a byte; 0 makes them zero pages.
+    /// Write that fills pages with a byte; 0 makes them zero pages.
     Write { region: usize, first: prop::sample::Index, count: usize, byte: u8 },
-    /// Freed pages, which no trace reports.
+    /// Freeing of pages, which no trace reports.
     Punch { region: usize, first: prop::sample::Index, count: usize },
 }
 
@@ -103,7 +103,7 @@ proptest! {
     }
 }
 
-/// Holes are found without reading: neither the source nor its copy is allocated.
+/// Holes are detected without reading: neither source nor destination allocates pages for them.
 #[test]
 fn holes_are_not_allocated() {
     let (source, copy) = (small_file(64 * SLOTS), small_file(64 * SLOTS));
@@ -116,7 +116,7 @@ fn holes_are_not_allocated() {
     assert_eq!(counted(progress)[2..], [1, 0, 64 * 512 - 1]);
 }
 
-/// A part of a round without a barrier does not end it.
+/// A part of a round that is sent without a barrier does not end the round.
 #[test]
 fn round_may_be_sent_in_parts() {
     let (source, copy) = (small_file(600), small_file(600));

@@ -97,7 +97,7 @@ impl Layout {
         Counters { words: self.page(1 + partition), tag: mix(MAGIC ^ mix(self.options.seed ^ partition as u64)) }
     }
 
-    /// Returns the table entries from the entry of a body page to the end of the table page.
+    /// Returns the table entries from that of body page `number` to the end of its table page.
     pub(super) fn entries(&self, number: usize) -> &[AtomicU64] {
         assert!(number < self.pages, "body page {number} of {}", self.pages);
         &self.page(self.table_page() + number / WORDS)[number % WORDS..]
@@ -124,18 +124,18 @@ impl Layout {
         self.pages * partition / threads..self.pages * (partition + 1) / threads
     }
 
-    /// Returns the number of filled pages of a partition. They are the first pages of the partition.
+    /// Returns the number of filled pages of a partition. The filled pages are the first pages of the partition.
     pub(super) fn filled(&self, partition: usize) -> usize {
         part(self.partition(partition).len(), self.options.fill)
     }
 
-    /// Excludes all but about `fraction` of the 2 MiB units, evenly spread, from huge pages.
+    /// Forbids huge pages in all 2 MiB units except about `fraction` of them, which are evenly spread.
     ///
     /// The memory must not have been accessed: shmem honours MADV_NOHUGEPAGE of the mapping through which a page is
     /// allocated.
     pub(super) fn forbid_large_pages(&self, fraction: f64) -> Result<(), LedgerError> {
         if !(0.0..=1.0).contains(&fraction) {
-            let message = format!("invalid large-page fraction {fraction}: expected 0 to 1");
+            let message = format!("invalid huge-page fraction {fraction}: expected 0 to 1");
             return Err(LedgerError::BadOption(message));
         }
         for unit in 0..self.mapping.len().div_ceil(LARGE_PAGE) {
@@ -165,7 +165,8 @@ impl Counters<'_> {
         }
     }
 
-    /// Returns whether the page has the tag of this partition, and names a first damaged page only if it counts one.
+    /// Returns whether the page has the tag of this partition, and records a first damaged page if and only if it
+    /// counts damaged pages.
     pub(super) fn intact(&self) -> bool {
         let tagged = self.words[0].load(Ordering::Relaxed) == self.tag;
         tagged && (self.bad() > 0) == self.first_bad().is_some()
@@ -181,7 +182,7 @@ impl Counters<'_> {
     }
 
     /// Completes an operation that has changed the sum of the table by `change`. Only the thread of the partition calls
-    /// this function, so that load and store need not be one atomic operation.
+    /// this function, so load and store need not be one atomic operation.
     pub(super) fn count_write(&self, change: u64) {
         self.words[4].store(self.table().wrapping_add(change), Ordering::Relaxed);
         self.words[1].store(self.writes().wrapping_add(1), Ordering::Release);
@@ -192,7 +193,7 @@ impl Counters<'_> {
         self.words[2].load(Ordering::Relaxed)
     }
 
-    /// Returns the first damaged page that an operation has found, if any.
+    /// Returns the number of the first damaged page that an operation has found, or `None`.
     pub(super) fn first_bad(&self) -> Option<u64> {
         self.words[3].load(Ordering::Relaxed).checked_sub(1)
     }
@@ -236,9 +237,9 @@ fn header(mapping: &Mapping) -> Result<[u64; HEADER], LedgerError> {
     let words = page_of(mapping, 0);
     let header: [u64; HEADER] = std::array::from_fn(|word| words[word].load(Ordering::Acquire));
     if header[0] != MAGIC {
-        Err(LedgerError::NoLedger("wrong magic"))
+        Err(LedgerError::NoLedger("invalid magic"))
     } else if words[HEADER].load(Ordering::Relaxed) != xxh3_64(header.as_bytes()) {
-        Err(LedgerError::NoLedger("wrong header checksum"))
+        Err(LedgerError::NoLedger("invalid header checksum"))
     } else if header[1] != VERSION {
         Err(LedgerError::NoLedger("unsupported layout version"))
     } else {

@@ -13,9 +13,9 @@
 //!                   or zeros if "is zeros" is set in the table entry
 //! ```
 //!
-//! Body pages are divided evenly among *partitions* with one writer thread each, so that operations require no lock.
-//! The first pages of each partition are filled when the ledger is created. The remaining pages and their table entries
-//! are never accessed, because reading would allocate them.
+//! Body pages are divided evenly among *partitions* with one writer thread each, so operations require no lock. The
+//! first pages of each partition are filled when the ledger is created. The remaining pages and their table entries are
+//! never accessed, because reading would allocate them.
 //!
 //! # Detection of damage
 //!
@@ -23,7 +23,7 @@
 //! the counters of writes and of the table. Threads pause only between operations. In a paused ledger, the following
 //! holds:
 //!
-//! 1. Each page contains its number, the version of its table entry, and a checksum of its contents (or is zeros).
+//! 1. Each page contains its number, the version of its table entry, and a checksum of its contents, or is zeros.
 //! 2. The sum of the versions of a partition's pages equals its counter of writes, which also counts the filling of
 //!    each page. The sum of the hashes of its table entries equals its counter of the table.
 //! 3. The page that operation *n* of a partition writes, and its contents, follow from (seed, partition, *n*): the
@@ -32,7 +32,7 @@
 //! A lost page is zeros or has an older version than its table entry (1). A page torn between two versions fails its
 //! checksum (1). A stale table entry does not match its page (1) or, if both are stale, its partition does not match
 //! its counters (2). A stale counter does not match the sum (2). The only remaining case is memory that is consistent
-//! but old as a whole. This case is detected by comparing [`Ledger::fingerprint`] before and after a migration.
+//! but outdated as a whole. This case is detected by comparing [`Ledger::fingerprint`] before and after a migration.
 //!
 //! Operations check each page that they are about to overwrite, and count damaged pages in the counters of the
 //! partition. Damage can therefore not be overwritten unnoticed between a migration and the next [`Ledger::verify`].
@@ -63,7 +63,7 @@ use layout::Layout;
 use stalls::Stopwatch;
 use workers::Workers;
 
-/// Errors of a ledger.
+/// Error of an operation on a ledger.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
     /// An option is out of range.
@@ -81,13 +81,13 @@ pub enum LedgerError {
     #[error("not a ledger: {0}")]
     NoLedger(&'static str),
     /// Some of the requested partitions do not exist.
-    #[error("invalid partitions {first}..{end}: the ledger has {threads}")]
+    #[error("invalid partitions {first}..{end}: the ledger has {threads} partitions")]
     NoSuchPartition {
         /// First partition requested.
         first: usize,
-        /// Partition after the last one.
+        /// Partition after the last requested one.
         end: usize,
-        /// Number of partitions.
+        /// Number of partitions of the ledger.
         threads: usize,
     },
     /// The operation is not allowed in the current state of the threads.
@@ -104,7 +104,7 @@ pub enum LedgerError {
     Kernel(#[from] io::Error),
 }
 
-/// Ledger in a mapping, and the threads that run a share of its partitions.
+/// Ledger in a mapping, and the threads of this object, which run a share of its partitions.
 #[derive(Debug)]
 pub struct Ledger {
     layout: Arc<Layout>,
@@ -117,7 +117,7 @@ impl Ledger {
     /// Creates a ledger: fills its pages with one thread per partition, and writes the header last.
     ///
     /// With `large_fraction`, only about that fraction of the 2 MiB units may be backed by huge pages. The memory
-    /// should not have been accessed before; filled pages overwrite its contents. Setting `cancel` stops the filling.
+    /// should not have been accessed before; filling overwrites its contents. Setting `cancel` stops the filling.
     ///
     /// # Errors
     /// [`LedgerError::BadOption`] if an option is out of range; [`LedgerError::TooSmall`] if the memory is too small;
@@ -230,7 +230,7 @@ impl Ledger {
         self.locked(|workers| workers.as_ref().map_or_else(Vec::new, Workers::tids))
     }
 
-    /// Returns the number of writes per partition (filling included), as recorded in the memory.
+    /// Returns the number of writes to each partition as recorded in the memory. Writes that fill pages are included.
     pub fn writes(&self) -> Vec<u64> {
         (0..self.layout.options.threads).map(|partition| self.layout.counters(partition).writes()).collect()
     }
@@ -258,13 +258,13 @@ impl Ledger {
     }
 
     /// Returns a hash of the header and the counters, which include a sum over the table. The hash identifies the
-    /// contents of a paused ledger, although few pages are read. [`Ledger::table_agrees`] checks that the table matches
-    /// the counters.
+    /// contents of a paused ledger, although only the header and the counters are read. [`Ledger::table_agrees`] checks
+    /// that the table matches the counters.
     pub fn fingerprint(&self) -> u64 {
         verify::fingerprint(&self.layout)
     }
 
-    /// Returns whether the table matches the counters. Reads the whole table.
+    /// Reads the whole table, and returns whether it matches the counters.
     pub fn table_agrees(&self) -> bool {
         verify::table_agrees(&self.layout)
     }

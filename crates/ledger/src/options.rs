@@ -5,7 +5,7 @@ use super::LedgerError;
 /// Options of a ledger. Fractions are between 0 and 1.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
-    /// Number of partitions, and thereby of writer threads in all processes together.
+    /// Number of partitions, which is also the number of writer threads in all processes together.
     pub threads: usize,
     /// Seed of all pseudo-random choices.
     pub seed: u64,
@@ -23,7 +23,7 @@ pub struct Options {
     pub zero_fraction: f64,
     /// Fraction of the pages that is filled at creation. All other pages are never accessed.
     pub fill: f64,
-    /// Fraction of the contents of each page that is a repeated word.
+    /// Fraction of each page's contents that consists of one repeated word.
     pub compressible: f64,
 }
 

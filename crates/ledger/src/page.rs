@@ -15,7 +15,7 @@ const PREFIX: usize = 4;
 /// Increment of the counter that is mixed into random words: odd, with about half of its bits set.
 pub(super) const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Mixes a word so that each changed bit changes about half of the result (finaliser with two multiplications).
+/// Mixes a word: a change of any bit changes about half of the bits of the result (finaliser with two multiplications).
 pub(super) fn mix(mut word: u64) -> u64 {
     word ^= word >> 32;
     word = word.wrapping_mul(0xd6e8_feb8_6659_fd93);
@@ -24,7 +24,7 @@ pub(super) fn mix(mut word: u64) -> u64 {
     word ^ (word >> 32)
 }
 
-/// Table entry: number of writes of a body page, and whether it is currently zeros.
+/// Table entry: version of a body page, which is the number of its writes, and whether the page is zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Entry(pub(super) u64);
 
@@ -41,8 +41,8 @@ impl Entry {
         self.0 & 1 == 1
     }
 
-    /// Returns a hash of this entry and of the number of its page. The hashes of a table are summed, so that the sum
-    /// can be updated when an entry changes.
+    /// Returns a hash of this entry and the number of its page. The hashes of a table are summed, so that the sum can
+    /// be updated when an entry changes.
     pub(super) fn hash(self, number: usize) -> u64 {
         mix((number as u64 + 1).wrapping_mul(GOLDEN).wrapping_add(self.0))
     }
@@ -75,7 +75,7 @@ pub(super) enum Finding {
     Good,
     /// Zero page that should have contents.
     Lost,
-    /// Intact page of another version than its table entry: the page or the entry has missed a write.
+    /// Intact page whose version differs from its table entry: the page or the entry has missed a write.
     Stale,
     /// Intact copy of another page.
     Misplaced,

@@ -7,8 +7,8 @@ use std::time::Duration;
 /// upper limit.
 pub(super) const BUCKETS: usize = 40;
 
-/// Durations of the operations of one thread. They are kept outside the memory of the ledger, so that measuring does
-/// not write to it.
+/// Durations of the operations of one thread. They are stored outside the memory of the ledger, so that measuring does
+/// not write to that memory.
 #[derive(Debug)]
 pub(super) struct Stopwatch {
     longest: AtomicU64,
@@ -36,7 +36,8 @@ impl Stopwatch {
 pub struct Stalls {
     /// Longest duration, nanoseconds.
     pub longest: u64,
-    /// Number of operations of at least 2^n and less than 2^(n+1) ns, for each n; the last number has no upper limit.
+    /// Number of operations by duration. Bin n counts durations of at least 2^n and less than 2^(n+1) ns; the last bin
+    /// has no upper limit.
     pub histogram: [u64; BUCKETS],
 }
 

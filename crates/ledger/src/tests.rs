@@ -39,7 +39,7 @@ fn pause(ledger: &Ledger) {
     assert_eq!(ledger.state(), State::Paused);
 }
 
-/// Waits until the counters have advanced by `writes` writes.
+/// Waits until the ledger has performed `writes` further writes.
 fn wait_for(ledger: &Ledger, writes: u64) {
     let goal = ledger.writes().iter().sum::<u64>() + writes;
     let end = Instant::now() + Duration::from_secs(60);
@@ -359,7 +359,7 @@ fn overwritten_damage_is_detected() {
         if report.lost == 0 {
             break report;
         }
-        assert!(Instant::now() < end, "the page is not written");
+        assert!(Instant::now() < end, "no operation has written the damaged page");
         ledger.resume().unwrap();
     };
     assert_eq!((report.overwritten, report.first_bad), (1, Some(number)));

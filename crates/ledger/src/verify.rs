@@ -15,19 +15,19 @@ use super::page::{Entry, Finding, WORDS, Words, examine};
 pub struct Report {
     /// Number of body pages.
     pub pages: usize,
-    /// Number of checked body pages, that is, of all filled pages.
+    /// Number of checked body pages, which are all filled pages.
     pub checked: usize,
     /// Number of checked pages that are zeros, as expected.
     pub zeros: usize,
     /// Number of zero pages that should have contents.
     pub lost: usize,
-    /// Number of intact pages of another version than their table entry.
+    /// Number of intact pages whose version differs from their table entry.
     pub stale: usize,
     /// Number of intact pages that are copies of other pages.
     pub misplaced: usize,
     /// Number of pages that are not intact.
     pub torn: usize,
-    /// First damaged page, found by this verification or by operations; `None` if there is none.
+    /// Number of the first damaged page that this verification or an operation has found; `None` if no page is damaged.
     pub first_bad: Option<usize>,
     /// Number of damaged pages that operations have found and overwritten.
     pub overwritten: u64,
@@ -35,14 +35,14 @@ pub struct Report {
     pub versions: u64,
     /// Sum of all counters of writes.
     pub writes: u64,
-    /// Number of partitions whose table does not match their counters, or whose counter page lacks their tag.
+    /// Number of partitions whose table entries do not match the counters, or whose counter page is not intact.
     pub disagreeing: usize,
     /// Whether the header is intact.
     pub header: bool,
 }
 
 impl Report {
-    /// Returns whether no damage was found, by this verification or by operations, and all sums match.
+    /// Returns whether this verification and all operations have found no damage, and all sums match.
     pub fn intact(&self) -> bool {
         let bad = self.lost + self.stale + self.misplaced + self.torn;
         bad == 0 && self.overwritten == 0 && self.disagreeing == 0 && self.header

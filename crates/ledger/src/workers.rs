@@ -46,8 +46,8 @@ const END: u8 = 2;
 /// Orders to the threads, and their acknowledgements.
 #[derive(Default)]
 struct Control {
-    /// Current order: RUN, PARK or END. It is written with `count` locked, and read without the lock between
-    /// operations.
+    /// Current order: RUN, PARK or END. It is written with `count` locked. Between operations, threads read it without
+    /// the lock.
     order: AtomicU8,
     count: Mutex<Count>,
     /// Signalled when the order changes.
@@ -181,7 +181,7 @@ impl Drop for Workers {
     }
 }
 
-/// Guard that counts a thread that exits without an order.
+/// Guard of a thread, which counts the thread as died if it exits without an order.
 struct ExitGuard<'a>(&'a Control);
 
 impl Drop for ExitGuard<'_> {
@@ -228,8 +228,7 @@ struct WriteRate {
 }
 
 impl WriteRate {
-    /// Duration of a burst of operations. Sleeping costs tens of microseconds, so that shorter sleeps would be
-    /// inefficient.
+    /// Duration of a burst of operations. Sleeping costs tens of microseconds, so shorter sleeps would be inefficient.
     const BURST: Duration = Duration::from_millis(1);
     /// Maximum delay for which a thread compensates after a stall.
     const ARREARS: Duration = Duration::from_millis(50);

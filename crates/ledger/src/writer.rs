@@ -46,8 +46,8 @@ impl<'a> Writer<'a> {
         Written { number, before }
     }
 
-    /// Checks the page that the last operation has overwritten, and counts it if it was damaged. Must be called before
-    /// the thread may pause.
+    /// Checks the page that the last operation has overwritten, and counts it if it was damaged. The thread must call
+    /// this function before it may pause.
     pub(super) fn check(&self, written: &Written) {
         let seed = self.layout.options.seed;
         if examine(&self.found, seed, written.number as u64, written.before) != Finding::Good {
@@ -101,7 +101,7 @@ pub(super) fn fill(layout: &Layout, cancel: &AtomicBool) -> Result<(), LedgerErr
     })
 }
 
-/// Returns the page that an operation writes, relative to the partition, and whether it zeroes the page.
+/// Returns the page that an operation writes, relative to the partition, and whether the operation zeroes the page.
 pub(super) fn choose(layout: &Layout, partition: usize, operation: u64) -> (usize, bool) {
     let options = &layout.options;
     let filled = layout.filled(partition);

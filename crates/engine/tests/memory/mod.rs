@@ -1,5 +1,5 @@
 //! Memory files, sockets and a deadline, for the tests of wire, placer and pager.
-#![allow(dead_code, reason = "every test file uses a part of it")]
+#![allow(dead_code, reason = "each test file uses only part of this module")]
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -17,10 +17,10 @@ use pageferry_engine::placer::{Placer, Target};
 use pageferry_engine::wire::{BlockReceiver, BlockSender, Format};
 use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 
-/// Timeout that no operation of these tests reaches.
+/// Timeout for operations that must complete earlier.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs `work`, which may hang, in a separate thread. Panics if it takes more than a minute.
+/// Runs `work`, which may hang, in a separate thread. Panics if `work` takes more than a minute.
 pub fn within_a_minute(work: impl FnOnce() + Send + 'static) {
     let (done, finished) = mpsc::channel();
     let worker = thread::spawn(move || {
@@ -28,32 +28,32 @@ pub fn within_a_minute(work: impl FnOnce() + Send + 'static) {
         let _ = done.send(());
     });
     match finished.recv_timeout(Duration::from_secs(60)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("the operation hangs"),
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("the operation takes more than a minute"),
         _ => worker.join().expect("the thread panicked"),
     }
 }
 
-/// Creates a memory file of base pages, all holes.
+/// Creates and maps a memfd of `pages` base pages, all holes.
 pub fn small_file(pages: usize) -> Arc<Mapping> {
     // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
     let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) };
     mapped(&file, pages)
 }
 
-/// Creates a file on a detached tmpfs with huge=always and a capacity of `room` bytes. Returns `None` if mounting is
-/// not permitted.
+/// Creates and maps a file on a detached tmpfs with huge=always and a capacity of `room` bytes. Returns `None` if
+/// mounting is not permitted.
 pub fn large_file(pages: usize, room: u64) -> Option<Arc<Mapping>> {
     let directory = match file_systems::large_tmpfs(room) {
         Ok(directory) => directory,
         Err(error) => {
-            eprintln!("skipped: no tmpfs of our own ({error})");
+            eprintln!("skipped: cannot mount a tmpfs ({error})");
             return None;
         }
     };
     Some(mapped(&open_unnamed(directory.as_fd().as_raw_fd(), c"."), pages))
 }
 
-/// Creates a hugetlbfs file with reserved pages. Returns `None` if there are too few free huge pages.
+/// Creates and maps a hugetlbfs file with reserved pages. Returns `None` if there are too few free huge pages.
 pub fn huge_file(pages: usize) -> Option<Arc<Mapping>> {
     // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
     let file = unsafe { libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB) };
@@ -124,7 +124,7 @@ pub fn placer(targets: Vec<Target>) -> Arc<Placer> {
     Arc::new(Placer::new(targets, Vec::new(), true, 0).expect("a placer"))
 }
 
-/// Creates a sender and a receiver that are connected by `streams` sockets.
+/// Creates a sender and a receiver that are connected by `streams` socket pairs.
 pub fn ends(streams: usize, format: Format, placer: &Arc<Placer>, timeout: Duration) -> (BlockSender, BlockReceiver) {
     let pairs = (0..streams).map(|_| UnixStream::pair().expect("a pair of sockets"));
     let (ours, theirs): (Vec<OwnedFd>, Vec<OwnedFd>) = pairs.map(|(a, b)| (a.into(), b.into())).unzip();
