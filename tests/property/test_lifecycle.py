@@ -1,4 +1,4 @@
-"""Model of the lifecycle: a workload has exactly one owner after any sequence of controller actions."""
+"""Tests of the lifecycle against a model: a workload has exactly one owner after any sequence of controller actions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ controllers = st.sampled_from(CONTROLLERS)
 
 
 class Recorder:
-    """Workload that only records whether it runs, and whether it was discarded."""
+    """Workload that only records whether it runs, and whether its memory was discarded."""
 
     name = "recorder"
     identity = Identity("arena", "recorder")

@@ -1,4 +1,4 @@
-"""Messages and unit maps: encoding round-trips, and invalid bytes are refused."""
+"""Tests of messages and unit maps: valid values round-trip, and invalid bytes are refused."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
     messages.Outcome: {"owner": st.sampled_from(["source", "destination", "unknown"]), "complete": st.booleans()},
     messages.Serve: {"streams": st.integers(1, messages.MAX_STREAMS)},
 }
-"""Valid values of the fields of each message."""
+"""Valid values for the fields of each message."""
 
 everything = st.one_of(*(st.builds(kind, **fields) for kind, fields in FIELDS.items()))
 timed = st.one_of(*(st.builds(kind, **fields) for kind, fields in FIELDS.items() if seconds in fields.values()))
-"""Messages that have a field in seconds."""
+"""Messages with at least one field in seconds."""
 
 
 def body(message: Message) -> bytes:
@@ -142,7 +142,7 @@ def floats(fields: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str
     st.sampled_from([float("nan"), float("inf"), -float("inf"), -1.0, -5e-324, 1e300]),
     st.data(),
 )
-def test_time_that_is_not_finite_negative_or_huge_is_refused(
+def test_time_that_is_negative_huge_or_not_finite_is_refused(
     message: Message, time: float, data: st.DataObject
 ) -> None:
     fields = msgspec.to_builtins(message, builtin_types=(bytes,))

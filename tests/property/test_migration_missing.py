@@ -1,4 +1,4 @@
-"""Sets of missing pages as messages: the sets round-trip, and invalid messages are refused."""
+"""Tests of sets of missing pages as messages: valid sets round-trip, and invalid messages are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def made(pages: int, runs: list[tuple[int, int]]) -> PageSet:
 
 
 class Recorder:
-    """Sending end of a channel that records the messages."""
+    """Substitute for a channel that records the messages sent."""
 
     def __init__(self) -> None:
         self.sent: list[Missing] = []
@@ -62,7 +62,7 @@ def test_missing_sets_round_trip(described: list[tuple[int, list[tuple[int, int]
 
 
 def test_large_set_is_sent_in_chunks() -> None:
-    """The set has one or two of every four pages of 64 GiB, so irregularly that it hardly compresses."""
+    """The set contains one or two of every four pages of 64 GiB, at random positions, so it hardly compresses."""
     pages = 1 << 24
     scattered = PageSet(pages)
     state = 1

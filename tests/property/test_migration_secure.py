@@ -1,4 +1,4 @@
-"""Control connection under TLS: only messages of the peer are delivered, for any split of the bytes."""
+"""Tests of control connections under TLS: only messages from the peer are delivered, for any split of the bytes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ T = TypeVar("T")
 Pair = Callable[[], tuple[ControlSession, ControlSession]]
 TIMEOUT = 30.0
 tries = settings(deadline=None, max_examples=50)
-"""Settings of tests that open a connection per example."""
+"""Settings of tests that open a connection for each example."""
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    """Yield a function that returns source and receiver sessions of a new connection."""
+    """Yield a function that returns the source's and the receiver's session of a new connection."""
     with tempfile.TemporaryDirectory() as folder:
         source, receiver = hosts(Path(folder) / "hosts")
         here, there = Trust(source, "source"), Trust(receiver, "receiver")
@@ -118,14 +118,14 @@ def test_messages_are_delivered_for_any_split_of_the_bytes(pair: Pair, said: lis
 @tries
 @given(said=st.lists(quiet, min_size=1, max_size=4), place=st.integers(0, 1 << 20), bit=st.integers(0, 7))
 def test_flipped_bit_ends_the_connection(pair: Pair, said: list[Message], place: int, bit: int) -> None:
-    """No message of the damaged record or of a later record is delivered."""
+    """The receiver delivers no message of the damaged record or of a later record."""
     source, receiver = established(pair)
     data = bytearray(sealed(source, *map(messages.encode, said)))
     data[place % len(data)] ^= 1 << bit
     found, end = heard(receiver, [bytes(data)])
     assert found == said[: len(found)]
     assert len(found) < len(said)
-    # If the bit increases the length of a record, the receiver waits for bytes that are never sent.
+    # If the bit increases the length of a record, the receiver waits for bytes that the source never sends.
     assert isinstance(end, AuthenticationError | ConnectionLost)
 
 
@@ -153,7 +153,7 @@ def test_bytes_that_are_not_records_end_the_connection(pair: Pair, garbage: byte
 @tries
 @given(body=st.binary(max_size=200), places=places)
 def test_bytes_of_authenticated_peer_are_a_message_or_refused(pair: Pair, body: bytes, places: list[int]) -> None:
-    """An authenticated peer may send any bytes. They are checked like those of an unencrypted connection."""
+    """An authenticated peer may send any bytes. The receiver checks them like bytes from an unencrypted connection."""
     source, receiver = established(pair)
     found, end = heard(receiver, cut(sealed(source, len(body).to_bytes(4, "big"), body), places))
     try:
@@ -175,7 +175,7 @@ def test_length_beyond_the_limit_is_refused_under_tls(pair: Pair, length: int) -
 @tries
 @given(garbage=st.binary(min_size=1, max_size=600), flight=st.integers(0, 2), place=st.integers(0, 1 << 20))
 def test_corrupted_handshake_is_refused(pair: Pair, garbage: bytes, flight: int, place: int) -> None:
-    """The garbage is in the first flight of the source, in the reply, or in the last flight of the handshake."""
+    """The garbage is in the first flight of the source, in that of the receiver, or in the source's second flight."""
     source, receiver = pair()
     changed = False
     for number, (to, of) in enumerate(((receiver, source), (source, receiver), (receiver, source))):
@@ -190,7 +190,7 @@ def test_corrupted_handshake_is_refused(pair: Pair, garbage: bytes, flight: int,
             assert changed
             return
     if source.established and receiver.established and changed:
-        # The garbage follows the handshake and is not a record.
+        # The garbage follows the handshake and is not a valid record.
         victim = source if flight == 1 else receiver
         with contextlib.suppress(AuthenticationError):
             assert victim.read() == b""

@@ -19,12 +19,12 @@ OPTIONS = (
 
 
 def find() -> str | None:
-    """Return the path of an installed Chromium; None if there is none."""
+    """Return the path of Chromium; None if it is not installed."""
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
 class Browser:
-    """Page of a Chromium whose network requests and console messages are recorded."""
+    """Page in Chromium, with a record of its network requests and console messages."""
 
     def __init__(self, program: str, profile: Path) -> None:
         orders, self._orders = os.pipe()
@@ -60,7 +60,7 @@ class Browser:
         os.close(self._answers)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command of the protocol, and return its result."""
+        """Send a command of the DevTools protocol, and return its result."""
         self._number += 1
         order = {"id": self._number, "method": method, "params": parameters}
         if self.session is not None:
@@ -86,13 +86,13 @@ class Browser:
             pass
 
     def evaluate(self, expression: str) -> Any:
-        """Return the value of a JavaScript expression in the page."""
+        """Evaluate a JavaScript expression in the page, and return its value."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def screenshot(self, path: Path) -> bytes:
-        """Write a screenshot of the whole page to `path`, and return it as PNG."""
+        """Write a PNG screenshot of the whole page to `path`, and return its bytes."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         data = base64.b64decode(shot["data"])
         path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Prometheus server that scrapes the metrics of a running command."""
+"""Test of metrics with a Prometheus server, which scrapes a running command."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 
 def asked(base: str, query: str) -> list[dict[str, Any]]:
-    """Return the result of a query; empty while the server is starting."""
+    """Return the result of a query to Prometheus at `base`; an empty list while Prometheus is starting."""
     try:
         with urllib.request.urlopen(f"{base}/api/v1/query?query={urllib.parse.quote(query)}", timeout=5) as answer:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]

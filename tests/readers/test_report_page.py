@@ -1,4 +1,4 @@
-"""Report pages in a browser: complete, readable on small and dark screens, and without network requests."""
+"""Tests of report pages in a browser: complete, readable on small and dark screens, without network requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.readers import chromium
 from tests.readers.chromium import Browser
 
 KEPT = Path(__file__).parent.parent.parent / ".cache" / "screenshots"
-"""Directory for screenshots, which the tests keep for inspection."""
+"""Directory in which the tests leave screenshots for inspection."""
 
 SIZES = [(1280, False), (390, False), (390, True)]
 

@@ -22,7 +22,7 @@ def after(mode: Mode, phases: Sequence[Phase]) -> Statistics:
 
 
 def refused(mode: Mode, phases: Sequence[Phase]) -> set[Phase]:
-    """Return the phases that are refused after these phases."""
+    """Return the phases that the statistics refuse after these phases."""
     found = set()
     for phase in Phase:
         try:

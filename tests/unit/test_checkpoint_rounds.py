@@ -1,4 +1,4 @@
-"""Tests of the rounds of a checkpoint with a scripted saver: the order of its calls, and the end of the rounds."""
+"""Tests of the rounds of a checkpoint with a scripted saver: order of the calls to the saver, and end of the rounds."""
 
 from __future__ import annotations
 

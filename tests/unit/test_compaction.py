@@ -1,4 +1,4 @@
-"""Tests of the number of free huge pages, and of the conditions for memory compaction."""
+"""Tests of counting free huge pages, and of the conditions for memory compaction."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A saver executes its steps. Between any two steps the processor may write to the page, and devices may pin the page,
 write to it and complete. A pin marks the page as written and removes its write protection; later writes by the device
 do neither. The steps `drain` and `pause` complete only when no I/O is in flight. Property: at the end, the copy equals
-the memory. Wrong orders of the steps must violate the property, otherwise the model proves nothing.
+the memory. Incorrect orders of the steps must violate the property; otherwise, the model proves nothing.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class State:
     """Whether the next collection of the trace reports the page."""
     to_send: bool = False
     flight: tuple[bool, ...] = ()
-    """Whether the device has written, for each request that has pinned the page."""
+    """For each request that has pinned the page: whether the device has written to it."""
     begun: int = 0
     written: bool = False
-    """Whether the processor has written to the page, which it does at most once."""
+    """Whether the processor has written to the page. It writes at most once."""
     paused: bool = False
     kept: int | None = None
     """Contents copied by the sweep of a checkpoint."""
@@ -83,7 +83,7 @@ def saver(state: State, name: str) -> State | None:
 
 
 def workload(state: State, *, registered: bool, requests: int) -> Iterator[State]:
-    """Yield the states after each possible action of the processor or a device."""
+    """Yield the states after each possible action of the processor and of the devices."""
     for number, written in enumerate(state.flight):
         others = state.flight[:number] + state.flight[number + 1 :]
         yield (
@@ -97,7 +97,7 @@ def workload(state: State, *, registered: bool, requests: int) -> Iterator[State
     if not state.written:
         yield replace(trapped, written=True, memory=state.memory + 1)
     if state.begun < requests:
-        # A registered buffer is pinned once, before the first step, and permanently.
+        # A registered buffer was pinned permanently before the first step.
         pinned = state if registered else trapped
         yield replace(pinned, begun=state.begun + 1, flight=(*state.flight, False))
 
@@ -130,7 +130,7 @@ def test_no_write_is_lost(order: tuple[str, ...]) -> None:
 
 
 def without_drain(order: tuple[str, ...], number: int) -> tuple[str, ...]:
-    """Return the steps without the drain of index `number`."""
+    """Return the steps in `order` without drain `number`, counted from 0."""
     places = [place for place, name in enumerate(order) if name == "drain"]
     return order[: places[number]] + order[places[number] + 1 :]
 
@@ -160,7 +160,7 @@ def test_registered_buffer_must_be_sent_in_the_pause() -> None:
 
 
 def test_exchanging_a_trap_for_a_trace_misses_a_pin() -> None:
-    """A range has only one registration, so an exchange leaves a gap. With direct I/O, no exchange is made."""
+    """A range can have only one registration, so an exchange leaves a gap. With direct I/O, savers avoid exchanges."""
     trapped = ("install", "pause", "collect", "sweep", "resume")
     exchange = (*trapped, "remove trap", "protect", "compare", *ROUND, *PAUSE)
     assert wrong(exchange, requests=0) == []

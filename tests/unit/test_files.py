@@ -48,16 +48,17 @@ OTHERS = {
     "pager/process.py": "a descriptor",
     "large_pages/sampler.py": "/proc",
     "migration/transport/sockets.py": "sockets of the network",
-    "host/files.py": "the one that opens",
+    "host/files.py": "all other files",
     "host/registry.py": "its own folders, to sync them",
     "migration/ownership.py": "a descriptor, its own folder, and a record in it",
     "report/page.py": "a file of the package",
     "workloads/arena/arena.py": "an unnamed file",
     "pager/client.py": "files in the private folder of a workload",
     "pager/records.py": "files in the private folder of a workload",
-    "host/guardian_process.py": "a record, without the package",
+    "host/guardian_process.py": "a record, without an import of the package",
     "workloads/qemu/process.py": "a descriptor, and the log in the private folder of a workload",
 }
+"""Other modules that open files, and the files that they open."""
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -74,7 +75,7 @@ def secret(tmp_path: Path) -> Path:
     return path
 
 
-# -- images
+# -- reading of images
 
 
 @pytest.mark.parametrize("verb", ["info", "verify"])
@@ -150,7 +151,7 @@ def test_parent_with_invalid_name_is_refused(tmp_path: Path, name: str) -> None:
         ImageFile(child)
 
 
-# -- written files
+# -- writing of files
 
 
 def test_working_set_does_not_write_through_a_planted_link(tmp_path: Path, secret: Path) -> None:
@@ -195,7 +196,7 @@ def test_log_that_replaces_a_readable_file_is_private(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("old")
     path.chmod(0o644)
-    with open(path) as reader:  # opened while every user could read the file
+    with open(path) as reader:  # opened while all users may read the file
         assert main(["list", "--log", str(path)]) == 0
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.read_text().startswith('{"at-ms"')
@@ -255,11 +256,11 @@ def test_record_replaces_a_planted_link(tmp_path: Path, secret: Path) -> None:
     assert secret.read_bytes() == SECRET
 
 
-# -- all modules
+# -- modules that open files
 
 
 def test_every_file_is_opened_by_one_module() -> None:
-    """A module that opens files itself must be listed in KERNEL_FILES or OTHERS."""
+    """A module that opens files without host/files.py must be listed in KERNEL_FILES or OTHERS."""
     found = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(PACKAGE))
@@ -282,7 +283,7 @@ def _special(path: Path, kind: str) -> Path:
             os.mkfifo(path)
         case "device":
             if os.geteuid() != 0:
-                pytest.skip("needs root to make a device")
+                pytest.skip("creating a device node requires root")
             os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
         case "folder":
             path.mkdir()
@@ -292,7 +293,7 @@ def _special(path: Path, kind: str) -> Path:
 
 
 def _child_of(folder: Path, parent: Path, image: Path | None = None) -> Path:
-    """Write an image to `folder` that records the path `parent` for its parent. Return the path of the image.
+    """Write an image to `folder` that records `parent` as the path of its parent. Return the path of the image.
 
     The parent is the existing image `image`, or a new image at `parent`.
     """

@@ -1,4 +1,4 @@
-"""Tests that no function is long, unless a comment states the reason."""
+"""Tests that no function has more than 40 lines, unless a comment states the reason."""
 
 from __future__ import annotations
 

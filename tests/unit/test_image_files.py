@@ -17,7 +17,7 @@ NAMES = ["unnamed", "hidden"]
 
 @pytest.fixture(params=NAMES)
 def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Return a directory on a file system with O_TMPFILE or, for the parameter `hidden`, without (such as NFS, FAT)."""
+    """Return a directory. For the parameter `hidden`, O_TMPFILE fails there, as on some file systems, such as NFS."""
     if request.param == "hidden":
         really = os.open
 

@@ -13,10 +13,10 @@ from pageferry.cli.verbs import VERBS
 
 NEVER = {"numpy", "prometheus_client", "cryptography", "mkdocs", "hypothesis"}
 WORK = {"asyncio", "qemu.qmp", "ssl", "pageferry.workloads.qemu.guest", "pageferry.migration.api"}
-"""Modules that no help text needs."""
+"""Modules that no verb may import to print its help."""
 
 MAX_MODULES = {"list": 85, "top": 85, "check": 80, "report": 175, "peek": 80, "stop": 112, "image": 85}
-"""Maximum number of modules that a verb imports, without those of `import asyncio, msgspec`.
+"""Maximum number of modules that each verb imports, without those of `import asyncio, msgspec`.
 
 Measured without workloads, and with `--output json`, which does not import rich.
 """
@@ -32,7 +32,7 @@ COMMANDS = {
 
 
 def imported(program: str, run_directory: Path) -> set[str]:
-    """Return the modules that a program has imported at its end."""
+    """Return the names of all modules that a program has imported."""
     done = subprocess.run(
         [sys.executable, "-c", f"{program}\nimport sys\nprint('\\nmodules', *sys.modules)"],
         env={"PATH": os.environ["PATH"], "PAGEFERRY_RUN_DIR": str(run_directory)},

@@ -1,4 +1,4 @@
-"""Tests of signals during a verb."""
+"""Tests of signals that a process receives during a verb."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pageferry.cli.signals import Interruption
 
 @pytest.mark.timeout(20)
 def test_second_signal_discards_no_callback_of_the_event_loop() -> None:
-    """An exception from the signal handler could end a callback halfway; a task would then wait for it forever."""
+    """An exception from the signal handler could abort a callback; a task would then wait forever for its result."""
     steps = []
 
     async def verb() -> int:

@@ -59,7 +59,7 @@ def test_samples_shrink_to_the_budget() -> None:
     sampling.account(first, 50 * 200e-6)
     assert len(sampling.choose(candidates, 0.2)) == 10
     sampling.account(sampling.choose(candidates, 0.2), 1.0)
-    assert len(sampling.choose(candidates, 0.2)) == 1, "at least one, or sampling would not end"
+    assert len(sampling.choose(candidates, 0.2)) == 1, "at least one page; otherwise, sampling would not end"
 
 
 @given(st.integers(1, 40), st.integers(0, 1000))

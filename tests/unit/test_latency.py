@@ -1,4 +1,4 @@
-"""Tests that the percentiles of histograms agree with those of the values."""
+"""Tests that the percentiles of a histogram agree with those of its values."""
 
 from __future__ import annotations
 

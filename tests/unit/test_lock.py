@@ -29,7 +29,7 @@ def declared() -> list[Requirement]:
 
 
 def locked(python: str) -> dict[str, Requirement]:
-    """Return the packages, by name, that pip installs with a version of CPython on Linux."""
+    """Return the requirements, by package name, that pip installs on Linux for a version of CPython."""
     environment: dict[str, Any] = {
         "python_version": python,
         "python_full_version": f"{python}.9",

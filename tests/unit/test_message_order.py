@@ -1,4 +1,4 @@
-"""Tests of the messages that a receiver permits in each of its states, by a table of all states and messages."""
+"""Tests of the messages that are permitted in each state of a receiver, by a table of all states and messages."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def order_in(state: ReceiverState) -> MessageOrder:
 
 
 def following(kind: type[Message], state: ReceiverState) -> Any:
-    """Return a message of type `kind`, for the region that is next in a state."""
+    """Return a message of type `kind`, for the region that the receiver expects next in `state`."""
     if state in (ReceiverState.HOT, ReceiverState.MISSING):
         return {messages.Hot: HOT[1], messages.Missing: MISSING[1]}.get(kind, EXAMPLES[kind])
     return EXAMPLES[kind]

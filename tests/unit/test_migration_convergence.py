@@ -84,7 +84,7 @@ def test_budget_bounds_the_transfer_at_any_dirty_rate() -> None:
     assert policy.after_round(100 * MIB, 1.0, 40 * MIB) is Decision.CONTINUE
     assert policy.after_round(40 * MIB, 0.4, 30 * MIB) is Decision.CONTINUE
     assert policy.after_round(30 * MIB, 0.3, 20 * MIB) is Decision.STALLED
-    # The bytes sent and remaining are at most twice the memory.
+    # The sum of the bytes sent and of the bytes remaining is at most twice the memory.
     assert policy.covered + 20 * MIB <= 200 * MIB
 
 

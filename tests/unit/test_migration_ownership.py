@@ -1,4 +1,4 @@
-"""Tests of a destination's decisions: the first is final for all processes, and kept while a source may request it."""
+"""Tests of a destination's decisions: the first is final for all processes, and stays while a source may request it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_only_begun_migrations_are_known(tmp_path: Path) -> None:
 
 
 def test_concurrent_processes_get_the_same_decision(tmp_path: Path) -> None:
-    """Separate processes decide, as two receivers of a host may do."""
+    """Separate processes decide, as two receivers on a host may do."""
     rounds = [f"{number:032x}" for number in range(20)]
     for migration in rounds:
         Verdicts(tmp_path).begin(migration)

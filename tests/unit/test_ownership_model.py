@@ -6,7 +6,7 @@ link is cut and any suffix of the messages in transit is lost. The source runs `
 unknown, in any state of the destination. The model omits `--take-back`, by which an operator overrides the protocol.
 
 In post-copy the workload runs at the destination before all of its pages are present. The source serves the pages, and
-`--recover` continues to serve them after any crash. At the destination another agent can take over (`receive
+`--recover` continues to serve them after any crash. At the destination, another agent can take over (`receive
 --resume`).
 
 Properties:
@@ -14,7 +14,7 @@ Properties:
 - A recovery ends with a reply once both hosts are up.
 - The source keeps its pages until the destination has received all of them, which happens eventually.
 
-Wrong variants of the protocol must violate a property, otherwise the model proves nothing.
+Incorrect variants of the protocol must violate a property; otherwise, the model proves nothing.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class Destination(Enum):
 
     AWAIT_STATE = "await state"
     AWAIT_COMMIT = "await commit"
-    COMMIT_WORKLOAD = "make the workload survive"
+    COMMIT_WORKLOAD = "commit the workload"
     DECIDE = "decide"
     RESUME = "resume"
     ANSWER = "answer"
     AWAIT_PAGES = "await pages"
-    NOTE_ARRIVED = "note that all pages are there"
-    SAY_ARRIVED = "say so"
+    NOTE_ARRIVED = "record that all pages are present"
+    SAY_ARRIVED = "report that all pages are present"
     AWAIT_DONE = "await done"
-    DECIDE_ABORTED = "decide against it"
+    DECIDE_ABORTED = "decide to abort"
     ABORT = "abort"
     ENDED = "ended"
 
@@ -107,7 +107,7 @@ class State:
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules of the protocol. Each value other than the default yields a wrong variant."""
+    """Rules of the protocol. Each value other than the default yields an incorrect variant."""
 
     records_first: bool = True
     decides_first: bool = True
@@ -282,7 +282,7 @@ def recovery(state: State, rules: Rules) -> Iterator[State]:
     if state.source is not Source.ENDED or not state.record:
         return
     if state.settled:
-        return  # `unknown`
+        return  # the destination replies `unknown`
     decided = decide(state, "aborted", rules)
     if decided.verdict == "committed" and state.postcopy and not (state.arrived or rules.discards_on_decision):
         # Only the process with the pager can continue. Another receiver replies with its own identity.
@@ -343,23 +343,23 @@ def reachable(rules: Rules) -> dict[State, State | None]:
 def wrong(state: State, rules: Rules) -> str | None:
     """Return the property that a state violates; None if it violates none."""
     if state.owners > 1:
-        return "two processes run it"
+        return "two processes run the workload"
     if state.there == "runs" and state.verdict != "committed":
-        return "it runs at the destination without a decision"
+        return "the workload runs at the destination without a decision"
     if state.here == "runs" and state.verdict == "committed":
-        return "it runs at the source although the destination has committed"
+        return "the workload runs at the source although the destination has committed"
     if state.withdrawn and state.ran_there:
-        return "it returns to the source although it has run at the destination"
+        return "the workload returns to the source although it has run at the destination"
     if state.here == "gone" and state.verdict == "committed" and not state.complete:
         return "the source has discarded pages that the destination lacks"
     if state.arrived and not state.complete:
         return "the destination reports pages that it lacks"
     at_an_end = next(steps(state, rules), None) is None
-    # A workload whose process is killed after the decision is lost, like any workload whose process is killed.
+    # If its process is killed after the decision, the workload is lost, as without a migration.
     if at_an_end and state.owners == 0 and not state.died_there:
-        return "no process runs it, and no recovery is possible"
+        return "no process runs the workload, and no recovery is possible"
     if at_an_end and state.there == "runs" and not state.complete:
-        return "it waits for pages that no process will send"
+        return "the workload waits for pages that no process will send"
     return None
 
 
@@ -378,7 +378,7 @@ def test_at_most_one_owner_and_never_permanently_none() -> None:
     for state in states:
         problem = wrong(state, Rules())
         assert problem is None, f"{problem}:\n{history(states, state)}"
-    # Recovery with and without a decision, post-copy after a lost link, and a complete post-copy migration are reached.
+    # The model reaches recovery with and without a decision, post-copy after a lost link, and complete post-copy.
     assert any(state.record and state.source is Source.ENDED and state.verdict == "committed" for state in states)
     assert any(state.record and state.source is Source.ENDED and state.verdict is None for state in states)
     assert any(state.there == "runs" and not state.complete and not state.link for state in states)
@@ -386,7 +386,7 @@ def test_at_most_one_owner_and_never_permanently_none() -> None:
 
 
 def test_protocol_terminates_without_further_failures() -> None:
-    """The steps have no cycle, so that repeated recovery always ends with a reply."""
+    """The steps have no cycle, so repeated recovery always ends with a reply."""
     rules = Rules()
     states = reachable(rules)
     depth: dict[State, int] = {}
@@ -401,7 +401,7 @@ def test_protocol_terminates_without_further_failures() -> None:
     for state in states:
         measure(state)
     ends = [state for state in states if next(steps(state, rules), None) is None]
-    # In post-copy, no message reports that the workload was killed at the destination; the source then keeps its pages.
+    # In post-copy, no message reports to the source that the workload was killed; the source then keeps its pages.
     assert all(not state.record or state.here == "runs" or (state.postcopy and state.died_there) for state in ends)
 
 
@@ -411,7 +411,7 @@ def test_source_discards_only_after_the_destination_has_committed() -> None:
 
 
 def test_workload_killed_before_it_ran_returns_to_the_source() -> None:
-    """Exception: a recovery has found, before the kill, that the destination owns the workload."""
+    """The workload does not return if, before the kill, a recovery has found that the destination owns it."""
     withdrawn = [state for state in reachable(Rules()) if state.withdrawn]
     assert any(state.here == "runs" for state in withdrawn)
     assert all(state.there == "gone" and not state.ran_there for state in withdrawn)

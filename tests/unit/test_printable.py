@@ -133,7 +133,7 @@ def test_views_show_records_without_their_escapes(terminal: bool) -> None:
                     reporter.event(record)
                 reporter.final(record)
             text = _text(data) + _text(progress)
-            for character in RAW[1:] if terminal else RAW:  # rich itself moves the cursor with ESC and CR
+            for character in RAW[1:] if terminal else RAW:  # on a terminal, rich moves the cursor with ESC and CR
                 assert character == "\r" or character not in text, (view, record)
             assert "\x1b]0;owned" not in text
             shown[view.__name__] = shown.get(view.__name__, 0) + ("owned" in text)
@@ -151,7 +151,7 @@ def test_live_display_does_not_interpret_markup() -> None:
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_reports_have_no_escapes(maker: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A log with escapes in most text fields is reported in the terminal, as JSON and as HTML."""
+    """A log with escapes in all fields that contain free text is reported in the terminal, as JSON and as HTML."""
     MAKERS[maker](tmp_path / "log")
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     for line in lines:

@@ -34,7 +34,7 @@ sys.stdin.read()
 
 @contextmanager
 def process(name: bytes = b"plain", path: bytes = b"") -> Iterator[int]:
-    """Start a child that sets its name and, unless `path` is empty, maps a new shared, writable file. Yield the pid."""
+    """Start a child that sets its name and, unless `path` is empty, creates and maps that file. Yield the pid."""
     command: list[str | bytes] = [sys.executable, "-c", PROGRAM, name, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -58,7 +58,7 @@ def test_process_with_hostile_name_is_described_and_blocks_no_search(name: bytes
         workload = ProcessWorkload(pid, "heap")
         workload.close()
         command = workload.identity.details["command"]
-        command.encode()  # raises an error if the text cannot be encoded as JSON
+        command.encode()  # fails if the text is not valid UTF-8, which JSON requires
         assert str(command) == name.decode("utf-8", "backslashreplace")
 
 

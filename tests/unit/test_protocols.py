@@ -1,6 +1,6 @@
-"""Tests that workloads satisfy the protocols that they claim.
+"""Tests that workloads implement the protocols `Migratable` and `Saveable`.
 
-mypy checks the methods, by the functions of this module; the tests check the attributes.
+mypy checks the methods by means of `_migratable` and `_saveable`; the tests check the attributes.
 """
 
 import os

@@ -133,11 +133,11 @@ def test_module_command_in_hostile_folder_imports_nothing_planted(hostile: Path,
 
 
 def test_child_imports_packages_of_this_process_from_other_paths(tmp_path: Path) -> None:
-    """pageferry is not in the site-packages of the child, as with PYTHONPATH or user site-packages."""
+    """The package is outside the child's site-packages, as with PYTHONPATH or user site-packages."""
     root = tmp_path / "elsewhere"
     root.mkdir()
     (root / "pageferry").symlink_to(PACKAGE)
-    (root / "enum.py").write_text(PLANT)  # must not replace the module of the standard library
+    (root / "enum.py").write_text(PLANT)  # the child must not import it instead of the module of the standard library
     program = (
         f"import sys; sys.path.append({str(root)!r})\n"
         "import msgspec, pageferry, subprocess\n"

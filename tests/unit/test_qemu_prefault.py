@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pageferry.workloads.qemu.kvm_prefault import RamRange, guest_physical, ram_ranges
 
-# Output of QEMU 7.2, `-machine pc -m 5G -accel tcg`, abridged. The word `kvm` is printed under KVM.
+# Output of QEMU 7.2, `-machine pc -m 5G -accel tcg`, abridged. Two lines end with `kvm`, which QEMU prints under KVM.
 SAID = """\
 FlatView #0
  AS "I/O", root: io

@@ -1,4 +1,4 @@
-"""Tests of files for guest memory, and of the error if none can be created."""
+"""Tests of files for guest memory, and of the error if no file can be created."""
 
 from __future__ import annotations
 

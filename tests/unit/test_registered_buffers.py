@@ -1,4 +1,4 @@
-"""Tests of the list of buffers registered with io_uring, in /proc/PID/fdinfo; the kernel may omit the list."""
+"""Tests of the list of io_uring's registered buffers in /proc/PID/fdinfo, which the kernel may omit."""
 
 from __future__ import annotations
 

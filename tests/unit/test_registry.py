@@ -32,7 +32,7 @@ def entry_of_ours() -> QemuEntry:
 
 
 def entry_of_the_dead() -> QemuEntry:
-    """Return an entry with the pid of this process, but another start time: the pid has been reused."""
+    """Return an entry with the pid of this process, but another start time, as if the pid had been reused."""
     return msgspec.structs.replace(entry_of_ours(), started=1)
 
 
@@ -106,7 +106,7 @@ def test_zombie_counts_as_exited() -> None:
         assert not proc.is_alive(child.pid, started)
 
 
-# -- entries whose process cannot be checked are kept
+# -- entries whose process cannot be checked
 
 
 def other_namespace() -> QemuEntry:
@@ -150,7 +150,7 @@ def test_entry_that_cannot_be_judged_is_pruned_once_its_socket_is_abandoned(
 
 
 def test_entry_of_an_older_version_is_read(registry: Registry) -> None:
-    """Entries of older versions have no boot id and no namespace."""
+    """Entries of older versions contain neither a boot ID nor a namespace."""
     path = registry.claim("web").path / WORKLOAD_FILE
     entry = entry_of_ours()
     path.write_text(f'{{"kind":"qemu","pid":{entry.pid},"started":{entry.started},"qmp_socket":"/x","version":1}}')
@@ -184,7 +184,7 @@ claim = folder.load("workload.json", Claim)
 folder.publish(ArenaEntry(**{name: getattr(claim, name) for name in claim.__struct_fields__}, control_socket="/x"))
 threading.Thread(target=lambda: time.sleep(60)).start()
 print(flush=True)
-ctypes.CDLL(None).syscall(60, 0)  # exit of the main thread alone
+ctypes.CDLL(None).syscall(60, 0)  # exit of only the main thread
 """
     command = [sys.executable, "-c", program, str(registry.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
@@ -242,7 +242,7 @@ def test_damaged_entry_is_named(registry: Registry, content: str) -> None:
 
 
 class Note(msgspec.Struct, frozen=True):
-    """Record for the tests."""
+    """Record with one text field, for the tests."""
 
     text: str
 

@@ -24,7 +24,7 @@ def test_failed_measurement_has_a_reason_and_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(systems, "SHOWS", {"last": (("S10",), shown), "broken": (("S6", "S7"), fails)})
-    monkeypatch.setenv("PAGEFERRY_RUN_DIR", "")  # set by the tested function, and restored after the test
+    monkeypatch.setenv("PAGEFERRY_RUN_DIR", "")  # the tested function sets it; pytest restores it after the test
     rows = systems._measure(argparse.Namespace(folder=tmp_path, quick=True, without=[], only=None))
     lines = render(rows).splitlines()[2:]
     assert lines == [

@@ -1,4 +1,4 @@
-"""Tests of argument validation: public functions check their arguments first, by the same rules as the command line."""
+"""Tests of argument validation: public functions check their arguments first, by the rules of the command line."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_wrong_option_is_a_usage_error(kind: str, name: str, wrong: Any) -> None
     if name in PATHS and _path(wrong) and name != "store":
         pytest.skip("any string is a valid path or name")
     if name in FLAGS and wrong is True:
-        pytest.skip("True is valid for flags")
+        pytest.skip("True is a valid value of a flag")
     with pytest.raises(UsageError):
         OPTIONS[kind](**{name: wrong})
 
@@ -97,7 +97,7 @@ def test_unknown_option_is_named(kind: str, tmp_path: Path) -> None:
         "checkpoint": lambda: pageferry.checkpoint_async(arena, tmp_path / "image", mod="stop"),
     }
     if kind not in calls:
-        pytest.skip("options are a class")
+        pytest.skip("these options form a class")
     with pytest.raises(UsageError, match=r"mod`.*did you mean 'mode'") as error:
         asyncio.run(calls[kind]())
     assert isinstance(error.value, TypeError)
@@ -170,11 +170,11 @@ def test_checkpoint_with_unknown_mode_saves_nothing(mode: Any, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-# -- one parser for Python and for the command line
+# -- values in Python and on the command line
 
 
 def _option(verb: str, option: str, text: str) -> Any:
-    """Return the value of an option, as parsed by the command line."""
+    """Return the value of an option as the command line parses it."""
     args = parse([verb, "x", "y", option, text])
     return getattr(args, option.removeprefix("--").replace("-", "_"))
 
@@ -203,7 +203,7 @@ def test_sizes_and_rates_are_the_same_in_python_and_on_the_command_line() -> Non
     assert len(pageferry.Arena("1M")) == 1 << 20  # type: ignore[arg-type]
 
 
-# -- options of the command line
+# -- options of the verbs
 
 
 VERB_OPTIONS: dict[str, type] = {
@@ -285,7 +285,7 @@ def test_units_are_accepted_on_the_command_line(words: list[str]) -> None:
 def test_option_out_of_range_is_named_as_given(
     words: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The option is checked before the workload is looked up: no workload has this name."""
+    """The command checks the option before it looks up the workload: no workload with this name exists."""
     assert named in _said(words, capsys)
 
 

@@ -1,4 +1,4 @@
-"""Tests of working sets: the pages that are recorded from run to run."""
+"""Tests of working sets: windows that restores record in a file and use in later restores."""
 
 from __future__ import annotations
 

@@ -13,22 +13,22 @@ WORKS_ON = "words"
 
 
 class Step(Event, frozen=True, tag="step"):
-    """Event of one step."""
+    """Event for each step."""
 
     number: int
 
 
 class Total(Event, frozen=True, tag="total"):
-    """Result: the number of steps."""
+    """Result of the verb: number of steps."""
 
     steps: int
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--fail", help="name of an exception class of pageferry.errors, or of any other")
-    parser.add_argument("--sleep", action="store_true", help="report that it sleeps, then sleep for a long time")
-    parser.add_argument("--linger", action="store_true", help="sleep after the steps")
+    parser.add_argument("--fail", help="raise this class of pageferry.errors, or RuntimeError if there is none")
+    parser.add_argument("--sleep", action="store_true", help="print `asleep`, then sleep for 60 s")
+    parser.add_argument("--linger", action="store_true", help="print `asleep` after the steps, then sleep for 60 s")
     parser.add_argument("words", nargs="*")
 
 
