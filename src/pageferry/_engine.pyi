@@ -69,8 +69,8 @@ class PageSet:
         """Return the set as a compressed bitmap."""
     @staticmethod
     def unpack(data: bytes, pages: int) -> PageSet:
-        """Return the set that `pack` has serialised, for a region of `pages` pages. Allocates at most the memory of one
-        bitmap for the region. Raises ValueError if `data` is not a set of pages of such a region."""
+        """Return the set that `pack` has serialised to `data`, for a region of `pages` pages. Allocates at most the
+        memory of one bitmap for the region. Raises ValueError if `data` is not a set of pages of such a region."""
     def copy(self) -> PageSet: ...
 
 @final
@@ -351,7 +351,7 @@ class Pager:
 
     `userfaults` maps the ID of every process of `segments` to a descriptor from `Space.missing_faults`. `flags` is the
     descriptor of the deferred bitmap, a file of `flags_length` bytes. Bit n (little-endian) belongs to page n, counted
-    over all regions. With this file, another pager can take over.
+    over all regions. Another pager can use this file to take over.
 
     With `begin` = `empty`, only the processes of `segments` may map the files. With any other `begin`, deferred pages
     that are mapped are unmapped first. Raises OSError if a running workload maps them again.
@@ -386,8 +386,8 @@ class Pager:
     def counters(self) -> PagerCounters: ...
     @property
     def histogram(self) -> list[int]:
-        """Number of faults by service time. Bin k counts service times of at least 2**(k - 1) us and less than 2**k
-        us."""
+        """Number of faults by service time. Bin 0 counts service times of less than 1 us; bin k, of at least 2**(k - 1)
+        us and less than 2**k us. The last bin has no upper limit."""
     @property
     def touched(self) -> list[int]:
         """Numbers of the windows of 16 pages with faults on deferred pages, in the order of their first fault."""
@@ -426,8 +426,8 @@ class Pager:
         """Map all present pages into the workload's page tables (S1), huge pages by PMD mappings. Call this before the
         workload resumes on existing memory."""
     def reconnect(self, source: PeerSource) -> None:
-        """Continue over another connection to the peer, and repeat the requests for which faults wait. Raises
-        ValueError if another pager uses the connection, or if the pager loads from an image."""
+        """Continue over another connection to the peer, and repeat the pending requests. Raises ValueError if another
+        pager uses the connection, or if the pager loads from an image."""
     def evict(self, region: int, pages: PageSet) -> int:
         """Evict pages whose contents are in the image chain. A later access loads them again. Return the number of
         evicted pages.
@@ -757,7 +757,7 @@ class TlsSession:
     @property
     def established(self) -> bool:
         """Whether the handshake is complete on this side. The connecting side cannot know whether the peer has accepted
-        it."""
+        the handshake."""
     @property
     def peer_certificate(self) -> bytes | None:
         """Certificate of the peer (DER); None before it has been received."""
@@ -944,7 +944,7 @@ class Image:
     def page_block(self) -> int: ...
     @property
     def blocks(self) -> list[_Extent]:
-        """Offset and length of every storage block."""
+        """Offset and length of every storage block, bytes."""
     def section(self, kind: int) -> bytes | None: ...
     def classes(self, first: int, count: int) -> bytes:
         """Return the class of each of `count` pages from page `first` on, one byte per page: 0 absent, 1 zero, 2
@@ -988,8 +988,8 @@ mapping, or an address in the process."""
 
 @final
 class PagerFlags:
-    """Deferred bitmap of a pager (S8), for scans of memory whose pages are loaded at the same time. `fd` is the
-    descriptor of the bitmap, which covers `pages` pages.
+    """Deferred bitmap of a pager (S8), for scans of memory while the pager loads its pages. `fd` is the descriptor of
+    the bitmap, which covers `pages` pages.
 
     `image` is the image from which the pager loads; its page map describes the deferred pages. Raises ValueError if the
     image has another number of pages.
@@ -1117,7 +1117,8 @@ def free_zeros(
     seconds: float,
     waiting: tuple[PagerFlags, int] | None = None,
 ) -> FreedZeros:
-    """Punch holes for the zero pages in `ranges` (start, length) of a file, for about `seconds` at most.
+    """Punch holes for the zero pages in `ranges` of a file, given as (start, length). Stop after about `seconds`
+    seconds.
 
     The workload must be paused, because a concurrent write would be lost. `waiting` consists of the deferred bitmap and
     the bit number of the mapping's first page. Deferred pages are skipped.
@@ -1221,7 +1222,8 @@ class Stalls:
         """Duration of the longest operation, ns."""
     @property
     def histogram(self) -> list[int]:
-        """Number of operations by duration. Entry n counts durations of at least 2**n ns and less than 2**(n+1) ns."""
+        """Number of operations by duration. Entry n counts durations of at least 2**n ns and less than 2**(n+1) ns. The
+        last entry has no upper limit."""
 
 class _LedgerOptions(TypedDict, total=False):
     threads: int

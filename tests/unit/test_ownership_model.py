@@ -355,7 +355,7 @@ def wrong(state: State, rules: Rules) -> str | None:
     if state.arrived and not state.complete:
         return "the destination reports pages that it lacks"
     at_an_end = next(steps(state, rules), None) is None
-    # If its process is killed after the decision, the workload is lost, as without a migration.
+    # If its process is killed after the decision, the workload is lost, as it would be without a migration.
     if at_an_end and state.owners == 0 and not state.died_there:
         return "no process runs the workload, and no recovery is possible"
     if at_an_end and state.there == "runs" and not state.complete:

@@ -137,7 +137,7 @@ def test_process_lives_while_a_thread_outlives_its_main_thread() -> None:
 import ctypes, threading, time
 threading.Thread(target=lambda: time.sleep(60)).start()
 print(flush=True)
-ctypes.CDLL(None).syscall(60, 0)  # exit of the main thread alone
+ctypes.CDLL(None).syscall(60, 0)  # exits only the main thread
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None

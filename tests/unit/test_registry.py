@@ -184,7 +184,7 @@ claim = folder.load("workload.json", Claim)
 folder.publish(ArenaEntry(**{name: getattr(claim, name) for name in claim.__struct_fields__}, control_socket="/x"))
 threading.Thread(target=lambda: time.sleep(60)).start()
 print(flush=True)
-ctypes.CDLL(None).syscall(60, 0)  # exit of only the main thread
+ctypes.CDLL(None).syscall(60, 0)  # exits only the main thread
 """
     command = [sys.executable, "-c", program, str(registry.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as child:

@@ -1,4 +1,4 @@
-"""Tests of argument validation: public functions check their arguments first, by the rules of the command line."""
+"""Tests of argument validation: public functions check their arguments first, by the same rules as the command line."""
 
 from __future__ import annotations
 

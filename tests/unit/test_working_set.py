@@ -1,4 +1,4 @@
-"""Tests of working sets: windows that restores record in a file and use in later restores."""
+"""Tests of working sets: a restore records the windows that are accessed, for later restores."""
 
 from __future__ import annotations
 

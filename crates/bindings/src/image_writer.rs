@@ -24,7 +24,8 @@ pub struct ImageWriter {
 impl ImageWriter {
     fn with<T>(&self, work: impl FnOnce(&mut image::ImageWriter, &mut Builder) -> std::io::Result<T>) -> PyResult<T> {
         let mut guard = self.inner.lock();
-        let (writer, builder) = guard.as_mut().ok_or_else(|| PyValueError::new_err("the image is already finished"))?;
+        let (writer, builder) =
+            guard.as_mut().ok_or_else(|| PyValueError::new_err("cannot write to the image: it is already finished"))?;
         work(writer, builder).map_err(errors::kernel)
     }
 }
@@ -78,7 +79,8 @@ impl ImageWriter {
         };
         let map = entries.into_iter().map(entry).collect::<PyResult<Vec<_>>>()?;
         let taken = self.inner.lock().take();
-        let (writer, _) = taken.ok_or_else(|| PyValueError::new_err("the image is already finished"))?;
+        let (writer, _) =
+            taken.ok_or_else(|| PyValueError::new_err("cannot write to the image: it is already finished"))?;
         py.detach(|| writer.finish(regions, &map)).map(Into::into).map_err(errors::kernel)
     }
 }

@@ -63,8 +63,8 @@ impl Mapping {
             return Err(PyBufferError::new_err("invalid buffer request: no view"));
         }
         let (base, len) = (slf.get().inner.base(), slf.get().inner.len());
-        let len =
-            ffi::Py_ssize_t::try_from(len).map_err(|_| PyBufferError::new_err("mapping too large for a buffer"))?;
+        let len = ffi::Py_ssize_t::try_from(len)
+            .map_err(|_| PyBufferError::new_err("invalid buffer request: the mapping is too large"))?;
         let closed = slf.get().inner.is_closed();
         let py = slf.py();
         let owner = slf.into_any().into_ptr();

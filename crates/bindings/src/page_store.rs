@@ -23,7 +23,7 @@ impl PageStore {
 }
 
 fn finished() -> PyErr {
-    PyValueError::new_err("the image is already finished")
+    PyValueError::new_err("cannot write to the image: it is already finished")
 }
 
 #[pymethods]

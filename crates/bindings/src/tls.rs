@@ -36,7 +36,7 @@ impl TlsIdentity {
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct TlsSession {
-    /// `None` once a stream has taken the session.
+    /// `None` after a stream has taken over the session.
     inner: Mutex<Option<tls::Session>>,
 }
 
@@ -60,7 +60,7 @@ impl TlsSession {
 }
 
 fn taken() -> PyErr {
-    PyValueError::new_err("the session has been taken by a stream")
+    PyValueError::new_err("cannot use the TLS session: a stream has taken it over")
 }
 
 #[pymethods]

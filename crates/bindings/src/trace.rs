@@ -17,7 +17,7 @@ pub struct Trace {
 impl Trace {
     fn with<T>(&self, work: impl FnOnce(&trace::Trace) -> T) -> PyResult<T> {
         let guard = self.inner.lock();
-        guard.as_ref().map(work).ok_or_else(|| PyValueError::new_err("the trace has been removed"))
+        guard.as_ref().map(work).ok_or_else(|| PyValueError::new_err("cannot use the trace: it has been removed"))
     }
 }
 

@@ -17,7 +17,7 @@ use crate::tls::TlsSession;
 use crate::{blocks, errors};
 
 pub fn timeout(seconds: f64) -> PyResult<Duration> {
-    let wrong = |_| PyValueError::new_err(format!("invalid timeout of {seconds} seconds"));
+    let wrong = |_| PyValueError::new_err(format!("invalid timeout of {seconds} seconds: expected at least 0"));
     Duration::try_from_secs_f64(seconds).map_err(wrong)
 }
 

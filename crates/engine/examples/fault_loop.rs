@@ -2,7 +2,7 @@
 //! loop reads the event, copies 64 KiB and maps them.
 //!
 //! `cargo run --release -p pageferry-engine --example fault_loop`. The contents for the loop are in memory. The pager
-//! reads them from an image in the page cache, stored without compression, and verifies them.
+//! reads the same contents from an uncompressed image in the page cache, and verifies them.
 
 use std::fs::File;
 use std::io::{self, Write};

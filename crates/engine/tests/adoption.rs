@@ -1,6 +1,6 @@
 //! Tests of adoption: registers, signals, waits, seccomp filters and stops of the process are restored completely.
 //!
-//! The processes are forked from the test and only use system calls and atomics on shared memory.
+//! The test forks these processes. They use only system calls, and atomics on shared memory.
 
 use std::mem::zeroed;
 use std::ptr::{null, null_mut};
@@ -109,7 +109,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // SAFETY: kill and waitpid are called for our own child, which has not been waited for.
+        // SAFETY: kill and waitpid are called for our own child, which has not been reaped.
         unsafe {
             libc::kill(self.pid, libc::SIGKILL);
             libc::waitpid(self.pid, null_mut(), 0);

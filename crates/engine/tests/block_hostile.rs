@@ -29,7 +29,7 @@ fn page_block(raw_len: u32, stored_len: u32) -> PageBlockRecord {
     PageBlockRecord { raw_len: U32::new(raw_len), stored_len: U32::new(stored_len), checksum: U64::ZERO }
 }
 
-/// Creates a block of three data pages, in page blocks of two.
+/// Creates a block of three data pages, in page blocks of two pages.
 fn forged(codec: u8) -> Forged {
     let blocks = vec![page_block(2 * PAGE, 2 * PAGE), page_block(PAGE, PAGE)];
     let mut header = Header::new_zeroed();

@@ -24,7 +24,7 @@ enum Page {
     Absent,
     Pattern(u64),
     Data(u8),
-    /// Page that is unchanged since the parent.
+    /// Page whose contents are in the parent image.
     Parent,
 }
 
@@ -232,13 +232,13 @@ fn every_changed_byte_is_detected_or_harmless() {
                 file.write_all_at(&good[at..=at], at as u64).unwrap();
             }
         }
-        // Only padding between parts and one section may be changed without detection.
+        // Only changes of the padding between parts and of one section may stay undetected.
         assert!(harmless < 2 * 5 * 4096, "{harmless}");
     }
 }
 
-/// Returns whether a changed image is read with the expected contents. Otherwise, opening, or reading and verifying the
-/// image, must fail.
+/// Returns whether a changed image is read with the expected contents. Returns false if it is rejected when it is
+/// opened, or if reading fails and verification reports damage. Panics in all other cases.
 fn survives(path: &Path, expected: &[Vec<u8>], what: &str) -> bool {
     let Ok(image) = open(path) else { return false };
     let about = image.section(16);

@@ -14,7 +14,7 @@ const FOOTER: usize = 1024;
 const PAGE_MAP: u32 = 1;
 const METADATA: u32 = 16;
 
-/// Image whose section `kind` is a hole of `len` bytes, with a matching checksum.
+/// Image whose section `kind` is a hole of `len` bytes, with `checksum` in the footer.
 struct Sparse(PathBuf);
 
 impl Sparse {

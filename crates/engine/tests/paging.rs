@@ -186,7 +186,7 @@ fn pages_are_loaded_on_demand_and_in_the_background() {
             let binned = || counters.histogram.iter().map(|bin| bin.load(Ordering::Relaxed)).sum::<u64>();
             let faults = counters.faults.load(Ordering::Relaxed);
             while binned() != faults {
-                std::thread::sleep(Duration::from_millis(1)); // within_a_minute bounds the loop
+                std::thread::sleep(Duration::from_millis(1)); // the test fails after a minute
             }
             assert!(faults > 0);
         });

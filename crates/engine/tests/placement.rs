@@ -159,7 +159,7 @@ fn huge_units_beyond_the_region_are_ignored() {
     assert_eq!((allocated(&copy), placer.fallbacks()), (LARGE_PAGE as u64, 0));
 }
 
-/// In a file system with space for one huge page and 16 base pages, the second huge page is replaced by base pages and
+/// On a file system with space for one huge page and 16 base pages, the second huge page is replaced by base pages and
 /// counted.
 #[test]
 fn base_pages_replace_an_unavailable_huge_page() {

@@ -39,8 +39,8 @@ fn is_missing(page: usize) -> bool {
     page / 7 % 5 != 2
 }
 
-/// Returns the contents that a reader must see. Pages that are not missing differ from the source, to detect
-/// overwrites.
+/// Returns the contents that a reader must see. Pages that are not missing differ from the source, so that overwrites
+/// are detected.
 fn expected(page: usize) -> u64 {
     if is_missing(page) { at_source(page) } else { at_destination(page) }
 }
@@ -402,7 +402,7 @@ fn invalid_blocks_do_not_reach_memory() {
             let untouched = Scene::new();
             contents(&untouched.ours)
         });
-        // A page that is neither requested nor missing is ignored.
+        // The pager ignores a page that is neither requested nor missing.
         let mut urgent = UnixStream::from(theirs.urgent.try_clone().expect("a duplicate"));
         let there = (0..PAGES).find(|&page| !is_missing(page)).expect("one");
         urgent.write_all(&block(0, POSTCOPY, 0, data(there, 1))).expect("a block");
@@ -503,7 +503,7 @@ fn bandwidth_limit_covers_all_streams() {
     });
 }
 
-/// A huge page of the destination is filled in place, and is mapped by a PMD entry at the end (S7).
+/// A huge page of the destination is filled in place, and is mapped by a PMD entry after the push (S7).
 #[test]
 fn huge_pages_stay_huge() {
     within_a_minute(|| {

@@ -20,7 +20,7 @@ mod memory;
 use memory::{TIMEOUT, contents, fill, format, page, placer, small_file, target};
 
 const PAGES: usize = 8;
-/// Maximum duration of any wait.
+/// Duration within which each operation must end.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Region between two guard pages, in one file.
@@ -360,7 +360,7 @@ fn closed_peer_is_reported() {
     assert!(matches!(ended, Err(WireError::Closed)), "{ended:?}");
 }
 
-/// Blocks received before a rejected one are complete.
+/// The pages of blocks that were received before a rejected block are complete.
 #[test]
 fn pages_before_a_rejected_block_are_complete() {
     let copy = small_file(PAGES);

@@ -15,7 +15,7 @@ use proptest::prelude::*;
 mod memory;
 use memory::{TIMEOUT, contents, ends, fill, format, placer, small_file, target};
 
-/// Number of pages of each region: not a multiple of 2 MiB, more than one share of a stream, and a single page.
+/// Number of pages of each region: not a multiple of 2 MiB, more than one share of a stream, and one.
 const REGIONS: [usize; 3] = [SLOTS + 37, 4 * SLOTS + 3, 1];
 
 #[derive(Debug, Clone)]

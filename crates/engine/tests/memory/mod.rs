@@ -1,4 +1,4 @@
-//! Memory files, sockets and a deadline, for the tests of wire, placer and pager.
+//! Helpers for the tests of wire, placer and pager: memory files, sockets and a deadline.
 #![allow(dead_code, reason = "each test file uses only part of this module")]
 
 use std::ffi::CStr;
