@@ -75,7 +75,8 @@ class PageSet:
 
 @final
 class Advice:
-    """Advice of madvise(2) about a range of memory. `Advice.COLD` is MADV_COLD, and so on."""
+    """Advice of madvise(2) about a range of memory. `Advice.COLD` stands for MADV_COLD; the other values are named
+    likewise."""
 
     COLD: Final[Advice]
     COLLAPSE: Final[Advice]
@@ -296,7 +297,7 @@ class TargetRegion:
     def __new__(cls, mapping: Mapping, page_size: int, large: Sequence[bool] = ...) -> TargetRegion: ...
     @property
     def mapping(self) -> Mapping:
-        """Our mapping of the file."""
+        """Mapping of the file in this process."""
     @property
     def page_size(self) -> int:
         """Page size of the file, bytes."""
@@ -524,13 +525,13 @@ class Placer:
     @property
     def populated(self) -> Populated: ...
     def populate(self, region: int, units: Sequence[int]) -> None:
-        """Map those of the given 2 MiB units of a region whose pages have all been received.
+        """Of the given 2 MiB units of a region, map those whose pages have all been received.
 
         Raises ValueError if the region or a unit does not exist.
         """
     def allocate_ahead(self, region: int, units: Sequence[int]) -> None:
-        """Allocate huge pages for those of the given 2 MiB units that are huge pages at the source, unless they have
-        already been allocated."""
+        """Allocate huge pages for those of the given 2 MiB units that are huge pages at the source and have not been
+        allocated yet."""
     def finish(self, *, populate_rest: bool) -> None:
         """Wait for the workers. With `populate_rest`, map all other present pages afterwards (UFFDIO_CONTINUE).
 
@@ -539,7 +540,7 @@ class Placer:
 
 @final
 class ProcessRange:
-    """Range of the memory of a process, with any backing, that a `Saver` reads by process_vm_readv."""
+    """Memory range of a process, file-backed or anonymous, that a `Saver` reads by process_vm_readv(2)."""
 
     def __new__(cls, space: Space, address: int, length: int) -> ProcessRange: ...
     def data_ranges(self) -> list[_Range]:
@@ -647,7 +648,7 @@ class Saver:
 
     Methods raise OSError with the errno of the failed call (ENOSPC if the disk is full), PermissionError if the kernel
     denies access, InterruptedError if the checkpoint was cancelled, or ProcessLookupError if the workload exited. After
-    an error no memory is protected.
+    an error, no memory is protected.
     """
 
     def __new__(
@@ -746,7 +747,7 @@ class TlsIdentity:
 @final
 class TlsSession:
     """One side of a TLS 1.3 connection, without I/O. Pass received bytes to `feed`, and send the result of `outgoing`.
-    Do so after an error as well, because the result then contains the alert.
+    Send it even after an error, because it then contains the TLS alert.
 
     Methods raise PermissionError if the peer is not the expected one or violates the protocol, and ValueError after a
     stream has taken over the session.
@@ -762,7 +763,7 @@ class TlsSession:
     def peer_certificate(self) -> bytes | None:
         """Certificate of the peer (DER); None before it has been received."""
     def write(self, data: bytes) -> None:
-        """Encrypt data for the peer; `outgoing` returns it. The handshake must be complete."""
+        """Encrypt data for the peer; `outgoing` returns the ciphertext. The handshake must be complete."""
     def read(self, count: int) -> bytes | None:
         """Return the next `count` bytes from the peer, or None if fewer have been received."""
 
@@ -792,7 +793,7 @@ class BlockSender:
 
     Methods raise ConnectionResetError if the peer closes a stream, TimeoutError if no byte is transferred for `timeout`
     seconds, InterruptedError if cancelled, PermissionError for a TLS error, or OSError for any other failed system
-    call. After an error the position in the streams is undefined; close them.
+    call. After an error, the position in the streams is undefined; close them.
     """
 
     def __new__(cls, sockets: Sequence[_Stream], **options: Unpack[_BlockSenderOptions]) -> BlockSender: ...
@@ -1135,12 +1136,12 @@ def large_tmpfs(size: int) -> int:
     """Create a detached tmpfs mount of `size` bytes with huge=always. Return a directory descriptor for use with
     O_TMPFILE.
 
-    The mount is in no mount namespace. It is freed when its last descriptor is closed. Raises OSError EPERM without
-    CAP_SYS_ADMIN.
+    The mount does not belong to a mount namespace. The kernel frees it when its last descriptor is closed. Raises
+    OSError EPERM without CAP_SYS_ADMIN.
     """
 
 def hugetlbfs(size: int) -> int:
-    """Like `large_tmpfs`, but create a hugetlbfs mount with pages of 2 MiB."""
+    """Create a detached hugetlbfs mount of `size` bytes with pages of 2 MiB; otherwise like `large_tmpfs`."""
 
 def file_system_type(fd: int) -> int:
     """Return the type of the file system of an open file (`f_type` of statfs(2)). The descriptor may have been opened
@@ -1238,7 +1239,8 @@ class _LedgerOptions(TypedDict, total=False):
     """Whether the working set is spread over the used pages. If False (default), it consists of the first used
     pages."""
     skew: float
-    """Skew k of the writes: the first fraction x of the working set receives x**(1/k) of the writes (default: 1)."""
+    """Skew k of the writes, 1 to 1000: the first fraction x of the working set receives x**(1/k) of the writes
+    (default: 1)."""
     zero_fraction: float
     """Fraction of the writes that fill a page with zeros (default: 0)."""
     fill: float
@@ -1288,8 +1290,8 @@ class Ledger:
     def start(self, *, paused: bool = False) -> None:
         """Start the threads. With `paused`, they access no memory before `resume` is called."""
     def pause(self) -> None:
-        """Pause each thread between two operations, and wait until all are paused. If a signal handler raises during
-        the wait, the threads resume."""
+        """Pause each thread between two operations, and wait until all are paused. If a signal handler raises an
+        exception during the wait, the threads resume."""
     def resume(self) -> None: ...
     def stop(self) -> None:
         """Stop each thread between two operations. The threads can be started again."""

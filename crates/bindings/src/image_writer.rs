@@ -43,7 +43,7 @@ impl ImageWriter {
         Ok(Self { inner, max: storage_block / SMALL_PAGE })
     }
 
-    /// Writes a storage block of data pages, given by number and contents. Returns the number of the block.
+    /// Writes a storage block of data pages, given as (number, contents). Returns the number of the block.
     fn append(&self, region: u32, pages: Vec<(usize, Vec<u8>)>) -> PyResult<u32> {
         if let Some((page, _)) = pages.iter().find(|(_, contents)| contents.len() != SMALL_PAGE) {
             return Err(PyValueError::new_err(format!("invalid contents of page {page}: expected 4096 bytes")));

@@ -15,7 +15,8 @@ pub struct FileMapping {
     writable: bool,
 }
 
-/// Mappings of the scanned files, and the IDs of processes that have them open for writing or that cannot be inspected.
+/// Shared mappings of the scanned files, IDs of the processes that have one of the files open for writing, and IDs of
+/// the processes that cannot be inspected.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct Mappers {
     mappings: Vec<FileMapping>,

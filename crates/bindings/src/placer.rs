@@ -8,7 +8,7 @@ use crate::errors;
 use crate::mapping::Mapping;
 use crate::space::{MappedSegment, segments};
 
-/// Region whose contents are placed or loaded.
+/// Region whose contents a placer or a pager provides.
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct TargetRegion {
     #[pyo3(get)]

@@ -24,7 +24,8 @@ fn raised(error: SaveError) -> PyErr {
     let message = error.to_string();
     let with_number = |error: &io::Error| PyOSError::new_err((error.raw_os_error(), message.clone()));
     match &error {
-        // Set the errno only for write errors: the errno of a memory error would be taken for an error of the file.
+        // Set the errno only for write errors: the errno of a memory error would be mistaken for an error of the image
+        // file.
         SaveError::Write(error) if error.raw_os_error().is_some() => with_number(error),
         SaveError::Gone => PyProcessLookupError::new_err(message),
         SaveError::Untraceable(_) => PyLookupError::new_err(message),

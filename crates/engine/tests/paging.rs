@@ -32,7 +32,7 @@ const NEVER_STORED: usize = 15;
 fn memory_file(len: usize) -> OwnedFd {
     // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
     let file = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"paging".as_ptr(), libc::MFD_CLOEXEC)) };
-    File::from(file.try_clone().expect("a duplicate")).set_len(len as u64).expect("room");
+    File::from(file.try_clone().expect("a duplicate")).set_len(len as u64).expect("space");
     file
 }
 
@@ -106,7 +106,7 @@ impl Scene {
     }
 
     fn space() -> Arc<Space> {
-        Arc::new(Space::open(libc::pid_t::try_from(std::process::id()).expect("a pid")).expect("our own"))
+        Arc::new(Space::open(libc::pid_t::try_from(std::process::id()).expect("a pid")).expect("our own process"))
     }
 
     fn pager(&self, taken_over: bool, background: bool) -> Pager {
@@ -291,7 +291,7 @@ fn present_pages_are_kept_and_deferred_pages_loaded() {
             }
             let pager = scene.begin(Begin::Kept, background);
             if !background {
-                let missing = pager.missing(0).expect("of the only region");
+                let missing = pager.missing(0).expect("the only region");
                 assert!((0..PAGES).all(|page| missing.contains(page) == flagged(page)));
             }
             for page in (0..PAGES).map(|number| number * 331 % PAGES) {
@@ -351,7 +351,7 @@ fn page_missing_from_the_image_is_an_error() {
     within_a_minute(|| {
         let scene = Scene::new();
         Flags::open(scene.flags.as_fd(), PAGES).expect("flags").set(NEVER_STORED);
-        let error = scene.begin(Begin::Kept, false).ensure(0, 0, 16).expect_err("it has no contents");
+        let error = scene.begin(Begin::Kept, false).ensure(0, 0, 16).expect_err("a page without contents");
         assert!(error.to_string().contains("page 15"), "{error}");
     });
 }
@@ -382,7 +382,7 @@ fn pager_takes_over_from_a_stopped_one() {
             pager = scene.pager(true, false);
         }
         reader.join().expect("the reader");
-        pager.ensure(0, 0, PAGES).expect("all of it");
+        pager.ensure(0, 0, PAGES).expect("all pages");
         assert!(pager.wait(Duration::from_secs(10), 0));
         for page in 0..PAGES {
             assert_eq!(scene.read(page, 100), expected(page, 100), "page {page}");

@@ -150,7 +150,7 @@ impl Scene {
 }
 
 fn space() -> Arc<Space> {
-    Arc::new(Space::open(libc::pid_t::try_from(std::process::id()).expect("a pid")).expect("our own"))
+    Arc::new(Space::open(libc::pid_t::try_from(std::process::id()).expect("a pid")).expect("our own process"))
 }
 
 /// Source side of a connection.
@@ -201,7 +201,7 @@ fn pages_are_loaded_on_demand_during_the_push() {
                 })
                 .collect();
             until("a request", || server.requests() > 0);
-            server.push().expect("all of it");
+            server.push().expect("a complete push");
             readers.into_iter().for_each(|reader| reader.join().expect("a reader"));
             assert!(pager.wait(Duration::from_secs(20), 0), "{} pages are missing", pager.pending());
             assert_eq!((server.remaining(), peer.lost(), server.lost()), (0, None, None));
@@ -223,7 +223,7 @@ fn faults_of_one_window_cause_one_request() {
         readers.into_iter().for_each(|(page, reader)| assert_eq!(reader.join().expect("a reader"), at_source(page)));
         assert_eq!((server.requests(), server.remaining()), (1, PAGES - 16));
         pager.ensure(0, 100, 700).expect("a range");
-        let missing = pager.missing(0).expect("of the only region");
+        let missing = pager.missing(0).expect("the only region");
         assert!(missing.runs_in(100, 800).next().is_none());
         assert_eq!(missing.count(), server.remaining());
     });
@@ -279,7 +279,7 @@ fn pager_continues_over_another_connection() {
             until("a lost connection", || peer.lost().is_some() || pager.is_finished());
             let (theirs, another) = connection(1);
             peer = another;
-            server = scene.server(theirs, &pager.missing(0).expect("of the only region"), format(Codec::Zstd));
+            server = scene.server(theirs, &pager.missing(0).expect("the only region"), format(Codec::Zstd));
             server.start().expect("a thread");
             pager.reconnect(peer.clone()).expect("a pager of a peer");
         }
@@ -304,7 +304,7 @@ fn pager_takes_over_from_an_exited_one() {
         let (server, _peer, pager) = {
             let (theirs, peer) = connection(2);
             let pager = scene.pager(Begin::TakenOver, &peer);
-            let server = scene.server(theirs, &pager.missing(0).expect("of the only region"), format(Codec::Lz4));
+            let server = scene.server(theirs, &pager.missing(0).expect("the only region"), format(Codec::Lz4));
             server.start().expect("a thread");
             (server, peer, pager)
         };
@@ -328,7 +328,7 @@ fn discarded_pages_are_not_loaded() {
             assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
         }
         assert!(pager.wait(Duration::from_secs(20), 0), "{} pages are missing", pager.pending());
-        server.push().expect("all of it");
+        server.push().expect("a complete push");
         until("the end of the streams", || peer.has_ended());
         assert_eq!((peer.lost(), server.lost()), (None, None));
         assert!((0..PAGES).all(|page| scene.read(page) == 0));
@@ -404,10 +404,10 @@ fn invalid_blocks_do_not_reach_memory() {
         });
         // The pager ignores a page that is neither requested nor missing.
         let mut urgent = UnixStream::from(theirs.urgent.try_clone().expect("a duplicate"));
-        let there = (0..PAGES).find(|&page| !is_missing(page)).expect("one");
+        let there = (0..PAGES).find(|&page| !is_missing(page)).expect("a page that is not missing");
         urgent.write_all(&block(0, POSTCOPY, 0, data(there, 1))).expect("a block");
         let server = scene.server(theirs, &pager.missing(0).expect("a region"), format(Codec::None));
-        server.push().expect("all of it");
+        server.push().expect("a complete push");
         assert_eq!(reader.join().expect("a reader"), expected(77));
         assert!(pager.wait(Duration::from_secs(20), 0));
         scene.check();
@@ -494,7 +494,7 @@ fn bandwidth_limit_covers_all_streams() {
         let bandwidth = 8 << 20;
         let (server, _peer, pager) = scene.connected(Format { bandwidth, ..format(Codec::None) });
         let begin = Instant::now();
-        server.push().expect("all of it");
+        server.push().expect("a complete push");
         let bytes = server.progress().bytes.load(Ordering::Relaxed);
         // The limit delays neither the initial burst nor the last block of each stream.
         let least = (bytes - (1 << 18)) * 1000 / bandwidth;
@@ -521,7 +521,7 @@ fn huge_pages_stay_huge() {
             let right = if scene.missing.contains(page) { at_source(page) } else { at_destination(page) };
             assert_eq!(scene.read(page), right, "page {page}");
         }
-        server.push().expect("all of it");
+        server.push().expect("a complete push");
         assert!(pager.wait(Duration::from_secs(20), 0));
         assert_eq!(large(), 4 * LARGE_PAGE as u64);
         scene.check();
@@ -543,7 +543,7 @@ fn hugetlbfs_pages_are_loaded_as_a_whole() {
         );
         assert!(pager.missing(0).expect("a region").runs_in(SLOTS, 2 * SLOTS).next().is_none());
         assert_eq!(server.requests(), 1);
-        server.push().expect("all of it");
+        server.push().expect("a complete push");
         assert!(pager.wait(Duration::from_secs(20), 0));
         scene.check();
     });

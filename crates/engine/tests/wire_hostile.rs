@@ -353,7 +353,7 @@ fn closed_peer_is_reported() {
     let source = full_file(4096);
     let ended = thread::scope(|scope| {
         let sending = scope.spawn(|| sender.send(&[source], &[PageSet::full(4096)], 0, true));
-        peer.read_exact(&mut [0; 100_000]).expect("a beginning");
+        peer.read_exact(&mut [0; 100_000]).expect("the first bytes");
         drop(peer);
         sending.join().expect("the thread panicked")
     });

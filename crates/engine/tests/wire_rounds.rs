@@ -130,7 +130,7 @@ fn round_may_be_sent_in_parts() {
     thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(4));
         sender.send(&regions, &[first], 4, false).expect("a part sent");
-        sender.send(&regions, &[second], 4, true).expect("the rest sent");
+        sender.send(&regions, &[second], 4, true).expect("the remaining part sent");
         receiving.join().expect("the thread panicked").expect("a round received");
     });
     assert_eq!(contents(&source), contents(&copy));

@@ -20,12 +20,12 @@
 //! # Detection of damage
 //!
 //! An operation reads a page and its table entry, writes the page with the next version, then the table entry, and then
-//! the counters of writes and of the table. Threads pause only between operations. In a paused ledger, the following
-//! holds:
+//! the write counter and the table sum of the partition. Threads pause only between operations. In a paused ledger, the
+//! following holds:
 //!
 //! 1. Each page contains its number, the version of its table entry, and a checksum of its contents, or is zeros.
-//! 2. The sum of the versions of a partition's pages equals its counter of writes, which also counts the filling of
-//!    each page. The sum of the hashes of its table entries equals its counter of the table.
+//! 2. The sum of the versions of a partition's pages equals its write counter, which also counts the filling of
+//!    each page. The sum of the hashes of its table entries equals its table sum.
 //! 3. The page that operation *n* of a partition writes, and its contents, follow from (seed, partition, *n*): the
 //!    whole memory is a function of the header and the counters.
 //!
@@ -35,7 +35,7 @@
 //! but outdated as a whole. This case is detected by comparing [`Ledger::fingerprint`] before and after a migration.
 //!
 //! Operations check each page that they are about to overwrite, and count damaged pages in the counters of the
-//! partition. Damage can therefore not be overwritten unnoticed between a migration and the next [`Ledger::verify`].
+//! partition. Damage therefore cannot be overwritten unnoticed between a migration and the next [`Ledger::verify`].
 
 mod layout;
 mod options;

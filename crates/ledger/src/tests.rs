@@ -311,8 +311,8 @@ fn inconsistent_entries_with_equal_sum_are_detected() {
 #[test]
 fn stale_and_lost_counters_are_detected() {
     let stale = damaged(|_, mapping| {
-        // SAFETY: the counter of writes of the first partition lies in the mapping and is aligned; no other thread
-        // accesses it.
+        // SAFETY: the write counter of the first partition lies in the mapping and is aligned; no other thread accesses
+        // it.
         unsafe { *mapping.page(1).cast::<u64>().add(1) -= 1 };
     });
     assert_eq!(stale.disagreeing, 1);

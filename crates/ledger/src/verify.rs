@@ -33,7 +33,7 @@ pub struct Report {
     pub overwritten: u64,
     /// Sum of all versions in the table.
     pub versions: u64,
-    /// Sum of all counters of writes.
+    /// Sum of the write counters of all partitions.
     pub writes: u64,
     /// Number of partitions whose table entries do not match the counters, or whose counter page is not intact.
     pub disagreeing: usize,

@@ -239,7 +239,7 @@ impl WriteRate {
         Self { interval, due: Instant::now() }
     }
 
-    /// Returns the time to sleep after an operation that ended at `now`; `None` if it is shorter than `BURST`.
+    /// Returns the time to sleep after an operation that ended at `now`; `None` if that time is shorter than `BURST`.
     fn ahead(&mut self, now: Instant) -> Option<Duration> {
         if self.interval == 0 {
             return None;

@@ -105,7 +105,7 @@ pub fn page(mapping: &Mapping, page: usize) -> &[u8] {
 pub fn contents(mapping: &Mapping) -> Vec<u8> {
     let file = File::from(mapping.as_fd().try_clone_to_owned().expect("a descriptor"));
     let mut bytes = vec![0; mapping.len()];
-    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).expect("all of the file");
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).expect("the whole file");
     bytes
 }
 
