@@ -747,7 +747,7 @@ class TlsIdentity:
 @final
 class TlsSession:
     """One side of a TLS 1.3 connection, without I/O. Pass received bytes to `feed`, and send the result of `outgoing`.
-    Send it even after an error, because it then contains the TLS alert.
+    Even after an error, send the result, which then contains the TLS alert.
 
     Methods raise PermissionError if the peer is not the expected one or violates the protocol, and ValueError after a
     stream has taken over the session.

@@ -251,7 +251,7 @@ fn peer_that_does_not_read_times_out() {
     assert!(matches!(ended, Err(WireError::Stalled(_))), "{ended:?}");
     drop(peer);
     let ended = sender.send(&[source], &[PageSet::full(4096)], 0, true);
-    assert!(matches!(ended, Err(WireError::Cancelled)), "failed before: {ended:?}");
+    assert!(matches!(ended, Err(WireError::Cancelled)), "not cancelled: {ended:?}");
 }
 
 fn full_file(pages: usize) -> Arc<Mapping> {

@@ -70,7 +70,7 @@ pub enum LedgerError {
     #[error("{0}")]
     BadOption(String),
     /// The memory is too small for a header, counters and one body page per thread.
-    #[error("cannot create a ledger of {threads} threads: {length} bytes are not enough")]
+    #[error("cannot create a ledger of {threads} threads: the memory of {length} bytes is too small")]
     TooSmall {
         /// Size of the memory, bytes.
         length: usize,
