@@ -213,7 +213,7 @@ fn rand_name() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Every byte of a small image is changed in three ways. Each change must be detected or have no effect.
+/// Every byte of a small image is changed, in one bit or completely. Each change must be detected or have no effect.
 #[test]
 fn every_changed_byte_is_detected_or_harmless() {
     let folder = Folder::new("flip");
