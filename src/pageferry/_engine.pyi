@@ -525,7 +525,7 @@ class Placer:
     @property
     def populated(self) -> Populated: ...
     def populate(self, region: int, units: Sequence[int]) -> None:
-        """Of the given 2 MiB units of a region, map those whose pages have all been received.
+        """Map the given 2 MiB units of a region, except units with pages that have not been received.
 
         Raises ValueError if the region or a unit does not exist.
         """

@@ -75,7 +75,7 @@ fn open(path: &Path) -> Result<Image, ImageError> {
     Image::open(File::open(path).unwrap().into())
 }
 
-/// Writes an image of one region. A page that repeats the previous page shares the slot of that page.
+/// Writes an image of one region. The page map entries of `Page::Parent` are those of `parent`.
 fn write(path: &Path, pages: &[Page], codec: Codec, parent: Option<&Image>) {
     let mut writer = ImageWriter::new(create(path), [7; 16], SIZES).unwrap();
     let mut builder = Builder::new(codec, SIZES.page_block, SIZES.storage_block);
