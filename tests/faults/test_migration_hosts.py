@@ -103,7 +103,7 @@ def test_ledger_has_one_owner_after_each_failure(
 
 
 WORDS = {
-    13: ("ended during its migration to", "restart it"),
+    13: ("exited during its migration to", "restart it"),
     21: ("the peer ended the migration: ", "is still running on this host and can be migrated again"),
     22: ("the peer ", "is still running on this host and can be migrated again"),
     23: ("the ", "is still running on this host and can be migrated again"),

@@ -137,7 +137,7 @@ def test_migration_that_does_not_converge_leaves_the_workload_running() -> None:
             )
             assert done.returncode == 24
             message = done.stderr.splitlines()[-1]
-            assert "migration of here does not converge: it modifies " in message
+            assert "migration of here does not converge: the workload modifies " in message
             assert "remain after 4 rounds" in message
             assert "Allow --max-downtime " in message
             assert there.wait() == 21

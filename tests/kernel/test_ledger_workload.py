@@ -216,7 +216,7 @@ def test_state_without_its_memory_is_refused() -> None:
 def test_killed_child_is_reported_and_others_continue() -> None:
     async def fail() -> None:
         async with controlled("bereaved") as arena:
-            with pytest.raises(WorkloadDied, match="is gone"):
+            with pytest.raises(WorkloadDied, match="has exited"):
                 await arena.pause()
             assert await arena.running()
             (region,) = arena.regions

@@ -188,7 +188,7 @@ def test_checkpoint_starts_while_pages_are_deferred(images: dict[str, Path], tmp
         # The pages were saved in rounds while the workload ran, with traces that cause no traps.
         assert result["rounds"] >= 1
         assert result["traps"] == 0
-        assert result["tracking-note"] == "its memory was still coming"
+        assert result["tracking-note"] == "its memory was still being loaded"
         before, after = large_units(ImageFile(images["calm"])), large_units(check_ledger(tmp_path / "image"))
         assert sum(before[0]) >= 10
         assert all(now or not then for then, now in zip(before[0], after[0], strict=True))

@@ -119,7 +119,7 @@ def test_foreground_command_reports_how_its_guest_ended(
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_failed_start_of_qemu_leaves_no_workload(parts: GuestParts, registry: Registry, detach: bool) -> None:
-    with pytest.raises(WorkloadError, match="ended at once with exit code 1") as caught:
+    with pytest.raises(WorkloadError, match="exited at once with exit code 1") as caught:
         asyncio.run(QemuWorkload.start("web", parts.bare("-device", "no-such-device"), detach=detach))
     assert ("'no-such-device' is not a valid device" in str(caught.value)) is detach
     assert not (registry.path / "web").exists()

@@ -175,7 +175,7 @@ class Attempt(ABC):
 
 
 class LazyAttempt(Attempt):
-    """Attempt that protects the memory, pauses the workload at the snapshot point only, and saves while the workload
+    """Attempt that protects the memory, pauses the workload only at the snapshot point, and saves while the workload
     runs."""
 
     def __init__(self, preparation: Preparation, file: int, live: Migratable) -> None:

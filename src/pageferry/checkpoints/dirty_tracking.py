@@ -1,5 +1,5 @@
-"""Write traces of a checkpoint: the trace since the checkpoint of the parent, and the trace left for that of a
-child."""
+"""Write traces of a checkpoint: the trace since the checkpoint of the parent, and the trace left for the checkpoint of
+a child."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Tracking:
         """Take over the trace since the parent if it can be used; otherwise remove any trace, and record the reason in
         `note`."""
         if self._hold is not None:
-            self.note = "its memory was still coming"
+            self.note = "its memory was still being loaded"
             self.leaves = False  # a trace on the pager's userfaultfd ends with the pager
         elif self.pinned:
             self.note = "buffers in its memory are registered with io_uring"
@@ -79,7 +79,7 @@ class Tracking:
         persistent_trace.forget(self.workload)
 
     def traces(self) -> Traces | None:
-        """Return the traces for the saver; None if it uses none. Begin a trace first if one is to be left."""
+        """Return the traces for the saver; None if it uses none. Begin a trace first if `leaves` is True."""
         if self._hold is not None:
             return "borrow", self._hold.userfaults
         if self.means == "trace":
@@ -93,8 +93,8 @@ class Tracking:
         return ("begin" if self.direct_io else "leave"), self._ours
 
     def finish(self, image: tuple[str, str] | None) -> bool:
-        """Leave the trace for a child of `image` (id and digest). Remove it if `image` is None or no trace is to be
-        left. Return whether a trace was left."""
+        """Leave the trace for a child of `image` (id and digest). Remove it if `image` is None or `leaves` is False.
+        Return whether a trace was left."""
         self._close()
         if image is not None and self.leaves:
             fault_point("checkpoint.trace-left")

@@ -43,8 +43,8 @@ class Options:
     packers: Annotated[int, Count(1, 64), API_ONLY] = 1
     """Number of threads that compress."""
     at_instant: Annotated[int, Size(0, 1 << 40), API_ONLY] = 16 * MIB
-    """Maximum number of bytes copied in the pause if a write trace reports the written pages; until they fit, pages are
-    saved in rounds before it."""
+    """Maximum number of bytes copied in the pause if a write trace reports the written pages; until the remaining pages
+    fit, pages are saved in rounds before the pause."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -155,7 +155,7 @@ class Preparation:
         try:
             return await on_thread(call, cancel)
         except ProcessLookupError as gone:
-            raise WorkloadDied(f"cannot save {name}: it ended during the checkpoint; no image was written") from gone
+            raise WorkloadDied(f"cannot save {name}: it exited during the checkpoint; no image was written") from gone
         except PermissionError as denied:
             raise WorkloadError(f"cannot save {name}: {denied}{self._alternative()}") from denied
         except OSError as busy:
@@ -168,6 +168,6 @@ class Preparation:
         if self.options.mode != "lazy":
             return ""
         return (
-            '; --mode stop (in Python mode="stop") saves it without that right, and keeps it paused until the image is '
-            "complete"
+            '; --mode stop (in Python mode="stop") saves it without this permission, and keeps it paused until the '
+            "image is complete"
         )

@@ -19,7 +19,7 @@ class Request:
 
     workload: Saveable
     path: Path
-    """Path of the image; made absolute."""
+    """Path of the image. The constructor makes it absolute."""
     options: Options
     listener: Listener = ignore
     parent: ImageFile | None = None

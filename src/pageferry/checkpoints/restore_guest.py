@@ -56,9 +56,9 @@ async def restore_guest(
     result contains the reason. `options` are the fields of `pageferry.checkpoints.restore_options.GuestOptions`.
     `pager`: pager process that the caller has already started, to save time.
 
-    Raises ImageError, UsageError if the image is not of a guest, RestoreError if the image does not match this guest,
-    and the errors of `QemuWorkload.start`; QEMU and the pager are then ended. Raises RestoreError if the pager exits
-    after the guest was resumed; the guest then waits for its memory.
+    Raises ImageError, UsageError if the image is not that of a guest, RestoreError if the image does not match this
+    guest, and the errors of `QemuWorkload.start`; QEMU and the pager are then terminated. Raises RestoreError if the
+    pager exits after the guest was resumed; the guest then waits for its memory.
     """
     chosen = values.options(GuestOptions, options)
     folder = Folder(registry or Registry(), name)
@@ -153,11 +153,13 @@ class GuestRestore:
             self._loaded = str(refused), await self._load(work, str(refused), image)
 
     def _check(self, workload: QemuWorkload, image: Opened) -> None:
-        """Raise UsageError if the image is not of a guest, RestoreError if the machine does not match it."""
+        """Raise UsageError if the image is not that of a guest, RestoreError if the machine does not match the
+        image."""
         found = image.metadata
         if found.kind != "qemu" or not found.restorable:
             raise UsageError(
-                f"cannot restore {self.path} as a QEMU guest: it is of {found.name}, a workload of kind {found.kind}"
+                f"cannot restore {self.path} as a QEMU guest: it is an image of {found.name}, a "
+                f"workload of kind {found.kind}"
             )
         try:
             workload.check_image(found.details, str(self.path))
@@ -176,7 +178,7 @@ class GuestRestore:
         await in_thread(self._pager.give_up)
         await workload.discard()
 
-    # -- while it runs
+    # -- while the guest runs
 
     async def _running(self, image: Opened, paused: bool) -> RestoreResult:
         """Detach from the pager, emit events, and return the result so far."""

@@ -1,5 +1,5 @@
-"""Rounds of a checkpoint that has a write trace (S4): copy written pages while the workload runs, until few remain for
-the pause.
+"""Rounds of a checkpoint that has a write trace (S4): copy written pages while the workload runs, until at most
+`max_remaining` are left for the pause.
 
 Every copy follows a collection. The collection protects the written pages before they are read, so that a later write
 is reported again. The engine copies pages and keeps the sets of written pages (`Saver.collect`, `Saver.copy`), without
@@ -53,7 +53,7 @@ class Rounds:
         self.count = 0
         """Number of rounds."""
         self.seconds = 0.0
-        """Duration of all rounds."""
+        """Duration of all rounds, seconds."""
 
     def run(
         self,
@@ -64,10 +64,10 @@ class Rounds:
     ) -> None:
         """Copy pages until at most `max_remaining` are left. Do nothing if the saver has no trace to copy from.
 
-        `regions`: number of pages of each region; `drain`() returns when direct I/O that had started before has ended;
-        `load`(region, first page, pages) makes deferred pages present. Raises LookupError if the trace cannot be used:
-        the rounds do not converge, or memory is discarded in every attempt. Blocks, so do not call it from the event
-        loop.
+        `regions`: number of pages of each region; `drain`() returns when direct I/O that started before the call has
+        completed; `load`(region, first page, pages) makes deferred pages present. Raises LookupError if the trace
+        cannot be used: the rounds do not converge, or memory is discarded in every attempt. Blocks, so do not call it
+        from the event loop.
         """
         self.count, begin = 0, time.monotonic()
         try:

@@ -1,7 +1,7 @@
 """Child process that runs a share of a ledger's partitions.
 
 `host.python` starts it with the arguments FILE SIZE SOCKET; FILE and SOCKET are inherited descriptors. The child
-receives orders over the socket, and exits when the parent closes the socket or has exited.
+receives orders over the socket, and exits when the parent closes the socket or exits.
 """
 
 from __future__ import annotations

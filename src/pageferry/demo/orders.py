@@ -1,5 +1,5 @@
-"""Orders that the process of a ledger sends to its children, and the answers of the children. Each is one packet of
-JSON on a socket pair."""
+"""Orders that the process of a ledger sends to its children, and the answers of the children. Each message is one
+packet of JSON on a socket pair."""
 
 from __future__ import annotations
 

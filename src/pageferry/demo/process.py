@@ -76,7 +76,7 @@ def main() -> int:
     """Run the workload whose setup is the only argument, and return the exit code."""
     try:
         if len(sys.argv) != 2:
-            raise UsageError("one argument: a setup as JSON")
+            raise UsageError("expected one argument: a setup as JSON")
         return run(msgspec.json.decode(sys.argv[1], type=Setup))
     except (PageferryError, msgspec.MsgspecError) as error:
         sys.stderr.write(f"{error}\n")

@@ -80,8 +80,8 @@ async def _process(module: str, *arguments: str) -> AsyncIterator[Popen[bytes]]:
 
 
 def _start(module: str, *arguments: str) -> Popen[bytes]:
-    # Not asyncio.subprocess: before Python 3.12 its watcher thread waits for any state change of the child, and would
-    # consume the stop for which adoption waits. The child is in a separate session, so that it does not receive Ctrl-C.
+    # Not asyncio.subprocess: before Python 3.12, its watcher thread calls waitpid(2) on the child, and would consume
+    # the ptrace-stop that adoption waits for. The child gets a separate session, so that it does not receive Ctrl-C.
     return start_python(module, *arguments, stdout=PIPE, stderr=PIPE, start_new_session=True)
 
 

@@ -17,9 +17,6 @@ from pageferry.host.python import start_python
 TIMEOUT = 60.0
 """Time within which a child must reply, seconds."""
 
-"""Duration of the longest operation, ns, and the number of operations that took at least 2**n ns and less than 2**(n+1)
-ns, by n."""
-
 
 class Share(Protocol):
     """Some of a ledger's partitions, and the threads that run them. Methods raise WorkloadDied if a process has exited,
@@ -36,7 +33,7 @@ class Share(Protocol):
         """Start the threads paused: they wait for `resume`."""
 
     def begin_pause(self) -> None:
-        """Request the threads to pause. `end_pause` waits until they have paused."""
+        """Request that the threads pause. `end_pause` waits until they have paused."""
 
     def end_pause(self) -> None:
         """Wait until all threads have paused."""
@@ -166,7 +163,7 @@ class ChildShare:
         try:
             data = self._orders.recv(MAX_PACKET)
         except TimeoutError as slow:
-            raise WorkloadError(f"ledger process {self.pid} has not answered for {TIMEOUT:.0f} s") from slow
+            raise WorkloadError(f"ledger process {self.pid} has not replied for {TIMEOUT:.0f} s") from slow
         except OSError as gone:
             raise self._died() from gone
         if not data:
@@ -177,4 +174,4 @@ class ChildShare:
         return answer
 
     def _died(self) -> WorkloadDied:
-        return WorkloadDied(f"process {self.pid}, which ran a share of the ledger, is gone")
+        return WorkloadDied(f"process {self.pid}, which ran a share of the ledger, has exited")

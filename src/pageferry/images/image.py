@@ -200,7 +200,8 @@ def _link(descriptor: int, path: Path) -> Link:
 
 
 def _chain(link: Link, open_parent: Callable[[Link, Parent], Link]) -> Iterator[Link]:
-    """Yield the image, its parent, and so on. Raises ImageError if the chain is too long or contains an image twice."""
+    """Yield the image and its ancestors, child first. Raises ImageError if the chain is too long or contains an image
+    twice."""
     path = link.path
     seen = {link.image.id}
     yield link
@@ -239,8 +240,7 @@ def _checked_parent(child: Link, parent: Parent, link: Link) -> Link:
     """Return the link if it is the parent that the child refers to. Raises ImageError."""
     if link.identity != ImageIdentity(id=parent.id, digest=parent.digest):
         raise ImageError(
-            f"cannot open {child.path}: its parent {link.path} has been replaced or changed; put the original "
-            "image there"
+            f"cannot open {child.path}: its parent {link.path} has been replaced or changed; restore the original image"
         )
     return link
 

@@ -109,6 +109,6 @@ def decode(contents: bytes | None) -> Metadata:
     if metadata.version != VERSION:
         raise ImageError(
             f"unsupported metadata version {metadata.version}: this pageferry supports {VERSION}; use the version "
-            "that has written the image"
+            "that wrote the image"
         )
     return metadata

@@ -13,8 +13,6 @@ from pageferry.images.metadata import ImageIdentity
 from pageferry.memory.bitmaps import unpack_units
 from pageferry.memory.regions import LARGE_PAGE, Region
 
-"""Mapping of a region's file in this process, page size of the file, and whether each 2 MiB unit is to be huge."""
-
 
 def large_units(image: ImageFile) -> list[list[bool]]:
     """Return, per region, whether each 2 MiB unit was backed by a huge page when it was saved. Raises ImageError."""

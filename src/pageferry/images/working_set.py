@@ -1,9 +1,9 @@
 """Working sets: pages that were accessed first after a restore are loaded first by the next restore (S10).
 
 The record is the file IMAGE.ws beside the image, since images are never modified. A restore without prefetch observes
-every first access. The record is then the intersection of these pages and the previous record, so that it keeps the
-pages accessed every time. A restore with prefetch observes only accesses to pages that are not in the record. These
-pages are stored separately, and pages observed in two consecutive restores are appended to the record.
+every first access. The record is then the intersection of these pages and the previous record, so it keeps the pages
+accessed every time. A restore with prefetch observes only accesses to pages that are not in the record. These pages are
+stored separately, and pages observed in two consecutive restores are appended to the record.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class WorkingSet:
         return self._record.windows
 
     def learn(self, touched: Sequence[int], prefetched: bool) -> None:
-        """Update the record with the windows that were accessed in a restore, in order. `prefetched`: whether the
-        restore was with prefetch. A failure to write the file is only logged."""
+        """Update the record with the windows that were accessed in a restore, in order. `prefetched`: whether prefetch
+        was enabled in the restore. A failure to write the file is only logged."""
         candidates: list[int] = []
         seen = list(dict.fromkeys(touched))[:MAX_WINDOWS]
         old = self._record
@@ -88,7 +88,7 @@ class WorkingSet:
             files.replace_file(self.path, msgspec.msgpack.encode(self._record))
         except OSError as error:
             log.info(
-                "cannot write the working set to %s: %s; the next restore loads pages in order of their address",
+                "cannot write the working set to %s: %s; the next restore loads pages in the order of their addresses",
                 self.path,
                 error.strerror,
             )

@@ -38,7 +38,7 @@ class Found:
     """Processes that can write to one file."""
 
     segments: tuple[Segment, ...]
-    """Shared, writable mappings of the program and of other processes, without those of pageferry."""
+    """Shared, writable mappings of the program and of other processes, except those of pageferry."""
     holders: tuple[int, ...]
     """Processes that have the file open for writing and do not map it."""
     unreadable: tuple[int, ...]
@@ -48,8 +48,8 @@ class Found:
 def find(file: int, length: int, sharing: Sharing) -> Found:
     """Scan /proc for processes that can write to the first `length` bytes of a file.
 
-    Mappings that pageferry has made in this process are excluded. If another process shares the file, /proc is scanned
-    a second time: between fork and exec a child has all mappings and descriptors of its parent.
+    Mappings that pageferry has created in this process are excluded. If another process shares the file, /proc is
+    scanned a second time: between fork and exec a child has all mappings and descriptors of its parent.
     """
     found = _scan(file, length, sharing)
     if {segment.pid for segment in found.segments} - {os.getpid()} or found.holders:
@@ -65,7 +65,7 @@ def check(name: str, found: Found, sharing: Sharing) -> None:
     if found.holders:
         raise WorkloadError(
             f"cannot trace {name}: {_processes(found.holders)} has its memory open for writing without a mapping, "
-            "and such writes are not traced; map the memory there, or close the descriptor"
+            "and such writes are not traced; map the memory in that process, or close the descriptor"
         )
     hidden = set(found.unreadable) - {1}  # a program does not pass its memory to init
     if sharing.handed_out and (hidden or not os.path.exists("/proc/1")):
@@ -136,7 +136,7 @@ def _scan(file: int, length: int, sharing: Sharing) -> Found:
 
 
 def _is_ours(pid: int, address: int) -> bool:
-    """Return whether pageferry has made the mapping in this process: the arena itself, or a view of its memory."""
+    """Return whether pageferry has created the mapping in this process: the arena itself, or a view of its memory."""
     if pid != os.getpid():
         return False
     return any(start <= address < start + length for start, length in _engine.own_mappings())
@@ -164,4 +164,4 @@ def _name(pid: int) -> str:
         with open(f"/proc/{pid}/comm", "rb") as file:
             return file.read().decode(errors="replace").strip()
     except OSError:
-        return "ended"
+        return "exited"

@@ -41,7 +41,8 @@ class Region:
     """Contiguous part of a workload's memory that is backed by one shared file."""
 
     name: str
-    """Name, the same on all hosts: QEMU's ramblock id, `arena`, or for any other process the mapped file."""
+    """Name, the same on all hosts: QEMU's ramblock id, `arena`, or the name of the mapped file for any other
+    process."""
     length: int
     """Length, bytes."""
     fd: int

@@ -48,14 +48,14 @@ T = TypeVar("T")
 async def migrate_async(
     workload: Arena | Migratable, address: str, *, listener: Listener = ignore, **options: Any
 ) -> MigrationResult:
-    """Migrate a running workload to the receiver at `address` (unix:PATH, HOST:PORT); on return it runs there.
+    """Migrate a running workload to the receiver at `address` (unix:PATH, HOST:PORT). On return, it runs there.
 
     `options` are the fields of `pageferry.migration.options.Options`: mode, max_downtime (seconds), max_rounds,
     auto_converge, trace_granularity, large_pages, populate, codec, adaptive, bandwidth (bytes per second), streams,
     timeout (seconds), insecure, tls, tls_hostname. `listener` is called with an event after every round.
 
     Raises UsageError for invalid options, and MigrationError if the migration failed. The workload then keeps running
-    at the source, with two exceptions: after OutcomeUnknown it is paused until `recover` has asked the receiver; after
+    at the source, with two exceptions: after OutcomeUnknown it is paused until `recover` has learned the outcome; after
     PostcopyPaused it runs at the destination and waits for pages that `recover` sends.
     """
     managed(workload)
@@ -87,7 +87,7 @@ async def _migrate(workload: Migratable, address: str, options: Options, listene
     try:
         return await Source(job).run(target)
     except WorkloadDied as died:
-        raise WorkloadDied(f"{workload.name} ended during its migration to {target}: {died}; restart it") from died
+        raise WorkloadDied(f"{workload.name} exited during its migration to {target}: {died}; restart it") from died
     except (AuthenticationError, ConnectionLost, PeerRefused, ProtocolError) as error:
         raise type(error)(
             f"{error}. {workload.name} {await _state_of(workload)} on this host and can be migrated again"
@@ -237,11 +237,11 @@ async def _asked(
     owners: frozenset[int],
 ) -> AsyncIterator[tuple[messages.Outcome, Channel]]:
     """Request the outcome of a migration from the peer; yield the outcome and the connection. Raises OutcomeUnknown."""
-    again = f"{name} stays paused; start `pageferry receive` on that host and ask again"
+    again = f"{name} stays paused; start `pageferry receive` on that host and retry"
     if record.keeps_pages:
         again = (
-            f"{name} stays paused, with all its pages; if it is no more received there, start "
-            f"`pageferry receive --resume` on that host and ask again"
+            f"{name} stays paused, with all its pages; if no process receives it there, start "
+            f"`pageferry receive --resume` on that host and retry"
         )
     channel: Channel | None = None
     try:

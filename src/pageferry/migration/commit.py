@@ -25,8 +25,8 @@ class Commit:
         self._state = state
 
     async def run(self) -> messages.Running:
-        """Commit, and return the reply. After a cancellation, wait for the reply for at most GRACE seconds; without a
-        reply, the outcome is unknown.
+        """Commit, and return the destination's reply. After a cancellation, wait for the reply for at most GRACE
+        seconds; without a reply, the outcome is unknown.
 
         Raises OutcomeUnknown, or PeerRefused if the destination has decided not to run the workload.
         """
@@ -101,7 +101,7 @@ class Commit:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason for the end of a migration, as it is sent in Abort."""
+    """Return the reason for the failure of a migration, as sent in Abort."""
     if isinstance(error, asyncio.CancelledError):
         return "cancelled at the source"
     return str(error) or type(error).__name__

@@ -19,10 +19,10 @@ from pageferry.workloads.deferred_access import AcquiredPager
 FIRST_PART = (16 << 20) // SMALL_PAGE
 """Number of pages of the first part. Each further part has twice as many, up to the limit that `MIN_PARTS` sets."""
 MIN_PARTS = 16
-"""Divisor for the maximum size of a part, which is the number of all pages divided by it, but at least `FIRST_PART`."""
+"""Divisor for the maximum size of a part: the number of all pages divided by `MIN_PARTS`, but at least `FIRST_PART`."""
 
 Part = tuple[int, int, int]
-"""(region number, first page, number of pages)"""
+"""Part of a region: region number, first page, number of pages."""
 
 
 async def send_deferred(
@@ -58,7 +58,7 @@ def part_of(region: PageSet, first: int, count: int) -> PageSet:
 
 
 def parts(regions: Sequence[int]) -> Iterator[Part]:
-    """Yield the parts of regions. `regions`: number of pages of each region."""
+    """Yield the parts of all regions, in order. `regions`: number of pages of each region."""
     size, most = FIRST_PART, max(FIRST_PART, sum(regions) // MIN_PARTS)
     for region, pages in enumerate(regions):
         first = 0

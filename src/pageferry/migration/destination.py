@@ -64,7 +64,8 @@ class Destination:
         self._prepare = prepare
         self._ended = ended
         self._opened = contextlib.ExitStack()
-        """Memory and parts of the engine. They are closed at the end, because an exception may keep this object."""
+        """Memory and engine objects. They are closed explicitly, because an exception may keep a reference to this
+        object."""
         self._incoming: Incoming | None = None
         """Accepted migration; None until a source has been accepted."""
         self._transfer: Transfer | None = None
@@ -92,7 +93,7 @@ class Destination:
             await to_the_end(self._take_over.run())
         except BaseException as error:
             if not await within_grace(self._give_up(incoming, error), error):
-                log.warning("the received workload does not respond, and is left as it is")
+                log.warning("the received workload does not respond: it may not have been discarded")
             self._opened.close()
             raise
         self.state.enter(DestinationState.RUNNING)
@@ -101,7 +102,7 @@ class Destination:
     async def report(self) -> None:
         """Send the report after `run`. In post-copy, fetch the missing pages first. Raises WorkloadDied."""
         if self._incoming is None or self._take_over is None:
-            raise RuntimeError("nothing was received")
+            raise RuntimeError("cannot send the report: no workload has been received")
         try:
             if await self._take_over.report():
                 self._acknowledge(self._incoming)
@@ -119,7 +120,7 @@ class Destination:
         if self._transfer is not None:
             self._transfer.close()
 
-    # -- for the caller of `run`
+    # -- status for the caller of `run`
 
     @property
     def accepted(self) -> bool:
@@ -129,7 +130,7 @@ class Destination:
 
     @property
     def promised(self) -> bool:
-        """Whether Ready was sent, so that the source may send Recover."""
+        """Whether Ready was sent, so the source may send Recover."""
         return not self.state.is_in(DestinationState.LISTENING, DestinationState.RECEIVING, DestinationState.GIVEN_UP)
 
     @property
@@ -230,7 +231,7 @@ class Destination:
         await channel.send(messages.Welcome(token=token))
         return await channel.during(self.reception.streams(token, count, self.host.timeout))
 
-    # -- ends
+    # -- failure and acknowledgement
 
     async def _give_up(self, incoming: Incoming, error: BaseException) -> None:
         """Give up the workload: record the decision ABORTED before reporting it, then discard the received memory and

@@ -21,7 +21,7 @@ from pageferry.host.blocking import on_thread
 T = TypeVar("T")
 
 GRACE = 0.6
-"""Seconds for cleaning up after a cancellation, so that a command ends within a second of a signal."""
+"""Maximum time for the cleanup after a cancellation, seconds. It lets a command exit within a second of a signal."""
 
 
 async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = None) -> T:

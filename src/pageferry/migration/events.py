@@ -115,7 +115,7 @@ class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     contains the consecutive phases of the pause."""
 
     total: float
-    """From the first to the last moment in which no side ran the workload."""
+    """Time during which neither side ran the workload."""
     stop: float
     """Pausing the workload at the source: phase `stop`."""
     last_pages: float
@@ -173,7 +173,7 @@ class PostcopyCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Statistics of the post-copy phase."""
 
     time: float
-    """Milliseconds from Running until every page was present."""
+    """Milliseconds from the message Running until every page was present."""
     pages: int
     """Number of pages missing at the switch-over."""
     faults: int
@@ -188,7 +188,7 @@ class DirectIo(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Direct I/O of the workload, and the measures that keep its writes from being missed (S2)."""
 
     drains: int = 0
-    """Number of short pauses in which requests were completed while the workload ran; 0 if it does no direct I/O."""
+    """Number of short pauses before the switch-over in which I/O requests completed; 0 without direct I/O."""
     time: float = 0.0
     """Total duration of these pauses, milliseconds."""
     longest: float = 0.0
@@ -241,7 +241,7 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
 
 
 class Listening(Event, frozen=True, tag="listening"):
-    """The receiver accepts connections of sources."""
+    """The receiver accepts connections from sources."""
 
     workload: str
     address: str
@@ -254,7 +254,7 @@ class Received(Event, frozen=True, tag="received"):
     kind: str
     paused: bool = False
     total_time: float = 0.0
-    """Milliseconds from the acceptance of the source until the workload ran here."""
+    """Milliseconds from the acceptance of the source until the workload ran on this host."""
     phases: dict[str, float] = msgspec.field(default_factory=dict)
     """Consecutive phases, which add up to `total-time`: setup (connections, memory), copy (rounds, state), load,
     populate, commit (wait for the decision of the source), resume."""

@@ -56,7 +56,7 @@ class Incoming:
         return message
 
     async def send(self, message: messages.Message) -> None:
-        """Send a message. Raises ConnectionLost, WrongState if the message is invalid in the current state."""
+        """Send a message. Raises ConnectionLost, and WrongState if the message is invalid in the current state."""
         self.order.send(message)
         await self.channel.send(message)
 

@@ -1,4 +1,4 @@
-"""Loading at the destination: device state and page tables, before the destination is ready to run the workload."""
+"""Last step at the destination before Ready: loads the device state, and populates the page tables."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Loading:
             await self._prefault(self._whole_units())
 
     def _whole_units(self) -> dict[int, list[int]]:
-        """Return the units, per region, that are backed by huge pages and lack no page."""
+        """Return the units, per region, that are backed by huge pages and have all of their pages."""
         missing = [pages.unit_counts() for pages in self._transfer.missing.sets]
         large = self._transfer.placement.memory.large_units()
         return {
@@ -80,7 +80,7 @@ class Loading:
 
 
 async def populate_cold(transfer: Transfer) -> None:
-    """Populate the huge pages other than those in `hot`, while the workload runs (S1)."""
+    """Populate the page tables of all units except those in `hot`, while the workload runs (S1)."""
     placement = transfer.placement
     for region, hot in transfer.hot.items():
         units = range(-(-placement.memory.regions[region].length // LARGE_PAGE))

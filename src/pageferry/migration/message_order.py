@@ -38,7 +38,7 @@ class ReceiverState(StrEnum):
     ROUNDS = "rounds"
     """Rounds are received. The device state may begin before the last round."""
     HOT = "hot"
-    """All rounds are received. Hot is expected for the other regions, in order."""
+    """All rounds have been received. Hot is expected for each remaining region, in order."""
     MISSING = "missing"
     """The sets of missing pages are received, in the order of the regions (post-copy)."""
     STATE = "state"

@@ -29,7 +29,7 @@ class MissingPages:
     def add(self, message: Missing) -> None:
         """Add the next chunk. Raises ProtocolError if it is out of order, too long, or not a valid page set."""
         if self.complete or message.region != len(self.sets):
-            raise ProtocolError(f"missing pages of region {message.region}, after {len(self.sets)} regions")
+            raise ProtocolError(f"missing pages of region {message.region}, expected {len(self.sets)}")
         pages = self._pages[message.region]
         most = pages // 8 + pages // 2048 + PACKING
         if len(self._packed) + len(message.data) > most:

@@ -89,7 +89,8 @@ class PageService:
         )
 
     def start(self) -> None:
-        """Start to serve requests. Pages are pushed only by `send_all`: the workload does not run yet."""
+        """Start to serve requests. Only `send_all` pushes pages, because the workload does not run at the destination
+        yet."""
         self._server.start()
 
     async def send_all(self, channel: Channel, listener: Listener) -> messages.Arrived:

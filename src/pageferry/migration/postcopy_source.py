@@ -107,7 +107,7 @@ async def serve_on(
 
 
 def paused(name: str, peer: str, error: BaseException) -> PostcopyPaused:
-    """Return the error for a link that is lost before all pages were sent."""
+    """Return the error for a link that was lost before all pages were sent."""
     return PostcopyPaused(
         f"{name} runs at {peer} and waits for its remaining memory: {str(error) or type(error).__name__}. This "
         f"host keeps it, paused; to send the remaining pages, run pageferry migrate {name} --recover"

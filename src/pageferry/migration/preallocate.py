@@ -17,7 +17,7 @@ from pageferry.migration.engine_call import off_loop
 
 _TIMEOUT = 1.0
 """Maximum time for allocating huge pages in post-copy, while the workload runs at the source, seconds. The pager
-allocates the others."""
+allocates the remaining huge pages."""
 _PIECE = 32
 """Number of huge pages allocated per call. A call takes about 10 ms."""
 
@@ -30,8 +30,8 @@ async def compact(regions: Sequence[Region], large: Sequence[Sequence[bool]]) ->
 
 
 async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
-    """Allocate huge pages for at most `_TIMEOUT` seconds. The kernel clears each of them; otherwise the first access
-    would wait for this."""
+    """Allocate huge pages for at most `_TIMEOUT` seconds. The first access to an allocated page need not wait until the
+    kernel has cleared it."""
     deadline = time.monotonic() + _TIMEOUT
     for region, units in enumerate(large):
         chosen = [unit for unit, is_large in enumerate(units) if is_large]

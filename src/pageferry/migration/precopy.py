@@ -18,7 +18,7 @@ from pageferry.migration.throttle import STEPS
 from pageferry.migration.write_trace import WriteTrace
 
 OWN_LIMIT = 1.25
-"""Maximum ratio of the user's bandwidth limit to the measured rate at which the limit is reported as the cause."""
+"""Maximum ratio of the user's bandwidth limit to the measured rate at which an error names the limit as the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Rest:
 
     pages: list[PageSet]
     late: bool
-    """Whether they are sent after the switch-over (post-copy)."""
+    """Whether the pages are sent after the switch-over (post-copy)."""
 
 
 class Precopy:
@@ -127,10 +127,10 @@ class Precopy:
         )
         faster = "Raise `bandwidth`, allow" if own else "Allow"
         return NotConverging(
-            f"migration of {job.workload.name} does not converge: it modifies {remaining / seconds / 2**20:.0f} MiB/s "
-            f"and {taken} MiB/s; {remaining >> 20} MiB remain after {convergence.rounds} rounds. It is still "
-            f"running on this host. {faster} `max_downtime` {expected * 1e3:.0f}ms{slower}, or use post-copy with "
-            f"`mode` hybrid"
+            f"migration of {job.workload.name} does not converge: the workload modifies "
+            f"{remaining / seconds / 2**20:.0f} MiB/s and {taken} MiB/s; {remaining >> 20} MiB remain after "
+            f"{convergence.rounds} rounds. The workload is still running on this host. {faster} `max_downtime` "
+            f"{expected * 1e3:.0f}ms{slower}, or use post-copy with `mode` hybrid"
         )
 
 

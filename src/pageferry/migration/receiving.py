@@ -44,7 +44,7 @@ class ReceptionOptions:
     tls: str | os.PathLike[str] | None = None
     """Directory of certificates (docs/tls.md): accept only sources with a certificate."""
     allow: Sequence[str] = ()
-    """With `tls`: names of the certificates to accept; if it is empty, all of the authority."""
+    """With `tls`: names of the certificates to accept; if empty, all certificates of the authority."""
 
     def __post_init__(self) -> None:
         checked = {
@@ -72,7 +72,7 @@ class ReceiveOptions(ArenaOptions, ReceptionOptions):
     max_size: int | None = None
     """Maximum size of the arena, bytes; None for the available memory."""
     listening: Callable[[str], object] | None = None
-    """Called with the address once sources can connect."""
+    """Function that is called with the address once sources can connect, or None."""
 
     def __post_init__(self) -> None:
         ArenaOptions.__post_init__(self)
@@ -99,8 +99,8 @@ async def receive_async(address: str, **options: Any) -> Arena:
     process becomes the owner of the arena. `listening` is called with the address once sources can connect. An arena
     larger than max_size bytes (default: the available memory) is rejected. timeout: seconds of silence that end the
     migration. tls: a directory of certificates (docs/tls.md); then only sources with a certificate are accepted. allow:
-    names of the certificates to accept (default: all of the authority). insecure: listen on other addresses than
-    loopback without tls.
+    names of the certificates to accept (default: all certificates of the authority). insecure: listen on addresses
+    other than loopback without tls.
 
     A post-copy or hybrid migration is rejected: a thread of this program that waits for a page may hold a lock that the
     other threads need. Raises MigrationError, UsageError.

@@ -45,7 +45,7 @@ class RecoveryServer:
         """Set once the source of this migration knows the outcome."""
         self._task: asyncio.Task[None] | None = None
         self._aside: dict[asyncio.Task[None], Channel] = {}
-        """Tasks that serve a connection, oldest first, without those in `_links`."""
+        """Tasks that serve a connection, oldest first, except those in `_links`."""
         self._links: set[asyncio.Task[None]] = set()
         """Tasks that serve a source which sends pages."""
         self._linking = asyncio.Lock()
@@ -109,7 +109,8 @@ class RecoveryServer:
             return False
 
     async def answer(self, channel: Channel, question: messages.AnyMessage) -> bool:
-        """Reply to Recover with the owner of the workload. If nothing has been decided, decide that it is the source.
+        """Reply to Recover with the owner of the workload. If there is no decision yet, decide ABORTED: the owner is
+        the source.
 
         Return whether the channel has been taken over by a source that sends missing pages.
         """

@@ -155,10 +155,10 @@ class Source:
             await Postcopy(session, session.service, rounds).run()
         self.statistics.times.stop_all()
 
-    # -- ends
+    # -- completion and failure
 
     async def _retire(self, session: Session) -> None:
-        """Remove the remains of the workload after it has moved, and end the connection."""
+        """Remove the remains of the workload after it has moved, and close the connection."""
         gone = await self._clear_away(session)
         with contextlib.suppress(MigrationError):
             self.statistics.report = await session.channel.receive(messages.Report, REPORT_TIMEOUT)

@@ -46,7 +46,7 @@ class Counters(NamedTuple):
         return cls(progress.bytes, progress.blocks, progress.data, progress.zero, progress.absent)
 
     def since(self, before: Counters) -> Counters:
-        """Return the difference to earlier counters."""
+        """Return the increase since earlier counters."""
         return Counters(*(now - then for now, then in zip(self, before, strict=True)))
 
     def plus(self, other: Counters) -> Counters:
@@ -60,7 +60,7 @@ def megabits(sent: int, seconds: float) -> float:
 
 
 def milliseconds(seconds: float) -> float:
-    """Convert to milliseconds, rounded to the microsecond."""
+    """Convert seconds to milliseconds, rounded to the microsecond."""
     return round(seconds * 1e3, 3)
 
 

@@ -34,7 +34,7 @@ class SwitchOver(ABC):
         self.sent: list[Round] = []
         """Rounds of the switch-over. They are reported when the pause is over, so that no listener prolongs it."""
         self._state_sent = 0
-        """Bytes of the device state that have been sent."""
+        """Number of bytes of the device state that have been sent."""
 
     async def run(self) -> messages.Ready:
         """Switch over, and return the Ready message. On return, the workload is paused, and the destination is ready to
@@ -107,12 +107,12 @@ class SwitchOver(ABC):
         told, now = self._session.hello.details, workload.identity.details
         if changed := [key for key in told if told[key] != now.get(key)]:
             raise WorkloadError(
-                f"{workload.name} was reconfigured while it was moved: "
+                f"{workload.name} was reconfigured during its migration: "
                 + "; ".join(f"{key} was {told[key] or 'none'}, is now {now.get(key) or 'none'}" for key in changed)
-                + ": try again with a destination that is configured the same way"
+                + "; retry with a destination that has the same configuration"
             )
 
-    # -- in the pause
+    # -- during the pause
 
     @abstractmethod
     async def _finish_memory(self) -> bytes:

@@ -1,4 +1,5 @@
-"""Take-over at the destination: decides and resumes the workload after Commit, and reports to the source."""
+"""Take-over at the destination: records the decision and resumes the workload after Commit, and reports to the
+source."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class DestinationState(StrEnum):
     PROMISED = "promised"
     """Ready was sent: the source may commit at any time, and may send Recover later."""
     RUNNING = "running"
-    """The workload runs here, or is paused because its user had paused it."""
+    """The workload runs on this host, or is paused because its user had paused it."""
     GIVEN_UP = "given up"
     """The source owns the workload, and will not send Recover."""
     RENOUNCED = "renounced"
@@ -69,7 +70,7 @@ class TakeOver:
 
     async def run(self) -> None:
         """Decide, resume the workload, and send Running. Raises Cancelled if ABORTED was decided in reply to Recover,
-        WorkloadError."""
+        WorkloadError if the workload cannot be resumed."""
         fault_point("destination.commit-received")
         incoming, migration = self._incoming, self._incoming.hello.migration
         # Before the decision: from then on the workload must survive the exit of this process.
@@ -100,7 +101,7 @@ class TakeOver:
             raise
 
     async def report(self) -> bool:
-        """Send the statistics. Return whether the source knows that the workload runs here.
+        """Send the statistics. Return whether the source knows that the workload runs on this host.
 
         In post-copy, fetch the missing pages first, over any number of links. Raises WorkloadDied.
         """

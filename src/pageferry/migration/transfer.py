@@ -23,7 +23,7 @@ from pageferry.workloads.protocols import StateAhead
 
 
 class DeviceState:
-    """Device state, assembled from its messages."""
+    """Device state, assembled from State messages."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -34,7 +34,7 @@ class DeviceState:
         """Add the next chunk. Raises ProtocolError if the state becomes too long, or if a chunk to be loaded ahead
         follows one that is not."""
         if len(self._data) + len(message.data) > messages.MAX_STATE:
-            raise ProtocolError(f"more than {messages.MAX_STATE} bytes of state")
+            raise ProtocolError(f"the peer sent more than {messages.MAX_STATE} bytes of device state")
         if message.ahead and not self._only_ahead:
             raise ProtocolError("the peer sent a part of the state too late to load it ahead of the memory")
         self._only_ahead = message.ahead
@@ -58,7 +58,7 @@ class Transfer:
         them."""
         self.missing = MissingPages([region.length // SMALL_PAGE for region in incoming.hello.regions])
         self.postcopy: PostcopyMemory | None = None
-        """Pager of the missing pages, in post-copy."""
+        """Memory with missing pages, and its pager; None unless post-copy has begun."""
         self._incoming = incoming
         self._host = host
         self._state = DeviceState()
@@ -98,7 +98,8 @@ class Transfer:
         """Load a piece of the state, while the workload runs at the source."""
         workload = self._incoming.workload
         if not isinstance(workload, StateAhead):
-            raise ProtocolError(f"state ahead of the memory, which a workload of kind {workload.identity.kind} lacks")
+            kind = workload.identity.kind
+            raise ProtocolError(f"the peer sent a part of the state ahead; a workload of kind {kind} cannot load it")
         await self.prepared()
         await self._incoming.channel.during(workload.load_ahead(piece))
 
@@ -107,7 +108,8 @@ class Transfer:
         receiver = self.placement.receiver
         await self._incoming.channel.during(off_loop(lambda: receiver.receive(message.number), cancel=receiver.cancel))
         if self._preparing is None:
-            # Not earlier, because the first round takes long; not later, because each further round may be the last.
+            # Not earlier, because the first round takes a long time; not later, because any further round may be the
+            # last.
             self._preparing = asyncio.create_task(self._incoming.workload.prepare_load())
         await self._incoming.send(messages.RoundDone(number=message.number))
 

@@ -25,7 +25,7 @@ _TIMEOUT = 5.0
 """Timeout of replies that do not wait for pages, seconds."""
 
 HANDOVER = 1.0
-"""Maximum time between the end of one pager and the start of the next, seconds."""
+"""Maximum time between the exit of one pager and the start of the next, seconds."""
 
 Reply = TypeVar("Reply", bound=msgspec.Struct)
 
@@ -125,7 +125,7 @@ def check(status: PagerStatus) -> None:
 def gone(folder: Folder, failed: Exception) -> RestoreError:
     """Return the error for a pager that does not respond."""
     return RestoreError(
-        f"the pager of {folder.name} does not answer ({failed}): its memory is still coming from "
+        f"the pager of {folder.name} does not respond ({failed}): memory is deferred, to be loaded from "
         f"{_next_pager(folder)} starts another pager"
     )
 
@@ -175,5 +175,5 @@ def wait_complete(folder: Folder) -> None:
 
 def _next_pager(folder: Folder) -> str:
     if (folder.path / POSTCOPY).exists():
-        return f"another host; `pageferry receive --resume {folder.name}`"
+        return f"the source of its migration; `pageferry receive --resume {folder.name}`"
     return f"an image; `pageferry restore --takeover {folder.name}`"

@@ -91,13 +91,13 @@ class PagerProcess:
         return (await in_thread(self._ask, orders.EndEvictions(), orders.Evicted)).pages
 
     def leave(self) -> None:
-        """Detach from the pager, which continues without this process. It loads in the background if the restore is
-        with prefetch."""
+        """Detach from the pager, which continues without this process. It loads in the background if prefetch is
+        enabled."""
         with contextlib.suppress(OSError):  # the pager has exited: later requests to it report that
             orders.send(self._connection, orders.Fill())
         self.close()
 
-    # -- its end
+    # -- exit of the pager
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` and return its result. If the pager exits first, cancel `work`, and raise RestoreError."""
@@ -128,7 +128,7 @@ class PagerProcess:
         self.close()
 
     def close(self) -> None:
-        """Close the connection. A pager process that serves no workload then exits. May be called twice."""
+        """Close the connection. A pager process that does not serve a workload then exits. May be called twice."""
         with contextlib.suppress(OSError):  # the pager has exited
             self._connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for a reply
         self._connection.close()

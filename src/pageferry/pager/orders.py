@@ -12,8 +12,8 @@ Each message is MessagePack after its length, 8 bytes in little-endian order, ov
            ◀─────────────── Evicted
 
 If an order fails, the reply is `Failed`. When the command closes the socket or exits, a process that serves a workload
-continues as after Fill; a process that serves no workload exits. If page faults cannot be handled, Serve fails, and
-`Load` loads all contents before the workload runs::
+continues as after Fill; any other process exits. If page faults cannot be handled, Serve fails, and `Load` loads all
+contents before the workload runs::
 
     Load ─────────────────▶
            ◀─────────────── Loading, repeatedly, until `finished`

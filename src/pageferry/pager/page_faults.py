@@ -15,7 +15,7 @@ from pageferry.errors import UnsupportedError
 
 
 class CannotHandleFaults(UnsupportedError):
-    """Page faults of a process cannot be handled, for lack of permissions or of kernel support."""
+    """Error for a process whose page faults cannot be handled: permissions or kernel support are missing."""
 
 
 def userfaults(spaces: Mapping[int, Space]) -> tuple[dict[int, int], dict[int, int]]:

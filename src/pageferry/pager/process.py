@@ -4,9 +4,9 @@ A command starts the pager process first, by `host.python`, so that the start of
 of QEMU. Only the pager process opens the image. Its standard input is the socket for `orders`. A fork of the command
 would save the start of the interpreter, but a program with threads must not be forked (docs/decisions/0017).
 
-The process exits when all contents are loaded, or with the workload. If it is killed, the workload waits at the next
-access to a missing page: its processes keep descriptors of their userfaultfds, and the record and the deferred bitmap
-in its directory allow another pager to take over.
+The process exits when all contents are loaded, or when the workload exits. If it is killed, the workload waits at the
+next access to a missing page: its processes keep descriptors of their userfaultfds, and the record and the deferred
+bitmap in its directory allow another pager to take over.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ class Session:
     @property
     def _opened(self) -> ImageFile:
         if self._image is None:
-            raise RestoreError("the pager has no image open")
+            raise RestoreError("cannot execute the order: the pager has not opened an image yet")
         return self._image
 
     @property
     def _serving(self) -> ImagePager:
         if self.pager is None:
-            raise RestoreError("the pager serves no workload")
+            raise RestoreError("cannot execute the order: the pager does not serve a workload yet")
         return self.pager
 
     def _open(self, order: orders.Open) -> orders.Opened:

@@ -106,12 +106,12 @@ def is_restoring(folder: Folder) -> bool:
 
 
 def mark_handed_out(folder: Folder) -> None:
-    """Record that mappings of the memory may exist that no pager watches."""
+    """Record that there may be mappings of the memory that no pager watches."""
     (folder.path / HANDED_OUT).touch(mode=0o600)
 
 
 def is_handed_out(folder: Folder) -> bool:
-    """Return whether mappings of the memory may exist that no pager watches, so that no page may be evicted."""
+    """Return whether there may be mappings of the memory that no pager watches. If so, no page may be evicted."""
     return (folder.path / HANDED_OUT).exists()
 
 

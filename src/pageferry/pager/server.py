@@ -67,7 +67,7 @@ class PagerServer:
         self.flags = flags
         self.identity = identity
         self.paused: str | None = None
-        """Reason why no pages are received at the moment; None if they are received."""
+        """Reason why no pages can be received now; None if they can."""
         self.asked_to_stop = threading.Event()
         self.closed = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
@@ -156,7 +156,7 @@ class PagerServer:
 
     def _do(self, question: PagerRequest) -> PagerStatus:
         if self.paused is not None and question.what in ("ensure", "settle"):
-            return self.status(f"contents that are still to come from {self.origin} cannot be had: {self.paused}")
+            return self.status(f"cannot load deferred contents from {self.origin}: {self.paused}")
         match question.what:
             case "ensure":
                 self.pager.ensure(question.region, question.first, question.count)

@@ -42,15 +42,15 @@ class AcquiredPager(Protocol):
         ImageError."""
 
     def cancel(self) -> None:
-        """End an `ensure` of another thread as soon as possible. Later requests fail."""
+        """Interrupt an `ensure` in another thread. Later requests fail."""
 
     def release(self) -> None:
         """Release the pager, and remove the traces. May be called twice."""
 
 
 async def acquire_uffd(workload: Migratable) -> AcquiredPager | None:
-    """Acquire the pager of a workload. Return None if no contents are deferred any longer, so that no userfaultfd
-    covers the workload.
+    """Acquire the pager of a workload. Return None if no contents are deferred any longer, so no userfaultfd covers the
+    workload.
 
     A pager of a cold store cannot be acquired, nor can any pager if the kernel lacks asynchronous write protection. In
     these cases, wait until the pager has loaded all contents, and return None.
@@ -125,7 +125,7 @@ class _PagerHere:
 
     def ensure(self, region: int, first: int, count: int) -> None:
         """See `AcquiredPager`."""
-        assert region == 0, "an arena has one"
+        assert region == 0, "an arena has one region"
         load_pages(self._pager, first, count)
 
     def cancel(self) -> None:

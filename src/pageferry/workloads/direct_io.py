@@ -58,8 +58,8 @@ class Drains:
         self.longest = 0.0
 
     async def drain_if_due(self) -> None:
-        """Wait for direct I/O that may have begun before the last collection of the trace. To be called before memory
-        is read.
+        """Wait for direct I/O that may have begun before the last collection of the trace. Call this before reading
+        memory.
 
         Raises WorkloadError if the I/O does not complete in time, UnsupportedError if a device keeps memory pinned,
         WorkloadDied.

@@ -60,7 +60,7 @@ def overview(registry: Registry | None = None) -> Overview:
 
 
 async def _query(registry: Registry, name: str, entry: AnyEntry) -> WorkloadInfo | None:
-    """Return the description of a registered workload; None if it has ended."""
+    """Return the description of a registered workload; None if the workload has exited."""
     unasked = WorkloadInfo(name=name, kind=entry.kind, pid=entry.pid, status="unknown")
     if not entry.alive:
         return None if entry.liveness() is False else unasked
@@ -96,7 +96,7 @@ def _deferred(registry: Registry, name: str) -> tuple[int, str | None]:
 
 
 def _memory_use(registry: Registry, name: str, entry: AnyEntry) -> WorkloadMemory | None:
-    """Return the memory use of a registered workload; None if it has ended."""
+    """Return the memory use of a registered workload; None if the workload has exited."""
     try:
         # The pid of an exited process may have been reused.
         memory, large = _mapped(entry.pid) if entry.alive else (None, None)

@@ -6,7 +6,7 @@ connected to the control socket. ::
                pause                     commit
     running ──────────▶ paused ───────────────────▶ committed ── discard ──▶ moved
        ▲   resume, or      │   ▲                        │
-       └───the controller──┘   └── made by `received`   │  resume (by the controller,
+       └───the controller──┘   └── if `received`        │  resume (by the controller,
        ▲   is lost                                      │  or by another once it is lost)
        └────────────────────────────────────────────────┘
 
@@ -104,7 +104,7 @@ class Controlled(Protocol):
         """See `Migratable`."""
 
     def report(self) -> dict[str, object]:
-        """Return data of the workload about itself, for display and for benchmarks."""
+        """Return data that the workload reports about itself, for display and for benchmarks."""
 
 
 class Lifecycle:
@@ -144,7 +144,7 @@ class Lifecycle:
         self._run(lambda: self._loaded(controller, state))
 
     def commit(self, controller: object) -> None:
-        """Commit the paused workload: from now on it may be running at the destination."""
+        """Commit the paused workload: from now on, it may be running at the destination."""
         self._run(lambda: self._committed(controller))
 
     def discard(self, controller: object) -> None:
@@ -275,8 +275,8 @@ class LocalWorkload(ProgramWorkload):
         await self._run(lambda: None)
 
     async def does_direct_io(self) -> bool:
-        """Return the setting of the program; False without a pause callback, because no callback could wait for direct
-        I/O."""
+        """Return whether the program may do direct I/O; False without a pause callback, because no callback could wait
+        for the I/O."""
         return self._lifecycle.workload.direct_io
 
     async def drain(self) -> float | None:
@@ -326,7 +326,7 @@ class LocalWorkload(ProgramWorkload):
         return self._lifecycle.workload.faults()
 
     def report(self) -> dict[str, object]:
-        """Return data of the workload about itself."""
+        """Return data that the workload reports about itself."""
         return self._lifecycle.workload.report()
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ class Descriptor(msgspec.Struct, frozen=True):
     number: int
     """Descriptor number in that process."""
     inode: int
-    """Inode of the userfaultfd. Inodes are unique, so that a reused descriptor number is detected."""
+    """Inode of the userfaultfd. Inodes are unique, so a reused descriptor number is detected."""
     started: int
     """Start time of the process, as returned by `proc.start_time`."""
 
@@ -110,7 +110,7 @@ def take_up(workload: Migratable, segments: Sequence[MappedSegment], image: tupl
     if record.image != image:
         raise Unusable("the write trace was installed by a checkpoint to another image")
     if record.places != _places(segments):
-        raise Unusable("its memory is mapped at other addresses than when it was saved")
+        raise Unusable("its memory is no longer mapped at the addresses at which it was saved")
     if record.forks != _forks(workload):
         raise Unusable("the program has forked since the checkpoint")
     if workload.handed_out:
@@ -165,7 +165,7 @@ def record_fork(folder: Folder) -> None:
 def _describe(pid: int, number: int) -> Descriptor:
     started = proc.start_time(pid)
     if started is None:
-        raise ProcessLookupError(f"process {pid} is gone")
+        raise ProcessLookupError(f"process {pid} has exited")
     return Descriptor(number, _inode(pid, number) or 0, started)
 
 

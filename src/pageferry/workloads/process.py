@@ -97,7 +97,7 @@ class ProcessWorkload:
         try:
             return ProcessMemory(self.pid, self.regions)
         except ProcessLookupError as gone:
-            raise WorkloadDied(f"{self.name} has ended") from gone
+            raise WorkloadDied(f"{self.name} has exited") from gone
         except PermissionError as denied:
             raise WorkloadError(f"cannot read the memory of {self.name}: permission denied; run as root") from denied
 
@@ -152,7 +152,7 @@ class ProcessWorkload:
         try:
             signal.pidfd_send_signal(self._pidfd, number)
         except ProcessLookupError as gone:
-            raise WorkloadDied(f"{self.name} has ended") from gone
+            raise WorkloadDied(f"{self.name} has exited") from gone
         except PermissionError as denied:
             raise WorkloadError(
                 f"cannot stop {self.name}: it belongs to another user; run as that user, or as root"
@@ -169,7 +169,7 @@ class ProcessWorkload:
 def _stopped(pid: int) -> bool:
     states = proc.thread_states(pid)
     if all(state in "ZXx" for state in states):
-        raise WorkloadDied(f"process {pid} has ended")
+        raise WorkloadDied(f"process {pid} has exited")
     return all(state in "TtZXx" for state in states)
 
 
@@ -181,7 +181,7 @@ def _chosen(pid: int, ranges: str) -> Iterator[Range]:
             found[part.address] = part
     if len(found) > MAX_REGIONS:
         raise UsageError(
-            f"cannot save {ranges}: {len(found)} mappings, at most {MAX_REGIONS} can be saved; select some by START-END"
+            f"cannot save {ranges}: {len(found)} mappings, the limit is {MAX_REGIONS}; select fewer by START-END"
         )
     yield from (found[address] for address in sorted(found))
 
@@ -209,7 +209,7 @@ def _anonymous(pid: int) -> Iterator[Range]:
     try:
         mappings = proc.mappings(pid)
     except PermissionError as denied:
-        raise WorkloadError(f"the memory of process {pid} may not be read: run as root") from denied
+        raise WorkloadError(f"cannot read the memory of process {pid}: permission denied; run as root") from denied
     for one in mappings:
         if one.inode == 0 and one.access == "rw-" and not one.shared:
             span = f"{one.address:08x}-{one.end:08x}"

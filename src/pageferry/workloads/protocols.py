@@ -130,7 +130,7 @@ class Migratable(Saveable, Protocol):
 
     @property
     def handed_out(self) -> bool:
-        """Whether a process may have received the memory and closed it again, so that `check_mappers` did not find the
+        """Whether a process may have received the memory and closed it again, so `check_mappers` did not find the
         process."""
 
     async def condition(self) -> Condition:
@@ -168,7 +168,7 @@ class Migratable(Saveable, Protocol):
     def changes(self) -> dict[str, Any]:
         """Changes of settings made so far, for the record of the commit; empty if there are none.
 
-        If the process that made the changes exits after `commit`, they are undone by `revert`.
+        If the process that made the changes exits after `commit`, `revert` undoes them.
         """
 
     async def revert(self, changes: Mapping[str, Any]) -> None:

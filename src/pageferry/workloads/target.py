@@ -93,7 +93,7 @@ class Target:
         try:
             found = self._spaces.get(pid) or self._spaces.setdefault(pid, Space(pid))
         except ProcessLookupError as gone:
-            raise WorkloadDied(f"{self.name}: process {pid} is gone") from gone
+            raise WorkloadDied(f"{self.name}: process {pid} has exited") from gone
         except PermissionError as refused:
             raise UnsupportedError(
                 f"{self.name}: cannot access process {pid}: permission denied; run as root"
@@ -105,7 +105,7 @@ class Target:
         """Raise WorkloadDied if the process has exited."""
         started = self._started.get(pid)
         if started is None or not proc.is_alive(pid, started):
-            raise WorkloadDied(f"{self.name}: process {pid} is gone")
+            raise WorkloadDied(f"{self.name}: process {pid} has exited")
 
     def close(self) -> None:
         """Close the files. The processes are not changed."""
@@ -244,7 +244,7 @@ class _Files:
         last = min(max(mapping.offset + mapping.length for mapping in mappings), size)
         segments = tuple(self._segments(mappings, first, last))
         if page_size not in (SMALL_PAGE, LARGE_PAGE) or not segments:
-            self.skipped.append(f"{mappings[0].name}: {page_size} byte pages, or nothing of it is mapped")
+            self.skipped.append(f"{mappings[0].name}: its page size is {page_size} bytes, or no part of it is mapped")
             return None
         return Region(mappings[0].name, last - first, descriptor, first, page_size, segments)
 

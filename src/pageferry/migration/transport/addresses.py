@@ -66,7 +66,7 @@ def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None)
     try:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"{what} {text!r}: {error}") from error
+        raise UsageError(f"cannot resolve {what} {text!r}: {error}") from error
     addresses = list(dict.fromkeys(str(one[4][0]) for one in found))[:MAX_ADDRESSES]
     if not all(map(is_loopback, addresses)) and not insecure and trust is None:
         raise UsageError(

@@ -78,7 +78,7 @@ class Channel:
 
     @property
     def failure(self) -> MigrationError | None:
-        """Cause of the failure of the connection; None while it works."""
+        """Cause of the connection's failure; None while the connection works."""
         return self._failure.result() if self._failure.done() else None
 
     async def send(self, message: Message) -> None:
@@ -101,7 +101,7 @@ class Channel:
             raise ProtocolError(f"the peer sent {type(message).__name__} instead of {kind.__name__}")
         return message
 
-    async def receive_any(self, expected: str = "what comes next") -> AnyMessage:
+    async def receive_any(self, expected: str = "the next message") -> AnyMessage:
         """Return the next message, of any kind. `expected`: description of the message for the error if none is
         received. Raises the same errors as `receive`."""
         return await self._next(expected)

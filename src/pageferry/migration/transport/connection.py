@@ -93,11 +93,11 @@ async def connect_control(
 async def _authenticate(connection: socket.socket, owners: Collection[int], timeout: float) -> None:
     """Check the user of the process that accepts a connection on this host. Raises AuthenticationError, ConnectionLost.
 
-    The socket belongs to a process only once it is accepted, so the check is repeated until then.
+    The peer's socket belongs to a process only once the connection is accepted, so the check is repeated until then.
     """
     try:
         async with asyncio.timeout(timeout):
-            while not peer_users.check_peer(connection, owners):  # noqa: ASYNC110  # the kernel reports it nowhere
+            while not peer_users.check_peer(connection, owners):  # noqa: ASYNC110  # the kernel sends no event for it
                 await asyncio.sleep(ACCEPTING)
     except BaseException as error:
         connection.close()
@@ -283,7 +283,8 @@ class Reception:
         return False
 
     def _refusal(self, connection: socket.socket) -> AuthenticationError | None:
-        """Return the error if a peer without a certificate may not hand over a workload, else None."""
+        """Return the error for a peer without a certificate that is not permitted to hand over a workload, else
+        None."""
         try:
             known = peer_users.check_peer(connection, self._owners)
         except AuthenticationError as error:
@@ -338,7 +339,7 @@ class Reception:
         that the receiver does not."""
         channel = Channel(*await _streams(connection), self._timeout)
         if self._trust is None:
-            reason = "this receiver does not use TLS: start it with `tls` DIR, or migrate without"
+            reason = "this receiver does not use TLS: start it with `tls` DIR, or migrate without `tls`"
         else:
             reason = "this receiver requires TLS: migrate with `tls` DIR"
         await self._refuse(channel, AuthenticationError(reason))
@@ -357,7 +358,11 @@ class Reception:
             first = await channel.receive_any()
             self._controls.put_nowait((channel, first))
         except BaseException as error:
-            reason = "too many sources wait here: try again" if isinstance(error, asyncio.QueueFull) else str(error)
+            reason = (
+                "too many sources wait for this receiver: retry later"
+                if isinstance(error, asyncio.QueueFull)
+                else str(error)
+            )
             await channel.abort(reason)
             await channel.close()
             if isinstance(error, PageferryError | asyncio.QueueFull):
@@ -372,7 +377,7 @@ class _Expected:
 
     queue: asyncio.Queue[tuple[int, PageStream]]
     certificate: bytes | None
-    """Certificate that they must present; None without TLS."""
+    """Certificate that the streams must present; None without TLS."""
 
 
 async def _streams(connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

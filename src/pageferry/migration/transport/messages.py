@@ -1,7 +1,8 @@
 """Control messages of a migration, and their order.
 
-They are sent over one connection, each as a 32-bit length (big endian) and a MessagePack map with the name of the
-message under `type`. Further connections to the same address carry storage blocks. Specified in `docs/protocol.md`::
+The messages are sent over one connection, each as a 32-bit length (big endian) and a MessagePack map that contains the
+name of the message under `type`. Further connections to the same address carry storage blocks.
+`docs/protocol.md` specifies the protocol::
 
     source                                     destination
       │ ── Hello ───────────────────────────────▶ │  versions, workload, regions, mode
@@ -64,12 +65,12 @@ MAX_FIRST = 64 << 10
 MAX_STATE = 512 << 20
 """Maximum length of the device state, bytes."""
 STATE_CHUNK = 1 << 20
-"""Bytes of device state per State message."""
+"""Maximum number of bytes of device state per State message."""
 EARLY_STATE = 8 << 20
-"""Bytes of device state sent before the last round has ended, without the chunks that are loaded ahead. The peer queues
-only a few messages until then."""
+"""Maximum number of bytes of device state sent before the end of the last round, excluding chunks that are loaded
+ahead. The peer queues only a few messages until the end of that round."""
 MISSING_CHUNK = 1 << 20
-"""Bytes of a packed page set per message."""
+"""Maximum number of bytes of a packed page set per Missing message."""
 TOKEN_BYTES = 16
 MAX_STREAMS = 16
 CONTROL_MAGIC = b"PFCTRL1\n"
@@ -103,7 +104,7 @@ class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     name: Name
     length: Length
-    """Bytes."""
+    """Length of the region, bytes."""
     page_size: Annotated[int, Meta(ge=4096, le=1 << 30, multiple_of=4096)]
     """Page size of the backing file system, bytes: 4 KiB, or that of hugetlbfs."""
 
@@ -214,7 +215,7 @@ class Populated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     failed: Count
     """Huge pages whose mapping failed and is left to the first access."""
     seconds: Seconds
-    """Time spent by the populating threads, mostly during the transfer."""
+    """Time spent by the populating threads; all but `Ready.populate` overlaps the transfer."""
 
 
 class Ready(Message, frozen=True):

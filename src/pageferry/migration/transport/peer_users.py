@@ -32,7 +32,7 @@ _TIMEOUT = 2.0
 
 
 def owners_of(pids: Iterable[int] = ()) -> frozenset[int]:
-    """Return the users other than root that may act for a workload: our user, and those of its processes."""
+    """Return the users other than root that may act for a workload: our user, and the users of its processes."""
     users = {os.geteuid()}
     for pid in pids:
         with contextlib.suppress(OSError):  # the process has exited
@@ -100,8 +100,8 @@ def _is_closed(connection: socket.socket) -> bool:
 
 
 def _diagnose(family: socket.AddressFamily, local: tuple[str, int], remote: tuple[str, int]) -> tuple[int, int, int]:
-    """Return (state, user, inode) of the TCP socket between two addresses. Raises OSError, FileNotFoundError if not
-    found."""
+    """Return (state, user, inode) of the TCP socket between two addresses. Raises FileNotFoundError if there is none,
+    OSError."""
     ends = [socket.inet_pton(family, end[0].partition("%")[0]).ljust(16, b"\0") for end in (local, remote)]
     ports = [end[1].to_bytes(2, "big") for end in (local, remote)]
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF, *ports, *ends, 0, _NO_COOKIE, _NO_COOKIE)

@@ -102,7 +102,7 @@ class Listener:
 
     def _bind_unix(self, address: Address) -> Address:
         path = Path(address.path)
-        files.check_private(path.parent, "give unix:PATH in a folder that is yours alone")
+        files.check_private(path.parent, "use a directory that only you can write to")
         _remove_left_over(path)
         files.bind_private(self.socket, str(path))
         self.socket.listen(MAX_GREETINGS)

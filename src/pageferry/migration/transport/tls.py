@@ -44,7 +44,7 @@ class Peer:
     certificate: bytes
     """Certificate of the peer, in DER format."""
     names: tuple[str, ...]
-    """Common names and alternative names in the certificate."""
+    """Common names and subject alternative names (SAN) in the certificate."""
     identity: TlsIdentity
     """Our certificate and key."""
 
@@ -238,7 +238,7 @@ def _identity(certificate: Path, key: Path) -> TlsIdentity:
     except ValueError as error:
         raise UsageError(
             f"cannot use {certificate} and {key.name}: {error}; both must be PEM and belong together, and the key "
-            "must not be encrypted and be RSA, Ed25519, or ECDSA on P-256 or P-384"
+            "must be unencrypted, and RSA, Ed25519, or ECDSA on P-256 or P-384"
         ) from error
 
 

@@ -42,31 +42,31 @@ class Arena(_engine.Mapping):
     ResourceWarning.
 
     Parameters:
-        size: size in bytes, rounded up to a multiple of 4096. Memory is allocated at the first access, also by reading.
+        size: size in bytes, rounded up to a multiple of 4096. Memory is allocated at the first access, even by a read.
         name: 1 to 64 letters, digits, dots, underscores and hyphens, unique on this host.
         large_pages: whether to back the memory with 2 MiB pages if that is permitted; `large_pages_by` shows how.
         state: data that is migrated besides the memory: a pair of callbacks (save() -> bytes, load(bytes)), or an
             object with `save_state` and `load_state`. Saved in the pause; loaded before the arena resumes.
         on_pause: callback that stops all writes to the arena, in all processes; no write may follow its return. If it
             raises, the migration fails, and the program continues. Alternatively a context manager (a lock), or a
-            function that returns one: entered to pause, exited when the arena runs again and after `on_moved`.
+            function that returns one: entered to pause, exited when the arena runs again, or after `on_moved`.
         on_resume: callback that lets the writers continue, at the source (after a failure) or at the destination.
         on_moved: callback for an arena that now runs at the destination; the previous callback was `on_pause`. Not
             called for a received arena that has never run in this program.
-        direct_io: whether the program may have data read into the arena without the page tables: O_DIRECT, io_uring,
-            RDMA. If so, `on_pause` must return after such requests have completed, and is also called, followed at once
-            by `on_resume`, once in each round of a migration. False avoids these short pauses.
+        direct_io: whether requests may read data into the arena without using the page tables: O_DIRECT, io_uring,
+            RDMA. If so, `on_pause` must return only after such requests have completed, and is also called once in each
+            round of a migration, followed at once by `on_resume`. False avoids these short pauses.
         loop: event loop of the program, for coroutine callbacks (default: the loop that creates the arena; without one,
             the loop that awaits `migrate` or `checkpoint`).
 
     Callbacks are called one at a time. Coroutine functions and asynchronous context managers run on `loop`; plain
     functions, and locks of `threading`, run in one thread that belongs to the arena. `migrate`, `checkpoint` and
     `receive` do not run on the loop that awaits them: a coroutine that blocks the loop (`with lock:`) delays no pause.
-    A write to the arena between `on_pause` and `on_resume` is lost. From `on_moved` on the memory is read-only in every
-    process that was traced, and keeps its last contents. New buffers are read-only, and methods raise WorkloadError. A
-    write through an older view is not lost silently: it ends its process with SIGSEGV, after a message. A writer that
-    may run after a migration therefore checks `status` first. Without `on_pause` the caller of `migrate` guarantees
-    that there are no writes from the last round on.
+    A write to the arena between `on_pause` and `on_resume` is lost. From `on_moved` on, the memory is read-only in
+    every process that was traced, and keeps its last contents. New buffers are read-only, and methods raise
+    WorkloadError. A write through an older view is not lost silently: it kills its process with SIGSEGV, after an error
+    message. A writer that may run after a migration therefore checks `status` first. Without `on_pause`, the caller of
+    `migrate` must ensure that there are no writes from the last round on.
 
     The arena is a buffer of `len(arena)` bytes: `memoryview(arena)`, `numpy.frombuffer(arena, ...)`, `readinto`. Other
     processes may map the memory too (children that inherit it, `mmap.mmap(arena.fileno(), ...)`): processes that have
@@ -119,9 +119,9 @@ class Arena(_engine.Mapping):
         """Create an arena over the first `size` bytes of an existing file, for an arena that is received or restored.
 
         `file`: descriptor of a shared memory file, open for reading and writing, such as `memory_file` creates; the
-        descriptor is duplicated. `size`: multiple of 4096. `paused`: the arena waits for its state, and for its first
-        `on_resume`. `private`: no other process uses the file; otherwise the memory counts as handed out (see
-        `fileno`). `options` are those of `Arena`. Raises UsageError, NameInUse.
+        descriptor is duplicated. `size`: multiple of 4096. `paused`: whether the arena waits for its state and its
+        first `on_resume`. `private`: whether no other process uses the file; otherwise the memory counts as handed out
+        (see `fileno`). `options` are those of `Arena`. Raises UsageError, NameInUse.
         """
         chosen = _options(name, options)
         values.flag("paused", paused)

@@ -111,7 +111,7 @@ class ArenaControl:
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """Only region of the arena, with the processes that map it now."""
+        """Single region of the arena, with a segment for each process that maps it now."""
         arena = self._arena
         own = Segment(os.getpid(), arena.address, arena.length, 0)
         found = mappers.find(arena.descriptor, arena.length, self.sharing)

@@ -86,7 +86,7 @@ class NamedArena:
         """If an arena that is being collected still has its name, emit a ResourceWarning, and have the thread of the
         server release the name.
 
-        The garbage collector can run at any point, also while this thread holds the lock of the run directory.
+        The garbage collector can run at any point, even while this thread holds the lock of the run directory.
         Therefore, this method must not block.
         """
         if self.folder is not None and os.getpid() == self._owner:

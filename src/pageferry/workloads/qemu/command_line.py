@@ -29,7 +29,7 @@ BACKEND = "pageferry-ram"
 """Id of the memory backend that pageferry adds. The region and QEMU's ramblock have the same name."""
 
 DEFAULT_RAM = 128 << 20
-"""QEMU's default memory size of the PC machines, bytes."""
+"""QEMU's default memory size for PC machines, bytes."""
 
 _REFUSED_OPTIONS = {
     "incoming": "the guest would wait for a migration by another program; remove it, or use `pageferry receive`",
@@ -44,7 +44,7 @@ _DISKS = frozenset("hda hdb hdc hdd cdrom fda fdb mtdblock pflash sd".split())
 
 _ON = frozenset(("on", "yes", "true", "y"))
 
-_USE_SHARED_FILE = "remove it, or make it `-object memory-backend-file,id=ID,size=SIZE,mem-path=FILE,share=on,align=2M`"
+_USE_SHARED_FILE = "remove it, or use `-object memory-backend-file,id=ID,size=SIZE,mem-path=FILE,share=on,align=2M`"
 
 _UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGT]?)", re.IGNORECASE)

@@ -45,10 +45,10 @@ class QemuControl:
         self.stays_paused = False
         """Whether the guest was paused by its user, and stays paused after the operation."""
         self.disks_released = False
-        """Whether the disks of a guest that stays paused must be locked again at the end. For other guests, `cont`
-        locks the disks."""
+        """Whether the disks of a guest that stays paused must be locked again at the end of the operation. For other
+        guests, `cont` locks the disks."""
         self.given_up = False
-        """Whether QEMU has not replied to a command, and this process no longer waits for it.
+        """Whether this process has stopped waiting for QEMU, which has not replied to a command.
 
         The guardian then executes the cleanup plan.
         """

@@ -6,8 +6,8 @@ With the capability `x-ignore-shared` QEMU omits memory in shared files from its
 if its file has a path, as pageferry's memory file does.
 
 The migration starts while the guest runs (`Saving`). QEMU sends ROMs and video memory, stops the vCPUs, and waits in
-the state `pre-switchover` until pageferry sends `migrate-continue`, upon which it writes the devices. This is the order
-of QEMU's own migration, and keeps its set-up and two thirds of the stream out of the pause.
+the state `pre-switchover` until pageferry sends `migrate-continue`; then it writes the devices. This is the order of
+QEMU's own migration, and keeps its set-up and two thirds of the stream out of the pause.
 
 QEMU's migration has two side effects: it releases the disks of the guest, and it sets the run state to `postmigrate`,
 which only `cont` can change. They are harmless for a guest that is resumed next. The state of a guest that stays paused
@@ -111,7 +111,10 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
             return _decode(data, SavedState)
         header, length = Header.decode(data)
         if header is None:
-            raise WorkloadError("cannot read the device state: it ends in its header; copy or save it again")
+            raise WorkloadError(
+                "cannot read the device state: truncated within its header; copy the image again, or save the "
+                "guest again"
+            )
         return cls(machine=header.machine, was_running=header.was_running, stream=data[length:])
 
 
@@ -180,7 +183,7 @@ class Saving:
         self._end = held.enter_context(monitor.events("SHUTDOWN", "GUEST_PANICKED"))
         self._stream = bytearray()
         self._ahead = True
-        """Whether QEMU has not begun to write the devices, so that pieces may be loaded ahead."""
+        """Whether pieces may be loaded ahead: QEMU has not begun to write the devices."""
         self._reading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -263,7 +266,7 @@ class Loading:
         self._sending = asyncio.ensure_future(self._send())
         held.callback(self._sending.cancel)
         self.fed = 0
-        """Bytes of the stream given to `feed`."""
+        """Number of bytes of the stream passed to `feed`."""
 
     @classmethod
     async def begin(cls, monitor: Monitor) -> Self:

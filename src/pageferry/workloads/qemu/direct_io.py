@@ -121,7 +121,7 @@ def _open_files(pid: int) -> Iterator[tuple[int, str]]:
     try:
         numbers = os.listdir(folder)
     except (FileNotFoundError, ProcessLookupError) as ended:
-        raise WorkloadDied(f"process {pid} has ended") from ended
+        raise WorkloadDied(f"process {pid} has exited") from ended
     except PermissionError as denied:
         raise WorkloadError(f"cannot list the files of process {pid}: permission denied; run as root") from denied
     for number in numbers:

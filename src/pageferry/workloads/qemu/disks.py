@@ -1,7 +1,7 @@
 """Disks of a paused QEMU guest: releases them for another QEMU, and locks them again, while no vCPU runs.
 
 QEMU calls a disk *active* while QEMU may write to the image and holds the locks of its file. `cont` activates the disks
-of a guest that is to run. For a guest that stays paused, QEMU 10.0 and later have `blockdev-set-active`. Older versions
+of a guest before it runs. For a guest that stays paused, QEMU 10.0 and later have `blockdev-set-active`. Older versions
 activate a disk when it is exported by an NBD server. The socket of this server is unlinked first, so that no client can
 connect. To release all disks of a stopped guest, older versions need `xen-save-devices-state`, whose output is
 discarded.

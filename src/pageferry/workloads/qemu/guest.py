@@ -98,10 +98,10 @@ class QemuWorkload:
 
     @classmethod
     async def attach(cls, name: str, *, registry: Registry | None = None, timeout: float = TIMEOUT) -> Self:
-        """Return the guest of that name, regardless of the process that started it. `timeout`: seconds to wait for the
-        monitor of the guest.
+        """Return the guest with that name, regardless of the process that started it. `timeout`: seconds to wait for
+        the monitor of the guest.
 
-        Raises NoSuchWorkload (also for a name of another kind of workload), WorkloadError, WorkloadDied.
+        Raises NoSuchWorkload (even if the name is that of another kind of workload), WorkloadError, WorkloadDied.
         """
         return cls(await opening.find(name, registry or Registry(), timeout))
 
@@ -265,7 +265,7 @@ class QemuWorkload:
 
     @property
     def stays_paused(self) -> bool:
-        """Whether another client had paused the guest, so that `resume` leaves it paused."""
+        """Whether `resume` leaves the guest paused, because another client had paused it."""
         return self._control.stays_paused
 
     @property
@@ -374,7 +374,7 @@ class QemuWorkload:
     async def run_state(self) -> str:
         """Return QEMU's run state, such as `running`, `paused`, `postmigrate`. Raises WorkloadDied."""
         if not self._entry.alive:
-            raise WorkloadDied(f"{self.name} (process {self.pid}) has ended{self._last_words()}")
+            raise WorkloadDied(f"{self.name} (process {self.pid}) has exited{self._last_words()}")
         async with self._control.session() as monitor:
             return str((await monitor.execute("query-status"))["status"])
 
@@ -406,7 +406,9 @@ class QemuWorkload:
     async def died(self) -> NoReturn:
         """Wait until QEMU has exited, then raise WorkloadDied with its message."""
         await self.ended()
-        raise WorkloadDied(f"{self.name} (process {self.pid}) ended while it waited for its source{self._last_words()}")
+        raise WorkloadDied(
+            f"{self.name} (process {self.pid}) exited while it waited for its source{self._last_words()}"
+        )
 
     async def forget(self) -> None:
         """Close the files of this object, and remove the name, log and records of the workload. QEMU must have

@@ -86,7 +86,7 @@ class VirtualMachine:
     pid: int
     machine: int
     vcpu: int
-    """Descriptor of one vCPU. Any vCPU will do, because all vCPUs share the page tables."""
+    """Descriptor of one vCPU. Any vCPU can be used, because all vCPUs share the page tables."""
 
     @classmethod
     def find(cls, pid: int) -> Self | None:
@@ -179,7 +179,7 @@ def _descriptors(pid: int) -> Iterator[tuple[int, str]]:
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, ProcessLookupError) as gone:
-        raise WorkloadDied(f"process {pid} is gone") from gone
+        raise WorkloadDied(f"process {pid} has exited") from gone
     for name in names:
         with contextlib.suppress(FileNotFoundError):  # closed since it was listed
             yield int(name), os.readlink(f"{folder}/{name}")

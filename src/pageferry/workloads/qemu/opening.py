@@ -1,4 +1,5 @@
-"""Opening of QEMU guests: they are started from a command line, adopted by their monitor, or found by their name."""
+"""Opening of QEMU guests: they are started from a command line, adopted through their monitor, or found by their
+name."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class StartOptions:
     incoming: bool = False
     """Whether the guest waits, paused, for `load_state`."""
     at_once: bool = False
-    """Whether `load_state` is called soon, so that the monitor is kept open."""
+    """Whether to keep the monitor open, because `load_state` is called soon."""
     detach: bool = True
     """Whether QEMU runs in a separate session, with its output in the log of the workload. Otherwise it uses the
     terminal of this process."""
@@ -81,7 +82,7 @@ def parse(name: str, arguments: Sequence[str], options: StartOptions) -> command
     for warning in command.warnings:
         log.warning("%s", warning)
     if options.at_once and command.preallocates:
-        log.warning("%s: the memory of a restored guest is not preallocated; QEMU starts later: %s", name, _NO_PREALLOC)
+        log.warning("%s: preallocation only delays QEMU when a guest is restored: %s", name, _NO_PREALLOC)
     return command
 
 

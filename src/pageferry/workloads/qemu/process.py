@@ -14,7 +14,7 @@ from pageferry.host import files, proc, processes
 from pageferry.host.qmp import Monitor
 
 _STARTUP_TIMEOUT = 120.0
-"""Maximum time until the monitor replies, seconds. Preallocation of memory can take long."""
+"""Maximum time until the monitor replies, seconds. Preallocation of memory can take a long time."""
 
 _LOG_TAIL = 2000
 """Number of bytes of the log that an error message quotes."""
@@ -53,12 +53,14 @@ class QemuProcess:
         deadline = asyncio.get_running_loop().time() + _STARTUP_TIMEOUT
         while True:
             if (code := self.poll()) is not None:
-                raise WorkloadError(f"{self._program} ended at once with exit code {code}{self.last_words()}")
+                raise WorkloadError(f"{self._program} exited at once with exit code {code}{self.last_words()}")
             try:
                 return await Monitor.open(socket_path)
             except WorkloadError as failed:
                 if asyncio.get_running_loop().time() > deadline:
-                    raise WorkloadError(f"{self._program} opened no monitor: {failed}{self.last_words()}") from failed
+                    raise WorkloadError(
+                        f"{self._program} did not open its monitor: {failed}{self.last_words()}"
+                    ) from failed
             await asyncio.sleep(0.01)
 
     def kill(self) -> None:

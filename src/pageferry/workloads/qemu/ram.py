@@ -23,7 +23,7 @@ from pageferry.host.qmp import Monitor
 from pageferry.memory.regions import LARGE_PAGE, Region, Segment
 
 _ADVICE = (
-    "start QEMU by `pageferry run`, or with -object memory-backend-file,id=ram0,size=SIZE,share=on,align=2M,"
+    "start QEMU with `pageferry run`, or with -object memory-backend-file,id=ram0,size=SIZE,share=on,align=2M,"
     "mem-path=FILE -machine memory-backend=ram0, FILE being on a tmpfs mounted with huge=always"
 )
 _IN_MEMORY = (

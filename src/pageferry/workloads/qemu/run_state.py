@@ -20,7 +20,7 @@ from pageferry.workloads.qemu.machine import Machine
 _ENDED = {
     "shutdown": "the guest has shut down",
     "guest-panicked": "the guest has panicked",
-    "internal-error": "the guest has failed in a way that QEMU cannot continue",
+    "internal-error": "the guest has failed, and QEMU cannot continue it",
 }
 """Run states that a guest can leave only by a reset, each with its meaning."""
 
@@ -82,8 +82,8 @@ class LastSeen:
         return ran
 
     def check_not_ended(self, stopped: bool) -> None:
-        """Raise WorkloadError, once only, if the guest has ended since it last ran. `stopped`: whether the guest ran
-        until `stop`."""
+        """Raise WorkloadError, once only, if the guest has shut down or failed since it last ran. `stopped`: whether
+        the guest ran until `stop`."""
         ran, self.ran = self.ran, stopped
         if (how := _ENDED.get(self.status)) is not None and ran:
             raise WorkloadError(

@@ -43,7 +43,7 @@ _OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
 class Snapshot:
-    """Internal snapshot of one paused guest. `save` may be called once."""
+    """Internal snapshot of one paused guest. `save` may be called only once."""
 
     def __init__(self) -> None:
         name = f"pageferry-{secrets.token_hex(4)}"

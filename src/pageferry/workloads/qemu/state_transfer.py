@@ -55,8 +55,8 @@ class StateTransfer:
         was_running = not self._control.stays_paused
         if self._sent_ahead and not was_running:
             raise WorkloadError(
-                f"cannot save {self.name}: another client paused it, or it shut down, as it was about to be paused; "
-                "it stays paused: retry"
+                f"cannot save {self.name}: another client paused it, or it shut down, just before the pause; it "
+                "stays paused; retry"
             )
         async with self._control.session() as monitor:
             await self._control.prepare_state(monitor)

@@ -18,7 +18,7 @@ from pageferry.host.qmp import Monitor
 HOST_DEVICE = "a device of the host writes to guest memory without a trace"
 OTHER_PROCESS = "another process writes to guest memory without a trace"
 KERNEL_TARGET = "the kernel writes to guest memory through pinned pages, without a trace"
-HOTPLUG = "hotplugged memory is not managed: give all of it with -m"
+HOTPLUG = "hotplugged memory is not managed: give all memory with -m"
 PERSISTENT = "persistent memory is not managed: use a virtio-blk or virtio-scsi disk"
 CONFIDENTIAL = "the memory of a confidential guest cannot be read from outside"
 
@@ -31,7 +31,7 @@ DEVICES = {
     "x-pci-proxy-dev": OTHER_PROCESS,
     "pvrdma": HOST_DEVICE,
     "ivshmem": "its memory is shared with other processes and not managed",
-    "cxl-type3": "memory of a CXL device is not managed: give all of it with -m",
+    "cxl-type3": "memory of a CXL device is not managed: give all memory with -m",
     "pc-dimm": HOTPLUG,
     "nvdimm": PERSISTENT,
     "virtio-mem": HOTPLUG,

@@ -102,7 +102,7 @@ class Vcpus:
         monitor = await self._control.hold()
         if monitor.hung_up:  # `cont` was not sent, and no other client can send it
             raise WorkloadDied(
-                f"{self.name} (process {self.pid}) ended before it ran{self._last_words()}", never_ran=True
+                f"{self.name} (process {self.pid}) exited before it ran{self._last_words()}", never_ran=True
             )
         self._control.plan_to_restore()
         if not self._control.stays_paused:

@@ -10,15 +10,15 @@ message under `type`. A descriptor of the memory is sent with the description::
       │ ◀─────────────────────────────── Done ─ │  ← no more writes, as long as this client is connected
       │ ── SaveState ────────────────────────▶ │
       │ ◀────────────────── StateIs, n chunks ─ │
-      │ ── Commit ───────────────────────────▶ │  ← from here the arena stays paused if the client exits
+      │ ── Commit ───────────────────────────▶ │  ← from here the arena stays paused even if the client exits
       │ ◀─────────────────────────────── Done ─ │
       │ ── Discard (or Resume) ──────────────▶ │  on_moved (on_resume)
       │ ◀─────────────────────────────── Done ─ │
 
-If a client disconnects between Pause and Commit, the program continues at once: the kernel closes the socket however
-the client ends. After Commit another client may send Resume or Discard, once it knows the outcome of the migration.
-`workloads.lifecycle` decides which requests are permitted. The reply to any other request is Refused, and nothing is
-changed.
+If a client disconnects between Pause and Commit, the program continues at once: the kernel closes the socket regardless
+of how the client exits. After Commit another client may send Resume or Discard, once it knows the outcome of the
+migration. `workloads.lifecycle` decides which requests are permitted. The reply to any other request is Refused, and
+nothing is changed.
 
 Only the user that owns the program, and root, may connect: the socket has mode 0600, and the server checks the
 credentials of the peer (SO_PEERCRED).

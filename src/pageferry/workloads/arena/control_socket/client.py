@@ -21,21 +21,21 @@ from pageferry.workloads.program import ProgramWorkload
 from pageferry.workloads.protocols import Condition, Faults, OwnershipRecord
 
 TIMEOUT = 60.0
-"""Seconds to wait for a reply. The program runs its callbacks before it replies, and these may take long."""
+"""Seconds to wait for a reply. The program runs its callbacks before it replies, and these may take a long time."""
 
 T = TypeVar("T")
 Wanted = TypeVar("Wanted", bound=wire.Message)
 
 
 class RemoteArena(ProgramWorkload):
-    """Arena of another process of this host. Made by `connect`.
+    """Arena of another process of this host. Created by `connect`.
 
     If this object has paused the arena and not committed it, the arena continues when the object is closed or this
     process exits. Methods raise WorkloadError if the program refuses a request, WorkloadDied if the program has exited.
     """
 
     def __init__(self, connection: socket.socket, path: str) -> None:
-        """Request the description of the arena over `connection`, a blocking socket. `path` is used in messages."""
+        """Request the description of the arena over `connection`, a blocking socket. `path`: for error messages."""
         self._connection = connection
         self._path = path
         self._lock = threading.Lock()
@@ -101,7 +101,7 @@ class RemoteArena(ProgramWorkload):
         """Do nothing: the program has no callback for this."""
 
     async def does_direct_io(self) -> bool:
-        """Return the setting of the program."""
+        """Return whether the program may do direct I/O into the arena."""
         return self._direct_io
 
     async def drain(self) -> float | None:
@@ -111,7 +111,7 @@ class RemoteArena(ProgramWorkload):
         return await pause_briefly(self)
 
     async def pause(self) -> None:
-        """Request that the program stops all writes. The program continues if this process exits before `commit`."""
+        """Request that the program stop all writes. The program continues if this process exits before `commit`."""
         await self._do(wire.Pause())
 
     async def resume(self) -> None:
@@ -151,7 +151,7 @@ class RemoteArena(ProgramWorkload):
         return Faults(answer.minor, answer.major)
 
     async def report(self) -> dict[str, object]:
-        """Return data of the program about itself, for display and for benchmarks."""
+        """Return data that the program reports about itself, for display and for benchmarks."""
         return (await in_thread(self._ask, wire.AskReport(), wire.ReportIs)).report
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ class RemoteArena(ProgramWorkload):
         try:
             wire.send(self._connection, request)
         except OSError as gone:
-            raise WorkloadDied(f"the program at {self._path} is gone: {gone}") from gone
+            raise WorkloadDied(f"the program at {self._path} has exited: {gone}") from gone
 
     def _receive(self, wanted: type[Wanted], most: int = 0) -> tuple[Wanted, list[int]]:
         try:
@@ -215,7 +215,7 @@ class RemoteArena(ProgramWorkload):
             self._connection.close()
             raise WorkloadError(f"no reply from the program at {self._path} within {TIMEOUT:.0f} s") from slow
         except (EOFError, OSError) as gone:
-            raise WorkloadDied(f"the program at {self._path} is gone: {gone}") from gone
+            raise WorkloadDied(f"the program at {self._path} has exited: {gone}") from gone
         except (ValueError, msgspec.MsgspecError) as wrong:
             self._connection.close()
             raise WorkloadError(f"the program at {self._path} sent an invalid reply: {wrong}") from wrong

@@ -18,7 +18,7 @@ VERSION = 2
 MAX_MESSAGE = 4 << 20
 """Maximum size of a message, bytes."""
 STATE_CHUNK = 1 << 20
-"""Bytes of state per message."""
+"""Maximum number of bytes of state per message."""
 MAX_STATE = 512 << 20
 """Maximum size of a state, bytes."""
 MAX_REGIONS = 16
@@ -72,8 +72,8 @@ class Description(Message):
 
 
 class CheckMappers(Message):
-    """Request to check that only processes in the Description can write to the memory. The reply is Refused
-    otherwise."""
+    """Request to check that only processes in the Description can write to the memory. The reply is Refused if another
+    process can."""
 
 
 class Pause(Message):
@@ -107,7 +107,7 @@ class Commit(Message):
 
 
 class Discard(Message):
-    """Notice that the workload runs at the destination, and must be ended at the source."""
+    """Notice that the workload runs at the destination, and must be discarded at the source."""
 
 
 class AskStatus(Message):
@@ -132,7 +132,7 @@ class FaultsAre(Message):
 
 
 class AskReport(Message):
-    """Request for data of the workload about itself."""
+    """Request for data that the workload reports about itself."""
 
 
 class ReportIs(Message):
@@ -253,7 +253,7 @@ def _bounded(length: bytes | bytearray) -> int:
 
 
 def _exactly(connection: socket.socket, count: int) -> bytearray | None:
-    """Return `count` bytes; None if the peer disconnected before."""
+    """Return `count` bytes; None if the peer disconnects first."""
     data = bytearray(count)
     rest = memoryview(data)
     while rest:
