@@ -55,14 +55,14 @@ class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     stop: float
     device_state: float
     protect: float
-    """Time to protect again the pages that were written after a round had saved them."""
+    """Time to re-protect the pages that were written after a round had saved them."""
     save: float
     """Time to save all memory; 0 except in mode `stop`."""
     resume: float
 
 
 class PageCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Number of pages by class; together they are all pages of the workload."""
+    """Number of pages by class. The numbers add up to all pages of the workload."""
 
     absent: int
     """Pages that are not present."""
@@ -81,8 +81,8 @@ class TrapCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Statistics of traps, the first writes of the workload to protected memory."""
 
     before: int
-    """Number of traps before the snapshot point. The page was only unprotected, and was protected again in the
-    pause."""
+    """Number of traps before the snapshot point. Such a trap only unprotected the page, which was protected again in
+    the pause."""
     longest_us: float
     mean_us: float
     staging_waits: int
@@ -140,8 +140,8 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     """Number of writes of the workload that waited until their trap block was copied."""
     trap_details: TrapCount
     paused: bool = False
-    """Whether the user had paused the workload before. It stays paused, and is paused after a restore from the
-    image."""
+    """Whether the user had paused the workload before the checkpoint. It stays paused, and is paused after a restore
+    from the image."""
     compression: float
     """Compression ratio of the data pages; 1 if there are none."""
 
@@ -199,7 +199,7 @@ class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     qemu_start: float
     """Time from the start of QEMU until its monitor replied and its memory was found."""
     open_image: float
-    """Time to open the image while QEMU starts. Any time after the start of QEMU is part of `adopt`, too."""
+    """Time to open the image while QEMU starts. The part after the start of QEMU is included in `adopt`."""
     adopt: float
     """Time until the pager handled every access to missing memory."""
     load: float = 0.0

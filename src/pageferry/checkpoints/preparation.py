@@ -72,7 +72,7 @@ class Preparation:
         regions = live.regions
         if not any(await self.engine(lambda: registered_buffers(regions))):
             return False
-        log.warning("%s: saving while paused: it has registered buffers with io_uring", live.name)
+        log.warning("%s: saving the workload while it is paused: it has registered buffers with io_uring", live.name)
         self.options = replace(self.options, mode="stop", track=False)
         self.statistics.mode = "stop"
         return True
@@ -86,8 +86,8 @@ class Preparation:
 
     @property
     def keeps_small_mappings(self) -> bool:
-        """Whether huge pages must stay mapped by PTEs after the checkpoint. A persistent trace requires PTEs. Deferred
-        memory is mapped as huge pages by the pager when it is loaded."""
+        """Whether huge pages must stay mapped by PTEs after the checkpoint. A persistent trace requires PTEs. The pager
+        maps deferred memory as huge pages when it loads it."""
         return self.hold is not None or (self._tracking is not None and self._tracking.leaves)
 
     def traces(self) -> Traces | None:

@@ -3,7 +3,7 @@
 
 Every copy follows a collection. The collection protects the written pages before they are read, so that a later write
 is reported again. The engine copies pages and keeps the sets of written pages (`Saver.collect`, `Saver.copy`), without
-the GIL.
+holding the GIL.
 """
 
 from __future__ import annotations

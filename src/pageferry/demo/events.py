@@ -19,8 +19,8 @@ class DemoResult(MigrationResult, frozen=True, kw_only=True, tag="demo"):
     """Result of the migration, and of the verification of the memory of the workload."""
 
     intact: bool
-    """Whether no write is lost."""
+    """Whether no write was lost."""
     writes: int
-    """Pages written before, during and after the migration."""
+    """Number of pages written before, during and after the migration."""
     checked: int
-    """Pages compared with the records of the workload."""
+    """Number of pages compared with the records of the workload."""

@@ -197,15 +197,15 @@ class LedgerWorkload(LocalWorkload):
         try:
             state = msgspec.json.decode(data, type=LedgerState)
         except msgspec.MsgspecError as wrong:
-            raise WorkloadError(f"the received state is not a ledger's: {wrong}") from wrong
+            raise WorkloadError(f"the received state is not that of a ledger: {wrong}") from wrong
         ledger = self._view()
         same = ledger.writes() == state.writes and ledger.fingerprint() == state.fingerprint
         if not same or not ledger.table_agrees():
             raise WorkloadError(
-                f"the memory differs from that of the pause: {ledger.writes()} writes, expected {state.writes}"
+                f"the memory differs from its state at the pause: {ledger.writes()} writes, expected {state.writes}"
             )
         if state.digest is not None and ledger.digest() != state.digest:
-            raise WorkloadError("pages differ from those of the pause")
+            raise WorkloadError("pages differ from their state at the pause")
         self._exact = state.digest is not None  # for the next migration of this ledger
         self._start(state.options)
 

@@ -1,1 +1,1 @@
-"""Image files: pages, metadata and device state of a workload at one moment (S4, S8, S10)."""
+"""Image files: pages, metadata and device state of a workload at the snapshot point (S4, S8, S10)."""

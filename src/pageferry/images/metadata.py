@@ -42,7 +42,8 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     digest: Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
     """Checksum of the parent's footer, which distinguishes it from other files of the same name."""
     path: Annotated[str, Meta(max_length=4096)]
-    """Path when the image was written. Only the file name is used: the parent must be in the directory of the image."""
+    """Path of the parent when the image was written. Only the file name is used: the parent must be in the directory of
+    the image."""
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +106,7 @@ def decode(contents: bytes | None) -> Metadata:
     try:
         metadata = msgspec.msgpack.decode(contents, type=Metadata)
     except msgspec.MsgspecError as error:
-        raise ImageError(f"the metadata of the image are invalid: {error}") from error
+        raise ImageError(f"the metadata of the image is invalid: {error}") from error
     if metadata.version != VERSION:
         raise ImageError(
             f"unsupported metadata version {metadata.version}: this pageferry supports {VERSION}; use the version "

@@ -37,7 +37,7 @@ def compare(image: ImageFile, regions: Sequence[Region]) -> None:
     if ours != saved:
         raise RestoreError(
             f"cannot restore {image.path}: it has {_describe(saved)}, the guest has {_describe(ours)}; use the "
-            "options with which the guest was started when it was saved"
+            "options of the guest that was saved"
         )
 
 

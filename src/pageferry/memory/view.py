@@ -35,7 +35,7 @@ class Readable:
 
     regions: Sequence[Extent]
     mappings: Sequence[Mapping | ProcessRange]
-    """Source to read each region from."""
+    """Sources from which the regions are read, in the order of the regions."""
 
     @property
     def size(self) -> int:

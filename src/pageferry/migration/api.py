@@ -147,8 +147,8 @@ async def recover_async(
     """Resolve a migration whose outcome is unknown, or reconnect one that lost its link in post-copy.
 
     `doubt`: the error that `migrate` raised; not needed for a workload that is registered by name, which has a record.
-    Returns `destination` (the workload runs there, and its remains at the source have been discarded) or `source` (it
-    runs at the source). Pages that the destination lacks are sent first.
+    Returns `destination` (the workload runs there, and its remains at the source have been discarded) or `source` (the
+    workload runs at the source). Pages that the destination lacks are sent first.
 
     `options` are the fields of `pageferry.migration.options.RecoverOptions`: timeout (seconds), insecure, tls,
     tls_hostname (default: the name that the migration was sent to).
@@ -201,7 +201,7 @@ async def take_back_async(workload: Arena | Migratable, doubt: OutcomeUnknown | 
     """Restore the workload at the source to its state before the migration: running, or paused if its user had paused
     it.
 
-    Only for a caller that knows that the destination does not run the workload and never will. `doubt` as for
+    Only for a caller that knows that the destination does not run the workload and never will. `doubt`: as for
     `recover`. Raises UsageError if the workload was not handed over.
     """
     managed(workload)

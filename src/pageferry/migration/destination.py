@@ -46,8 +46,9 @@ source."""
 class Destination:
     """Receives one workload. `prepare` is called for every source that connects, until one is accepted.
 
-    The receiver keeps listening after it has refused a source. It accepts one source only, even if that migration
-    fails. `ended`: function that raises WorkloadDied when the process that waits for the device state exits.
+    The receiver keeps listening after it has refused a source. It accepts only one source, even if that migration
+    fails. `ended`: function that raises WorkloadDied when the process that waits for the device state exits; None if
+    there is no such process.
     """
 
     def __init__(
@@ -110,7 +111,8 @@ class Destination:
             self._opened.close()
 
     async def finish(self) -> None:
-        """Send the report, then wait for a limited time until the source knows that the workload runs on this host."""
+        """Send the report, then wait until the source knows that the workload runs on this host (see
+        `RecoveryServer.wait_acknowledged`)."""
         await self.report()
         await self.recovery.wait_acknowledged(self.host.timeout)
 
@@ -266,7 +268,8 @@ class Destination:
 
 
 async def check_page_faults(workload: Migratable) -> None:
-    """Check that page faults can be handled, before the source pauses the workload. Raises UnsupportedError."""
+    """Check, before the source pauses the workload, that the page faults of the receiving processes can be handled.
+    Raises UnsupportedError."""
     pids = {segment.pid for region in workload.regions for segment in region.segments}
     try:
         await in_thread(page_faults.check, pids)

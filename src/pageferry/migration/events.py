@@ -56,7 +56,8 @@ class LargePagesEvent(Event, frozen=True, kw_only=True, tag="large-page-map"):
     """Distribution of huge pages in the workload's memory."""
 
     side: Literal["source", "destination"]
-    """`source`: at the start of the migration; `destination`: a second after its end."""
+    """`source`: at the start of the migration; `destination`: a second after the workload resumed (in post-copy: after
+    the last page was received)."""
     regions: list[LargeMap]
 
 
@@ -91,9 +92,9 @@ class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
 
     round: int
     done: int
-    """Pages sent so far."""
+    """Number of pages sent so far."""
     total: int
-    """Pages of the round."""
+    """Number of pages of the round."""
     mbps: float
     """Megabits per second on the wire."""
 
@@ -134,7 +135,7 @@ class LargePageCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     source: int
     destination: int
     fallbacks: int
-    """Huge pages of the source for which the destination had none free."""
+    """Number of huge pages of the source for which the destination had no free huge page."""
 
 
 class PopulateCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -143,11 +144,11 @@ class PopulateCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     mode: str
     """Value of `populate`."""
     large: int
-    """PMD mappings, of huge pages."""
+    """Number of PMD mappings, each of a huge page."""
     small: int
-    """PTE mappings, of base pages."""
+    """Number of PTE mappings, each of a base page."""
     failed: int
-    """Huge pages whose mapping failed and is left to the first access."""
+    """Number of huge pages that could not be mapped; the first access maps them."""
     work_ms: float
     """Time of the populating threads, milliseconds; all but `downtime.populate` overlaps the transfer."""
 
@@ -185,7 +186,7 @@ class PostcopyCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 class DirectIo(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Direct I/O of the workload, and the measures that keep its writes from being missed (S2)."""
+    """Direct I/O of the workload, and the measures that ensure that its writes are transferred (S2)."""
 
     drains: int = 0
     """Number of short pauses before the switch-over in which I/O requests completed; 0 without direct I/O."""
@@ -194,7 +195,7 @@ class DirectIo(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     longest: float = 0.0
     """Longest of these pauses, milliseconds."""
     pinned_pages: int = 0
-    """Pages sent during the pause because they belong to buffers registered with io_uring."""
+    """Number of pages sent during the pause because they belong to buffers registered with io_uring."""
 
 
 class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
@@ -218,11 +219,11 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     """Bytes on the wire, without control messages and device state."""
     memory: int
     normal: int
-    """Pages sent with their contents."""
+    """Number of pages sent with their contents."""
     duplicate: int
-    """Pages sent as zeros."""
+    """Number of pages sent as zeros."""
     skipped: int
-    """Pages that are not present."""
+    """Number of pages that are not present."""
     dirty_sync_count: int
     """Number of collections of the write trace."""
     mbps: float

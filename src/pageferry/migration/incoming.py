@@ -24,7 +24,7 @@ class ReceivingHost:
     """Parameters of this host as a destination."""
 
     verdicts: Verdicts
-    """Decisions of this host."""
+    """Records of the decisions of this host."""
     timeout: float = 30.0
     """Seconds of silence after which a peer counts as lost."""
     folder: Callable[[], Folder | None] = lambda: None

@@ -29,18 +29,22 @@ class MissingPages:
     def add(self, message: Missing) -> None:
         """Add the next chunk. Raises ProtocolError if it is out of order, too long, or not a valid page set."""
         if self.complete or message.region != len(self.sets):
-            raise ProtocolError(f"missing pages of region {message.region}, expected {len(self.sets)}")
+            raise ProtocolError(
+                f"the peer sent missing pages of region {message.region}, expected region {len(self.sets)}"
+            )
         pages = self._pages[message.region]
         most = pages // 8 + pages // 2048 + PACKING
         if len(self._packed) + len(message.data) > most:
-            raise ProtocolError(f"a set of {pages} pages in more than {most} bytes")
+            raise ProtocolError(f"the peer sent a set of {pages} pages in more than {most} bytes")
         self._packed += message.data
         if message.last:
             packed, self._packed = bytes(self._packed), bytearray()
             try:
                 self.sets.append(PageSet.unpack(packed, pages))
             except ValueError as error:
-                raise ProtocolError(f"missing pages of region {message.region}: {error}") from error
+                raise ProtocolError(
+                    f"the peer sent invalid missing pages of region {message.region}: {error}"
+                ) from error
 
 
 async def send_missing(channel: Channel, sets: Sequence[PageSet]) -> None:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 Granularity = Literal["4K", "2M", "auto"]
 LargePages = Literal["keep", "ignore"]
 TIMEOUT = Duration(0.1, 3600.0)
-"""Seconds of silence after which a peer counts as lost."""
+"""Type of a timeout: seconds of silence after which a peer counts as lost."""
 
 AUTO_RELEASE = 256
-"""Number of fired traces, of the 512 of a huge page, at which `auto` releases the page. At half, at most twice the
-written memory is sent. Lower values help fast writers, but can prevent a migration from converging
+"""Number of fired traces, of the 512 of a huge page, at which `auto` releases the page. At 256, half of them, at most
+twice the written memory is sent. Lower values help fast writers, but can prevent a migration from converging
 (docs/benchmarks.md)."""
 
 
@@ -78,7 +78,7 @@ class Options:
 
     @property
     def release_after(self) -> int:
-        """Number of fired traces at which a huge page is released, for the granularity; 0 to release none."""
+        """Number of fired traces at which `trace_granularity` releases a huge page; 0 if it releases none."""
         return {"4K": 0, "2M": 1, "auto": AUTO_RELEASE}[self.trace_granularity]
 
 

@@ -52,7 +52,7 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     codec: Codec = "none"
     bandwidth: int = 0
     adaptive: bool = False
-    """Option of the migration. It applies, like `streams`, `codec` and `bandwidth`, to the missing pages too."""
+    """Option of the migration, as are `streams`, `codec` and `bandwidth`. They apply to the missing pages too."""
     changes: dict[str, Any] = {}
     """Changes to undo before the workload runs at the source again: see `workloads.protocols.Migratable`. Empty if
     unknown."""
@@ -127,7 +127,7 @@ class Verdicts:
     def decide(self, migration: str, verdict: Verdict) -> Verdict:
         """Decide `verdict`, unless a decision exists. Return the decision that holds; it is durable.
 
-        Raises WorkloadError if the decision cannot be written; nothing has been decided then.
+        Raises WorkloadError if the decision cannot be written; in that case, nothing has been decided.
         """
         target, prepared = self._verdict(migration), self._prepared(migration, verdict)
         try:

@@ -1,7 +1,7 @@
 """Service of the pages that a workload at the destination still lacks (post-copy).
 
-Requested pages are sent at once, over a separate connection. All other pages are pushed over the other connections,
-onwards from the last requested page.
+Requested pages are sent at once, over a separate connection. All other pages are pushed over the other connections, in
+order, starting at the last requested page.
 """
 
 from __future__ import annotations

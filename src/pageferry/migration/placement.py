@@ -67,9 +67,9 @@ async def _large_pages(incoming: Incoming, memory: Memory) -> list[bool]:
 
 
 def units_of(memory: Memory, message: messages.LargePages | messages.Hot) -> list[bool]:
-    """Return one flag per unit from the bitmap in a message. Raises ProtocolError if the bitmap does not match the
-    region."""
+    """Return, for each unit of the region, whether the bitmap in a message contains it. Raises ProtocolError if the
+    bitmap does not match the region."""
     try:
         return messages.unpack_units(message.units, -(-memory.regions[message.region].length // LARGE_PAGE))
     except ValueError as error:
-        raise ProtocolError(f"units of region {message.region}: {error}") from error
+        raise ProtocolError(f"the peer sent an invalid bitmap of units of region {message.region}: {error}") from error

@@ -63,7 +63,7 @@ class RecoveryServer:
                 await self.acknowledged.wait()
         if not self.acknowledged.is_set():
             log.warning(
-                "the source has not asked for the outcome of the migration; a receiver at %s on this host will "
+                "the source has not requested the outcome of the migration; a receiver at %s on this host will "
                 "reply if it does",
                 self.reception.address,
             )
@@ -136,7 +136,7 @@ class RecoveryServer:
         return False
 
     async def _reconnect(self, arrivals: Arrivals, channel: Channel) -> None:
-        """Receive pages from a source that has reconnected. Its connections are served one after the other."""
+        """Receive pages from a source that has reconnected. Only one such connection is served at a time."""
         task = asyncio.current_task()
         if task is not None and self._aside.pop(task, None) is not None:
             self._links.add(task)

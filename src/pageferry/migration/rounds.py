@@ -19,7 +19,8 @@ from pageferry.migration.statistics import Counters, megabits, milliseconds
 from pageferry.migration.transport import messages
 
 CHUNKS = 8
-"""Number of chunks into which the memory is divided for a round that may stop early. Bounds below limit their size."""
+"""Number of chunks into which the memory is divided for a round that may stop early. `MIN_CHUNK` and `MAX_CHUNK` limit
+their size."""
 MIN_CHUNK, MAX_CHUNK = (16 << 20) // SMALL_PAGE, (256 << 20) // SMALL_PAGE
 """Bounds of the size of a chunk, pages: 16 MiB, because each chunk costs a round trip, and 256 MiB."""
 PROGRESS_INTERVAL = 0.2

@@ -289,7 +289,7 @@ def hello_of(job: Job, memory: Memory) -> messages.Hello:
 
 
 def close_mappings(memory: Memory) -> None:
-    """Make an arena read-only in the other processes that map it: their writes would be lost."""
+    """Make an arena read-only in the other processes that map it, because their writes would be lost."""
     # The first segment belongs to the program of the arena, which write-protects its own mapping.
     for segment in memory.segments[1:]:
         with contextlib.suppress(OSError):  # the process has exited, or no longer maps it

@@ -43,5 +43,5 @@ _FOLLOWS = {
 
 
 def source_states(name: str) -> StateMachine[SourceState]:
-    """Return the state machine of a migration of the workload of this name."""
+    """Return the state machine for a migration of the workload `name`."""
     return StateMachine(f"the migration of {name}", SourceState.NEW, _FOLLOWS)

@@ -22,13 +22,13 @@ class Counters(NamedTuple):
     sent: int = 0
     """Bytes on the wire."""
     blocks: int = 0
-    """Storage blocks."""
+    """Number of storage blocks."""
     data: int = 0
-    """Pages sent with their contents."""
+    """Number of pages sent with their contents."""
     zero: int = 0
-    """Pages sent as zeros."""
+    """Number of pages sent as zeros."""
     absent: int = 0
-    """Pages that are not present."""
+    """Number of pages that are not present."""
 
     @property
     def pages(self) -> int:

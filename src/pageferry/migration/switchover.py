@@ -73,7 +73,7 @@ class SwitchOver(ABC):
         finally:
             was_prepared = preparing.done()
             await preparing
-        if was_prepared:  # some time ago: repeat the checks of the workload now, not during the pause
+        if was_prepared:  # before the pages were sent: repeat the checks now, not during the pause
             await workload.prepare_pause()
 
     @property

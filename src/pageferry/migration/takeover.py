@@ -69,8 +69,8 @@ class TakeOver:
         """Whether the workload is left paused, because its user had paused it."""
 
     async def run(self) -> None:
-        """Decide, resume the workload, and send Running. Raises Cancelled if ABORTED was decided in reply to Recover,
-        WorkloadError if the workload cannot be resumed."""
+        """Record the decision COMMITTED, resume the workload, and send Running. Raises Cancelled if ABORTED was decided
+        in reply to Recover, WorkloadError if the workload cannot be resumed."""
         fault_point("destination.commit-received")
         incoming, migration = self._incoming, self._incoming.hello.migration
         # Before the decision: from then on the workload must survive the exit of this process.

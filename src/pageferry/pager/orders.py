@@ -1,6 +1,6 @@
 """Orders of a command to the pager process that it starts, and the replies.
 
-Each message is MessagePack after its length, 8 bytes in little-endian order, over a socket that the process inherits::
+Each message is a length (8 bytes, little endian) and MessagePack, sent over a socket that the pager process inherits::
 
     command                 pager process
     Open ─────────────────▶                 open and verify the image, while QEMU starts

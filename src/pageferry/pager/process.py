@@ -1,8 +1,8 @@
 """Pager process: loads the contents of a workload's memory, and outlives the command.
 
-A command starts the pager process first, by `host.python`, so that the start of the interpreter overlaps with the start
-of QEMU. Only the pager process opens the image. Its standard input is the socket for `orders`. A fork of the command
-would save the start of the interpreter, but a program with threads must not be forked (docs/decisions/0017).
+A command starts the pager process first, with `host.python`, so that the start of the interpreter overlaps with the
+start of QEMU. Only the pager process opens the image. Its standard input is the socket for `orders`. A fork of the
+command would save the start of the interpreter, but a program with threads must not be forked (docs/decisions/0017).
 
 The process exits when all contents are loaded, or when the workload exits. If it is killed, the workload waits at the
 next access to a missing page: its processes keep descriptors of their userfaultfds, and the record and the deferred

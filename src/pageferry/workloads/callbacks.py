@@ -134,7 +134,7 @@ class Callbacks:
             self._exits.pop()()
 
     def cancel(self) -> None:
-        """Cancel the coroutine that is running for a `call` of another thread."""
+        """Cancel the coroutine that a `call` in another thread is running."""
         task = self._running
         if task is not None:
             with contextlib.suppress(RuntimeError):  # its loop has just been closed

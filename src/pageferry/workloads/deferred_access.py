@@ -29,7 +29,7 @@ from pageferry.workloads.protocols import Migratable
 
 
 class AcquiredPager(Protocol):
-    """Acquired pager. Its calls can block for long: do not call them from the event loop."""
+    """Acquired pager. Its methods can block for a long time: do not call them from the event loop."""
 
     userfaults: dict[int, int]
     """Descriptors, in this process, of the userfaultfds with which the memory is registered, by process id of the
@@ -52,8 +52,8 @@ async def acquire_uffd(workload: Migratable) -> AcquiredPager | None:
     """Acquire the pager of a workload. Return None if no contents are deferred any longer, so no userfaultfd covers the
     workload.
 
-    A pager of a cold store cannot be acquired, nor can any pager if the kernel lacks asynchronous write protection. In
-    these cases, wait until the pager has loaded all contents, and return None.
+    A pager of a cold store cannot be acquired, nor can any other pager if the kernel lacks asynchronous write
+    protection. In these cases, wait until the pager has loaded all contents, and return None.
 
     Raises RestoreError if the pager has exited, ImageError if contents cannot be read, WorkloadError if another process
     has acquired the pager.
@@ -175,7 +175,7 @@ class _PagerElsewhere:
 async def wait_complete(workload: Migratable, *, traces: bool = True) -> None:
     """Complete a restore of the workload: load all contents, and unregister its memory from userfaultfd.
 
-    `traces`: also remove the write trace of the last checkpoint.
+    `traces`: whether to remove the write trace of the last checkpoint too.
 
     Raises RestoreError if its pager has exited, ImageError if the image cannot be read.
     """

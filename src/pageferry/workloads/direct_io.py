@@ -117,7 +117,7 @@ def registered_buffers(regions: Sequence[Region]) -> list[PageSet]:
 
 
 def _buffers(pid: int) -> Iterator[tuple[int, int]]:
-    """Yield address and length of every registered buffer of a process."""
+    """Yield the address and length of every registered buffer of a process."""
     folder = Path(f"/proc/{pid}/fd")
     try:
         numbers = os.listdir(folder)

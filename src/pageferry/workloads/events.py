@@ -45,7 +45,7 @@ class HostMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     available: int
     """Memory available to new processes without swapping, bytes."""
     large: int
-    """Memory of processes and files that is backed by huge pages, without hugetlbfs, bytes."""
+    """Memory of processes and files that is backed by huge pages, excluding hugetlbfs, bytes."""
     swap: int
     swap_free: int
 
@@ -61,11 +61,12 @@ class WorkloadMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     large: int | None
     """Part of `memory` that is backed by huge pages, bytes; None if the process cannot be inspected."""
     deferred: int
-    """Contents not loaded yet, from an image or another host, bytes."""
+    """Deferred contents, to be loaded from an image or fetched from another host, bytes."""
     stall_reason: str | None
     """Reason why deferred contents cannot be loaded; None if they can."""
     dirty_rate: int | None
-    """Memory modified per second, bytes, as measured by a running migration in its last round; None without one."""
+    """Memory modified per second, bytes, as measured by a running migration in its last round; None without a
+    migration."""
     jobs: list[Job]
 
 

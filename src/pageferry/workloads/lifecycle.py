@@ -6,7 +6,7 @@ connected to the control socket. ::
                pause                     commit
     running ──────────▶ paused ───────────────────▶ committed ── discard ──▶ moved
        ▲   resume, or      │   ▲                        │
-       └───the controller──┘   └── if `received`        │  resume (by the controller,
+       └───the controller──┘   └── initial if received  │  resume (by the controller,
        ▲   is lost                                      │  or by another once it is lost)
        └────────────────────────────────────────────────┘
 

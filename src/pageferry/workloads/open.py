@@ -8,8 +8,8 @@ from pageferry.workloads.protocols import Migratable
 
 
 async def open_workload(name: str, *, registry: Registry | None = None, timeout: float | None = None) -> Migratable:
-    """Open the workload of that name on this host, for an operation by this process. `timeout`: seconds to wait for the
-    monitor of a guest (default: that of `QemuWorkload.attach`).
+    """Open the workload with this name on this host, for an operation by this process. `timeout`: seconds to wait for
+    the monitor of a guest (default: that of `QemuWorkload.attach`).
 
     Raises NoSuchWorkload, WorkloadDied, WorkloadError if the workload does not reply.
     """

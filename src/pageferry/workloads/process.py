@@ -1,5 +1,5 @@
-"""Arbitrary processes as workloads: the memory of a process can be saved while the process is stopped. It cannot be
-migrated."""
+"""Arbitrary processes as workloads: the memory of a process can be saved while the process is stopped. The process
+cannot be migrated."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pageferry.workloads.protocols import Migratable
 
 
 class ProgramWorkload:
-    """Workload of a Python program. It is paused only by pageferry, and a migration changes no settings of it."""
+    """Workload of a Python program. It is paused only by pageferry, and a migration does not change its settings."""
 
     @property
     def live(self: Migratable) -> Migratable | None:
@@ -24,7 +24,7 @@ class ProgramWorkload:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """No changes: a migration changes no settings of a program."""
+        """Empty: a migration does not change the settings of a program."""
         return {}
 
     def open_memory(self: Migratable) -> Memory:

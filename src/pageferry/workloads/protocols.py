@@ -28,7 +28,8 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class OwnershipRecord:
-    """File that records the owner of a workload. It is read if the process that made the decision has exited."""
+    """File that records the owner of a workload. A guardian reads it if the process that made the decision has
+    exited."""
 
     path: Path
     contents: str
@@ -130,7 +131,7 @@ class Migratable(Saveable, Protocol):
 
     @property
     def handed_out(self) -> bool:
-        """Whether a process may have received the memory and closed it again, so `check_mappers` did not find the
+        """Whether a process may have received the memory and closed it again. `check_mappers` cannot find such a
         process."""
 
     async def condition(self) -> Condition:
@@ -160,8 +161,8 @@ class Migratable(Saveable, Protocol):
         even if the process that paused it exits.
 
         Before this call, the workload continues if that process exits. The destination passes a `record`. If the
-        process of the destination then exits and the workload survives, the workload continues if the file assigns it
-        to this host; otherwise it is ended.
+        process of the destination then exits and the workload survives, a guardian resumes the workload if the file
+        assigns it to this host, and otherwise ends it.
         """
 
     @property

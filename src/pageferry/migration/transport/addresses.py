@@ -89,8 +89,7 @@ def _unix(text: str, what: str, trust: Trust | None) -> Address:
         )
     if trust is not None:
         raise UsageError(
-            f"{what} {text!r}: `tls` requires TCP; remove it, as the kernel reports the user of the peer on a Unix "
-            "socket"
+            f"{what} {text!r}: `tls` requires TCP; remove it: on a Unix socket, the kernel reports the user of the peer"
         )
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:

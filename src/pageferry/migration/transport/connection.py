@@ -73,8 +73,8 @@ async def connect_control(
 ) -> Channel:
     """Open a control connection to a receiver, at the first address of the host that accepts it.
 
-    `owners`: users other than root whose receiver may get the workload; used without `trust` (default: our user).
-    Raises ConnectionLost, AuthenticationError.
+    `owners`: users other than root that the receiver may run as (default: our user); ignored with `trust`. Raises
+    ConnectionLost, AuthenticationError.
     """
     owners = peer_users.owners_of() if owners is None else owners
     connection, address = await connect(address, timeout)
@@ -123,7 +123,7 @@ async def connect_stream(control: Channel, address: Address, token: bytes, index
     except BaseException as error:
         connection.close()
         if isinstance(error, OSError | TimeoutError):
-            raise ConnectionLost(f"page stream to {address}: {str(error) or 'timed out'}") from error
+            raise ConnectionLost(f"cannot open a page stream to {address}: {str(error) or 'timed out'}") from error
         raise
     connection.setblocking(True)
     widen(connection)
@@ -193,7 +193,8 @@ class Reception:
     async def streams(self, token: bytes, count: int, timeout: float) -> list[PageStream]:
         """Return all page streams that begin with the token, ordered by number. The token is invalid afterwards.
 
-        Raises ConnectionLost if some are not connected in time, ProtocolError for a duplicate or invalid number.
+        Raises ConnectionLost if a stream is not connected within `timeout` seconds, ProtocolError for a duplicate or
+        invalid number.
         """
         found: dict[int, PageStream] = {}
         try:
@@ -234,7 +235,7 @@ class Reception:
         while True:
             try:
                 connection, _ = await asyncio.get_running_loop().sock_accept(self._listener.socket)
-            except OSError as error:  # no descriptors left, or the peer gave up already
+            except OSError as error:  # no free descriptor, or the peer has closed the connection
                 log.warning("cannot accept a connection: %s", error)
                 await asyncio.sleep(RETRY)
                 continue

@@ -200,20 +200,20 @@ class StateEnd(Message, frozen=True):
     """End of the device state. Sent by the source; the reply is Ready."""
 
     length: Annotated[int, Meta(ge=0, le=MAX_STATE)]
-    """Bytes of all State messages together."""
+    """Number of bytes of device state in all State messages together."""
     digest: Annotated[bytes, Meta(min_length=32, max_length=32)]
-    """BLAKE2b-256 of all State messages together."""
+    """BLAKE2b-256 digest of the data of all State messages together."""
 
 
 class Populated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Page-table entries of the workload's processes that were populated before it resumed."""
 
     large: Count
-    """PMD mappings, of huge pages."""
+    """Number of PMD mappings, each of a huge page."""
     small: Count
-    """PTE mappings, of base pages."""
+    """Number of PTE mappings, each of a base page."""
     failed: Count
-    """Huge pages whose mapping failed and is left to the first access."""
+    """Number of huge pages that could not be mapped; the first access maps them."""
     seconds: Seconds
     """Time spent by the populating threads; all but `Ready.populate` overlaps the transfer."""
 
@@ -248,9 +248,9 @@ class Arrived(Message, frozen=True):
     requests: Count
     """Number of accesses that waited for a page."""
     service: Seconds
-    """Total waiting time of these accesses."""
+    """Total waiting time of these accesses, seconds."""
     longest: Seconds
-    """Longest waiting time of an access."""
+    """Longest waiting time of an access, seconds."""
     waits: Annotated[list[Count], Meta(max_length=64)]
     """Histogram of the waiting times: bin k counts those of at least 2^(k-1) us and less than 2^k us."""
     seconds: Seconds
@@ -261,13 +261,13 @@ class Report(Message, frozen=True):
     """Statistics of the destination. Sent a second after Running (in post-copy: after Arrived); the reply is Done."""
 
     minor_faults: Count
-    """Minor page faults of the workload's threads since it resumed."""
+    """Number of minor page faults of the workload's threads since it resumed."""
     major_faults: Count
-    """Major page faults of the workload's threads since it resumed."""
+    """Number of major page faults of the workload's threads since it resumed."""
     large_pages: Count
     """Number of huge pages that back the workload's memory."""
     fallbacks: Count
-    """Huge pages of the source for which the destination had none free."""
+    """Number of huge pages of the source for which the destination had no free huge page."""
     populated: Populated
     units: Annotated[list[Units], Meta(max_length=64)]
     """Units that are backed by huge pages at the destination: one bitmap per region, as in `LargePages`."""

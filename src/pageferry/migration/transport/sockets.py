@@ -24,7 +24,7 @@ slow link still makes progress."""
 SO_SNDBUFFORCE = 32
 """Socket option, see socket(7); missing in Python's socket module."""
 MIN_ATTEMPT = 0.5
-"""Minimum time for each address of a host, seconds, unless less is left of the total time."""
+"""Minimum time for each address of a host, seconds, unless less of the total time is left."""
 
 
 async def connect(address: Address, timeout: float) -> tuple[socket.socket, Address]:

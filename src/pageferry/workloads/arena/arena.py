@@ -45,8 +45,8 @@ class Arena(_engine.Mapping):
         size: size in bytes, rounded up to a multiple of 4096. Memory is allocated at the first access, even by a read.
         name: 1 to 64 letters, digits, dots, underscores and hyphens, unique on this host.
         large_pages: whether to back the memory with 2 MiB pages if that is permitted; `large_pages_by` shows how.
-        state: data that is migrated besides the memory: a pair of callbacks (save() -> bytes, load(bytes)), or an
-            object with `save_state` and `load_state`. Saved in the pause; loaded before the arena resumes.
+        state: data that is migrated in addition to the memory: a pair of callbacks (save() -> bytes, load(bytes)), or
+            an object with `save_state` and `load_state`. Saved in the pause; loaded before the arena resumes.
         on_pause: callback that stops all writes to the arena, in all processes; no write may follow its return. If it
             raises, the migration fails, and the program continues. Alternatively a context manager (a lock), or a
             function that returns one: entered to pause, exited when the arena runs again, or after `on_moved`.
@@ -214,7 +214,7 @@ class Arena(_engine.Mapping):
         """
         self.check_here()
         if self._folder is not None:
-            raise UsageError(f"cannot register the arena: it is named {self._folder.name} already")
+            raise UsageError(f"cannot register the arena: it already has the name {self._folder.name}")
         if self.control.on_pause is None:
             raise UsageError(f"arena {name} needs `on_pause`: other processes may migrate it at any time")
         if (callback := self.control.needs_loop) is not None:
@@ -252,7 +252,8 @@ class Arena(_engine.Mapping):
             )
 
     def collapse(self) -> int:
-        """Move the filled parts of the arena onto huge pages (MADV_COLLAPSE). Return the bytes backed by huge pages.
+        """Move the filled parts of the arena onto huge pages (MADV_COLLAPSE). Return the number of bytes backed by huge
+        pages.
 
         Only whole 2 MiB units that contain data are collapsed; if no huge page is free, a unit keeps its base pages.
         Contents in a store are loaded first: a huge page must not be mapped while some of its contents are deferred.
@@ -308,7 +309,7 @@ def _rounded(size: int) -> int:
 
 
 _NO_MOUNT = (errno.EPERM, errno.EACCES, errno.ENOSYS)
-"""Errors of mounting a tmpfs that report missing privileges, or a sandbox."""
+"""Error numbers of mounting a tmpfs that indicate missing privileges or a sandbox."""
 
 
 def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]:

@@ -142,7 +142,7 @@ class ArenaControl:
 
     @property
     def pager(self) -> Pager | None:
-        """Pager of an arena that is restored; None otherwise."""
+        """Pager of an arena that is being restored; None otherwise."""
         return self._arena.pager
 
     @property

@@ -112,11 +112,11 @@ def parse(arguments: Sequence[str]) -> CommandLine:
 
 
 def parse_size(text: str, what: str, *, bare: str = "M") -> int:
-    """Return the bytes of a size in QEMU's notation, a number with B, K, M, G or T. `what`: option, for messages.
-    `bare`: unit of a number without a unit. Raises UsageError."""
+    """Return a size in QEMU's notation (a number with B, K, M, G or T) as a number of bytes. `what`: option, for
+    messages. `bare`: unit of a number without a unit. Raises UsageError."""
     matched = _SIZE.fullmatch(text)
     if matched is None:
-        raise UsageError(f"{what}: invalid size {text!r}: expected 512M or 4G, for example")
+        raise UsageError(f"{what}: invalid size {text!r}: expected a size such as 512M or 4G")
     number, unit = matched.groups()
     return int(Decimal(number) * _UNITS[unit.upper() or bare])
 

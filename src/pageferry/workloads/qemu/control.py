@@ -104,7 +104,7 @@ class QemuControl:
                 stack.pop_all()
 
     async def note_status(self, monitor: Monitor) -> str:
-        """Record whether the guest runs, and return QEMU's name of its run state."""
+        """Record whether the guest runs, and return QEMU's name for the run state."""
         status = await monitor.execute("query-status")
         self.stays_paused = not status["running"]
         return str(status["status"])
@@ -129,16 +129,16 @@ class QemuControl:
             self._guardian = Guardian(f"the guest {self._name}, {os.path.abspath(self._qmp_socket)}")
 
     def plan(self, commands: Sequence[Command]) -> None:
-        """Replace the cleanup plan by these commands. Do nothing without a guardian."""
+        """Replace the cleanup plan with these commands. Do nothing without a guardian."""
         if self._guardian is not None:
             self._guardian.plan(self._actions(commands))
 
     def plan_to_restore(self, first: Sequence[Command] = ()) -> None:
-        """Replace the cleanup plan by `first` and the commands that restore the guest as it was before the pause."""
+        """Replace the cleanup plan with `first` and the commands that restore the guest as it was before the pause."""
         self.plan([*first, *self._as_before()])
 
     def plan_by_owner(self, record: OwnershipRecord) -> None:
-        """Replace the cleanup plan by a decision: restore the guest if the file of `record` assigns it to this host,
+        """Replace the cleanup plan with a decision: restore the guest if the file of `record` assigns it to this host,
         otherwise end it."""
         if self._guardian is not None:
             restore, end = self._actions(self._as_before()), self._actions([QUIT])

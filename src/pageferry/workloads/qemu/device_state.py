@@ -155,7 +155,7 @@ async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
     required = [*_NEEDED] if incoming else [*_NEEDED, _TO_SAVE]
     if missing := [name for name in required if name not in before]:
         raise UnsupportedError(
-            f"unsupported QEMU: it lacks the migration capability {', '.join(missing)}; use a newer one"
+            f"unsupported QEMU: it lacks the migration capability {', '.join(missing)}; use a newer QEMU"
         )
     needed = {*required, _LATE_ACTIVATION} if incoming else {*required}
     wanted = {name: name in needed or (state and name in _KEPT) for name, state in before.items()}

@@ -98,10 +98,10 @@ class QemuWorkload:
 
     @classmethod
     async def attach(cls, name: str, *, registry: Registry | None = None, timeout: float = TIMEOUT) -> Self:
-        """Return the guest with that name, regardless of the process that started it. `timeout`: seconds to wait for
+        """Return the guest with this name, regardless of the process that started it. `timeout`: seconds to wait for
         the monitor of the guest.
 
-        Raises NoSuchWorkload (even if the name is that of another kind of workload), WorkloadError, WorkloadDied.
+        Raises NoSuchWorkload if no guest has this name, WorkloadError, WorkloadDied.
         """
         return cls(await opening.find(name, registry or Registry(), timeout))
 

@@ -132,7 +132,7 @@ async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -
 
 
 async def find(name: str, registry: Registry, timeout: float) -> Opened:
-    """Open the registered guest of that name. Raises NoSuchWorkload, WorkloadError, WorkloadDied."""
+    """Open the registered guest with this name. Raises NoSuchWorkload, WorkloadError, WorkloadDied."""
     folder = registry.folder(name)
     entry = registry.lookup(name)
     if not isinstance(entry, QemuEntry):

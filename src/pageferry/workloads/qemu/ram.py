@@ -24,7 +24,7 @@ from pageferry.memory.regions import LARGE_PAGE, Region, Segment
 
 _ADVICE = (
     "start QEMU with `pageferry run`, or with -object memory-backend-file,id=ram0,size=SIZE,share=on,align=2M,"
-    "mem-path=FILE -machine memory-backend=ram0, FILE being on a tmpfs mounted with huge=always"
+    "mem-path=FILE -machine memory-backend=ram0, with FILE on a tmpfs mounted with huge=always"
 )
 _IN_MEMORY = (
     "guest memory must be on tmpfs or hugetlbfs: give a mem-path below /dev/shm, or with libvirt set "
@@ -48,8 +48,8 @@ class _Backend:
 async def open_regions(monitor: Monitor, pid: int) -> tuple[Region, ...]:
     """Return the regions of guest memory. Each has an open file, which the caller closes.
 
-    Raises UnsupportedError if some of the memory is not in separate shared files on tmpfs or hugetlbfs, PermissionError
-    if this process may not open them, WorkloadError.
+    Raises UnsupportedError if any of the memory is not in separate shared files on tmpfs or hugetlbfs, PermissionError
+    if this process is not permitted to open the files, WorkloadError.
     """
     backends = [await _describe(monitor, item) for item in await monitor.execute("query-memdev")]
     mappings = [mapping for mapping in proc.file_mappings(pid) if mapping.shared and mapping.writable]
@@ -73,7 +73,7 @@ def misaligned(region: Region) -> bool:
 
 
 async def devices(monitor: Monitor) -> list[tuple[str, str]]:
-    """Return type and name of all devices that are not part of the machine type."""
+    """Return the type and name of all devices that are not part of the machine type."""
     paths = ("/machine/peripheral", "/machine/peripheral-anon")
     folders = await asyncio.gather(*(monitor.execute("qom-list", path=path) for path in paths))
     items = [(item["type"], item["name"]) for folder in folders for item in folder]

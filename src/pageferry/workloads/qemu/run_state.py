@@ -105,7 +105,7 @@ class LastSeen:
             raise WorkloadError(f"cannot run {self.name} with this state: {how} (run state {self.status})")
 
     async def check_unchanged(self, monitor: Monitor) -> None:
-        """Raise WorkloadError unless guest and machine are unchanged since the state was saved or loaded."""
+        """Raise WorkloadError if the guest or its machine has changed since the state was saved or loaded."""
         before = self.status
         await self._check_machine(monitor)
         self._read_events()

@@ -15,7 +15,7 @@ from pageferry.workloads.qemu.snapshot import Snapshot
 
 
 class StateTransfer:
-    """Device state of one guest. `last_words`: as for `Vcpus`."""
+    """Device state of one guest. `last_words`: as in `Vcpus`."""
 
     def __init__(self, control: QemuControl, seen: LastSeen, last_words: Callable[[], str]) -> None:
         self.name = seen.name

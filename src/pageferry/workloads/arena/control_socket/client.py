@@ -183,7 +183,9 @@ class RemoteArena(ProgramWorkload):
         description, files = self._receive(wire.Description, wire.MAX_REGIONS)
         if len(files) != len(description.regions):
             wire.close_all(files)
-            raise WorkloadError(f"{self._path} sent {len(files)} files for {len(description.regions)} regions")
+            raise WorkloadError(
+                f"the program at {self._path} sent {len(files)} files for {len(description.regions)} regions"
+            )
         return description, files
 
     def _save_state(self) -> bytes:
