@@ -89,7 +89,7 @@ class Tracking:
         self._ours = persistent_trace.begin(self.workload, self.memory.segments)
         fault_point("checkpoint.trace-begun")
         # Pages can be pinned while a trap is replaced by a trace, which reports neither the pin nor later writes. With
-        # direct I/O, the trace is therefore installed before anything is read.
+        # direct I/O, the trace is therefore installed before any page is read.
         return ("begin" if self.direct_io else "leave"), self._ours
 
     def finish(self, image: tuple[str, str] | None) -> bool:

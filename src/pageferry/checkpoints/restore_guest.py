@@ -57,8 +57,8 @@ async def restore_guest(
     `pager`: pager process that the caller has already started, to save time.
 
     Raises ImageError, UsageError if the image is not that of a guest, RestoreError if the image does not match this
-    guest, and the errors of `QemuWorkload.start`; QEMU and the pager are then terminated. Raises RestoreError if the
-    pager exits after the guest was resumed; the guest then waits for its memory.
+    guest, and the errors of `QemuWorkload.start`. In these cases, QEMU and the pager are terminated. Raises
+    RestoreError if the pager exits after the guest was resumed; the guest then waits for its memory.
     """
     chosen = values.options(GuestOptions, options)
     folder = Folder(registry or Registry(), name)

@@ -54,8 +54,8 @@ class Link:
 class ImageFile:
     """Image with its parents. The constructor verifies everything except the contents of pages.
 
-    Raises ImageError if the file is missing, not an image, truncated, damaged or of another version, or if a parent is
-    missing, is not the image that the child was built on, or is its own descendant.
+    Raises ImageError if the file is missing, not an image, truncated, damaged or of another version. Also raises it if
+    a parent is missing, is not the image that the child was built on, or is its own descendant.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -55,8 +55,8 @@ async def migrate_async(
     timeout (seconds), insecure, tls, tls_hostname. `listener` is called with an event after every round.
 
     Raises UsageError for invalid options, and MigrationError if the migration failed. The workload then keeps running
-    at the source, with two exceptions: after OutcomeUnknown it is paused until `recover` has learned the outcome; after
-    PostcopyPaused it runs at the destination and waits for pages that `recover` sends.
+    at the source, with two exceptions. After OutcomeUnknown, it is paused until `recover` has learned the outcome.
+    After PostcopyPaused, it runs at the destination and waits for pages that `recover` sends.
     """
     managed(workload)
     values.function("listener", listener)

@@ -92,7 +92,7 @@ class Verdicts:
     def begin(self, migration: str) -> None:
         """Record that this host takes part in a migration, before anything else is stored about it.
 
-        Create the files of all later records now, under other names, so that no later record needs space: after Commit,
+        Create the files of all later records now, under other names, so that no later record needs space. After Commit,
         a full file system must not cause a failure.
 
         Raises UsageError if this host knows the identifier: the earlier decision must hold, and must not be deleted

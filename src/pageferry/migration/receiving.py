@@ -95,7 +95,7 @@ async def receive_async(address: str, **options: Any) -> Arena:
     on this host is accepted only if its process belongs to root or to our user.
 
     `options` are the fields of `pageferry.migration.receiving.ReceiveOptions`. Those of `Arena` are name, state,
-    on_pause, on_resume, on_moved, direct_io and loop (default: the running event loop); `on_resume` is called when this
+    on_pause, on_resume, on_moved, direct_io and loop (default: the running event loop). `on_resume` is called when this
     process becomes the owner of the arena. `listening` is called with the address once sources can connect. An arena
     larger than max_size bytes (default: the available memory) is rejected. timeout: seconds of silence that end the
     migration. tls: a directory of certificates (docs/tls.md); then only sources with a certificate are accepted. allow:

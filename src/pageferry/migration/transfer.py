@@ -108,8 +108,8 @@ class Transfer:
         receiver = self.placement.receiver
         await self._incoming.channel.during(off_loop(lambda: receiver.receive(message.number), cancel=receiver.cancel))
         if self._preparing is None:
-            # Not earlier, because the first round takes a long time; not later, because any further round may be the
-            # last.
+            # Not earlier: the preparation keeps the monitor of a guest open, and the first round takes a long time. Not
+            # later: any further round may be the last.
             self._preparing = asyncio.create_task(self._incoming.workload.prepare_load())
         await self._incoming.send(messages.RoundDone(number=message.number))
 

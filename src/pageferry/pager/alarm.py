@@ -14,7 +14,8 @@ _TIMEOUT = 3.0
 
 
 def stop_guest(qmp_socket: str) -> bool:
-    """Request a pause of a guest by QMP. Return False if the guest does not pause in time, or if QMP fails.
+    """Request a pause of a guest by QMP. Return False if the guest does not pause within `_TIMEOUT` seconds, or if QMP
+    fails.
 
     A guest whose vCPUs wait for the page pauses as soon as they return from the access. It therefore does not continue
     to run when another pager has loaded the page.

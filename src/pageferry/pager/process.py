@@ -5,8 +5,8 @@ start of QEMU. Only the pager process opens the image. Its standard input is the
 command would save the start of the interpreter, but a program with threads must not be forked (docs/decisions/0017).
 
 The process exits when all contents are loaded, or when the workload exits. If it is killed, the workload waits at the
-next access to a missing page: its processes keep descriptors of their userfaultfds, and the record and the deferred
-bitmap in its directory allow another pager to take over.
+next access to a missing page, because its processes keep descriptors of their userfaultfds. The record and the deferred
+bitmap in the workload's directory allow another pager to take over.
 """
 
 from __future__ import annotations

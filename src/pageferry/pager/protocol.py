@@ -69,8 +69,8 @@ class PagerStatus(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     accessed: int
     """Number of unreadable pages that the workload waits for."""
     touched: list[int] = msgspec.field(default_factory=list)
-    """Touched windows of 16 pages, in the order of their first fault: in the reply to `touched`, those from window
-    `first` on; in the summary of the pager, the first ones, up to 8 GiB."""
+    """Touched windows of 16 pages, in the order of their first fault. The reply to `touched` contains those from window
+    `first` on; the summary of the pager contains the first ones, up to 8 GiB."""
     flags: str = ""
     """Path of the deferred bitmap of a program that restores its own arena; empty if the bitmap is in the workload's
     directory."""

@@ -61,8 +61,8 @@ class Drains:
         """Wait for direct I/O that may have begun before the last collection of the trace. Call this before reading
         memory.
 
-        Raises WorkloadError if the I/O does not complete in time, UnsupportedError if a device keeps memory pinned,
-        WorkloadDied.
+        Raises WorkloadError if the I/O does not complete (see `Migratable.drain`), UnsupportedError if a device keeps
+        memory pinned, WorkloadDied.
         """
         if not self.due:
             return

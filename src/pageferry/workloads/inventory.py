@@ -1,9 +1,9 @@
 """Inventory of the workloads of this host, for `pageferry list` and `pageferry top`.
 
 `describe_all` requests the status of every workload. `overview` sends no requests to workloads. It reads `smaps_rollup`
-of each process (the kernel walks the page tables of the process, which takes milliseconds if huge pages are mapped),
-the status of the pagers, and the records of running operations. The dirty rate is known only during a migration,
-because no write traces are installed for the overview.
+of each process, the status of the pagers, and the records of running operations. For `smaps_rollup`, the kernel walks
+the page tables of the process, which takes milliseconds if huge pages are mapped. The dirty rate is known only during a
+migration, because no write traces are installed for the overview.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The trace is a userfaultfd in asynchronous mode: no process has to read it, and 
 process keeps the descriptor open. A record contains all other data for the next checkpoint. It is stored as
 `trace.json` in the workload's folder, or, for an arena without a name, in the memory of its program.
 
-A record is valid only if the processes, mappings and descriptors are the same as when it was stored, the program has
-not forked since, and the next checkpoint has the recorded image as its parent. Other operations that need the
+A record is valid only if the processes, mappings and descriptors are the same as when it was stored, and if the program
+has not forked since. The next checkpoint must have the recorded image as its parent. Other operations that need the
 workload's page tables (a migration, huge-page management) remove the trace with `forget`; so does `pageferry checkpoint
 --no-track`.
 """

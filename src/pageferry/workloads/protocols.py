@@ -161,8 +161,8 @@ class Migratable(Saveable, Protocol):
         even if the process that paused it exits.
 
         Before this call, the workload continues if that process exits. The destination passes a `record`. If the
-        process of the destination then exits and the workload survives, a guardian resumes the workload if the file
-        assigns it to this host, and otherwise ends it.
+        process of the destination then exits and the workload survives, a guardian reads the file. It resumes the
+        workload if the file assigns it to this host, and otherwise ends it.
         """
 
     @property

@@ -132,8 +132,8 @@ class Hello(Message, frozen=True):
     keep_large: bool
     """Whether the destination backs the units of `LargePages` by huge pages."""
     mode: Mode
-    """Migration mode. In all modes but `precopy`, post-copy streams follow the page streams and are numbered after
-    them: one for requests and their replies, and one per page stream for all other pages."""
+    """Migration mode. In all modes but `precopy`, post-copy streams are connected and numbered after the page streams.
+    The first is for requests and their replies; one per page stream is for all other pages."""
 
 
 class Welcome(Message, frozen=True):

@@ -1,8 +1,8 @@
 """User of the peer process of a connection on this host.
 
-Without certificates, the kernel authenticates a peer on the same host: with SO_PEERCRED on a Unix socket, and for TCP
-with sock_diag(7), which reports the owner of every socket of this network namespace. Only root, and users that may act
-for the workload anyway, can hand over or receive it.
+Without certificates, the kernel authenticates a peer on the same host. On a Unix socket, SO_PEERCRED reports its user.
+For TCP, sock_diag(7) reports the owner of every socket of this network namespace. Only root, and users that may act for
+the workload already, can hand over or receive it.
 """
 
 from __future__ import annotations

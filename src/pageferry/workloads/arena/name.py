@@ -1,7 +1,7 @@
 """Name of an arena on this host: its folder in the run directory, and the control socket in that folder.
 
 A name must not keep its arena alive. Therefore, the threads of the socket and the function registered with atexit have
-at most a weak reference to the arena, and an arena that is no longer referenced by its program is collected.
+at most a weak reference to the arena. An arena that its program no longer references is collected.
 """
 
 from __future__ import annotations

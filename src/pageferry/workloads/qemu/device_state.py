@@ -1,9 +1,9 @@
 """Device state of a QEMU guest: all state other than memory, saved and loaded by QEMU's own migration.
 
 With the capability `x-ignore-shared` QEMU omits memory in shared files from its migration stream. The remaining stream
-(CPUs, devices, ROMs, video memory: about 1 MiB) is sent through one end of a socket pair that is passed to QEMU
-(`getfd`), so that no failure leaves a file behind. Tested with QEMU 7.2, 10.0 and 11.1. Newer versions omit memory only
-if its file has a path, as pageferry's memory file does.
+(CPUs, devices, ROMs, video memory) is about 1 MiB long. QEMU sends it through one end of a socket pair, which is passed
+to QEMU with `getfd`, so that no failure leaves a file behind. Tested with QEMU 7.2, 10.0 and 11.1. Newer versions omit
+memory only if its file has a path, as pageferry's memory file does.
 
 The migration starts while the guest runs (`Saving`). QEMU sends ROMs and video memory, stops the vCPUs, and waits in
 the state `pre-switchover` until pageferry sends `migrate-continue`; then it writes the devices. This is the order of

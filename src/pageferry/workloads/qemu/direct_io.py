@@ -1,7 +1,7 @@
 """Direct I/O of QEMU guests: detects disks that use it, waits for their requests, and refuses devices that pin memory.
 
-The open files of QEMU show whether it uses direct I/O: files opened with O_DIRECT, block devices (their requests may be
-SG_IO), and files of file systems that bypass the page cache regardless of the flags. QEMU's `stop` waits for all
+The open files of QEMU show whether it uses direct I/O. This is assumed of files opened with O_DIRECT, of block devices
+(their requests may be SG_IO), and of files of file systems that may bypass the page cache. QEMU's `stop` waits for all
 requests (`bdrv_drain_all`), and cannot be cancelled. Therefore, the requests are polled first: if one does not
 complete, an error names the disk, and the guest keeps running.
 """

@@ -1,6 +1,6 @@
 """Devices, back ends and block drivers of QEMU with which a guest cannot be managed.
 
-In most cases, guest memory is written to without the page tables of the QEMU process: by a device of the host through
+Most of them cause writes to guest memory without the page tables of the QEMU process: by a device of the host through
 pinned pages, or by another process through a separate mapping. No write trace (S2) records such writes. The names are
 those of QEMU 7.2 to 11.1. A command line is checked before QEMU starts. A running QEMU is queried too, because devices
 can be added at any time, and the file of a disk can specify further drivers.
