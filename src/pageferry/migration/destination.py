@@ -258,7 +258,7 @@ class Destination:
         if isinstance(error, PeerRefused) or not promised:
             self._acknowledge(incoming)
         elif not isinstance(error, ConnectionLost):
-            # Reported, but not confirmed: the records are kept, so that a later receiver can report the decision again.
+            # Reported, but not confirmed: the records stay, so that a later receiver can report the decision again.
             self.acknowledged.set()
 
     def _acknowledge(self, incoming: Incoming) -> None:

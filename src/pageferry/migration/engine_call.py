@@ -77,7 +77,7 @@ def translate(error: OSError | ValueError) -> MigrationError | WorkloadError:
             return Cancelled("cancelled")
         case ConnectionError() | TimeoutError():
             # An errno marks an error of the kernel, whose text does not name the connection.
-            what = f"the page stream broke: {error.strerror}" if error.errno else str(error)
+            what = f"the page stream failed: {error.strerror}" if error.errno else str(error)
             return ConnectionLost(what)
         case PermissionError() if error.errno is None:
             return AuthenticationError(str(error))

@@ -78,8 +78,8 @@ class Verdict(Enum):
 
 
 KEPT = 30 * 24 * 3600.0
-"""Seconds for which the records of a migration are kept if the source has not acknowledged the decision. A source that
-sends Recover later receives `unknown`, which is always safe."""
+"""Seconds for which the records of a migration are retained if the source has not acknowledged the decision. A source
+that sends Recover later receives `unknown`, which is always safe."""
 
 
 class Verdicts:

@@ -30,7 +30,7 @@ from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.protocols import Migratable
 
 _reports: set[asyncio.Task[None]] = set()
-"""Tasks that send a report. They are kept here because the event loop has only weak references to its tasks."""
+"""Tasks that send a report. Referenced here, because the event loop has only weak references to its tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)

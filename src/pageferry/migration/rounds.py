@@ -115,8 +115,7 @@ class Rounds:
         )
 
     def end(self, sent: Round, after: Counters) -> None:
-        """Record the counters and the duration of a round that has ended. `after`: counters of the streams at its
-        end."""
+        """Record the counters and the duration of a completed round. `after`: counters of the streams at its end."""
         sent.transferred = after.since(sent.before)
         statistics = self._session.statistics
         statistics.transferred = statistics.transferred.plus(sent.transferred)

@@ -27,7 +27,7 @@ class SourceState(StrEnum):
     """The workload runs at the destination."""
     COMPLETED = "completed"
     FAILED = "failed"
-    """The migration has ended, and the source owns the workload."""
+    """The migration has failed or was cancelled, and the source owns the workload."""
 
 
 _FOLLOWS = {

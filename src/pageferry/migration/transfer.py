@@ -63,7 +63,7 @@ class Transfer:
         self._host = host
         self._state = DeviceState()
         self._preparing: asyncio.Task[None] | None = None
-        """Preparation for loading the state; None before the first round has ended."""
+        """Preparation for loading the state; None until the first round is complete."""
 
     async def run(self, late: Sequence[PageStream]) -> bytes:
         """Receive all messages up to StateEnd, and return the device state. `late`: post-copy streams.

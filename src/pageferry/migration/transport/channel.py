@@ -88,7 +88,7 @@ class Channel:
             async with asyncio.timeout(self.timeout):
                 await self._writer.drain()
         except (OSError, TimeoutError) as error:
-            raise await self._lost(f"the connection to the peer broke: {str(error) or type(error).__name__}") from error
+            raise await self._lost(f"connection to the peer failed: {str(error) or type(error).__name__}") from error
 
     async def receive(self, kind: type[M], within: float | None = None) -> M:
         """Return the next message, which must be of this kind and be received within `within` seconds (default:

@@ -154,8 +154,8 @@ class LargePages(Message, frozen=True):
 
 
 class Round(Message, frozen=True):
-    """Start of a round. Sent by the source; storage blocks follow on the page streams, ended by a barrier on each, and
-    the reply is RoundDone."""
+    """Start of a round. Sent by the source; storage blocks follow on the page streams, terminated by a barrier on each,
+    and the reply is RoundDone."""
 
     number: RoundNumber
     """Number of the round, counted from 1."""

@@ -351,7 +351,8 @@ async def _pieces(source: socket.socket) -> AsyncIterator[bytes]:
 
 
 async def _cancel(monitor: Monitor) -> None:
-    """Wait for at most `_CANCEL_TIMEOUT` seconds until QEMU has ended an outgoing migration whose connection is closed.
+    """Wait for at most `_CANCEL_TIMEOUT` seconds until QEMU has terminated an outgoing migration whose connection is
+    closed.
 
     The migration either fails at its next write, or waits in `pre-switchover` and is cancelled there. It is not
     cancelled earlier, because QEMU 7.2 waits forever if it is cancelled just before it enters that state.

@@ -385,8 +385,8 @@ class QemuWorkload:
         return Faults(*proc.thread_faults(self.pid, vcpus))
 
     def close(self) -> None:
-        """Release the guest. If this process has paused and not committed it, it is resumed; if it waits for a state,
-        it is ended."""
+        """Release the guest. A guest that this process has paused and not committed is resumed. A guest that waits for
+        a state is terminated."""
         for region in self._regions:
             os.close(region.fd)
         self._regions = ()
