@@ -1,5 +1,5 @@
 # All commands of a checkout. They need git, Python >= 3.11, cargo and the package registries. As root on Debian, apt-get
-# installs everything else; elsewhere missing programs are listed, and targets run without them where they can.
+# installs everything else. Elsewhere, targets list missing programs, and run without those that are optional.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -9,7 +9,7 @@ MAKEFLAGS += --no-builtin-rules
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTEST_ARGS ?=
-# Two processes more than cores: tests wait often, and some of them measure time.
+# Two more processes than cores, because tests often wait; not more, because some tests measure time.
 WORKERS ?= $(shell echo $$(($$(nproc) + 2)))
 PYTEST := scripts/pytest.sh $(PYTHON) $(WORKERS)
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Start two clones of a running guest from one image. They run at once, and load the image on demand. The image is
-# opened for reading only, and is in the page cache once.
+# Start two clones of a running guest from one image. They run at once, and load the image on demand. Both open the
+# image read-only, so it occupies the page cache only once.
 #
 #     examples/clones.sh qemu-system-x86_64 -accel kvm -m 1G ...
 #

@@ -1,4 +1,4 @@
-"""An index in memory, served on a socket, that one process hands to the next without failing a request.
+"""In-memory index, served on a socket and handed from one process to the next without a failed request.
 
     python examples/index_server.py serve /tmp/index.sock &     # fills the index and serves it
     python examples/index_server.py replace /tmp/index.sock     # a new process takes over, for example of a new release

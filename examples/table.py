@@ -1,4 +1,4 @@
-"""A table of numbers that outlives its program: checkpointed under writes, and reopened in milliseconds.
+"""Table of numbers that outlives its program: checkpointed during writes, and reopened in milliseconds.
 
     python examples/table.py fill table.img     # creates a table, and checkpoints it while a thread writes to it
     python examples/table.py open table.img     # reads from the table before most of it is loaded

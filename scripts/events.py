@@ -1,6 +1,6 @@
-"""Print the page Events of the documentation, made from the event types and their docstrings.
+"""Print the Events page of the documentation, generated from the event types and their docstrings.
 
-`make docs` adds it to the site (`scripts/generated_pages.py`).
+`make docs` adds the page to the site (`scripts/generated_pages.py`).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pageferry.report.events import LogEnd, LogHeader
 HEAD = f"""# Events
 
 With `--log FILE` each command writes its events to FILE as JSON lines. With `--output json` the same objects are
-written to stdout, without `at-ms`. `pageferry report FILE` draws a log. This page is made from the code.
+written to stdout, without `at-ms`. `pageferry report FILE` draws a log. This page is generated from the code.
 
 A log consists of a `log` line, events (in most cases with a result), and an `end` line. Each line has a `type` and
 `at-ms`, the milliseconds since the first line by a monotonic clock. If a log has no `end`, its command was killed or is
 still running; only the last line may be incomplete. Secret arguments and the command line of a guest are not recorded.
 
-The schema is number {SCHEMA}. Fields and types may be added at any time: ignore those that you do not know. The number
-increases if one is renamed or removed, or changes its meaning. Sizes are in bytes unless stated otherwise.
+The schema number is {SCHEMA}. Fields and types may be added at any time: ignore those that you do not know. The number
+increases if a field or type is renamed or removed, or changes its meaning. Sizes are in bytes unless stated otherwise.
 """
 
 
 def modules() -> None:
-    """Import all modules of pageferry, which defines all events."""
+    """Import all modules of pageferry, so that all event types are defined."""
     for module in pkgutil.walk_packages(pageferry.__path__, "pageferry."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)

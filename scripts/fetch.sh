@@ -4,8 +4,8 @@
 #   prometheus/usr/bin/prometheus    Prometheus (its package would start a service)
 #   qemu-10/bin/qemu-system-x86_64   QEMU 10, from the backports of this Debian release
 #   qemu-11/bin/qemu-system-x86_64   QEMU 11, from a newer release, with its loader and all libraries
-# apt-get uses separate sources and lists, so the lists of the machine need not be fresh and are not changed. Complete
-# results are moved into place.
+# apt-get uses separate sources and lists: those of the machine may be stale, and stay unchanged. Only complete results
+# are moved into place.
 set -eu
 
 cache=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -18,7 +18,7 @@ release=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
     exit 1
 }
 
-# Package mirror of this machine for its own release.
+# Print the package mirror that this machine uses for its own release.
 mirror() {
     apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' 2>/dev/null |
         awk -v release="$release" '$2 == release && !/security/ { print $1; exit }'

@@ -1,4 +1,4 @@
-"""Print functions of more than 40 lines in src/pageferry and benchmarks; `make lint` runs it.
+"""Print functions of more than 40 lines in src/pageferry and benchmarks; `make lint` runs this script.
 
 A function whose length is that of a table or a record states so in a comment on its first line or the line above::
 
@@ -19,11 +19,11 @@ MAX_LINES = 40
 REASON = "# over 40 lines: "
 
 LATER: set[str] = set()
-"""Files whose functions are to be divided."""
+"""Files with long functions that are tolerated until they are divided."""
 
 
 def long_functions(path: Path) -> Iterator[tuple[int, str, int]]:
-    """Yield first line, name and number of lines of each function of a file that is too long without a reason."""
+    """Yield first line, name and number of lines of each function that exceeds `MAX_LINES` without a stated reason."""
     text = path.read_text()
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):

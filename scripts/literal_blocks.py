@@ -1,4 +1,4 @@
-"""mkdocs extension that hides the `::` that announces an indented block in a docstring."""
+"""mkdocs extension that hides the `::` before indented blocks in docstrings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Write requirements.lock and requirements-source.lock: the version and hashes of each package for development and CI,
-# for Python 3.11 to 3.14. The second file lists packages that are built from source with the tools of the first.
-# Locked versions stay while pyproject.toml allows them; `scripts/lock.sh --upgrade` takes newer ones.
+# for Python 3.11 to 3.14. The second file lists packages that are built from source with the tools of the first. Locked
+# versions stay while pyproject.toml allows them; `scripts/lock.sh --upgrade` selects the newest ones.
 set -eu
 cd "$(dirname "$0")/.."
 tools=$(mktemp -d)

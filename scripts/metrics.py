@@ -1,6 +1,6 @@
-"""Print the page Metrics of the documentation, made from the list of metrics.
+"""Print the Metrics page of the documentation, generated from the list of metrics.
 
-`make docs` adds it to the site (`scripts/generated_pages.py`).
+`make docs` adds the page to the site (`scripts/generated_pages.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ encrypted, and any client may request them. The client library is an extra: `pip
 end with the command; for a command that takes milliseconds, use `--log`.
 
 Values come from the [events](events.md) of the command. A metric exists from the first event that contains it. Names do
-not change. This page is made from the code.
+not change. This page is generated from the code.
 
 | metric | kind | meaning | from |
 | --- | --- | --- | --- |

@@ -1,6 +1,6 @@
 """Print the build, runtime and development requirements of pyproject.toml, one per line: the input of `lock.sh`.
 
-`packages.py source` prints only the requirements without a wheel in the registry; otherwise these are left out.
+`packages.py source` prints only the packages of which the registry has no wheel; without `source`, these are left out.
 """
 
 import sys
@@ -11,7 +11,8 @@ SOURCE_ONLY = ("argparse-manpage",)
 
 
 def requirements(source: bool) -> list[str]:
-    """Return the requirements, those of the build first: only the packages of `SOURCE_ONLY`, or all others."""
+    """Return the requirements, those of the build first. `source`: select the packages of `SOURCE_ONLY`, instead of all
+    others."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     development = project["project"]["optional-dependencies"]["dev"]
     everything = [*project["build-system"]["requires"], *project["project"]["dependencies"], *development]

@@ -1,10 +1,10 @@
-"""Make the pictures of the documentation, in docs/pictures.
+"""Create the pictures of the documentation in docs/pictures.
 
     python scripts/pictures.py            write layers.svg and, from a run of the demo, demo.svg and report.png
     python scripts/pictures.py layers     write layers.svg only
 
-layers.svg shows the packages in the layers of the import contract in pyproject.toml. demo.svg is the terminal of
-`pageferry demo`, and report.png the upper part of its report; report.png requires Chromium.
+layers.svg shows the packages in the layers of the import contract in pyproject.toml. demo.svg shows a terminal with the
+output of `pageferry demo`. report.png shows the upper part of its report, and requires Chromium.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REPORT_SIZE = (960, 690)
 
 
 def terminal(command: str, output: str) -> str:
-    """Return an SVG of a terminal that shows a command after a prompt and its output."""
+    """Return an SVG of a terminal that shows a prompt with a command, and the output of the command."""
     lines = [
         f"$ {command}",
         *(part for line in output.splitlines() for part in textwrap.wrap(line, COLUMNS, subsequent_indent="  ")),

@@ -1,5 +1,5 @@
 #!/bin/sh
-# pytest.sh PYTHON WORKERS [ARGUMENT...]: run tests side by side, then those that must run alone. Print the slowest 20.
+# pytest.sh PYTHON WORKERS [ARGUMENT...]: run tests in parallel, then those that must run alone. Print the slowest 20.
 set -u
 python=$1
 workers=$2

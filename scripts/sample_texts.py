@@ -1,4 +1,4 @@
-"""Print a random sample of the texts of this project, to be judged by a reader.
+"""Print a random sample of the texts of this project, for a reader to judge.
 
     scripts/sample_texts.py [SEED] [COUNT]
 
@@ -34,7 +34,7 @@ _RUST = re.compile(r"^\s*(///|//!|//)(.*)$")
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text and its location."""
+    """Text and its location."""
 
     kind: str
     path: str
@@ -49,7 +49,7 @@ def tracked(*patterns: str) -> list[str]:
 
 
 def python_texts(path: str, source: str) -> Iterator[Text]:
-    """Yield docstrings (also of fields), error messages, help of options, and comments of a Python file."""
+    """Yield the docstrings (including those of fields), error messages, option help and comments of a Python file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield Text("docstring", path, node.lineno, textwrap.dedent(node.value.value).strip())

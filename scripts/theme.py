@@ -13,7 +13,7 @@ _HIGHLIGHTING = '<style id="hljs-light"></style><style id="hljs-dark"></style>'
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Set the function that makes anchors. mkdocs calls this function after it has read mkdocs.yml."""
+    """Set the function that creates anchors. mkdocs calls this hook after it has read mkdocs.yml."""
     config.mdx_configs.setdefault("toc", {})["slugify"] = anchor
     return config
 

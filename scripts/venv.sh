@@ -1,6 +1,6 @@
 #!/bin/sh
-# Create a virtual environment at $1 with the first Python >= 3.11 that supports it, and install cargo's linker if
-# missing.
+# Create a virtual environment at $1 with the first Python >= 3.11 that has the required modules. Install the linker
+# that cargo needs if it is missing.
 set -eu
 . "$(dirname "$0")/debian.sh"
 

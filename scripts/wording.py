@@ -4,7 +4,7 @@
     python scripts/wording.py --all      print all hits
     python scripts/wording.py --update   update the table, unless a count has grown
 
-The table, scripts/wording.json, holds the number of hits of each file. A count may only decrease: the test
+The table, scripts/wording.json, contains the number of hits of each file. A count may only decrease: the test
 `tests/unit/test_wording.py` fails if a file has more hits than the table allows.
 """
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_suffix(".json")
 
 GENERATED = ("packaging/", "benchmarks/results/", "CHANGELOG.md")
-"""Path prefixes that are not searched: generated files, and records of the past."""
+"""Path prefixes that are not searched: generated files, and the changelog of past releases."""
 THEMSELVES = ("scripts/wording.py", "CONTRIBUTING.md")
 
 PHRASES = {

@@ -2,7 +2,7 @@
 
 ::
 
-    arena = pageferry.Arena(1 << 30)                  # buffer for numpy and others, which can be migrated
+    arena = pageferry.Arena(1 << 30)                  # migratable buffer for numpy and others
     pageferry.migrate(arena, "127.0.0.1:7070")        # to a receiver, while the arena is in use
     arena = pageferry.receive("127.0.0.1:7070")       # at the destination
     pageferry.checkpoint(arena, "table.img")          # while the arena is in use

@@ -9,7 +9,7 @@
     ├── WorkloadError (10)          a workload cannot be managed, or did not respond as required
     │   ├── NoSuchWorkload (11)     no workload of this name is registered on this host
     │   ├── NameInUse (12)          a workload of this name is already registered
-    │   └── WorkloadDied (13)       the workload ended during the operation
+    │   └── WorkloadDied (13)       the workload exited during the operation
     ├── CheckpointError (30)        no image was written; the workload keeps running
     ├── ImageError (31)             an image is missing, damaged, incomplete or of an unsupported version
     ├── RestoreError (32)           a workload cannot be restored, or waits for contents that cannot be read
@@ -84,7 +84,7 @@ class NameInUse(WorkloadError):
 
 
 class WorkloadDied(WorkloadError):
-    """The workload ended during the operation."""
+    """The workload exited during the operation."""
 
     exit_code = 13
 
@@ -100,7 +100,7 @@ class MigrationError(PageferryError):
 
 
 class PeerRefused(MigrationError):
-    """The peer rejected the request; the message is the reason that it gave."""
+    """The peer rejected the request; the message contains the peer's reason."""
 
     exit_code = 21
 
@@ -154,7 +154,7 @@ class AuthenticationError(MigrationError):
 class PostcopyPaused(MigrationError):
     """The connection of a post-copy migration was lost before all pages had been sent.
 
-    The workload runs at the destination and waits at the first deferred page. The source keeps its pages, paused, until
+    The workload runs at the destination and waits at the first deferred page. The paused source retains its pages until
     a recovery has sent them.
     """
 

@@ -1,6 +1,6 @@
 """Events and results of operations, as typed records.
 
-Each package defines its records in a module `events`; the page Events of the documentation lists all of them. Fields
+Each package defines its records in a module `events`; the Events page of the documentation lists all of them. Fields
 can be added at any time. Renaming or removing a field, or changing its meaning, increments `SCHEMA`, so that old logs
 are not misread.
 """
@@ -24,7 +24,7 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Histogram of durations, microseconds."""
 
     bins: list[int]
-    """Bin k counts durations from 2^(k-1) us up to, but not including, 2^k us; bin 0 those below 1 us."""
+    """Bin k counts durations from 2^(k-1) us up to, but not including, 2^k us; bin 0 counts those below 1 us."""
     p50_us: float
     """Median, microseconds. Each percentile is the upper end of its bin, or the maximum if that is less."""
     p90_us: float
@@ -52,7 +52,7 @@ def percentile(bins: Sequence[int], part: float, longest: float) -> float:
 
 
 Listener = Callable[[Event], object]
-"""Callback for events, called where the operation runs (usually the event loop); must not block."""
+"""Callback for events. It is called in the thread of the operation, usually that of the event loop; must not block."""
 
 
 def ignore(_: Event) -> None:

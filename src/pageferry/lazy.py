@@ -1,4 +1,4 @@
-"""Lazy import of the names of a package on first use, so that using one part does not load the others."""
+"""Lazy import of a package's names on first use, so that the use of one part does not load the others."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from importlib import import_module
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` for a package. `homes`: for each name, the module that defines it, or the
-    submodule of this name."""
+    """Return `__getattr__` and `__dir__` for a package. `homes`: for each name, the module that defines it; for the
+    name of a submodule, that submodule."""
 
     def get(name: str) -> object:
         if name not in homes:

@@ -49,7 +49,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
     def check(self, name: str, value: object) -> Any:
-        """Return the value of the option `name` in its type. Raises UsageError."""
+        """Check a value of the option `name`, and return it converted to the option's type. Raises UsageError."""
         raise NotImplementedError
 
     def parse(self, text: str) -> Any:
@@ -129,7 +129,7 @@ class Rate(Kind, frozen=True):
 
 
 class Fraction(Kind, frozen=True):
-    """A fraction greater than 0 (with `zero`, also 0), or a text such as `5%`."""
+    """A fraction greater than 0, or a text such as `5%`. With `zero`, 0 is valid too."""
 
     placeholder = "FRACTION"
 

@@ -13,7 +13,7 @@ import re
 
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 without tab and line feed, DEL, C1
-    "\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # invisible, or of direction
+    "\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # invisible, or direction marks
     "\ud800-\udfff"  # bytes of a file name that are not UTF-8
     "\U000e0000-\U000e007f]"  # tags
 )
@@ -41,7 +41,7 @@ class PrintableFormatter(logging.Formatter):
     """Formatter of log records that escapes unsafe characters in the messages of all libraries."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the formatted and escaped message."""
+        """Return the formatted message, with unsafe characters escaped."""
         return message(super().format(record))
 
 

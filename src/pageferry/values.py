@@ -30,7 +30,7 @@ SIZE = "a number with K, M, G or T, such as 512M or 1.5G"
 FRACTION = "a percentage or a number up to 1, such as 5% or 0.05"
 
 
-# -- texts
+# -- parsers of texts
 
 
 def parse_duration(text: str, unit: float = 1.0) -> float:
@@ -62,7 +62,7 @@ def parse_fraction(text: str) -> float:
     return float(match[1]) / (100 if match[2] else 1)
 
 
-# -- values with a range
+# -- checks of values with a range
 
 
 def duration(name: str, value: object, least: float, most: float, unit: float = 1.0) -> float:
@@ -118,7 +118,7 @@ def count(name: str, value: object, least: int, most: int) -> int:
     return integer
 
 
-# -- other kinds
+# -- checks of other values
 
 
 def flag(name: str, value: object) -> bool:

@@ -87,7 +87,7 @@ def test_recover_request_for_an_unknown_migration_decides_nothing(there: Program
 
 
 def decided(migration: str) -> Verdicts:
-    """Record the commit of an earlier migration to this host whose pages have not all been received.
+    """Record an earlier migration to this host as committed, without its remaining pages.
 
     Return the decisions of this host.
     """

@@ -28,7 +28,7 @@ NOT_BEFORE = "state-sent ready recorded committed commit-sent answered promised 
 DECIDED = "answered commit-received decided resumed".split()
 """Fault points at which the destination has received Commit."""
 FATAL = ("source-agent", "destination-agent", "cut", "silence")
-"""Failures that end each migration that is not complete."""
+"""Failures that end a migration, unless it is complete."""
 SELECTION = [
     ("source-agent", "source.between-rounds"),
     ("source-agent", "source.committed"),
@@ -109,7 +109,7 @@ WORDS = {
     23: ("the ", "is still running on this host and can be migrated again"),
     26: ("no reply to the commit from", "to learn the outcome, run: pageferry migrate ledger --recover"),
 }
-"""Texts of the error message, by exit code: the failure, and what to do."""
+"""Texts of the error message, by exit code: the failure and the remedy."""
 
 
 def says_what_to_do(journey: Journey) -> None:

@@ -221,7 +221,7 @@ def test_source_resumes_if_the_destination_aborts_after_commit(here: Program, be
     moves(here, "there-again")
 
 
-# -- silence
+# -- peers that hang
 
 
 @pytest.mark.parametrize("point", ["in-round", "paused", "state-sent"])

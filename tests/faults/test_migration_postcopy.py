@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("root")
 BEFORE_COMMIT = "set-up in-round between-rounds paused missing-sent state-sent ready".split()
 """Fault points of the source in hybrid mode, before commit."""
 RECEIVING = "accepted in-round pager-begun state-received loaded promised".split()
+"""Fault points of the destination in hybrid mode, before it receives Commit."""
 MODE = ("--mode", "hybrid", "--max-downtime", "0")
 """Options for at least two rounds, followed by post-copy of all remaining pages."""
 
@@ -122,7 +123,7 @@ def test_destination_disconnected_in_postcopy_is_reconnected(here: Program, poin
         recovers(here, there)
 
 
-# Receiver whose ledger reads all of its memory before it is resumed. A hypervisor may read some of it.
+# Receiver whose ledger reads all of its memory before it is resumed. A hypervisor may read a part of guest memory then.
 READS_FIRST = """
 import sys
 from pageferry.cli.main import main

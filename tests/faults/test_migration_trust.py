@@ -380,7 +380,7 @@ def test_stream_token_is_bound_to_its_peer_and_valid_once(tmp_path: Path) -> Non
         assert there.wait() == 23
 
 
-# -- recovery
+# -- recovery with TLS
 
 
 def test_recovery_requires_tls_after_a_migration_with_tls(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_only_the_socket_of_a_dead_receiver_is_replaced(folder: Path) -> None:
         first = Reception(address)
         with pytest.raises(UsageError, match="another process listens there"):
             Reception(address)
-        first._listener.socket.close()  # as after a kill
+        first._listener.socket.close()  # as if the receiver had been killed
         first._task.cancel()
         second = Reception(address)
         await second.close()
@@ -218,7 +218,7 @@ def test_resolved_name_has_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unanswered_addresses_take_no_longer_than_the_timeout_together() -> None:
-    """Each address has a listener whose accept queue is full, so that it does not respond."""
+    """Each address has a listener whose accept queue is full, so it does not respond."""
 
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:

@@ -219,8 +219,8 @@ def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Fea
     ("probe", "detail", "remedy"),
     [
         ("dies", "the probe was killed by SIGSEGV", "the remedy"),
-        ("hangs_with_a_child", "the probe did not come back within 2 s", "the remedy"),
-        ("exits", "the probe ended without an answer", "the remedy"),
+        ("hangs_with_a_child", "the probe did not finish within 2 s", "the remedy"),
+        ("exits", "the probe exited without a result", "the remedy"),
         ("errs", "the probe itself failed: ZeroDivisionError: mistake", "the remedy"),
         ("refused", "/nowhere: No such file or directory (ENOENT)", "the remedy"),
         ("unavailable", "not here", "go elsewhere"),

@@ -369,7 +369,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 def test_reclaim_to_swap_needs_swap() -> None:
     if len(Path("/proc/swaps").read_text().splitlines()) > 1:
         pytest.skip("this host has swap")
-    with pytest.raises(UnsupportedError, match="this host has none"):
+    with pytest.raises(UnsupportedError, match="this host has no swap space"):
         check_swap()
 
 

@@ -38,12 +38,12 @@ IFF_UP = 0x1
 DEVICE, LOOPBACK = b"wan", b"lo"
 
 VNET_HEADER = 10
-"""Bytes of `struct virtio_net_hdr` before each packet; with it, the kernel passes TCP segments unsplit and without
-checksum.
+"""Size of `struct virtio_net_hdr`, which precedes each packet, bytes. With this header, the kernel passes TCP segments
+unsplit and without checksum.
 """
 MAX_PACKET = VNET_HEADER + (1 << 16)
 BATCH = 64
-"""Packets read from one device before the others are polled."""
+"""Maximum number of packets read from one device before the others are polled."""
 TCP = 6
 MAGICS = {b"PFCTRL1\n": "control", b"PFPAGE1\n": "pages"}
 
@@ -88,7 +88,7 @@ class Host:
     control: socket.socket
     """Socket for ioctls on the devices; a socket belongs to the namespace in which it was created."""
     free: float = 0.0
-    """Time at which the uplink has sent all queued packets."""
+    """Time at which the uplink will have sent all queued packets (`time.monotonic`)."""
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Carrier:
             heapq.heappush(self._under_way, (leaves + now.delay, next(self._order), receiver, packet))
 
     def _deliver(self) -> float | None:
-        """Deliver packets that are due. Return the seconds until the next is due, None if there is none."""
+        """Deliver packets that are due. Return the seconds until the next is due, None if no packet is queued."""
         while self._under_way:
             due = self._under_way[0][0] - time.monotonic()
             if due > 0:

@@ -31,16 +31,17 @@ POINTS = {
 }
 """Fault points that each migration with rounds reaches (docs/protocol.md)."""
 ROUNDS: dict[str, tuple[str, ...]] = {"source": ("between-rounds", "last-pages-sent"), "destination": ()}
+"""Fault points of `POINTS` that a post-copy migration, which has no rounds, does not reach."""
 LATE = {"source": ("missing-sent",), "destination": ("pager-begun",)}
 """Fault points that a post-copy migration reaches before Commit, instead of `ROUNDS`."""
 TIMEOUT = "3"
-"""Timeout of these migrations, seconds; longer than the pauses of processes on a busy machine."""
+"""Timeout of the migrations of these tests, seconds; longer than the scheduling delays of a busy machine."""
 BLIP = 0.3
 """Duration of a short silence, seconds; shorter than each timeout."""
 MAX_SECONDS = 120.0
 """Maximum duration of a migration, seconds."""
 ASKING = 8
-"""Maximum number of recovery requests. They fail while the process that can reply is starting or ending."""
+"""Maximum number of recovery requests. They fail while the process that can reply is starting or exiting."""
 
 
 def points(mode: str) -> list[str]:
@@ -119,7 +120,7 @@ class Journey:
         path = self._log / f"{who}.stderr"
         return path.read_text() if path.exists() else ""
 
-    # -- the operator's part
+    # -- recovery by the operator
 
     def settle(self) -> Owner:
         """Wait for the end of the migration, restore the link, and recover. Return the owner.
@@ -152,7 +153,7 @@ class Journey:
                         return owner or "none"
                     case 2:  # no pending recovery: the workload never left the source
                         return "source"
-                    case 11 | 13:  # no such workload: it was removed when the destination ran it, or it has died
+                    case 11 | 13:  # no such workload: it was removed after the switch-over, or it has exited
                         return "destination"
                     case 26 | 28 if not replaced and self.peer.process.poll() is not None:
                         answering.enter_context(self._stand_in())

@@ -96,7 +96,7 @@ def plan(seed: int, step: int, names: list[str]) -> Plan:
 
 
 def _options(dice: random.Random) -> list[str]:
-    """Return a random number of streams, and a random value of each option that has a fixed set of values."""
+    """Return options: a random number of streams, and a random value of each option with a fixed set of values."""
     words = ["--streams", str(dice.choice((1, 1, 2, 4))), "--max-downtime", "5000"]
     for name, kind in get_type_hints(Options).items():
         if get_origin(kind) is Literal:
@@ -242,7 +242,7 @@ def main() -> int:
             print(f"step {number} failed: {plan(seed, number, list(soak.travellers))}", file=sys.stderr)
             for command, said in sorted(soak.said().items()):
                 print(f"{command}: {said}", file=sys.stderr)
-            print(f"SOAK_SEED={seed} repeats the steps; everything is in {folder}", file=sys.stderr)
+            print(f"SOAK_SEED={seed} repeats the steps; the logs are in {folder}", file=sys.stderr)
             raise
     print(f"{number} migrations, nothing lost (seed {seed})")
     for (trouble, result), count in sorted(soak.results.items()):

@@ -49,7 +49,7 @@ class Peer:
         return peer
 
     def write(self, data: bytes) -> None:
-        # The other side may have closed the connection.
+        # The process under test may have closed the connection.
         with contextlib.suppress(ConnectionError):
             self.socket.sendall(data)
 
@@ -87,7 +87,7 @@ class Peer:
         return answer.reason
 
     def is_closed(self) -> bool:
-        """Wait until the other side closes the connection, and return True."""
+        """Wait until the process under test closes the connection, and return True."""
         try:
             while True:
                 self.hears()
@@ -282,7 +282,7 @@ IMPOSTORS: list[tuple[int, Callable[[Peer], None]]] = [
 
 
 def lives(peer: Peer) -> None:
-    """Send only Alive until the other side closes the connection."""
+    """Send only Alive until the process under test closes the connection."""
     peer.socket.settimeout(0.2)
     while True:
         peer.say(messages.Alive())

@@ -39,16 +39,16 @@ class Traveller(Protocol):
         """Record that the workload is on `host` now. A ledger checks that its previous process has lost no write."""
 
     def runs(self) -> None:
-        """Check that the workload makes progress and has found no wrong page."""
+        """Check that the workload makes progress and has found no incorrect page."""
 
     def verify(self) -> None:
-        """Check all memory of the workload. The check may end the workload."""
+        """Check all memory of the workload. The check may stop the workload."""
 
     def kill(self) -> None:
         """Kill the process that runs the workload with SIGKILL."""
 
     def end(self) -> None:
-        """End the workload on all hosts, also after a failed test."""
+        """Stop the workload on all hosts, even after a failed test."""
 
 
 T = TypeVar("T", bound=Traveller)
@@ -196,7 +196,8 @@ def ended(traveller: T) -> Iterator[T]:
 def inhabitants(host: Host) -> dict[int, str]:
     """Return the command lines of the processes of a host, by pid.
 
-    They have the run directory of the host in their environment. Zombies have no environment.
+    A process belongs to the host if its environment names the run directory of the host. Zombies are left out, because
+    they have no environment.
     """
     mark = b"PAGEFERRY_RUN_DIR=" + os.fsencode(str(host.run_directory)) + b"\0"
     found = {}

@@ -119,8 +119,8 @@ def test_qemu_reports_its_version_or_a_reason(tmp_path: Path) -> None:
     no_program.write_text("#!/nowhere/sh\n")
     assert asked(*(path.parent for path in (good, fails, silent, no_program))) == [
         Qemu(str(good), True, said, "7.2.22"),
-        Qemu(str(fails), False, "-version ended with 127: no libfoo.so"),
-        Qemu(str(silent), False, "-version ended with 0: no output"),
+        Qemu(str(fails), False, "-version exited with code 127: no libfoo.so"),
+        Qemu(str(silent), False, "-version exited with code 0: no output"),
         Qemu(str(no_program), False, "cannot be started: No such file or directory"),
     ]
 
@@ -128,7 +128,7 @@ def test_qemu_reports_its_version_or_a_reason(tmp_path: Path) -> None:
 def test_hanging_qemu_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qemus, "_DEADLINE", 0.1)
     hanging = program(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 1000")
-    assert asked(tmp_path) == [Qemu(str(hanging), False, "did not answer -version within 0.1 s")]
+    assert asked(tmp_path) == [Qemu(str(hanging), False, "did not reply to -version within 0.1 s")]
     if (pid := tmp_path / "pid").exists() and (text := pid.read_text()):
         assert not Path(f"/proc/{text.strip()}").exists()
 

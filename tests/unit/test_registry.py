@@ -118,7 +118,9 @@ def test_entry_of_another_namespace_is_kept_and_not_opened(registry: Registry) -
     folder.publish(other_namespace())
     folder.store("record.json", Note("kept"))
     assert registry.entries() == {"web": other_namespace()}
-    with pytest.raises(WorkloadError, match=f"started in another PID namespace.* remove {folder.path} if it has ended"):
+    with pytest.raises(
+        WorkloadError, match=f"started in another PID namespace.* remove {folder.path} if it has exited"
+    ):
         registry.lookup("web")
     with pytest.raises(NameInUse, match="started in another PID namespace"):
         registry.claim("web")

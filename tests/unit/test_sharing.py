@@ -30,7 +30,7 @@ RESULT = SharingResult(
     curve=[Point(number, number << 20, number << 18) for number in range(64)],
     scan=ScanReport(1 << 30, 500.0, 1, 1),
     threshold=64,
-    not_shareable=["pages of hugetlbfs cannot be broken"],
+    not_shareable=["pages of hugetlbfs cannot be split"],
 )
 
 

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent.parent
 def programs(tmp_path_factory: pytest.TempPathFactory, qemu_system: Path) -> Path:
     """Return a directory for PATH with `pageferry` and a QEMU that accepts the documentation's command line.
 
-    The program removes `...`, which stands for further options, and replaces KVM, which this host may lack, by TCG. The
-    guest is the payload, which boots in a tenth of a second.
+    This QEMU is a script that removes `...`, which stands for further options, and replaces KVM, which this host may
+    lack, by TCG. The guest is the payload, which boots in a tenth of a second.
     """
     if shutil.which("rustc") is None:
         pytest.skip("no rustc to build the guest with")

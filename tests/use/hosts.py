@@ -15,7 +15,7 @@ from pageferry.host.registry import Registry
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 100.0
-"""Maximum seconds for one command."""
+"""Timeout of one command, seconds."""
 GUEST = "qemu-system-x86_64 -m 1G -accel kvm ..."
 
 
@@ -79,7 +79,7 @@ class Host:
             assert done.returncode == 0, done.stderr
 
     def close(self) -> None:
-        """End all processes that were started on this host."""
+        """Terminate all processes that were started on this host, and kill its workloads."""
         for process in self.waiting:
             process.terminate()
             process.wait(timeout=30)

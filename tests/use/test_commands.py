@@ -23,7 +23,7 @@ from tests.use.hosts import ROOT, Host
 PAGES = ["README.md", "docs/guide/qemu.md", "docs/guide/python.md", "docs/guide/ram.md"]
 ANOTHER_HOST = "other host"
 OURS = {"make demo", "make test"}
-"""Commands in the pages that are not run here."""
+"""Commands in the pages that this test does not run."""
 VERBS = {"migrate", "checkpoint", "large-pages", "sharing", "peek"}
 """Verbs whose arguments are names of workloads that must exist."""
 NAME = re.compile(r"[a-z]+[0-9]*")
@@ -71,7 +71,7 @@ class Page:
 
     def program(self, text: str) -> None:
         """Run a Python program of the page. Start a receiver first if the program migrates."""
-        port = free_port()  # the receiver of a guest still listens on the other port
+        port = free_port()  # `self.port` may still be in use by the receiver of a guest
         text = text.replace("7070", str(port))
         file = self.here.work / "program.py"
         file.write_text(text)

@@ -47,7 +47,7 @@ def test_counters_are_saved_and_migrated_consistently(kind: str, hosts: tuple[Ho
 
 
 class Client(threading.Thread):
-    """Thread that requests entries of the index continuously, and records wrong answers."""
+    """Thread that requests entries of the index continuously, and records incorrect replies."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -18,8 +18,8 @@ from pageferry.workloads.target import Target, open_target_async
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Sample huge pages, once or (with `--watch`) until cancelled, and reclaim cold memory if requested. With `--undo`,
-    load reclaimed memory back instead."""
+    """Sample huge pages once, or with `--watch` until cancelled, and reclaim cold memory if requested. With `--undo`,
+    reload reclaimed memory instead."""
     if args.sharing and args.watch:
         raise UsageError("--sharing cannot be combined with --watch: remove one of them")
     if args.undo and (args.watch or args.reclaim):

@@ -81,7 +81,7 @@ def _help(option: Option, docstring: str, names: Collection[str]) -> str:
 
 
 def _default(option: Option) -> str | None:
-    """Return the text of the default value for the help; None for flags, and if the default is not to be printed."""
+    """Return the text of the default value for the help; None if the help prints no default, as for flags."""
     if option.default in (None, ()):
         return option.kind.unset
     return None if isinstance(option.kind, Flag) else option.kind.show(option.default)

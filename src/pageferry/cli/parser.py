@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": _checker, "allow_abbrev": False, **options})
         self.described = True
         """Whether help texts are needed. `pageferry.cli.options` reads them from source code, which takes longer than
-        to parse the arguments."""
+        parsing the arguments."""
 
     def format_help(self) -> str:
         """Return the help text, with colours if the output is a terminal."""
@@ -55,7 +55,7 @@ def _checker(prog: str) -> argparse.HelpFormatter:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line `words`, and return the arguments.
 
-    Raises SystemExit after it has printed the help, the version, a completion or a usage error.
+    Raises SystemExit after printing the help, the version, a completion or a usage error.
     """
     # The shared options have their defaults in the namespace: defaults in the parser of a verb would override options
     # that are given before the verb.
@@ -137,7 +137,7 @@ def _add_metrics(parser: argparse.ArgumentParser) -> None:
         help="serve Prometheus metrics at this address while the command runs",
     )
     group.add_argument(
-        "--metrics-insecure", action="store_true", help="allow addresses other than loopback for --metrics, unencrypted"
+        "--metrics-insecure", action="store_true", help="allow unencrypted --metrics on addresses other than loopback"
     )
 
 

@@ -33,8 +33,8 @@ log = getLogger(__name__)
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Receive a workload, and wait until it ends unless it is detached. With `--resume`, receive the remaining memory
-    of a guest that runs on this host."""
+    """Receive a workload, and unless `--detach` is given, wait until it exits. With `--resume`, receive the remaining
+    memory of a guest that runs on this host."""
     command = args.command
     ReceiveOptions(**given(args, ReceiveOptions))  # raises UsageError before any other work
     if (args.workload is not None) + bool(command) + args.resume != 1:
@@ -53,8 +53,8 @@ async def run(args: argparse.Namespace) -> int:
 
 
 def _address(args: argparse.Namespace) -> str:
-    """Return the address to listen on. By default, this is a Unix socket to which only this user and root can connect,
-    or with TLS or `--insecure` a free port of loopback."""
+    """Return the address to listen on. By default, this is a Unix socket to which only this user and root can connect.
+    With TLS or `--insecure`, it is a free port on the loopback interface."""
     if args.listen is not None:
         return str(args.listen)
     return "127.0.0.1:0" if args.tls or args.insecure else f"unix:{Registry().receiver_socket(args.name)}"
@@ -104,7 +104,7 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
                 return 0
             return await run_in_foreground(guest) or 0
     except BaseException:
-        if not destination.accepted:  # once it has accepted a source, the destination ends the guest
+        if not destination.accepted:  # once it has accepted a source, the destination stops the guest
             await asyncio.shield(guest.discard())
         raise
 

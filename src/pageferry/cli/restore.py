@@ -72,7 +72,7 @@ async def _run_in_foreground(
     finally:
         completion.cancel()
     if code:
-        raise WorkloadError(f"{args.name}: {args.command[0]} ended with exit code {code}; see its output for the cause")
+        raise WorkloadError(f"{args.name}: {args.command[0]} exited with code {code}; see its output for the cause")
     return 0
 
 

@@ -16,8 +16,8 @@ log = getLogger(__name__)
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Start the guest, and wait until it exits unless it is detached. Raises WorkloadError if the exit code of the
-    guest is not 0."""
+    """Start the guest, and unless `--detach` is given, wait until it exits. Raises WorkloadError if the exit code of
+    the guest is not 0."""
     if not args.command:
         raise UsageError("the command line of QEMU is missing: give NAME -- QEMU ARGS...")
     workload = await QemuWorkload.start(args.name, args.command, detach=args.detach, hugetlb=args.hugetlb)
@@ -28,5 +28,5 @@ async def run(args: argparse.Namespace) -> int:
         return 0
     log.info("%s: running as process %d", args.name, workload.pid)
     if code := await run_in_foreground(workload):
-        raise WorkloadError(f"{args.name}: {args.command[0]} ended with exit code {code}; see its output for the cause")
+        raise WorkloadError(f"{args.name}: {args.command[0]} exited with code {code}; see its output for the cause")
     return 0

@@ -18,7 +18,7 @@ from pageferry.sharing.options import Options
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Estimate what merging would free; with `--apply` merge, with `--undo` undo the merging."""
+    """Estimate how much memory merging would free. With `--apply`, merge; with `--undo`, undo the merging."""
     if args.undo and args.watch:
         raise UsageError("--undo cannot be combined with --watch: remove one of them")
     with open_reporter(args.output, lambda: report.SharingView()) as out:

@@ -13,8 +13,8 @@ class Interruption:
     """Context in which the first SIGINT or SIGTERM cancels the verb, so that it can undo its changes.
 
     The first signal cancels the task of a coroutine that `run` executes. At the second signal, its event loop raises
-    KeyboardInterrupt. At the third signal, KeyboardInterrupt is raised wherever the coroutine is. Synchronous code
-    receives KeyboardInterrupt at every signal.
+    KeyboardInterrupt. At the third signal, KeyboardInterrupt is raised at the current point of the coroutine.
+    Synchronous code receives KeyboardInterrupt at every signal.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Interruption:
             self.received = signal.Signals(number)
         if self._loop is None or self._loop.is_closed() or self._count > 2:
             # The interpreter discards an exception that is raised in a finalizer. With an event loop, the task is
-            # therefore cancelled first, and this exception is raised from the third signal on only.
+            # therefore cancelled first, and this exception is raised only from the third signal on.
             raise KeyboardInterrupt
         if self._cancel is not None:
             self._cancel()

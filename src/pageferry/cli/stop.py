@@ -21,7 +21,7 @@ async def run(args: argparse.Namespace) -> int:
     entry = registry.lookup(args.name)
     if isinstance(entry, Claim):
         raise NoSuchWorkload(
-            f"cannot stop {args.name}: process {entry.pid} is still starting it; wait, or end that process"
+            f"cannot stop {args.name}: process {entry.pid} is still starting it; wait, or terminate that process"
         )
     if isinstance(entry, QemuEntry) and not args.kill:
         await _quit(args.name, entry, registry)

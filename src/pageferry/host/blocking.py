@@ -143,7 +143,7 @@ class _Operation(Generic[T]):
             tracebacks.release(error)
             raise
         finally:
-            del ended, unheard  # a stored error keeps this frame alive
+            del ended, unheard  # a stored error would keep them alive through this frame
 
     def _cancel(self) -> None:
         with self._lock:
@@ -169,7 +169,7 @@ class _Operation(Generic[T]):
         if not self._done.done():
             self._done.set_result(None)
 
-    # -- in the other thread
+    # -- in the thread of the operation
 
     def run(self) -> None:
         """Run the work, and then the tasks that it has left on its loop."""

@@ -9,7 +9,7 @@ from pageferry.host import proc
 from pageferry.host.cpu_quota import Mount, mounts
 
 _V1 = {"memory", "name=systemd"}
-"""Relevant controllers of version 1: memory, for charging, and the systemd hierarchy, which ends sessions."""
+"""Hierarchies of version 1 to join: memory, which charges pages, and name=systemd, by which systemd ends sessions."""
 
 
 def join_groups_of(pid: int) -> list[str]:
@@ -32,7 +32,7 @@ def join_groups_of(pid: int) -> list[str]:
 
 
 def _group(mount: Mount, lines: list[bytes]) -> Path | None:
-    """Return the directory of a process's group in a hierarchy.
+    """Return the directory of a process's group in the hierarchy of `mount`. `lines`: /proc/PID/cgroup of the process.
 
     None if the hierarchy is irrelevant, or if the mount does not show the group.
     """

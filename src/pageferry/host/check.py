@@ -12,8 +12,10 @@ from pageferry.host.qemus import QemuSearch
 
 
 def check() -> Check:
-    """Run all probes, and return the results. This takes less than a second, or a few seconds if a probe blocks, and
-    forks (see `check_features`)."""
+    """Run all probes, and return the results. The call takes less than a second, or a few seconds if a probe blocks.
+
+    The restrictions of `check_features` on threads apply.
+    """
     with QemuSearch() as search:
         features = check_features()
         qemus = search.results()

@@ -9,12 +9,12 @@ from pathlib import Path
 from pageferry.host import proc
 
 BUDDYINFO = Path("/proc/buddyinfo")
-"""Number of free blocks by zone and order (proc(5))."""
+"""File with the number of free blocks by zone and order (proc(5))."""
 COMPACT = Path("/proc/sys/vm/compact_memory")
 """File that compacts all zones when root writes to it (Documentation/admin-guide/sysctl/vm.rst)."""
 
 _ORDER = 9
-"""Order of a block of 2 MiB in base pages."""
+"""Order of a 2 MiB block: 2^9 base pages."""
 _TIMEOUT = 2.0
 """Seconds to wait for compaction. On large hosts, compaction takes longer, and continues while the first huge pages are
 used."""

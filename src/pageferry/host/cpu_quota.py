@@ -121,7 +121,7 @@ def _group_of(pids: Sequence[int]) -> tuple[int, Path]:
     Raises WorkloadError if there is none."""
     found = {_place(pid) for pid in pids}
     if len(found) != 1:
-        raise WorkloadError("its processes are in different control groups; start them in one group")
+        raise WorkloadError("the processes are in different control groups; start them in one group")
     return found.pop()
 
 
@@ -140,7 +140,7 @@ def _place(pid: int) -> tuple[int, Path]:
             if mount.version == 1 or (group / "cpu.max").exists():
                 return mount.version, group
     raise WorkloadError(
-        "no visible control group with the cpu controller contains it; see `pageferry check`, cpu-quota"
+        f"no visible control group with the cpu controller contains process {pid}; see `pageferry check`, cpu-quota"
     )
 
 
@@ -148,7 +148,7 @@ def _alone(group: Path, pids: Sequence[int]) -> None:
     others = set(_read(group / "cgroup.procs").split()) - {str(pid) for pid in pids}
     if others:
         raise WorkloadError(
-            f"it shares the control group {group} with {len(others)} other processes; start it in a separate group"
+            f"the control group {group} contains {len(others)} other processes; start the workload in a separate group"
         )
 
 

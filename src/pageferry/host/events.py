@@ -19,6 +19,6 @@ class Check(Event, frozen=True, tag="check"):
     systems: list[SystemReport]
     qemu: list[Qemu]
     main_job: bool
-    """Whether live migration can run: of arenas, and of guests too if there is a QEMU."""
+    """Whether arenas can be migrated live, and guests too if this host has a usable QEMU."""
     reason: str | None
     """Reason why live migration cannot run, with a remedy; None if it can."""

@@ -32,5 +32,5 @@ def in_memory(descriptor: int) -> bool:
 
 
 def name_of(kind: int) -> str:
-    """Return the name of the file system with a magic number; for unknown ones, a text with the number."""
+    """Return the name of a file system type, given by its magic number; for an unknown type, a text with the number."""
     return _NAMES.get(kind, f"a file system of type {kind:#x}")

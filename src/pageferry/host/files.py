@@ -1,9 +1,9 @@
 """Opening and creation of files in directories in which other users may have planted files.
 
-A file to be read is first opened without side effects (O_PATH), checked, and opened again through that descriptor: a
-FIFO or a device in place of a file is rejected by name and never opened. A file to be written is a new one (unnamed, or
-with a random hidden name and O_EXCL), published by rename or link. A symbolic link, a FIFO or a file of another user at
-a predictable name is therefore neither followed nor written to.
+A reader first opens a file without side effects (O_PATH), checks its type, and opens it again through that descriptor.
+A FIFO or a device in place of a file is never opened; the error states its type. A writer creates a new file, unnamed
+or with a random hidden name and O_EXCL, and publishes it by rename or link. A symbolic link, a FIFO or a file of
+another user at a predictable name is therefore neither followed nor written to.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def new_file(
 def _unpublished(name: str, folder: int, mode: int) -> tuple[int, str | None]:
     """Create a locked file, unnamed or with a hidden name. Return the descriptor and the name (None if unnamed).
 
-    The lock shows that the writer runs.
+    The lock shows other writers that this writer is still running.
     """
     while True:
         temporary = None
@@ -179,7 +179,7 @@ def _publish(descriptor: int, name: str, temporary: str | None, folder: int, lin
 
 
 def _remove_left_over(name: str, folder: int) -> None:
-    """Remove hidden files that were to be published as `name` and whose writers have exited."""
+    """Remove hidden files whose writers have exited before they published the file as `name`."""
     pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}")
     for found in filter(pattern.fullmatch, os.listdir(folder)):
         with contextlib.suppress(OSError):  # already removed, or its writer runs
@@ -194,7 +194,7 @@ def _remove_left_over(name: str, folder: int) -> None:
 def check_private(folder: Path, remedy: str) -> None:
     """Reject a directory that other users own or can write to: they could plant sockets, records and links in it.
 
-    `remedy`: what the user can do, for the message. Raises UsageError, FileNotFoundError.
+    `remedy`: advice to the user, for the message. Raises UsageError, FileNotFoundError.
     """
     found = os.stat(folder)
     if not stat.S_ISDIR(found.st_mode):

@@ -1,8 +1,7 @@
 """Actions of this program before fork(2), and the number of its forks.
 
 A child has neither the pager threads nor the traces of its parent: before a fork, contents must be loaded and traces
-removed. Processes that only execute another program (subprocess, posix_spawn) are not forks in this sense: nothing is
-called.
+removed. The start of another program (subprocess, posix_spawn) is not a fork in this sense, and runs no actions.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ _count = 0
 
 
 def before_fork(owner: T, action: Callable[[T], object]) -> None:
-    """Call `action(owner)` before every fork, while `owner` exists and until `forget` is called. An owner has one
-    action.
+    """Call `action(owner)` before every fork, while `owner` exists and until `forget` is called. A later action of the
+    owner replaces it.
 
     `action` must not refer to the owner, which would keep it alive.
     """
@@ -48,7 +47,7 @@ def _before_fork() -> None:
         except Exception as error:
             failures.append(error)
     if failures:
-        raise ExceptionGroup("cannot prepare a fork", failures)
+        raise ExceptionGroup("cannot prepare for a fork", failures)
 
 
 os.register_at_fork(before=_before_fork)

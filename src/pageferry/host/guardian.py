@@ -47,8 +47,8 @@ class SendSignal(msgspec.Struct, frozen=True, tag_field="do", tag="signal"):
 
 
 class MonitorCommands(msgspec.Struct, frozen=True, tag_field="do", tag="qmp"):
-    """Action that cancels a running migration and executes QMP commands. If QEMU refuses a command, the next one
-    follows."""
+    """Action that cancels a running migration and executes QMP commands. A command that QEMU refuses does not prevent
+    the next ones."""
 
     socket: str
     commands: Sequence[dict[str, Any]]
@@ -70,7 +70,8 @@ class Guardian:
     """Running guardian, with an empty plan at first."""
 
     def __init__(self, purpose: str, descriptors: Sequence[int] = ()) -> None:
-        """Start the process. `purpose`: text for messages and for its command line. Raises OSError."""
+        """Start the process. `purpose`: text for messages and for its command line. `descriptors`: file descriptors
+        that it inherits. Raises OSError."""
         _running[:] = [process for process in _running if process.poll() is None]
         self._purpose = purpose
         self._process = start_python(

@@ -112,7 +112,8 @@ def _converse(path: str, commands: list[dict[str, Any]], deadline: float) -> Non
             _command(monitor, {"execute": "qmp_capabilities"})
             # The parent may have exited while it was saving the device state.
             while (status := _command(monitor, {"execute": "query-migrate"}).get("status")) in _MIGRATING:
-                # Not in the states before: QEMU 7.2 waits forever if it is cancelled just before `pre-switchover`.
+                # Do not cancel in an earlier state: QEMU 7.2 blocks forever after a cancel just before
+                # `pre-switchover`.
                 if status == "pre-switchover":
                     _command(monitor, {"execute": "migrate_cancel"})
                 time.sleep(0.01)

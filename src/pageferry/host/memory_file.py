@@ -69,7 +69,7 @@ def _fallback_file(size: int, refused: OSError) -> RamFile:
         )
     warning = (
         f"huge pages are disabled: cannot mount a tmpfs with huge=always: {refused.strerror}; guest memory is on "
-        f"{_FALLBACK}. Run pageferry as root"
+        f"{_FALLBACK}; run pageferry as root"
     )
     return RamFile(_nameless(_FALLBACK, None, size), warning)
 

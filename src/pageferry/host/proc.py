@@ -75,7 +75,7 @@ class Mapping:
         return printable(self.path)
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files of /proc ----------------------------------------------------------------------------------------------------
 
 
 def lines(text: bytes) -> list[bytes]:
@@ -108,7 +108,7 @@ def boot_id() -> str:
 
 
 def namespace() -> str | None:
-    """Return the namespaces that pids and start times refer to; None if /proc shows those of another PID namespace."""
+    """Return the namespaces that pids and start times refer to; None if /proc belongs to another PID namespace."""
     try:
         numbers = status(int(os.readlink("/proc/self")))[b"NSpid"]
     except FileNotFoundError:  # the file is not visible in this container
@@ -139,7 +139,9 @@ def is_alive(pid: int, started: int) -> bool:
 
 
 def thread_states(pid: int) -> list[str]:
-    """Return the states of the threads of a process (`R`, `S`, `T`, `Z`, ...). Raises WorkloadDied if it has exited."""
+    """Return the states of a process's threads (`R`, `S`, `T`, `Z`, ...). Raises WorkloadDied if the process has
+    exited.
+    """
     found = (_stat_fields(f"{pid}/task/{thread}") for thread in threads(pid))
     return [_state(fields) for fields in found if fields is not None]
 
@@ -167,7 +169,7 @@ def inner_threads(pid: int) -> dict[int, int]:
     """Return the threads of a process: id in the PID namespace of the process -> id in the namespace of /proc
     (`NSpid`).
 
-    Raises WorkloadDied if it has exited.
+    Raises WorkloadDied if the process has exited.
     """
     found = {}
     for thread in threads(pid):
@@ -182,7 +184,7 @@ def inner_threads(pid: int) -> dict[int, int]:
 def status(pid: int, thread: int | None = None) -> dict[bytes, list[bytes]]:
     """Return the fields of /proc/PID/status, or of the status file of one thread, by name.
 
-    Raises WorkloadDied if it has exited.
+    Raises WorkloadDied if the process or thread has exited.
     """
     found: dict[bytes, list[bytes]] = {}
     for line in lines(read(pid, "status" if thread is None else f"task/{thread}/status")):
@@ -211,7 +213,7 @@ def command(pid: int) -> str:
 
 
 def kernel_thread(name: bytes, pid: int) -> bool:
-    """Return whether `pid` is a kernel thread whose name begins with `name`; False for a process with such a name."""
+    """Return whether `pid` is a kernel thread whose name begins with `name`; False for a user process of that name."""
     fields = _stat_fields(f"{pid}")
     try:
         return fields is not None and bool(int(fields[6]) & _KERNEL_THREAD) and read(pid, "comm").startswith(name)
@@ -228,7 +230,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def thread_faults(pid: int, thread_ids: Iterable[int]) -> tuple[int, int]:
-    """Return the numbers of minor and major page faults of these threads of a process since their start.
+    """Return how many minor and major page faults these threads of a process have had since they started.
 
     Threads that have exited are not counted. Raises WorkloadDied if the process has exited.
     """
@@ -302,7 +304,7 @@ def open_mapped_file(pid: int, mapping: Mapping) -> int:
     OSErrors; WorkloadDied.
     """
     if not (mapping.shared and mapping.writable):
-        raise PermissionError(errno.EACCES, "the process cannot write to it through its mapping")
+        raise PermissionError(errno.EACCES, "the mapping of the process is private or read-only")
     for entry in _descriptors(pid):
         try:
             return _open_if_mapped(entry, mapping)
@@ -321,7 +323,7 @@ def _open_if_mapped(entry: str, mapping: Mapping) -> int:
     try:
         found = os.fstat(reference)
         if (found.st_dev, found.st_ino) != mapping.identity:
-            raise FileNotFoundError(errno.ENOENT, "the process has replaced it")
+            raise FileNotFoundError(errno.ENOENT, "the process has replaced the file")
         if not stat.S_ISREG(found.st_mode):
             raise NotInMemory(errno.EINVAL, "it is not a regular file")
         if not file_systems.in_memory(reference):
@@ -342,7 +344,7 @@ def _descriptors(pid: int) -> list[str]:
 
 
 def meminfo() -> dict[str, int]:
-    """Return the fields of /proc/meminfo that have a unit, by the kernel's names, bytes."""
+    """Return the fields of /proc/meminfo that have a unit, in bytes, by the kernel's names."""
     found = {}
     for line in lines(Path("/proc/meminfo").read_bytes()):
         name, _, rest = line.partition(b":")
@@ -352,6 +354,6 @@ def meminfo() -> dict[str, int]:
 
 
 def available() -> float:
-    """Return the fraction of the memory that is available without swapping, 0 to 1."""
+    """Return the fraction of this host's memory that is available without swapping, 0 to 1."""
     counts = meminfo()
     return counts["MemAvailable"] / counts["MemTotal"]

@@ -1,4 +1,4 @@
-"""Start of Python child processes, which only this module starts.
+"""Start of Python child processes. Only this module starts them.
 
 `python -m` puts the current directory first on `sys.path`: a child that is started in a directory of another user would
 import code from there. A child therefore runs isolated (`-I`: no current directory, no PYTHON* variables, no user

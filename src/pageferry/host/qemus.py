@@ -40,7 +40,7 @@ class QemuSearch:
         self._asked = [(path, _ask(path, "-version")) for path in find_qemus(search_path)]
 
     def results(self) -> list[Qemu]:
-        """Return the result of each binary, waiting a few seconds for each at most."""
+        """Return the result of each binary. Waits at most 3 seconds (`_DEADLINE`) for each."""
         return [_answer(path, asked) for path, asked in self._asked]
 
     def __enter__(self) -> Self:
@@ -116,9 +116,9 @@ def _answer(path: Path, asked: subprocess.Popen[str] | OSError) -> Qemu:
     try:
         said, _ = asked.communicate(timeout=_DEADLINE)
     except subprocess.TimeoutExpired:
-        return Qemu(str(path), False, f"did not answer -version within {_DEADLINE:g} s")
+        return Qemu(str(path), False, f"did not reply to -version within {_DEADLINE:g} s")
     line = next(iter(said.splitlines()), "")
     version = _VERSION.search(line)
     if asked.returncode != 0 or version is None:
-        return Qemu(str(path), False, f"-version ended with {asked.returncode}: {line or 'no output'}")
+        return Qemu(str(path), False, f"-version exited with code {asked.returncode}: {line or 'no output'}")
     return Qemu(str(path), True, line, version[1])

@@ -1,7 +1,7 @@
-"""Session of QEMU's machine protocol (QMP) that raises pageferry's errors.
+"""Sessions of the QEMU Machine Protocol (QMP), which raise pageferry's errors.
 
 A QMP socket serves one client at a time; other clients wait in its backlog without a greeting. Sessions are therefore
-opened late and closed early, and a client that waits too long gets an error with the reason.
+opened late and closed early. A session that receives no greeting in time fails with an error that states this reason.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ TIMEOUT = 10.0
 session in less time."""
 
 Command = dict[str, Any]
-"""QMP command as sent on the wire: `execute` and, if needed, `arguments`."""
+"""QMP command as sent on the wire: `execute` and, if the command has any, `arguments`."""
 
 _LOOK_AGAIN = 0.2
-"""Seconds between two checks whether QEMU has closed the connection, while a session waits for an event."""
+"""Interval at which a session that waits for an event checks whether QEMU has closed the connection, seconds."""
 
 
 class _Client(QMPClient):
     """QMP client whose connection can be closed without waiting, which the library does not support."""
 
     def expect_abandonment(self) -> None:
-        """Retrieve errors of the library's tasks, which asyncio would report otherwise. A call that such an error
-        interrupts raises it."""
+        """Retrieve the errors of the library's tasks, so that asyncio does not report them. A call that such an error
+        interrupts still raises it."""
         if self._bh_tasks is not None:
             self._bh_tasks.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
@@ -55,7 +55,7 @@ class _Client(QMPClient):
 
 
 class Monitor:
-    """Open QMP session, created by `open`; to be closed, or used as an asynchronous context manager."""
+    """Open QMP session, created by `open`. The caller closes it, or uses it as an asynchronous context manager."""
 
     def __init__(self, client: _Client, path: str, peer: Peer) -> None:
         self._client = client
@@ -97,7 +97,7 @@ class Monitor:
 
     @property
     def qemu_version(self) -> str:
-        """Return the version in QEMU's greeting, such as `10.0.2`; for display only, never to be compared."""
+        """Return the version in QEMU's greeting, such as `10.0.2`; for display, not for comparisons."""
         greeting = self._client.greeting
         assert greeting is not None
         numbers = cast("Mapping[str, int]", greeting.QMP.version["qemu"])
@@ -142,12 +142,12 @@ class Monitor:
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventListener]:
-        """Listen to these types of events during the block; read the events with `next_event`."""
+        """Listen for events of these types during the block; read them with `next_event`."""
         with self._client.listener(names) as listener:
             yield listener
 
     def listen(self, *names: str) -> EventListener:
-        """Return a listener to these types of events, which is active until the session ends."""
+        """Return a listener for events of these types. It is active until the session ends."""
         listener = EventListener(names)
         self._client.register_listener(listener)
         return listener
@@ -158,7 +158,7 @@ class Monitor:
         try:
             while not (await asyncio.wait({waiting}, timeout=_LOOK_AGAIN))[0]:
                 if self._client.runstate is not Runstate.RUNNING:
-                    raise WorkloadDied("QEMU went away")
+                    raise WorkloadDied("QEMU closed the monitor before it sent an expected event")
             return cast("dict[str, Any]", waiting.result().get("data", {}))
         finally:
             waiting.cancel()

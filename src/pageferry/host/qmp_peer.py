@@ -1,11 +1,12 @@
 """Process that serves a QMP socket, identified by the credentials of the socket.
 
 The monitor's own statements are not trusted. Any process can serve QMP on a socket and report threads of another
-process as its vCPUs; a command run by root would then open the memory of that other process and end it. The kernel
+process as its vCPUs; a command run by root would then open the memory of that other process and kill it. The kernel
 records the process and the user that called listen(2) (SO_PEERCRED, SO_PEERPIDFD). The guest's process must be that
 process, or one to which that process has passed the socket, as launchers do, and it must run as the user that called
-listen(2). A listener that is root may have dropped its privileges since (`-runas`). The vCPU threads must be threads of
-the guest's process, by their ids in the PID namespace of that process, because QEMU reports those ids.
+listen(2). If that user is root, the guest's process may run as any user, because QEMU can drop its privileges
+(`-runas`). The vCPU threads must be threads of the guest's process, by their ids in the PID namespace of that process,
+because QEMU reports those ids.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ durable records::
         └── log                 output of a detached QEMU
 
 A name is *claimed* by the process that is about to start the workload, and *published* when the workload exists. An
-entry is valid while its process runs, which is identified by pid and start time; both are valid in one PID namespace
-and until the next boot. The first command that finds the process to have exited removes the directory. Entries of other
-PID namespaces, whose state a command cannot determine, are left unchanged.
+entry is valid while its process runs. Pid and start time identify the process, within one PID namespace and one boot.
+The first command that finds that the process has exited removes the directory. Entries of other PID namespaces, whose
+state a command cannot determine, are left unchanged.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ MAX_SOCKET_PATH = 107
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ENTRY_FILE = "workload.json"
-_REMEDY = "set PAGEFERRY_RUN_DIR to a folder of your own"
+_REMEDY = "set PAGEFERRY_RUN_DIR to a directory that belongs to you"
 MAX_RECORD = 64 << 20
 """Maximum size of a record, bytes."""
 _STARTUP = 120.0
-"""Seconds within which a program listens on a socket that it has created."""
+"""Maximum time between the creation of a socket by a program and its call of listen(2), seconds."""
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -76,7 +76,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
 
     @property
     def kind(self) -> str:
-        """Return the kind of the workload, `qemu` or `arena`; `claim` before there is one."""
+        """Return the kind of the workload, `qemu` or `arena`; `claim` before the workload exists."""
         return str(self.__struct_config__.tag)
 
     @property
@@ -109,12 +109,12 @@ def identify(pid: int) -> dict[str, Any]:
             "cannot use /proc: it belongs to another PID namespace; mount proc(5) in the namespace of pageferry"
         )
     if started is None:
-        raise WorkloadDied(f"process {pid} has ended")
+        raise WorkloadDied(f"process {pid} has exited")
     return {"pid": pid, "started": started, "boot": proc.boot_id(), "namespace": namespace}
 
 
 class Claim(Entry, frozen=True, kw_only=True, tag="claim"):
-    """Name claimed by a process, until that process has started the workload and publishes its entry."""
+    """Claim of a process on a name, until that process has started the workload and publishes its entry."""
 
 
 class QemuEntry(Entry, frozen=True, kw_only=True, tag="qemu"):
@@ -204,8 +204,8 @@ class Folder:
         files.replace_file(self.path / file_name, msgspec.json.encode(record), synced=synced)
 
     def load(self, file_name: str, kind: type[Record]) -> Record | None:
-        """Return a durable record of this workload; None if there is none. Raises WorkloadError if it cannot be
-        read."""
+        """Return a durable record of this workload; None if it does not exist. Raises WorkloadError if it cannot be
+        decoded."""
         path = self.path / file_name
         try:
             return msgspec.json.decode(files.read_regular(path, MAX_RECORD, follow=False), type=kind)
@@ -299,9 +299,9 @@ class Registry:
         Folder(self, name).release()
 
     def _read_living(self, folder: Folder) -> AnyEntry | None:
-        """Return the entry of a workload that runs or may run; otherwise remove its directory.
+        """Return the entry of a workload that runs or may run; otherwise remove its directory and return None.
 
-        The lock must be held.
+        The caller holds the lock.
         """
         try:
             written = files.read_regular(folder.path / _ENTRY_FILE, MAX_RECORD, follow=False)
@@ -369,8 +369,8 @@ def check_name(name: str) -> None:
 
 def _unknown(folder: Folder, advice: str) -> str:
     return (
-        f"cannot tell whether {folder.name} still runs: it was started in another PID namespace, or by an older "
-        f"pageferry; {advice}, or remove {folder.path} if it has ended"
+        f"cannot determine whether {folder.name} is running: it was started in another PID namespace, or by an older "
+        f"pageferry; {advice}, or remove {folder.path} if it has exited"
     )
 
 

@@ -22,8 +22,8 @@ class Smap:
     counts: dict[str, int]
     """Sizes by the kernel's names, bytes: `Rss`, `Pss`, `Referenced`, `AnonHugePages`, `ShmemPmdMapped`, ..."""
     flags: frozenset[str]
-    """VmFlags: `uw` registered for write protection, `hg`/`nh` advised (not) to be huge, `mg` mergeable, `lo` locked.
-    """
+    """VmFlags: `uw` registered for write protection, `hg` and `nh` advised to use huge pages and not to use them, `mg`
+    mergeable, `lo` locked."""
 
     @property
     def large_mapped(self) -> int:
@@ -80,8 +80,8 @@ def total(pid: int, name: str) -> int:
 
 
 def spare_mappings(pid: int) -> int:
-    """Return the number of mappings that can be added to a process up to half of its limit. Raises the same errors as
-    `smaps`."""
+    """Return how many mappings a process can add before it reaches half of its limit (vm.max_map_count). Raises the
+    same errors as `smaps`."""
     return max(int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid)), 0)
 
 

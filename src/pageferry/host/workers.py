@@ -68,7 +68,7 @@ def _job(future: Future[T], call: Callable[[], T]) -> Callable[[], None]:
         try:
             result = context.run(call)
         except BaseException as error:
-            del call  # releases objects of the call before the caller continues: it may depend on that
+            del call  # releases objects of the call before the caller continues, which may depend on their release
             future.set_exception(error)
         else:
             del call

@@ -1,4 +1,4 @@
-"""Sampling and reclaim of huge pages (S3): measure their use, decide, and split those whose reclaim pays."""
+"""Sampling and reclaim of huge pages (S3): measure their use, and split and reclaim those that the policy selects."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def sample_async(
     elif options.reclaim == "store":
         await cold_store.prepare(target)
     if target.workload is not None:
-        await in_thread(persistent_trace.forget, target.workload)  # a persistent write trace would interfere
+        await in_thread(persistent_trace.forget, target.workload)  # its registration would prevent sampling
     tracker = Tracker(target)
     sampled = await _sample_all(tracker, options, policy or Threshold(), sharing or {}, listener)
     broken, reclaimed, store = await _reclaim(target, options, sampled)
@@ -100,8 +100,8 @@ async def _sample_all(
 async def _run_rounds(
     tracker: Tracker, candidates: Sequence[LargePage], options: Options, listener: Listener
 ) -> tuple[list[Activity], int, Limit | None]:
-    """Run the rounds. Return the activities, the number of rounds, and the limit of their size (None without a
-    limit)."""
+    """Run the rounds. Return the activities, the number of rounds, and the limit that made a round smaller (None if
+    none did)."""
     sampling = Sampling(options.sample, options.budget, options.seed)
     seen: list[Activity] = []
     done = 0

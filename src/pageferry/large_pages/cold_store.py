@@ -3,8 +3,8 @@
 Correctness follows from the order (see `to_store`). Pages are copied while the workload runs with write traces
 installed. The store is completed and synced. Then, in short pauses, pages that were not written since they were copied
 are evicted. Before any page is copied, a pause drains I/O in flight, which bypasses page tables and thus the traces.
-I/O that starts later marks its pages as written first. An evicted page is reloaded by a pager on demand, by a later
-checkpoint or migration (S8), or by `undo`.
+I/O that starts after this pause first marks its pages as written. A pager reloads an evicted page on demand, for a
+later checkpoint or migration (S8), or for `undo`.
 
 Only the huge pages that were split are registered for faults. All other huge pages keep their mapping, and can be
 sampled and reclaimed later. A later reclaim creates another image, with the previous image as its parent.
@@ -116,7 +116,7 @@ async def bring_back(target: Target) -> int:
     if target.workload is None:
         raise UsageError(f"cannot undo: {target.name} is not a managed workload, and has no store")
     folder = _folder(target.workload)
-    with folder.exclusively("the end of reclaim"):
+    with folder.exclusively("a reload from the store"):
         record = folder.load(records.RECORD, Deferred)
         status = await in_thread(client.status, folder)
         if record is None or record.cold is None or status is None:
@@ -131,8 +131,8 @@ async def bring_back(target: Target) -> int:
 def _check_descriptor(folder: Folder) -> None:
     if records.is_handed_out(folder):
         raise UnsupportedError(
-            f"cannot move memory of {folder.name} to a store: its program has taken the descriptor of its memory "
-            "(`fileno()`), and a mapping made with it would read zeros; use --reclaim swap"
+            f"cannot move memory of {folder.name} to a store: its program has obtained the descriptor of its "
+            "memory (`fileno()`), and a mapping created with it would read zeros; use `reclaim` swap"
         )
 
 
@@ -156,8 +156,8 @@ async def _record(folder: Folder) -> Deferred | None:
 
 
 def _remove_orphans(folder: Folder, record: Deferred | None) -> None:
-    """Remove the images of a reclaim that was killed before it evicted any page, and without a store also its
-    bitmap."""
+    """Remove the images of a reclaim that was killed before it evicted any page. Without a store, remove its bitmap
+    too."""
     if record is None:
         (folder.path / records.FLAGS).unlink(missing_ok=True)
     needed = {own.path for own in record.own} if record is not None else set()

@@ -24,8 +24,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     activity: int
     """Number of base pages accessed in the window, of 512."""
     touched: str | None
-    """Accessed base pages: 512 bits in hexadecimal, bit 0 for the first. None for private memory, for which only their
-    number is known."""
+    """Accessed base pages: 512 bits in hexadecimal, bit 0 for the first base page. None for private memory, for which
+    only the number of accessed base pages is known."""
     decision: Decision
 
 
@@ -38,7 +38,7 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """CPU time divided by the duration of the rounds, as a fraction of one CPU."""
     budget: float | None
     faults: int
-    """Number of page faults caused in the workload, of about 1 us each."""
+    """Number of page faults that sampling has caused in the workload, about 1 us each."""
     per_page_us: float
     """CPU time per sampled page, microseconds."""
 
@@ -76,7 +76,7 @@ class RegionActivity(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 class SampleEvent(Event, frozen=True, kw_only=True, tag="sample-round"):
-    """A round has ended, and the mappings that were split for it are restored."""
+    """A round has ended, and the mappings that it had split are restored."""
 
     round: int
     sampled: int

@@ -20,12 +20,12 @@ class Options:
     window: Annotated[float, Duration(1e-3, 60.0), "sampling"] = 0.2
     """Time during which accesses are counted, such as 200ms or 1s."""
     rounds: Annotated[int, Count(1, 1_000_000), "sampling"] = 5
-    """Maximum number of rounds, each with other samples."""
+    """Maximum number of rounds, each with different samples."""
     budget: Annotated[float | None, Fraction(zero=True), "sampling"] = 0.01
     """Limit for sampling, as a fraction of one CPU; the number of samples is reduced to stay below it; 0: unlimited."""
     reclaim: Annotated[Literal["store", "swap"] | None, "reclaiming"] = None
-    """Split the huge pages selected by the policy and move their cold base pages to swap, or (guests and arenas) to a
-    compressed store from which they are reloaded on demand."""
+    """Split the huge pages selected by the policy, and move their cold base pages to swap or, for guests and arenas, to
+    a compressed store from which they are reloaded on demand."""
     store: Annotated[
         Path | None,
         PathName(metavar="DIR", unset="that of the workload in the run directory, usually a tmpfs"),
@@ -35,7 +35,7 @@ class Options:
     codec: Annotated[Codec, "reclaiming"] = "lz4"
     """Compression of the store."""
     seed: Annotated[int | None, Count(0, 1 << 63), API_ONLY] = None
-    """Seed of the random choice of samples."""
+    """Seed of the random choice of samples; None for a different choice in each run."""
 
     def __post_init__(self) -> None:
         check(self)

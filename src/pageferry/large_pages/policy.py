@@ -8,8 +8,8 @@ from typing import Literal, Protocol
 from pageferry import values
 
 Decision = Literal["break", "keep", "restore"]
-"""Decision about a huge page. `break`: it is to be split, and its cold base pages are to be reclaimed. `keep`: it is
-not to be changed. `restore`: it is hot, and is to be huge again if it was split before."""
+"""Decision about a huge page. `break`: split it, and reclaim its cold base pages. `keep`: leave it unchanged.
+`restore`: leave it unchanged because it is hot."""
 
 
 @dataclass(frozen=True, slots=True)

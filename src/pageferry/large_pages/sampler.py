@@ -111,7 +111,7 @@ class Tracker:
     async def window(self, pages: Sequence[LargePage], seconds: float) -> list[Activity]:
         """Return the activity of pages in a window of `seconds`. No two pages of private memory may be adjacent.
 
-        Raises WorkloadDied if a process exits, WorkloadError if another process operates on its memory. All mappings
+        Raises WorkloadDied if a process exits, WorkloadError if another command operates on its memory. All mappings
         are restored in any case.
         """
         shared = [page for page in pages if page.area.kind == "shared"]
@@ -176,10 +176,11 @@ class Tracker:
         self.cpu += time.thread_time() - begin
 
     async def _counts(self, pages: list[LargePage], seconds: float) -> dict[LargePage, int]:
-        """Return the number of accesses in a window, for pages that have been split and cooled.
+        """Return the number of base pages accessed in a window, for huge pages whose mappings have been split and whose
+        accessed bits have been cleared.
 
         DAMON, if it runs, samples huge pages as a whole: it clears the accessed bits and marks the page as young, so
-        that the whole page counts as accessed. Pages with 512 accesses therefore get up to two more windows.
+        the whole page counts as accessed. Pages with 512 accesses therefore get up to two more windows.
         """
         counts = dict.fromkeys(pages, SLOTS)
         for _ in range(1 + AGAIN):
@@ -228,8 +229,8 @@ class Tracker:
         return found
 
     def _referenced(self, pages: list[LargePage]) -> dict[LargePage, int]:
-        """Return, by huge page, the number of base pages accessed since they were cooled. Each huge page is a separate
-        mapping during the window. A page that is not, because the workload has changed the mapping, counts as fully
+        """Return, by huge page, the number of base pages accessed since their accessed bits were cleared. Each huge
+        page is a separate mapping during the window. If the workload has changed this mapping, the page counts as fully
         accessed.
         """
         counts: dict[LargePage, int] = {}

@@ -22,8 +22,8 @@ mappings."""
 class Sampling:
     """Random samples, one per round, without repetition.
 
-    A round has at most `fraction` of all pages, and no more than `budget` (fraction of one CPU; None for no limit)
-    allows at the cost per page measured so far.
+    A round has at most `fraction` of all pages, and at most as many as `budget` allows at the cost per page measured so
+    far. `budget`: fraction of one CPU; None for no limit.
     """
 
     def __init__(self, fraction: float, budget: float | None, seed: int | None = None) -> None:
@@ -33,10 +33,10 @@ class Sampling:
         self._seen: set[LargePage] = set()
         self._cost: float | None = None
         self.limited_by: Limit | None = None
-        """Limit that has made a round smaller than `fraction` allows; None if there was none."""
+        """Limit that has made a round smaller than `fraction` allows; None if no round was smaller."""
 
     def choose(self, candidates: Sequence[LargePage], seconds: float) -> list[LargePage]:
-        """Return the pages of the next round, which takes about `seconds`; none if every page has been sampled."""
+        """Return the pages of the next round, which takes about `seconds`; an empty list if all have been sampled."""
         left = [page for page in candidates if page not in self._seen]
         if not left:
             return []
@@ -65,8 +65,8 @@ class Sampling:
 
     @staticmethod
     def _apart(pages: list[LargePage], count: int) -> list[LargePage]:
-        """Return the first `count` pages. Skip neighbours in private memory, because the kernel would merge them to one
-        mapping."""
+        """Return the first `count` pages. Skip neighbours in private memory, because the kernel would merge their
+        mappings."""
         chosen: list[LargePage] = []
         taken: set[tuple[int, int]] = set()
         for page in pages:

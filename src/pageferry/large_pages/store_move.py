@@ -31,7 +31,7 @@ from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.target import Target
 
 PAUSE = 0.01
-"""Target for the duration of the work in a pause, seconds, without pausing and resuming the workload."""
+"""Target duration of the work in a pause, seconds. The time to pause and to resume the workload is not included."""
 FIRST_BATCH = 4
 """Number of huge pages evicted in the first pause. The size of later batches is adapted to `PAUSE`."""
 COPIED_AT_A_TIME = 32
@@ -56,7 +56,7 @@ class Stored:
     length: int = 0
     """Length of the image, bytes."""
     equal: int = 0
-    """Number of base pages of the image that are stored as duplicates of another one."""
+    """Number of base pages of the image that are stored as duplicates of another page."""
     pauses: int = 0
     longest_pause: float = 0.0
     """Longest pause, seconds."""
@@ -83,8 +83,8 @@ class Move:
     async def drain(self) -> None:
         """Drain I/O that started before the traces were installed, because traces do not report its writes.
 
-        Pages that stay pinned, in buffers registered with io_uring, are kept in memory. A buffer that is registered
-        later is reported by the traces as written.
+        Pages that stay pinned, in buffers registered with io_uring, stay in memory. The traces report the pages of a
+        buffer that is registered later as written.
         """
         await self.workload.prepare_pause()
         begin = time.monotonic()
@@ -129,7 +129,7 @@ class Move:
         name = self.folder.name
         if parent is not None and len(parent.links) >= MAX_IMAGES:
             raise WorkloadError(
-                f"cannot move more memory of {name} to a store: it has {MAX_IMAGES} images; reload them with "
+                f"cannot move more memory of {name} to a store: the store has {MAX_IMAGES} images; reload it with "
                 "`undo` first"
             )
         earlier = parent.path.parent if parent is not None else self.folder.path
@@ -164,7 +164,7 @@ class Move:
     # -- evicting
 
     async def evict(self, image: ImageFile) -> None:
-        """Start a pager process that serves the workload, and evict the pages in the store, in short pauses.
+        """Start a pager process that serves the workload, and evict the copied pages in short pauses.
 
         The pager continues if this process is killed, so that the workload never waits for another pager.
         """
@@ -196,8 +196,9 @@ class Move:
     async def _evict_in_batches(self, pager: PagerProcess) -> None:
         """Evict pages, one batch per pause, except those written since they were copied.
 
-        The record of the store exists by now. A program that obtains the descriptor of its memory either finds the
-        record and has all pages reloaded, or this method finds its mark (`records.is_handed_out`) and stops.
+        The record of the store has been written before. If a program obtains the descriptor of its memory, either the
+        program finds the record and has all pages reloaded, or this method finds the program's mark
+        (`records.is_handed_out`) and stops.
         """
         numbers: defaultdict[Unit, list[int]] = defaultdict(list)
         for number, (unit, _) in enumerate(segments(self.workload, self.plan.units)):
@@ -236,7 +237,7 @@ class Move:
             done.pages += pager.evict(region, pages)
 
     def _keep_from_children(self, work: Deferred) -> None:
-        """Exclude memory in a store from children of the program. They have no pager, so that the memory would read as
+        """Exclude memory in a store from children of the program. They have no pager, so the memory would read as
         zeros."""
         assert work.cold is not None
         for region, parts in zip(self.workload.regions, work.cold, strict=True):
@@ -264,10 +265,10 @@ class Move:
             cold=[joined(sorted({*old, *new})) for old, new in zip(cold, added, strict=True)],
         )
 
-    # -- the end
+    # -- restoring huge-page mappings
 
     def restore_mappings(self) -> None:
-        """Map huge pages that were traced, but not split, as huge pages again.
+        """Map traced huge pages that were not split as huge pages again.
 
         Split pages must be left out. A page that was evicted completely is backed by a huge page again as soon as one
         of its base pages is reloaded. Mapping that huge page would show zeros for all other base pages, bypassing their

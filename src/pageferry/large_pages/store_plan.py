@@ -24,8 +24,8 @@ class Plan:
     cold: dict[Unit, list[tuple[int, int]]]
     """For each huge page, in order, the runs of its cold pages, as (first, end) in the region."""
     kept: list[PageSet]
-    """Cold pages, per region, that stay in memory because they are pinned, or were not present when they were to be
-    copied."""
+    """Cold pages, per region, that stay in memory because they are pinned, or were not present at the time of the copy.
+    """
     broken: set[Unit] = field(default_factory=set)
     """Huge pages of which at least one page was evicted."""
 
@@ -50,8 +50,8 @@ class Plan:
 
 
 def plan(target: Target, memory: Memory, idle: Sequence[Activity]) -> Plan:
-    """Select the shared huge pages with cold pages, and return their cold pages as a plan. Each huge page is assumed to
-    need two more mappings per process. Select at most as many as every process can map (`spare_mappings`)."""
+    """Select the shared huge pages with cold pages, and return their cold pages as a plan. A split huge page may
+    require two more mappings per process. Select at most as many as every process can map (`spare_mappings`)."""
     affordable = min((spare_mappings(pid) // 2 for pid in target.pids), default=0)
     cold: dict[Unit, list[tuple[int, int]]] = {}
     for activity in idle:

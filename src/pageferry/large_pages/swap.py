@@ -3,11 +3,11 @@
 MADV_COLD on one base page, applied with process_madvise(2), splits a huge page that no other process maps. The next
 step depends on the kind of memory:
 
-* Private memory: MADV_PAGEOUT on all of it. Which base pages are in use is unknown; they are swapped in when they are
-  accessed.
-* Shared memory: the split unmaps it, so the workload maps only the base pages that it accesses again. The cold ones are
-  mapped by this process and paged out from there. This works for pages that no other process maps, so a page that the
-  workload uses again stays.
+* Private memory: MADV_PAGEOUT on the whole huge page, because the base pages in use are unknown. The kernel swaps these
+  in on their next access.
+* Shared memory: the split unmaps it, so the workload maps only the base pages that it accesses again. This process maps
+  the cold base pages, and pages them out through its mapping. MADV_PAGEOUT skips pages that another process maps, so a
+  page that the workload uses again stays.
 
 The kernel swaps pages in on demand, so nothing depends on this process afterwards. khugepaged does not collapse a huge
 page of which more than `max_ptes_swap` (64 by default) base pages are in swap.
@@ -31,11 +31,11 @@ def check_swap() -> None:
     """Raise UnsupportedError if the host has no swap space, or no free swap space."""
     if len(proc.lines(Path("/proc/swaps").read_bytes())) < 2:
         raise UnsupportedError(
-            "cannot reclaim memory to swap: this host has none; add some with swapon(8), or remove `reclaim`"
+            "cannot reclaim memory to swap: this host has no swap space; add some with swapon(8), or remove `reclaim`"
         )
     if meminfo()["SwapFree"] < LARGE_PAGE:
         raise UnsupportedError(
-            "cannot reclaim memory to swap: it is full; add some with swapon(8), or remove `reclaim`"
+            "cannot reclaim memory to swap: the swap space is full; add some with swapon(8), or remove `reclaim`"
         )
 
 

@@ -1,6 +1,6 @@
 """Output of commands: results on stdout and progress on stderr, human-readable or as JSON.
 
-A view of the human-readable output is imported when it is used, because it imports rich.
+Each view of the human-readable output is imported on first use, because the views import rich.
 """
 
 from typing import TYPE_CHECKING

@@ -15,12 +15,12 @@ from pageferry.report.svg import WIDTH, Format, Frame, binary_ticks, chart, elem
 Points = Sequence[tuple[float, float]]
 
 MAX_LABELS = 9
-"""Maximum number of labels below an axis; a larger number would overlap."""
+"""Maximum number of labels below an axis; more labels would overlap."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Values of one name and one colour, one per group of columns."""
+    """Named series of values, one per group of columns, drawn in one colour."""
 
     name: str
     colour: int

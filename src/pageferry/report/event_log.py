@@ -129,7 +129,7 @@ class Line:
     """Event of a log."""
 
     at: float
-    """Milliseconds since the first line."""
+    """Time of the event, milliseconds since the first line."""
     tag: str
     """Type of the event (`type` in the file)."""
     fields: dict[str, Any]
@@ -151,7 +151,7 @@ class Log:
     end: LogEnd | None
     """Contents of the end line; None if the command was killed or is still running."""
     ended_at: float | None
-    """Milliseconds since the first line."""
+    """Time of the end line, milliseconds since the first line; None without an end line."""
     cut: bool
     """Whether the last line is incomplete."""
 
@@ -174,7 +174,7 @@ class Log:
             rows = files.read_regular(path, MAX_LENGTH).split(b"\n")
         except OSError as error:
             raise UsageError(f"cannot read the event log {path}: {error.strerror}") from error
-        # Text after the last line feed is an incomplete line; usually there is none.
+        # Text after the last line feed is an incomplete line, whose command was killed or is still running.
         cut = bool(rows.pop())
         if not rows or not rows[0].startswith(b'{"at-ms":'):
             raise UsageError(f"{path} is not an event log: use a file that a verb has written with --log FILE")

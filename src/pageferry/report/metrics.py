@@ -1,6 +1,6 @@
 """Prometheus metrics of a running command (`--metrics HOST:PORT`).
 
-The values are taken from the events of the command. `METRICS` lists all metrics; the page Metrics of the documentation
+The values are taken from the events of the command. `METRICS` lists all metrics; the Metrics page of the documentation
 is generated from this list.
 """
 
@@ -87,7 +87,12 @@ METRICS = (
     ),
     Metric("pageferry_checkpoint_saved_bytes", "gauge", "Memory saved so far.", ("checkpoint-progress",), "done", 4096),
     Metric(
-        "pageferry_checkpoint_present_bytes", "gauge", "Memory to be saved.", ("checkpoint-progress",), "total", 4096
+        "pageferry_checkpoint_present_bytes",
+        "gauge",
+        "Memory that the checkpoint saves.",
+        ("checkpoint-progress",),
+        "total",
+        4096,
     ),
     Metric(
         "pageferry_checkpoint_stored_bytes",
@@ -114,7 +119,7 @@ METRICS = (
     Metric(
         "pageferry_restore_deferred_bytes",
         "gauge",
-        "Deferred bytes.",
+        "Bytes not loaded from the image yet.",
         ("running", "restore-progress", "restore"),
         "deferred",
     ),
@@ -153,7 +158,7 @@ METRICS = (
     Metric(
         "pageferry_large_pages_idle_bytes",
         "gauge",
-        "Estimated bytes of huge pages that were not accessed in the window.",
+        "Estimated bytes in base pages of huge pages that were not accessed in the window.",
         ("large-pages",),
         "estimate.idle",
     ),
@@ -190,7 +195,7 @@ METRICS = (
     Metric(
         "pageferry_sharing_possible_bytes",
         "gauge",
-        "Bytes of these that can be freed on this host.",
+        "Reclaimable bytes that merging can free on this host.",
         ("sharing",),
         "possible",
     ),

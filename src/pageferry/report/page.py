@@ -63,7 +63,7 @@ def _run(run: Run, number: int) -> str:
     leads = "".join(_lead(fact) for fact in run.facts if fact.lead)
     rest = "".join(_fact(fact) for fact in run.facts if not fact.lead and fact.value is not None)
     figures = "".join(_figure(figure, number) for figure in run.figures)
-    nothing = "" if run.facts or run.figures else "<p>This log has no events that a chart is made from.</p>"
+    nothing = "" if run.facts or run.figures else "<p>This log contains no events for a chart.</p>"
     return (
         f'<article id="run-{number}">\n<header>{verb}'
         f'<h1>{escape(run.subject or header.verb)} <span class="badge {run.outcome}">{MARKS[run.outcome]}</span></h1>'

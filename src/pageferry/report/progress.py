@@ -1,4 +1,4 @@
-"""Progress record of a running command for `pageferry top`, made from its events (see `host.jobs`)."""
+"""Progress record of a running command for `pageferry top`, derived from its events (see `host.jobs`)."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Run:
 
     @property
     def message(self) -> str | None:
-        """Reason for which the command failed, or for which its log has no end line; None if it succeeded."""
+        """Reason why the command failed, or why its log has no end line; None if it succeeded."""
         end = self.log.end
         if end is None:
             return "The log has no end line: the command was killed or is still running."

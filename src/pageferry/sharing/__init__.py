@@ -1,9 +1,9 @@
-"""Duplicate pages inside huge pages (S9): scan, estimate, and share in those huge pages where it pays.
+"""Duplicate pages inside huge pages (S9): find them, estimate the gain, and share them where splitting pays off.
 
 ::
 
     estimate = pageferry.sharing.find(["pid:4711", "pid:4712"])    # changes nothing
-    result = pageferry.sharing.share(["pid:4711", "pid:4712"])     # splits huge pages where it pays
+    result = pageferry.sharing.share(["pid:4711", "pid:4712"])     # splits huge pages where it pays off
     pageferry.sharing.undo(["pid:4711", "pid:4712"])
 """
 

@@ -30,7 +30,7 @@ async def find_async(
 ) -> SharingResult:
     """Estimate how much memory sharing could free, within these targets (`NAME` or `pid:N`) and between them.
 
-    `threshold`: minimum number of shareable base pages for which splitting a huge page pays; None to derive it from the
+    `threshold`: minimum number of shareable base pages for which a huge page would be split; None to derive it from the
     available memory. Raises UsageError, and the same errors as `open_target` and `scan.look`.
     """
     _check(options, listener)
@@ -51,10 +51,10 @@ async def share_async(
     listener: Listener = ignore,
     **selection: Any,
 ) -> SharingResult:
-    """Scan the targets, then share duplicate pages in those huge pages where it pays.
+    """Scan the targets, then share duplicate pages in the huge pages that the policy selects.
 
-    Pages are shared between the targets because the caller has named all of them: a process that shares pages can infer
-    from the duration of its writes whether another has the same contents. `selection` are the fields of
+    Pages are shared only between targets that the caller has named: a process that shares pages can infer from the
+    duration of its writes whether another process has the same contents. `selection` are the fields of
     `pageferry.sharing.options.Selection`: threshold, max_large_pages, merge_with_others. `hot`: huge pages in use (S3),
     which are not split, as (number of the target, address or byte offset in its region). A restore in progress is
     completed first (S8). Raises the same errors as `find_async`, and UnsupportedError if KSM is required and cannot be
@@ -76,7 +76,7 @@ share = synchronous(share_async)
 async def _share(
     findings: Findings, selection: Selection, hot: Collection[tuple[int, int]], listener: Listener
 ) -> SharingResult:
-    """Share in the huge pages where it pays, and add the outcome to the estimate."""
+    """Share pages in the huge pages that the policy selects, and add the results to the estimate."""
     least = _threshold(selection.threshold)
     found = estimate.result(findings, least)
     chosen = policy.choose(findings.units, least, hot, selection.max_large_pages)
@@ -96,8 +96,8 @@ async def _share(
 
 
 async def undo_async(names: Sequence[str]) -> int:
-    """Undo sharing: copy merged pages, allow huge pages, and collapse to them. Return the number of bytes processed."""
-    async with _opened(names, "the end of sharing") as targets:
+    """Undo sharing: unmerge pages, allow huge pages, and collapse the ranges. Return the number of bytes processed."""
+    async with _opened(names, "the undoing of sharing") as targets:
         return sum([await in_thread(ranges.undo, target) for target in targets])
 
 
@@ -126,8 +126,8 @@ def _threshold(asked: int | None) -> int:
 
 @asynccontextmanager
 async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterator[list[Target]]:
-    """Open the targets. If `work` is given (the purpose, for messages), exclude other operations on managed
-    workloads."""
+    """Open the targets. With `work`, exclude other operations on managed workloads; its text is the purpose, for
+    messages."""
     names = values.texts("names", names)
     if len(set(names)) != len(names) or not names:
         raise UsageError("invalid workload names: expected at least one workload, and each only once")

@@ -27,7 +27,7 @@ from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.target import Area, Target
 
 PAUSE = 0.01
-"""Target for the duration of a pause in which zeros of files are punched out, seconds."""
+"""Target duration of a pause in which zeros of files are punched out, seconds."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class Applied:
 
 
 def check_possible(targets: Sequence[Target], merge_with_others: bool) -> None:
-    """Raise UnsupportedError, before anything is changed, if KSM would be needed and cannot be used."""
+    """Raise UnsupportedError, before anything is changed, if sharing requires KSM and KSM cannot be used."""
     if any(area.kind == "anon" for target in targets for area in target.areas):
         ksm.check_unused({pid for target in targets for pid in target.pids}, merge_with_others=merge_with_others)
 
@@ -116,7 +116,7 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
     if place.deferred is not None:  # the workload has a cold store
         assert place.region is not None
         waiting = place.deferred.flags, place.deferred.first_pages[place.region]
-    listener(ApplyEvent("giving zeros back", f"{len(left)} units of 2 MiB, in pauses of about {PAUSE * 1e3:.0f} ms"))
+    listener(ApplyEvent("punching out zeros", f"{len(left)} units of 2 MiB, in pauses of about {PAUSE * 1e3:.0f} ms"))
     before = os.fstat(mapping.fileno()).st_blocks
     while left:
         await workload.prepare_pause()
@@ -135,8 +135,8 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
 
 
 def _unpinned(workload: Migratable, place: Place, left: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the units without a buffer registered with io_uring: a device would write to a page that was punched
-    out."""
+    """Return the units without a buffer registered with io_uring: a device would continue to write to the old pages
+    after these were punched out."""
     assert place.region is not None
     counts = registered_buffers(workload.regions)[place.region].unit_counts()
     return [(start, length) for start, length in left if not counts[start // LARGE_PAGE]]

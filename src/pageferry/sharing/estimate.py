@@ -14,8 +14,8 @@ POINTS = 64
 
 
 def freed_by(findings: Findings, units: Sequence[Unit], *, possible: bool = True) -> list[int]:
-    """Return the number of bytes freed by sharing in the first 1, 2, 3... units. `possible`: whether only the contents
-    are shared that can be shared on this host."""
+    """Return the number of bytes freed by sharing in the first 1, 2, 3... units. `possible`: whether to count only
+    contents that can be shared on this host."""
     order = [unit.number for unit in units]
     pages_per_copy = ksm.pages_per_copy() if possible else _UNLIMITED
     return [pages * SMALL_PAGE for pages in findings.engine.curve(order, pages_per_copy, possible=possible)]
@@ -49,7 +49,7 @@ def result(findings: Findings, threshold: int) -> SharingResult:
 
 
 def _by_large_pages(units: Sequence[Unit], freed: Sequence[int]) -> list[int]:
-    """Return the number of bytes freed with 0, 1, 2... huge pages split, where units of base pages precede huge
+    """Return the number of bytes freed with 0, 1, 2... huge pages split. In `units`, units of base pages precede huge
     pages."""
     small = sum(not unit.large for unit in units)
     return [freed[small - 1] if small else 0, *freed[small:]]
@@ -69,19 +69,17 @@ def _limits(findings: Findings) -> list[str]:
     limits = []
     shared = [place for place in findings.places if not place.anonymous]
     if shared:
-        limits.append(
-            "of shared files only pages of zeros can be given back: the kernel merges (KSM) private memory alone"
-        )
+        limits.append("only zero pages of shared files can be freed: KSM merges private memory only")
     if any(_is_arena(place) for place in shared):
         limits.append(
-            "equal pages of an arena that are cold can be stored once: `pageferry large-pages NAME --reclaim store`"
+            "cold duplicate pages of an arena can be stored once: `pageferry large-pages NAME --reclaim store`"
         )
     if any(place.deferred is not None and not place.deferred.known for place in shared):
-        limits.append("what is in a cold store, or is still to come from another host, is not looked at")
+        limits.append("memory in a cold store, or deferred from another host, is not scanned")
     if any(place.target.workload is None for place in shared):
-        limits.append("shared files of a process that is no workload stay as they are: it cannot be paused")
+        limits.append("shared files of an unmanaged process stay unchanged: the process cannot be paused")
     if any(place.region is not None and place.target.regions[place.region].page_size > SMALL_PAGE for place in shared):
-        limits.append("pages of hugetlbfs cannot be broken")
+        limits.append("pages of hugetlbfs cannot be split")
     return limits + [reason for target in findings.targets for reason in target.skipped]
 
 

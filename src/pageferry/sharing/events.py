@@ -27,7 +27,7 @@ class Class(msgspec.Struct, frozen=True, rename="kebab"):
     """Pages of a class."""
 
     pages: int
-    """Number of base pages with duplicates; for class `zero`, of all base pages."""
+    """Number of base pages that have duplicates; for class `zero`, number of all zero pages."""
     reclaimable: int
     """Memory that sharing these pages would free, bytes."""
 
@@ -84,7 +84,7 @@ class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
     """Deferred memory of workloads that are being restored. It is scanned by the signatures in the image, and not
     loaded."""
     freed: int | None = None
-    """Memory freed, by the PSS of processes (anonymous memory) and the blocks of files."""
+    """Memory freed: decrease of the PSS of processes, for anonymous memory, and of the allocated blocks of files."""
     estimated: int | None = None
     """Estimate of the memory freed in the chosen huge pages."""
     large_pages_chosen: int | None = None

@@ -1,8 +1,8 @@
-"""Runs of the kernel's same-page merging (KSM) on chosen ranges: start, monitor, stop, restore its settings.
+"""Runs of kernel same-page merging (KSM) on chosen ranges: start, monitor and stop KSM, and restore its settings.
 
 See Documentation/admin-guide/mm/ksm.rst. Merged pages stay merged when KSM is stopped (`run` = 0). KSM is one service
-for the whole machine. Its use is refused if another process uses it, and a guardian process restores the settings if
-this process exits.
+for the whole machine. This module refuses to use it if another process does, and a guardian process restores the
+settings if this process exits.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_unused(pids: Collection[int], *, merge_with_others: bool = False) -> N
     """Raise UnsupportedError if KSM is missing, not permitted, or used by a process other than `pids`.
 
     Other processes may have offered memory to KSM while it is stopped (QEMU does so with private memory, unless run
-    with `mem-merge=off`); this memory would be merged with that of `pids`. `merge_with_others` allows it.
+    with `mem-merge=off`). KSM would merge this memory with that of `pids`. `merge_with_others` allows this.
     """
     if not os.access(FOLDER / "run", os.W_OK):
         raise UnsupportedError(
@@ -73,20 +73,21 @@ def check_unused(pids: Collection[int], *, merge_with_others: bool = False) -> N
         )
     if not Path("/proc/self/ksm_stat").exists() and int(_read("pages_shared")):
         raise UnsupportedError(
-            "cannot use KSM: it has merged pages already, and this kernel does not report of which processes"
+            "cannot use KSM: it has merged pages already, and this kernel does not report of which processes; run "
+            "`pageferry sharing` without --apply, or use Linux 6.1 or later"
         )
     others = [] if merge_with_others else [pid for pid in _users() if pid not in pids]
     if others:
         names = ", ".join(f"{pid} ({_command(pid)})" for pid in others[:4])
         raise UnsupportedError(
-            f"cannot use KSM: other processes have mergeable memory: {names}; name them too (pid:N), or set "
-            "`merge_with_others` to merge their pages with those of the workloads named"
+            f"cannot use KSM: other processes have mergeable memory: {names}; add them as pid:N, or set "
+            "`merge_with_others` to merge their pages with those of the given workloads"
         )
 
 
 async def run_once() -> Run:
-    """Run KSM until further scans merge hardly any pages, then stop it and restore its settings. Return the statistics.
-    Raises WorkloadError if the guardian does not start, or if the settings cannot be restored."""
+    """Run KSM until `QUIET_SCANS` or a limit of the run is reached, then stop it and restore its settings. Return the
+    statistics. Raises WorkloadError if the guardian does not start, or if the settings cannot be restored."""
     with _running():
         begin_cpu, deadline = _ksmd_seconds(), time.monotonic() + TIMEOUT
         first = last = int(_read("full_scans"))
@@ -130,7 +131,7 @@ def undo_order(switches: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def _chosen(text: str) -> str:
-    """Return `scan-time` for `none [scan-time]`."""
+    """Return the selected value of a setting: `scan-time` for `none [scan-time]`."""
     return text[text.index("[") + 1 : text.index("]")] if "[" in text else text
 
 
@@ -159,7 +160,7 @@ def _command(pid: int) -> str:
     try:
         return proc.command(pid)
     except (OSError, WorkloadDied):
-        return "gone"
+        return "exited"
 
 
 def _ksmd_seconds() -> float:

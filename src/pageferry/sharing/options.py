@@ -17,9 +17,9 @@ class Options:
     ] = None
     """Limit for the scan, as a fraction of one CPU, such as 5% or 0.05."""
     memory: Annotated[int, Size(1 << 20, 1 << 50), "scanning"] = 256 << 20
-    """Limit for the memory of the scan itself; beyond it, contents are sampled by their hash."""
+    """Limit for the memory of the scan itself; contents that exceed it are sampled by their hash."""
     every: Annotated[int, Count(1, 1 << 40), "scanning"] = 1
-    """Scan only every Nth unit of 2 MiB. A page whose duplicates are all in other units looks unique."""
+    """Scan only every Nth unit of 2 MiB. A page whose duplicates are all in skipped units counts as unique."""
     threads: Annotated[int, Count(0, 1024), "scanning"] = 0
     """Number of threads; 0: one per CPU."""
 

@@ -2,7 +2,7 @@
 
 Shared files are read through mappings in this process, anonymous memory with process_vm_readv(2). Pages that are not
 present are skipped, except those that a restore has deferred (S8): their signatures are known, and they are not loaded.
-The findings are hints: sharing compares the pages.
+The findings are hints: sharing compares the pages again.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Place:
     length: int
     mapping: Mapping | None = None
     deferred: DeferredPages | None = None
-    """Deferred contents of the target."""
+    """Deferred contents of the target; None for anonymous memory, and if there are none."""
 
     @property
     def anonymous(self) -> bool:
-        """Whether the memory is private, so that KSM can share it."""
+        """Whether the memory is private; KSM shares private memory only."""
         return self.area is not None
 
     def engine_piece(self) -> tuple[int, Mapping | Space, int, int]:
@@ -85,7 +85,7 @@ class Unit:
     """Offset in the region, or address in the process, bytes."""
     length: int
     large: bool
-    """Whether the unit was backed by a huge page when the scan began, or will be when nothing is deferred."""
+    """Whether the unit was backed by a huge page when the scan began, or will be when all of its pages are loaded."""
     present: int
     deferred: int
     """Number of deferred pages, whose signatures are known."""

@@ -13,8 +13,9 @@ WORKS_ON = "name"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.description = (
-        "Save a running workload to an image file. The workload is paused for milliseconds to save its state; its "
-        "memory as of that snapshot point is written while it keeps running. IMAGE appears only when it is complete."
+        "Save a running workload to an image file. The workload is paused for milliseconds to save its state. Its "
+        "memory as of this pause, the snapshot point, is written while the workload keeps running. The file IMAGE "
+        "exists only when it is complete."
     )
     parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`), or a process as pid:N")
     parser.add_argument("image", metavar="IMAGE", help="file to write; an existing file is replaced")

@@ -12,7 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the operations and their arguments."""
     operations = parser.add_subparsers(title="operations", dest="what", required=True, metavar="OPERATION")
     works = {
-        "info": "print the contents of an image by class of page",
+        "info": "print the metadata of an image, and its number of pages by class",
         "verify": "read and check every byte of an image and its parents; exit code 31 on damage",
         "diff": "compare two images; exit code 0 if they are identical, 1 if they differ",
         "flatten": "merge an incremental image and its parents into one image",

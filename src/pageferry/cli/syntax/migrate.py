@@ -16,8 +16,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Migrate a running workload to `pageferry receive` on another host. Memory is copied in rounds; each round "
         "sends the pages that were modified during the previous one. When few pages remain, the workload is paused, "
         "these pages and its state are sent, and it resumes at the destination. Any failure before that leaves it "
-        "running at the source. With --mode postcopy or hybrid, it resumes before all of its memory is sent, and "
-        "the remaining pages are fetched on demand. If the connection is lost then, it waits for --recover."
+        "running at the source. With --mode postcopy or hybrid, it resumes before all of its memory has been sent, and "
+        "fetches the remaining pages on demand. If the connection is lost in that phase, it waits for --recover."
     )
     parser.add_argument("name", metavar="NAME", help="workload to migrate (see `pageferry list`)")
     parser.add_argument("address", metavar="ADDRESS", nargs="?", help="address of the receiver: unix:PATH or HOST:PORT")
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--switch",
         action="store_true",
-        help="switch a running migration of NAME with --mode hybrid to post-copy now",
+        help="switch the running migration of NAME, started with --mode hybrid, to post-copy now",
     )
     _add_recovery(parser)
 

@@ -35,13 +35,15 @@ class ReceiveOptions(GuestOptions):
     timeout: Annotated[float, TIMEOUT] = Options().timeout
     """Fail when the peer has been silent for this time, such as 30s or 1m."""
     tls: Annotated[str | None, Text(metavar="DIR")] = None
-    """Use TLS 1.3, and require a certificate of the source; DIR contains ca-cert.pem, ca-crl.pem (optional),
+    """Use TLS 1.3, and require a certificate from the source; DIR contains ca-cert.pem, ca-crl.pem (optional),
     server-cert.pem and server-key.pem, as for QEMU."""
     allow: Annotated[
         tuple[str, ...],
         Texts(metavar="NAME", unset="all sources with a certificate of the authority in ca-cert.pem"),
     ] = ()
-    """With `tls`: authorise sources whose certificate has this common or alternative name; can be repeated."""
+    """With `tls`: authorise sources whose certificate has this common name or subject alternative name; can be
+    repeated.
+    """
     insecure: bool = False
     """Allow unencrypted connections to addresses other than loopback."""
 

@@ -28,8 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb; the command line of QEMU follows `--`."""
     parser.description = (
         "Start a QEMU guest that continues from the snapshot point of an image. It runs immediately; its memory is "
-        "loaded on demand and in the background. Without --detach it stays attached to the terminal, and Ctrl-C ends "
-        "it. The image is opened read-only, and must stay in place until `pageferry list` shows no deferred memory."
+        "loaded on demand and in the background. Without --detach, the guest stays attached to the terminal, and "
+        "Ctrl-C terminates it. The image is opened read-only, and must stay in place until `pageferry list` shows no "
+        "deferred memory."
     )
     parser.add_argument("name", metavar="NAME", help="name of the guest on this host")
     parser.add_argument("image", metavar="IMAGE", nargs="?", help="image file written by `pageferry checkpoint`")

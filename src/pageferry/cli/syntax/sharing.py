@@ -15,10 +15,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.description = (
         "Find base pages with duplicate contents: zero pages, pages of one pattern, and identical pages within "
-        "a workload and between the workloads named. Print the memory that merging them would free, as a function of "
-        "the number of huge pages that must be split. With --apply, split the huge pages that are worth it and merge: "
-        "KSM merges private memory of the chosen huge pages only; zero pages of the files of guests and arenas are "
-        "punched out. Workloads share pages with each other only if they are named together: see the note on side "
+        "a workload and between the given workloads. Print the memory that merging them would free, as a function of "
+        "the number of huge pages that must be split. With --apply, split the huge pages that reach --threshold, and "
+        "merge: KSM merges private memory of these huge pages only; zero pages of the files of guests and arenas are "
+        "punched out. Workloads share pages with each other only if they are given together: see the note on side "
         "channels in docs/systems/s9.md."
     )
     parser.add_argument(
@@ -43,19 +43,22 @@ def _add_selection(choosing: argparse._ArgumentGroup) -> None:
         "of the host's memory is available, falling to 16 at one tenth)",
     )
     choosing.add_argument(
-        "--max-large-pages", type=integer, metavar="N", help="split at most N huge pages, those with most duplicates"
+        "--max-large-pages",
+        type=integer,
+        metavar="N",
+        help="split at most N huge pages, those with the most duplicates",
     )
     choosing.add_argument(
         "--break-hot",
         action="store_true",
         help="also split huge pages that are in use; by default, --apply samples the activity first (as `pageferry "
-        "large-pages` does) and leaves those intact",
+        "large-pages` does), and leaves huge pages in use intact",
     )
     choosing.add_argument(
         "--merge-with-others",
         action="store_true",
-        help="use KSM even if other processes have mergeable memory (as QEMU has without mem-merge=off), which is then "
-        "merged with that of the workloads named",
+        help="use KSM even if other processes have mergeable memory (as QEMU has without mem-merge=off); KSM then "
+        "merges it with that of the given workloads",
     )
 
 

@@ -10,9 +10,9 @@ from pageferry.cli.arguments import seconds
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.description = (
-        "Show the workloads of this host: the memory that their processes map, its share on huge pages, the deferred "
-        "memory, and the running operations with their progress. No memory is traced for this and no workload is "
-        "interrupted; the dirty rate is shown while a migration measures it."
+        "Show the workloads of this host: the memory that their processes map, the fraction of it on huge pages, the "
+        "deferred memory, and the running operations with their progress. The command neither traces memory nor "
+        "interrupts a workload; it shows the dirty rate while a migration measures it."
     )
     parser.add_argument(
         "--interval",

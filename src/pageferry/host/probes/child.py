@@ -31,7 +31,7 @@ class Unavailable(Exception):
         super().__init__(reason)
         self.reason = reason
         self.remedy = remedy
-        """Remedy that replaces the remedies in the table of probes; None for those in the table."""
+        """Remedy that takes precedence over the table of probes; None to use the remedies of the table."""
         self.error = error
         """Errno of the failed operation; None if there is none."""
 
@@ -55,7 +55,7 @@ class Outcome(msgspec.Struct, frozen=True):
 class _Child:
     pid: int
     result: int
-    """Reading end of the pipe for the outcome, which is far smaller than the capacity of the pipe."""
+    """Read end of the pipe for the outcome, which is far smaller than the capacity of the pipe."""
     leads_group: bool
 
     def exited(self) -> bool:
@@ -77,7 +77,7 @@ class _Child:
         os.set_blocking(self.result, False)
         try:
             answer = os.read(self.result, 1 << 16)
-        except BlockingIOError:  # nothing was written; a process of the group has the other end open
+        except BlockingIOError:  # nothing was written; a process of the group has the write end open
             answer = b""
         finally:
             os.close(self.result)
@@ -87,7 +87,7 @@ class _Child:
 
 
 def run_all(works: Sequence[Callable[[], str]], deadline: float = DEADLINE, *, groups: bool = True) -> list[Outcome]:
-    """Run functions in children, in parallel. Return results and failures in the same order.
+    """Run functions in children, in parallel. Return results and failures in the order of `works`.
 
     `deadline`: limit for all of them together, seconds. Without `groups`, the children stay in the caller's process
     group. This is for children of a probe, which end with the probe.
@@ -95,7 +95,7 @@ def run_all(works: Sequence[Callable[[], str]], deadline: float = DEADLINE, *, g
     children: list[_Child] = []
     try:
         for work in works:
-            children.append(_start(work, groups))  # noqa: PERF401  # the handler below ends it if the next start fails
+            children.append(_start(work, groups))  # noqa: PERF401  # the handler kills it if a later start fails
         end = time.monotonic() + deadline
         while time.monotonic() < end and not all(child.exited() for child in children):
             time.sleep(_POLL)
@@ -130,14 +130,14 @@ def _start(work: Callable[[], str], groups: bool) -> _Child:
             os._exit(0)
     os.close(writing)
     if groups:
-        # The child does the same. Both do it, so that the group exists before the parent may have to kill it.
+        # Parent and child both call setpgid(2), so that the group exists before the parent may have to kill it.
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
     return _Child(pid, reading, groups)
 
 
 def _settle(group: bool) -> None:
-    """Detach a fork from its parent: signals, terminal, core dumps."""
+    """Detach a fork from its parent: signal handlers, process group if `group`, core dumps and standard streams."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     if group:
@@ -164,10 +164,10 @@ def _reap(pid: int) -> int | None:
 
 def _how_it_ended(in_time: bool, status: int | None, deadline: float) -> str:
     if not in_time:
-        return f"the probe did not come back within {deadline:g} s"
+        return f"the probe did not finish within {deadline:g} s"
     if status is not None and os.WIFSIGNALED(status):
         return f"the probe was killed by {signal.Signals(os.WTERMSIG(status)).name}"
-    return "the probe ended without an answer"
+    return "the probe exited without a result"
 
 
 def _reason(error: OSError) -> str:

@@ -31,7 +31,7 @@ FEATURES = (
 """Features of userfaultfd, by bit number."""
 
 DEVICE = "/dev/userfaultfd"
-"""Device that provides a userfaultfd for all faults to each user that may open it."""
+"""Device through which any user with access to it can create a userfaultfd for kernel and user-mode faults."""
 
 MISSING, WP, MINOR = 1, 2, 4
 """Modes of a registration with a userfaultfd."""
@@ -133,8 +133,8 @@ class Userfault:
     """Userfaultfd of this process with the given features."""
 
     def __init__(self, *features: str, user_mode_only: bool | None = None) -> None:
-        """Create the userfaultfd. `user_mode_only`: whether it handles only faults of user mode; None if it does so
-        only when the other mode is denied, as in the engine."""
+        """Create the userfaultfd. `user_mode_only`: whether it handles user-mode faults only; None to handle kernel
+        faults too unless the kernel denies them, as in the engine."""
         self.user_mode_only = bool(user_mode_only)
         self.by_device = False
         """Whether the userfaultfd was created through `DEVICE`, because the system call is denied."""
@@ -193,7 +193,7 @@ class Userfault:
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         if not poll.poll(_FAULT_TIMEOUT_MS):
-            raise Unavailable("an access that should have been trapped was not")
+            raise Unavailable("the kernel did not report the fault")
         event, _, _, _, flags, address, _ = struct.unpack("=BBHIQQQ", os.read(self.fd, 32))
         if event != _EVENT_PAGEFAULT:
             raise Unavailable(f"the kernel reported event {event:#x} instead of a fault")

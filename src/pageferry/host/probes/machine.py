@@ -79,8 +79,8 @@ def _cpu_quota() -> str:
 
 
 _KVM_REMEDY = {
-    errno.ENOENT: "load kvm_intel or kvm_amd; in a virtual machine, enable nested virtualisation; or guests use TCG",
-    errno.ENODEV: "enable virtualisation in the firmware, or nested virtualisation on the host; or guests use TCG",
+    errno.ENOENT: "load kvm_intel or kvm_amd; in a virtual machine, enable nested virtualisation; else guests use TCG",
+    errno.ENODEV: "enable virtualisation in the firmware, or nested virtualisation on the host; else guests use TCG",
     errno.EACCES: "give this user access to /dev/kvm (on Debian: usermod -aG kvm USER), or run as root",
     errno.EPERM: "allow /dev/kvm in this container's device rules",
 }
@@ -91,7 +91,7 @@ PROBES = (
     Probe(
         "kvm-pre-fault-memory",
         _kvm_pre_fault,
-        newer_kernel("6.11", "CONFIG_KVM, EPT or NPT; a refinement of S1 and S5, not needed"),
+        newer_kernel("6.11", "CONFIG_KVM, EPT or NPT; optional for S1 and S5"),
         _KVM_REMEDY,
     ),
     Probe(

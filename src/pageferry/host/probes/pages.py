@@ -18,7 +18,7 @@ from pageferry.host.probes.probe import AS_ROOT, Probe, newer_kernel, unknown_to
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 HUGETLB = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
-_COMPACT = "make room for a large page: free memory, and write 1 to /proc/sys/vm/compact_memory as root"
+_COMPACT = "make a huge page available: free memory, and write 1 to /proc/sys/vm/compact_memory as root"
 _THP = newer_kernel("6.1", "CONFIG_TRANSPARENT_HUGEPAGE")
 
 
@@ -43,9 +43,9 @@ def _pagemap_scan() -> str:
     found = kernel.present(page[0], page[16] - page[0])
     expect(
         found == [(page[3], page[5]), (page[11], page[12])],
-        f"of {page[0]:#x}, pages 3, 4 and 11 were touched; the scan saw {[(hex(a), hex(b)) for a, b in found]}",
+        f"pages 3, 4 and 11 at {page[0]:#x} were written; the scan found {[(hex(a), hex(b)) for a, b in found]}",
     )
-    return "three touched pages found, and nothing else"
+    return "three written pages found, and no others"
 
 
 def _populate() -> str:
@@ -61,9 +61,9 @@ def _collapse() -> str:
     memory = shared_memory()
     _engine.write_memory(memory.address, b"kept")
     _engine.Space().collapse(memory.address, LARGE_PAGE)
-    expect(memory.large_units() == [True], "the call succeeded, and left small pages")
-    expect(_engine.read_memory(memory.address, 4) == b"kept", "content was lost")
-    return "small pages of a memfd became a large page"
+    expect(memory.large_units() == [True], "the call succeeded, but left base pages")
+    expect(_engine.read_memory(memory.address, 4) == b"kept", "the contents were lost")
+    return "base pages of a memfd collapsed into a huge page"
 
 
 def _large_tmpfs() -> str:
@@ -77,8 +77,8 @@ def _large_tmpfs() -> str:
             raise Unavailable(
                 f"{THP}/shmem_enabled is set to deny", remedy=f"write never to {THP}/shmem_enabled, as root"
             )
-        raise Unavailable("the first touch gave a small page", remedy=_COMPACT)
-    return "large pages at first touch, mounted nowhere"
+        raise Unavailable("the first access allocated a base page", remedy=_COMPACT)
+    return "huge pages at first access, in a detached mount"
 
 
 def _anonymous_large_page() -> Anonymous:
@@ -89,16 +89,16 @@ def _anonymous_large_page() -> Anonymous:
     kernel.madvise(memory.address, LARGE_PAGE, Advice.HUGEPAGE)
     _engine.write_memory(memory.address, b"first")
     if not kernel.large_pages_mapped(memory.address):
-        raise Unavailable(f"set to {found}, and the first touch gave a small page", remedy=_COMPACT)
+        raise Unavailable(f"set to {found}, but the first access allocated a base page", remedy=_COMPACT)
     return memory
 
 
 def _break_large_page() -> str:
     memory = _anonymous_large_page()
     kernel.madvise(memory.address, SMALL_PAGE, Advice.COLD)
-    expect(not kernel.large_pages_mapped(memory.address), "the page stayed large")
-    expect(_engine.read_memory(memory.address, 5) == b"first", "content was lost")
-    return "a large page broken up by MADV_COLD on a part of it"
+    expect(not kernel.large_pages_mapped(memory.address), "the huge page was not split")
+    expect(_engine.read_memory(memory.address, 5) == b"first", "the contents were lost")
+    return "a huge page split by MADV_COLD on a part of it"
 
 
 def _hugetlb() -> str:
@@ -122,7 +122,7 @@ PROBES = (
         _collapse,
         _THP,
         {
-            errno.EPERM: f"{AS_ROOT} (CAP_SYS_NICE); newer kernels want that only for other processes",
+            errno.EPERM: f"{AS_ROOT} (CAP_SYS_NICE); newer kernels require it only for other processes",
             errno.ENOMEM: _COMPACT,
             errno.EAGAIN: _COMPACT,
         },
@@ -131,7 +131,7 @@ PROBES = (
         "large-tmpfs",
         _large_tmpfs,
         _THP,
-        {errno.EPERM: f"{AS_ROOT} (CAP_SYS_ADMIN); without it arenas are collapsed, and guests want --hugetlb"},
+        {errno.EPERM: f"{AS_ROOT} (CAP_SYS_ADMIN), or collapse arenas and start guests with --hugetlb"},
     ),
     Probe("break-large-page", _break_large_page, newer_kernel("5.4", "CONFIG_TRANSPARENT_HUGEPAGE")),
     Probe(

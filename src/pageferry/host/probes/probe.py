@@ -14,7 +14,7 @@ AS_ROOT = "run as root"
 def newer_kernel(release: str, option: str | None = None) -> str:
     """Return the remedy for a kernel that lacks a feature: the first release with the feature, and its build option, if
     any."""
-    return f"use a kernel from {release} on" + (f", built with {option}" if option else "")
+    return f"use Linux {release} or later" + (f", built with {option}" if option else "")
 
 
 def unknown_to_kernel(remedy: str) -> dict[int, str]:

@@ -54,7 +54,7 @@ class Neighbour:
         """Make the process write to a page (1 to 255), and wait until it has."""
         order = bytes([page])
         os.write(self._orders, order)
-        expect(os.read(self._done, 1) == order, "the other process is gone")
+        expect(os.read(self._done, 1) == order, "the other process has exited")
 
 
 def _with_neighbour(attempt: Callable[[Neighbour], str]) -> Callable[[], str]:
@@ -70,7 +70,7 @@ def _with_neighbour(attempt: Callable[[Neighbour], str]) -> Callable[[], str]:
 
 def _ptrace(neighbour: Neighbour) -> str:
     said = _engine.Space(neighbour.pid).getppid()
-    expect(said == neighbour.parent, f"getppid() made in another process said {said} instead of {neighbour.parent}")
+    expect(said == neighbour.parent, f"getppid() in another process returned {said} instead of {neighbour.parent}")
     neighbour.write_to(1)
     return "a system call made in another process"
 
@@ -81,8 +81,8 @@ def _pidfd_getfd(neighbour: Neighbour) -> str:
     with kernel.step("pidfd_getfd"):
         taken = space.descriptor(neighbour.memory.fileno())
     same = os.path.samestat(os.fstat(taken), os.fstat(neighbour.memory.fileno()))
-    expect(same, "the descriptor taken is another file")
-    return "a descriptor taken from another process"
+    expect(same, "the copied descriptor refers to another file")
+    return "a descriptor copied from another process"
 
 
 def _adopt(neighbour: Neighbour) -> str:
@@ -106,10 +106,10 @@ def _collapse_remote(neighbour: Neighbour) -> str:
         neighbour.write_to(page)
     _engine.Space(neighbour.pid).collapse(neighbour.memory.address, LARGE_PAGE)
     expect(
-        kernel.large_pages_mapped(neighbour.memory.address, neighbour.pid), "the call succeeded, and left small pages"
+        kernel.large_pages_mapped(neighbour.memory.address, neighbour.pid), "the call succeeded, but left base pages"
     )
-    expect(memoryview(neighbour.memory)[2 * SMALL_PAGE] == 2, "content was lost")
-    return "a large page mapped in another process"
+    expect(memoryview(neighbour.memory)[2 * SMALL_PAGE] == 2, "the contents were lost")
+    return "a huge page mapped in another process"
 
 
 def _trace_remedy() -> str:
@@ -118,7 +118,7 @@ def _trace_remedy() -> str:
     except OSError:
         scope = "0"
     yama = "" if scope == "0" else f", or set sysctl kernel.yama.ptrace_scope=0 (it is {scope})"
-    return f"{AS_ROOT} (CAP_SYS_PTRACE){yama}; in a container also allow ptrace by its seccomp profile"
+    return f"{AS_ROOT} (CAP_SYS_PTRACE){yama}; in a container, also allow ptrace in its seccomp profile"
 
 
 PROBES = (
@@ -131,8 +131,8 @@ PROBES = (
         newer_kernel("6.1", "CONFIG_TRANSPARENT_HUGEPAGE"),
         {
             errno.EPERM: f"{AS_ROOT} (CAP_SYS_NICE and the right to trace)",
-            errno.ENOMEM: "make room for a large page: free memory",
-            errno.EAGAIN: "make room for a large page: free memory",
+            errno.ENOMEM: "make a huge page available: free memory",
+            errno.EAGAIN: "make a huge page available: free memory",
         },
     ),
 )

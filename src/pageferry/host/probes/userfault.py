@@ -17,7 +17,7 @@ _PATTERN = bytes(range(256)) * (SMALL_PAGE // 256)
 _PRIVILEGE = (
     "run as root (CAP_SYS_PTRACE), set sysctl vm.unprivileged_userfaultfd=1, or give this user access to "
     f"{kernel.DEVICE} (chgrp and chmod g+rw, by a udev rule); in a container, pass {kernel.DEVICE} through, or allow "
-    "userfaultfd by its seccomp profile"
+    "userfaultfd in its seccomp profile"
 )
 
 
@@ -41,13 +41,13 @@ def _kernel_faults() -> str:
         lambda: _engine.kernel_writes(memory.address, b"read(2)"),
         lambda fault: uffd.copy(memory.address, _PATTERN),
     )
-    expect(_engine.read_memory(memory.address, 8) == b"read(2)" + _PATTERN[7:8], "a system call's write went astray")
+    expect(_engine.read_memory(memory.address, 8) == b"read(2)" + _PATTERN[7:8], "a system call's write was lost")
     return f"a system call waited for its page{_by(uffd)}"
 
 
 def _write_async(address: int) -> str:
     """Trace eight pages with the engine, write to two of them, and check that the trace reports exactly these."""
-    Userfault()  # a kernel without userfaultfd fails here, with a remedy other than permissions
+    Userfault()  # if the kernel lacks userfaultfd, this raises an error with a more specific remedy
     trace = _engine.Trace([_engine.MappedSegment(_engine.Space(), address, 8 * SMALL_PAGE)])
     before, after = _engine.PageSet(8), _engine.PageSet(8)
     trace.collect([before])
@@ -59,7 +59,7 @@ def _write_async(address: int) -> str:
         not before and after.runs() == [(2, 3), (5, 6)],
         f"pages 2 and 5 were written; traces showed {before.runs()} before and {after.runs()} after",
     )
-    return "two writes traced, and nothing else"
+    return "two writes traced, and no others"
 
 
 def _write_async_shmem() -> str:
@@ -75,13 +75,13 @@ def _write_sync() -> str:
     uffd.write_protect(memory.address, SMALL_PAGE, True)
 
     def release(fault: Fault) -> None:
-        expect(bool(fault.flags & kernel.FAULT_WP), "the write was trapped as something else")
-        expect(_engine.read_memory(memory.address, SMALL_PAGE) == _PATTERN, "the write came before its trap")
+        expect(bool(fault.flags & kernel.FAULT_WP), "the write was not reported as a write-protect fault")
+        expect(_engine.read_memory(memory.address, SMALL_PAGE) == _PATTERN, "the write did not wait for its fault")
         uffd.write_protect(memory.address, SMALL_PAGE, False)
 
     uffd.serve(lambda: _engine.write_memory(memory.address, b"new"), release)
     expect(_engine.read_memory(memory.address, 3) == b"new", "the write was lost")
-    return "a writer waited until its page was released"
+    return "a writer waited until its page was unprotected"
 
 
 def _missing_shmem() -> str:
@@ -91,7 +91,7 @@ def _missing_shmem() -> str:
     seen = uffd.serve(
         lambda: _engine.read_memory(memory.address, SMALL_PAGE), lambda fault: uffd.copy(memory.address, _PATTERN)
     )
-    expect(seen == _PATTERN, "a reader saw something else than what was installed")
+    expect(seen == _PATTERN, "the reader did not get the installed contents")
     return "a reader waited for its page"
 
 
@@ -102,11 +102,11 @@ def _minor_shmem() -> str:
     uffd.register(memory.address, SMALL_PAGE, kernel.MINOR)
 
     def map_it(fault: Fault) -> None:
-        expect(bool(fault.flags & kernel.FAULT_MINOR), "the access was trapped as something else")
+        expect(bool(fault.flags & kernel.FAULT_MINOR), "the access was not reported as a minor fault")
         uffd.map_existing(memory.address, SMALL_PAGE)
 
     seen = uffd.serve(lambda: _engine.read_memory(memory.address, SMALL_PAGE), map_it)
-    expect(seen == _PATTERN, "a reader saw something else than the page that is there")
+    expect(seen == _PATTERN, "the reader did not get the contents of the existing page")
     return "a reader waited for its page to be mapped"
 
 

@@ -201,7 +201,7 @@ def _large_pages(log: Log) -> list[Figure]:
             "large-pages",
             "Huge pages before and after",
             "Memory backed by pages of 2 MiB: at the source at the start of the migration, at the destination one "
-            "second after its end. A stronger colour means more huge pages; empty cells are base pages or not present.",
+            "second after its end. A stronger colour means more huge pages; empty cells have none.",
             strips("Maps of huge pages", strip, "first byte", "last byte"),
             (
                 ("region", "text"),

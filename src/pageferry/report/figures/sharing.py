@@ -57,7 +57,7 @@ def _curve(result: SharingResult) -> list[Figure]:
         Figure(
             "curve",
             "Memory freed by splitting huge pages",
-            "Huge pages with most duplicates are split first: where the line is steep, a few of them free much memory; "
+            "Huge pages with the most duplicates are split first: where the line is steep, a few free much memory; "
             "where it is flat, splitting does not pay off. The value at 0 is freed without splitting any.",
             lines(
                 "Memory freed by the number of huge pages split",
