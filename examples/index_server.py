@@ -1,7 +1,7 @@
 """In-memory index, served on a socket and handed from one process to the next without a failed request.
 
     python examples/index_server.py serve /tmp/index.sock &     # fills the index and serves it
-    python examples/index_server.py replace /tmp/index.sock     # a new process takes over, for example of a new release
+    python examples/index_server.py replace /tmp/index.sock     # a process takes over, such as one of a new release
 
 A request is a line with a number, and the reply is a line with the entry of that number. Each connection carries one
 request. The memory is migrated while the old process serves. During the switch-over, requests wait in the queue of the

@@ -59,7 +59,7 @@ def _below(kind: type[Event]) -> Iterator[type[Event]]:
 
 
 def page() -> str:
-    """Return the text of the page."""
+    """Return the text of the Events page, in Markdown."""
     found = events()
     first = ["log", "end"]
     assert [found[tag] for tag in first] == [LogHeader, LogEnd]

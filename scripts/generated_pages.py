@@ -8,7 +8,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 PAGES = ("events", "metrics")
-"""Names of scripts in this directory, and of their pages. mkdocs searches this directory while it loads the hook."""
+"""Names of scripts in this directory, and of the pages that they generate. mkdocs searches this directory while it
+loads the hook."""
 
 _texts = {name: import_module(name).page() for name in PAGES}
 

@@ -29,7 +29,7 @@ not change. This page is generated from the code.
 
 
 def page() -> str:
-    """Return the text of the page."""
+    """Return the text of the Metrics page, in Markdown."""
     rows = []
     for metric in METRICS:
         name = f"{metric.name}_total" if metric.kind == "counter" else metric.name

@@ -7,7 +7,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 
-_slugify = import_module("markdown.extensions.toc").slugify  # a package without types
+_slugify = import_module("markdown.extensions.toc").slugify  # a package without type annotations
 _HIGHLIGHTING = '<style id="hljs-light"></style><style id="hljs-dark"></style>'
 """Placeholders for the styles of an unused syntax highlighter; the theme's dark mode switch needs them."""
 

@@ -1,4 +1,4 @@
-"""Errors of pageferry, with the exit codes of commands that end with them.
+"""Errors of pageferry, with the exit codes of commands that fail with them.
 
 ::
 

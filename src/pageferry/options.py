@@ -77,15 +77,15 @@ class Duration(Kind, frozen=True):
         return f"a plain number is in {'seconds' if self.plain == 1.0 else 'milliseconds'}"
 
     def check(self, name: str, value: object) -> float:
-        """Return the duration in seconds."""
+        """Check a duration, and return it in seconds. Raises UsageError."""
         return values.duration(name, value, self.least, self.most)
 
     def parse(self, text: str) -> float:
-        """Return the duration in seconds."""
+        """Parse a duration, and return it in seconds. Raises UsageError."""
         return values.parse_duration(text, self.plain)
 
     def show(self, value: float) -> str:
-        """Return a text with a unit."""
+        """Return a duration as a text with a unit."""
         return values.duration_text(value)
 
 
@@ -98,15 +98,15 @@ class Size(Kind, frozen=True):
     most: int
 
     def check(self, name: str, value: object) -> int:
-        """Return the size in bytes."""
+        """Check a size, and return it in bytes. Raises UsageError."""
         return values.size(name, value, self.least, self.most)
 
     def parse(self, text: str) -> int:
-        """Return the size in bytes."""
+        """Parse a size, and return it in bytes. Raises UsageError."""
         return values.parse_size(text)
 
     def show(self, value: int) -> str:
-        """Return a text with a unit."""
+        """Return a size as a text with a unit."""
         return values.size_text(value)
 
 
@@ -116,15 +116,15 @@ class Rate(Kind, frozen=True):
     placeholder = "SIZE"
 
     def check(self, name: str, value: object) -> int:
-        """Return the rate in bytes per second."""
+        """Check a rate, and return it in bytes per second. Raises UsageError."""
         return values.rate(name, value)
 
     def parse(self, text: str) -> int:
-        """Return the rate in bytes per second."""
+        """Parse a rate, and return it in bytes per second. Raises UsageError."""
         return values.parse_rate(text)
 
     def show(self, value: int) -> str:
-        """Return a text with a unit."""
+        """Return a rate as a text with a unit; `unlimited` for 0."""
         return values.size_text(value) if value else "unlimited"
 
 
@@ -137,11 +137,11 @@ class Fraction(Kind, frozen=True):
     zero: bool = False
 
     def check(self, name: str, value: object) -> float:
-        """Return a fraction of 1."""
+        """Check a fraction, and return it as a fraction of 1. Raises UsageError."""
         return 0.0 if self.zero and value == 0 else values.fraction(name, value, self.most)
 
     def parse(self, text: str) -> float:
-        """Return a fraction of 1."""
+        """Parse a percentage or a number, and return a fraction of 1. Raises UsageError."""
         return values.parse_fraction(text)
 
 
@@ -154,11 +154,11 @@ class Count(Kind, frozen=True):
     most: int
 
     def check(self, name: str, value: object) -> int:
-        """Return the integer."""
+        """Check an integer, and return it. Raises UsageError."""
         return values.count(name, value, self.least, self.most)
 
     def parse(self, text: str) -> int:
-        """Return the integer."""
+        """Parse an integer. Raises UsageError."""
         return parse_integer(text)
 
 
@@ -166,7 +166,7 @@ class Flag(Kind, frozen=True):
     """A boolean."""
 
     def check(self, name: str, value: object) -> bool:
-        """Return the boolean."""
+        """Check a boolean, and return it. Raises UsageError."""
         return values.flag(name, value)
 
 
@@ -176,7 +176,7 @@ class Choice(Kind, frozen=True):
     choices: tuple[str, ...]
 
     def check(self, name: str, value: object) -> str:
-        """Return the word."""
+        """Check that the value is one of the words, and return it. Raises UsageError."""
         return values.choice(name, value, self.choices)
 
 
@@ -184,7 +184,7 @@ class Text(Kind, frozen=True):
     """A text that is not empty."""
 
     def check(self, name: str, value: object) -> str:
-        """Return the text."""
+        """Check that the value is a text that is not empty, and return it. Raises UsageError."""
         return values.text(name, value)
 
 
@@ -192,7 +192,7 @@ class Texts(Kind, frozen=True):
     """Several texts; the option can be repeated."""
 
     def check(self, name: str, value: object) -> tuple[str, ...]:
-        """Return the texts."""
+        """Check a sequence of texts, and return it as a tuple. Raises UsageError."""
         return values.texts(name, value)
 
 
@@ -202,7 +202,7 @@ class PathName(Kind, frozen=True):
     placeholder = "FILE"
 
     def check(self, name: str, value: object) -> Path:
-        """Return the path."""
+        """Check a path, and return it as a `Path`. Raises UsageError."""
         return values.path(name, value)
 
 

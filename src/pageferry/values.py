@@ -235,8 +235,8 @@ def _shown(value: object) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration in a form that `parse_duration` accepts, in the largest of h, s and ms that does not exceed it,
-    otherwise in s."""
+    """Return a duration in a form that `parse_duration` accepts, in the largest of the units h, s and ms that does not
+    exceed the duration; below 1 ms, in s."""
     for unit, factor in (("h", 3600.0), ("s", 1.0), ("ms", 1e-3)):
         if seconds >= factor:
             return f"{seconds / factor:g}{unit}"

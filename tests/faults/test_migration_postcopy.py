@@ -123,7 +123,7 @@ def test_destination_disconnected_in_postcopy_is_reconnected(here: Program, poin
         recovers(here, there)
 
 
-# Receiver whose ledger reads all of its memory before it is resumed. A hypervisor may read a part of guest memory then.
+# Receiver whose ledger reads all of its memory before it is resumed, as a hypervisor may do with a part of its memory.
 READS_FIRST = """
 import sys
 from pageferry.cli.main import main

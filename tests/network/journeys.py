@@ -45,7 +45,8 @@ ASKING = 8
 
 
 def points(mode: str) -> list[str]:
-    """Return the fault points, as SIDE.POINT, that a migration in this mode reaches. A hybrid one may reach fewer."""
+    """Return the fault points, as SIDE.POINT, that a migration in this mode reaches. A hybrid migration may reach
+    fewer."""
     late = mode == "postcopy"
     return [
         f"{side}.{point}"

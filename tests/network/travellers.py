@@ -186,7 +186,7 @@ def guest_parts() -> GuestParts | None:
 
 @contextmanager
 def ended(traveller: T) -> Iterator[T]:
-    """End the workload at the end of the block."""
+    """Stop the workload at the end of the block."""
     try:
         yield traveller
     finally:

@@ -82,7 +82,7 @@ class Page:
         assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
 
     def close(self) -> None:
-        """End the process that was started for the page."""
+        """Kill the process that was started for the page."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()

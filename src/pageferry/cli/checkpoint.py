@@ -17,7 +17,7 @@ from pageferry.workloads.protocols import Saveable
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Save the workload."""
+    """Save the workload or process, and print the result."""
     options = Options(**given(args, Options))  # raises UsageError before any other work
     if args.name.startswith(PREFIX):
         process = ProcessWorkload.named(args.name, args.regions)

@@ -103,7 +103,7 @@ class CpuQuota:
         _write(self._file, self._none)
 
     def close(self) -> None:
-        """Restore the groups: end the guardian, which undoes the changes."""
+        """Restore the groups: close the guardian, which undoes the changes, and wait for its exit."""
         with suppress(OSError):  # the group has been removed, because its processes have exited
             self.lift()
         with suppress(TimeoutError):

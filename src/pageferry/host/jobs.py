@@ -5,7 +5,7 @@
     /run/pageferry/web/job-4711.json    `Job` of the verb that runs as process 4711
 
 The verb replaces its record periodically, and removes the record at its end. No operation depends on the record, so it
-is not synced. The record of a process that has exited without removing it is ignored, and removed by the next reader.
+is not synced. The next reader removes the record of a process that has exited without removing it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from pageferry.errors import WorkloadDied
 from pageferry.host import file_systems
 
 _DEAD_STATES = frozenset("ZXx")
-"""States zombie and dead in /proc/PID/stat: such a thread no longer runs code."""
+"""Thread states zombie and dead in /proc/PID/stat: a thread in one of these states no longer runs code."""
 _KERNEL_THREAD = 0x00200000
 """PF_KTHREAD of include/linux/sched.h, in field 9 of /proc/PID/stat."""
 

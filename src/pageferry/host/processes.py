@@ -60,7 +60,7 @@ def _opened(pid: int, started: int) -> Iterator[int | None]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the running descendants of a process (proc(5), /proc/PID/stat field 4)."""
+    """Return the pids of the running descendants of a process (proc(5), /proc/PID/stat field 4)."""
     children: defaultdict[int, list[int]] = defaultdict(list)
     for child in proc.pids():
         if (parent := proc.parent(child)) is not None:

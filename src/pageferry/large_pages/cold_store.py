@@ -148,7 +148,7 @@ def _folder(workload: Migratable) -> Folder:
 
 async def _record(folder: Folder) -> Deferred | None:
     """Return the record of the existing store; None if there is none. Raises RestoreError if the pager of the store
-    does not respond: threads that wait for a page must not wait for the reclaim."""
+    does not respond, because threads may be waiting for its pages."""
     record = folder.load(records.RECORD, Deferred)
     if record is not None and await in_thread(client.status, folder) is None:
         return None  # all pages have just been reloaded

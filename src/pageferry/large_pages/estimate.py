@@ -26,7 +26,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     low: float
     high: float
     idle: int
-    """Estimated total size of those base pages of the huge pages that are not accessed in a window, bytes."""
+    """Estimated total size of the base pages that are not accessed in a window, over all huge pages, bytes."""
     idle_low: int
     idle_high: int
 

@@ -83,8 +83,8 @@ class Move:
     async def drain(self) -> None:
         """Drain I/O that started before the traces were installed, because traces do not report its writes.
 
-        Pages that stay pinned, in buffers registered with io_uring, stay in memory. The traces report the pages of a
-        buffer that is registered later as written.
+        Pages that stay pinned, in buffers registered with io_uring, stay in memory. When a buffer is registered later,
+        the traces report its pages as written.
         """
         await self.workload.prepare_pause()
         begin = time.monotonic()
@@ -268,7 +268,7 @@ class Move:
     # -- restoring huge-page mappings
 
     def restore_mappings(self) -> None:
-        """Map traced huge pages that were not split as huge pages again.
+        """Restore the PMD mappings of traced huge pages that were not split.
 
         Split pages must be left out. A page that was evicted completely is backed by a huge page again as soon as one
         of its base pages is reloaded. Mapping that huge page would show zeros for all other base pages, bypassing their

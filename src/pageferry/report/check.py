@@ -17,7 +17,7 @@ _COLOURS = {"ok": "green", "fallback": "yellow", "unavailable": "red"}
 
 
 class CheckView(PlainView):
-    """View of a `Check`."""
+    """View of the result of `pageferry check`."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
         """Return the tables of features and systems, the QEMU binaries and the summary."""

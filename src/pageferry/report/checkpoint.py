@@ -17,7 +17,7 @@ BAR = 32
 
 
 class CheckpointView(PlainView):
-    """View of `pageferry.checkpoints.events`."""
+    """View of the events and the result of a checkpoint."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []

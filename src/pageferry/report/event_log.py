@@ -7,9 +7,9 @@
     {"at-ms": 612.9, "type": "migration", "status": "completed", ...}         result, if any
     {"at-ms": 613.0, "type": "end", "exit-code": 0, ...}                      exit code and error
 
-`at-ms` is the time since the first line, ms, by the monotonic clock. Each line is written by write(2) at once, so that
-the log of a killed command contains all of its events. The file is synced at the end. A log without an `end` line
-belongs to a command that was killed or is still running. A reader ignores an incomplete last line.
+`at-ms` is the time since the first line in milliseconds, by the monotonic clock. Each line is written by write(2) at
+once, so that the log of a killed command contains all of its events. The file is synced at the end. A log without an
+`end` line belongs to a command that was killed or is still running. A reader ignores an incomplete last line.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def _shown(name: str, value: Any) -> Any:
 
 
 class EventLog:
-    """Writer of an event log. After a write error, which is reported as a warning, nothing more is written; the command
-    continues."""
+    """Writer of an event log. After a write error, it logs a warning and writes nothing more; the command continues."""
 
     def __init__(self, path: Path | str, first: LogHeader, clock: Callable[[], float] = time.monotonic) -> None:
         """Create or truncate the file. Raises UsageError if it cannot be opened."""

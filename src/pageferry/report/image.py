@@ -13,7 +13,7 @@ from pageferry.report.units import size
 
 
 class ImageView(PlainView):
-    """View of `pageferry.images.events`."""
+    """View of the results of `pageferry image`."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
         """Return a summary as a table, and any other result as lines."""

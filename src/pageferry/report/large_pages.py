@@ -24,7 +24,7 @@ BAR = 40
 
 
 class LargePagesView(PlainView):
-    """View of `pageferry.large_pages.events`."""
+    """View of the events and the results of `pageferry large-pages`."""
 
     def line(self, event: msgspec.Struct) -> str | None:
         """Return a line for a round, or for a result of `--watch`."""

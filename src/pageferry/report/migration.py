@@ -28,7 +28,7 @@ BAR = 32
 
 
 class MigrationView(PlainView):
-    """View of `pageferry.migration.events`."""
+    """View of the events and the result of a migration."""
 
     def __init__(self) -> None:
         self._rounds: list[str] = []

@@ -18,7 +18,7 @@ BAR = 32
 
 
 class RestoreView(PlainView):
-    """View of `pageferry.checkpoints.events`."""
+    """View of the events and the result of a restore."""
 
     def __init__(self) -> None:
         self._most = 1

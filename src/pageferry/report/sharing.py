@@ -26,7 +26,7 @@ TITLES = {
 
 
 class SharingView(PlainView):
-    """View of `pageferry.sharing.events`."""
+    """View of the events and the results of `pageferry sharing`."""
 
     def line(self, event: msgspec.Struct) -> str | None:
         """Return a line for a step, or for a result of `--watch`; None for progress."""

@@ -20,7 +20,7 @@ BAR = 16
 
 
 class TopView(PlainView):
-    """View of `workloads.events.Overview`."""
+    """View of an `Overview`: memory of the host, workloads and running operations."""
 
     def line(self, event: msgspec.Struct) -> str | None:
         """Return one line per workload, with the time of day."""
@@ -30,11 +30,11 @@ class TopView(PlainView):
         return "\n".join(f"{clock} {_words(one)}" for one in event.workloads) or f"{clock} no workloads"
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Return the whole display."""
+        """Return the complete display, as for the result."""
         return self.result(event)
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the whole display."""
+        """Return the complete display: a line for the host, and the table of workloads."""
         if not isinstance(result, Overview):
             return super().result(result)
         return Group(_host(result.host), Text(), _table(result))

@@ -50,9 +50,9 @@ class ScanReport(msgspec.Struct, frozen=True, rename="kebab"):
     """Scanned memory, bytes."""
     ms: float
     every: int
-    """One of this many 2 MiB units was scanned. Classes and curve refer to the scanned units only."""
+    """Sampling ratio N: one of N 2 MiB units was scanned. Classes and curve refer to the scanned units only."""
     scale: int
-    """One of this many contents was recorded, chosen by hash; counts are scaled up."""
+    """Sampling ratio N: one of N contents was recorded, chosen by hash; counts are scaled up."""
 
 
 class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
@@ -64,7 +64,7 @@ class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
     large_pages: int
     """Number of huge pages scanned."""
     already_shared: int
-    """Memory not scanned because processes share it since a fork, or KSM has merged it."""
+    """Memory not scanned because processes have shared it since a fork, or KSM has merged it."""
     reclaimable: int
     """Memory that sharing all classes would free, if every huge page with a shareable page were split."""
     possible: int
@@ -84,7 +84,8 @@ class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
     """Deferred memory of workloads that are being restored. It is scanned by the signatures in the image, and not
     loaded."""
     freed: int | None = None
-    """Memory freed: decrease of the PSS of processes, for anonymous memory, and of the allocated blocks of files."""
+    """Memory freed: decrease of the PSS of processes, for anonymous memory, and of the allocated blocks of files. None
+    without `--apply`, as for all following fields."""
     estimated: int | None = None
     """Estimate of the memory freed in the chosen huge pages."""
     large_pages_chosen: int | None = None

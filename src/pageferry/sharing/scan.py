@@ -40,7 +40,7 @@ class Place:
     """Memory to scan: a region, or an anonymous area of a process."""
 
     workload: int
-    """Number of the target."""
+    """Number of the target, in the order of the scan."""
     target: Target
     area: Area | None
     """Anonymous area; None for a region."""
@@ -123,7 +123,7 @@ class Findings:
     freed: dict[ClassName, int]
     """Number of pages that sharing would free, by class."""
     scale: int
-    """One of this many contents was recorded."""
+    """Sampling ratio N: one of N contents was recorded."""
     every: int
     scanned: int
     """Scanned memory, bytes."""

@@ -13,5 +13,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "file that needs no network. Several runs are shown side by side. The log of a command that was killed is "
         "shown up to its last complete line."
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="an event log")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="event log to summarise")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write an HTML page; an existing file is replaced")

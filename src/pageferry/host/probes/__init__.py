@@ -1,8 +1,9 @@
 """Features that this kernel allows for this user, determined by trying them (`pageferry check`).
 
 Versions are never compared, because distributions backport and disable features. Each probe performs the real operation
-on its own memory: a trace must report a write, a collapse must produce a huge page in the page table. No machine-wide
-switch is changed.
+on its own memory: a trace must report a write, a collapse must produce a huge page in the page table. No probe changes
+a
+machine-wide setting.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def _userfaultfd_of_device(flags: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Fault that waits to be resolved."""
+    """Unresolved page fault, whose thread waits."""
 
     flags: int
     address: int
@@ -189,7 +189,7 @@ class Userfault:
         ioctl(self.fd, "UFFDIO_POISON", _UFFDIO_POISON, "=3Qq", address, length, 0, 0)
 
     def wait(self) -> Fault:
-        """Return the next fault. Raises Unavailable if none is reported in time."""
+        """Return the next fault. Raises Unavailable if none is reported within 3 seconds."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         if not poll.poll(_FAULT_TIMEOUT_MS):

@@ -46,7 +46,7 @@ class Neighbour:
             os._exit(0)
 
     def end(self) -> None:
-        """Kill the process and reap it; to be called by its parent."""
+        """Kill the process and reap it. Only the parent of the process may call this method."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 

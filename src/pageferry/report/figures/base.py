@@ -20,7 +20,7 @@ FORMS: dict[Unit, Callable[[Any], str]] = {
     "part": lambda value: f"{value:.1%}",
     "text": str,
 }
-"""Formatter of each unit."""
+"""Formatters of values, by unit."""
 
 
 def shown(value: Cell, unit: Unit) -> str:
