@@ -15,8 +15,8 @@ _V1 = {"memory", "name=systemd"}
 def join_groups_of(pid: int) -> list[str]:
     """Move this process to the control groups of process `pid`. Return the failures, as `GROUP: ERROR`.
 
-    Shared memory that this process allocates is then charged to the groups of process `pid`, and the end of this
-    process's login session does not kill this process. Requires root, or permission to write to the groups of both
+    The kernel then charges shared memory that this process allocates to the groups of process `pid`. The end of this
+    process's login session no longer kills this process. Requires root, or permission to write to the groups of both
     processes.
     """
     failures = []

@@ -1,8 +1,8 @@
 """Limit on the CPU time of processes, set in their control group. The limit ends with the process that has set it.
 
 If the cpu controller belongs to cgroup v1, the processes are moved to a child of their group. In cgroup v2, a group
-with processes cannot have children with controllers, so the group of the processes itself is limited, provided that it
-contains no other processes. A guardian process (`guardian`) restores the groups, even if this process is killed.
+with processes cannot have children with controllers. The group of the processes itself is therefore limited, and must
+not contain other processes. A guardian process (`guardian`) restores the groups, even if this process is killed.
 """
 
 from __future__ import annotations

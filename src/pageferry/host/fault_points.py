@@ -1,9 +1,8 @@
 """Fault points: named points at which a process can be made to fail, for tests.
 
 They are disabled unless the environment variable PAGEFERRY_FAULT is `POINT=ACTION`, such as `source.paused=kill`.
-Actions: `kill` (SIGKILL to this process), `stop` (SIGSTOP, until SIGCONT is sent) and `drop` (every TCP connection of
-this process is cut, as after the loss of the link). Each action is run once. docs/protocol.md lists the fault points of
-a migration.
+Action `kill` sends SIGKILL to this process, `stop` sends SIGSTOP, and `drop` shuts down every TCP connection of this
+process, as if the link were lost. Each action is run once. docs/protocol.md lists the fault points of a migration.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The monitor's own statements are not trusted. Any process can serve QMP on a socket and report threads of another
 process as its vCPUs; a command run by root would then open the memory of that other process and kill it. The kernel
 records the process and the user that called listen(2) (SO_PEERCRED, SO_PEERPIDFD). The guest's process must be that
-process, or one to which that process has passed the socket, as launchers do, and it must run as the user that called
+process, or a descendant to which it has passed the socket, as launchers do. It must run as the user that called
 listen(2). If that user is root, the guest's process may run as any user, because QEMU can drop its privileges
 (`-runas`). The vCPU threads must be threads of the guest's process, by their ids in the PID namespace of that process,
 because QEMU reports those ids.
@@ -58,8 +58,7 @@ def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> int:
     """Return the pid of the process that serves the QMP socket at `path` and whose monitor reports these vCPU threads.
 
     Raises UnsupportedError if the process is outside of the PID namespace of this process. Raises WorkloadError if the
-    listener has exited, if the threads are not those of exactly one such process, or if this user has no rights over
-    it.
+    listener has exited, if not exactly one process matches, or if this user has no rights over the process.
     """
     if peer.pid == 0:
         raise UnsupportedError(

@@ -1,8 +1,8 @@
 """Entry point of Python children: `python -I run_module.py ROOTS MODULE ARGUMENTS...` (see `host.python`).
 
-ROOTS is a JSON list of directories that contain packages. Those that are missing on `sys.path` are inserted before
-site-packages and after the standard library, so that no file in them replaces a module of the standard library. MODULE
-is then run as `__main__`.
+ROOTS is a JSON list of directories that contain packages. Directories that `sys.path` lacks are inserted after the
+standard library, so that no file in them replaces one of its modules, and before site-packages. MODULE is then run as
+`__main__`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import traceback
 def release(error: BaseException) -> None:
     """Clear the local variables of all completed frames in the tracebacks of an error and of its causes.
 
-    An operation holds mappings and userfaultfds of a workload. The caller may keep its error for any length of time
-    (`OutcomeUnknown` is needed to recover), and the next operation must be able to acquire the workload.
+    An operation holds mappings and userfaultfds of a workload. The caller may keep the operation's error for any length
+    of time (`OutcomeUnknown` is needed to recover). The next operation must be able to acquire the workload.
     """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]

@@ -24,8 +24,8 @@ class Options:
     budget: Annotated[float | None, Fraction(zero=True), "sampling"] = 0.01
     """Limit for sampling, as a fraction of one CPU; the number of samples is reduced to stay below it; 0: unlimited."""
     reclaim: Annotated[Literal["store", "swap"] | None, "reclaiming"] = None
-    """Split the huge pages selected by the policy, and move their cold base pages to swap or, for guests and arenas, to
-    a compressed store from which they are reloaded on demand."""
+    """Split the huge pages selected by the policy, and move their cold base pages to swap or to a compressed store,
+    from which they are reloaded on demand; the store requires a guest or an arena."""
     store: Annotated[
         Path | None,
         PathName(metavar="DIR", unset="that of the workload in the run directory, usually a tmpfs"),

@@ -196,9 +196,9 @@ class Move:
     async def _evict_in_batches(self, pager: PagerProcess) -> None:
         """Evict pages, one batch per pause, except those written since they were copied.
 
-        The record of the store has been written before. If a program obtains the descriptor of its memory, either the
-        program finds the record and has all pages reloaded, or this method finds the program's mark
-        (`records.is_handed_out`) and stops.
+        The record of the store has been written before. A program that hands out the descriptor of its memory first
+        sets a mark (`records.is_handed_out`). Either the program then finds the record and has all pages reloaded, or
+        this method finds the mark and stops.
         """
         numbers: defaultdict[Unit, list[int]] = defaultdict(list)
         for number, (unit, _) in enumerate(segments(self.workload, self.plan.units)):

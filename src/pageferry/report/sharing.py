@@ -1,4 +1,5 @@
-"""Human-readable output of `pageferry sharing`: classes of duplicate pages, curve of freed memory, and changes made."""
+"""Human-readable output of `pageferry sharing`: classes of duplicate pages, curve of freed memory, and results of
+merging."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ class SharingView(PlainView):
         return bar
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the estimate as tables, followed by the changes made."""
+        """Return the estimate as tables, followed by the results of merging, if any."""
         if not isinstance(result, SharingResult):
             return super().result(result)
         parts: list[RenderableType] = [_classes(result), Text(), _curve(result), Text(), Text(_scan(result))]

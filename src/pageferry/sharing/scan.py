@@ -134,8 +134,8 @@ class Findings:
 async def look(targets: Sequence[Target], options: Options, listener: Callable[[ScanEvent], object]) -> Findings:
     """Scan the memory of targets, and return the findings. A cancellation takes effect between slices.
 
-    Raises WorkloadDied if a process exits, UnsupportedError without permission to read its memory, RestoreError or
-    ImageError if contents are deferred and cannot be determined, WorkloadError for any other failure.
+    Raises WorkloadDied if a process exits, UnsupportedError without permission to read its memory, and WorkloadError
+    for other failures. Raises RestoreError or ImageError if contents are deferred and cannot be determined.
     """
     places = list(_places(targets))
     begin = time.monotonic()

@@ -72,7 +72,7 @@ def _ptrace(neighbour: Neighbour) -> str:
     said = _engine.Space(neighbour.pid).getppid()
     expect(said == neighbour.parent, f"getppid() in another process returned {said} instead of {neighbour.parent}")
     neighbour.write_to(1)
-    return "a system call made in another process"
+    return "a system call executed in another process"
 
 
 def _pidfd_getfd(neighbour: Neighbour) -> str:
