@@ -25,14 +25,14 @@ demo: build system ## Migrate a running workload to another process and verify e
 	$(VENV)/bin/pageferry demo
 
 .PHONY: test
-test: test-engine test-package ## Run the tests of engine and package (PYTEST_ARGS="-k name" selects)
+test: test-engine test-package ## Run the tests of the engine and the package (PYTEST_ARGS="-k name" selects)
 
 .PHONY: test-engine
 test-engine: build ## Run the tests of the engine
 	cargo test --locked --workspace --quiet
 
 .PHONY: test-package
-test-package: build system ## Run the tests of the package: side by side (WORKERS=N), then those that run alone
+test-package: build system ## Run the tests of the package: in parallel (WORKERS=N), then those that must run alone
 	$(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: test-full
@@ -80,11 +80,11 @@ manual: build ## Generate man pages and shell completions from the parser
 	$(PYTHON) scripts/manual.py
 
 .PHONY: pictures
-pictures: build system ## Make the pictures of the documentation, from the import contract and a run of the demo
+pictures: build system ## Create the pictures of the documentation from the import contract and a run of the demo
 	$(PYTHON) scripts/pictures.py
 
 .PHONY: system
-system: ## Install or fetch what guests need (QEMU, busybox, iperf3, a guest kernel), and some tests (Chromium, Prometheus)
+system: ## Install or fetch programs for guests (QEMU, busybox, iperf3, a guest kernel) and tests (Chromium, Prometheus)
 	@scripts/system.sh
 
 .PHONY: clean

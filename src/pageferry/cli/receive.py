@@ -166,7 +166,7 @@ async def _run(destination: Destination) -> Migratable:
         return await destination.run()
     except BaseException as error:
         if destination.promised and not destination.acknowledged.is_set():
-            log.warning("the source may not know the outcome: waiting for it to recover (Ctrl-C ends the wait)")
+            log.warning("the source may not know the outcome: waiting for its recovery request (Ctrl-C stops waiting)")
             _heed_cancellation()
             await destination.acknowledged.wait()
         if isinstance(error, ConnectionLost | PeerRefused | ProtocolError):
