@@ -26,7 +26,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory, qemu_system: Path) -> Pat
     lack, by TCG. The guest is the payload, which boots in a tenth of a second.
     """
     if shutil.which("rustc") is None:
-        pytest.skip("no rustc to build the guest with")
+        pytest.skip("no rustc, which builds the payload of the guest")
     folder = tmp_path_factory.mktemp("bin")
     (folder / "pageferry").symlink_to(Path(sys.executable).parent / "pageferry")
     machine = [

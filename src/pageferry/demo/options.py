@@ -14,7 +14,7 @@ class DemoOptions:
     """Options of the built-in workload. Raises UsageError."""
 
     size: Annotated[int, Size(1, MAX_ARENA), "workload"] = 512 << 20
-    """Size of its memory."""
+    """Size of the memory of the workload."""
     rate: Annotated[int, Size(0, 1 << 50), "workload"] = 20 << 20
     """Bytes written per second."""
     working_set: Annotated[float, Fraction(), "workload"] = 0.3
@@ -24,7 +24,7 @@ class DemoOptions:
     threads: Annotated[int, Count(1, 4096), "workload"] = 2
     """Number of writer threads."""
     processes: Annotated[int, Count(1, 4096), "workload"] = 1
-    """Number of processes that the threads are distributed over."""
+    """Number of processes, over which the threads are distributed."""
     seconds: Annotated[float, Duration(0.0, 3600.0), "workload"] = 1.0
     """Time to write before and after the migration."""
 
