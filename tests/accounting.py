@@ -1,4 +1,4 @@
-"""Checks of the statistics of a migration without faults: phases add up to the total time, rounds to the transfer."""
+"""Checks of a successful migration's statistics: phases add up to the total time, rounds to the transferred bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAUSE = ("stop", "last-pages", "load", "hand-over")
 
 
 def adds_up(phases: dict[str, float], total: float) -> None:
-    """Check that phases sum up to the total within 1 %."""
+    """Check that the sum of the phases equals the total within 1 %."""
     assert sum(phases.values()) == pytest.approx(total, rel=0.01), (phases, total)
 
 
@@ -28,8 +28,8 @@ def check_source(lines: Sequence[dict[str, Any]]) -> None:
     assert numbers == list(range(1, len(rounds) + 1))
     if result["mode"] == "precopy":
         for line, following in pairwise(rounds):
-            # A round can have more pages than remained: pages that are discarded after they were sent are sent again as
-            # zeros.
+            # A round can have more pages than remained before it: pages that were sent and then discarded are sent
+            # again as zeros.
             assert following["pages"] * 4096 >= line["remaining"], rounds
     assert rounds[-1]["remaining"] == 0
     assert any(line["switch-over"] for line in rounds)
@@ -37,6 +37,6 @@ def check_source(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def check_receiver(received: dict[str, Any]) -> None:
-    """Check the `received` line of `receive`."""
+    """Check the `received` event line of `receive`: its phases, and that they add up to the total time."""
     assert list(received["phases"]) == ["setup", "copy", "load", "populate", "commit", "resume"]
     adds_up(received["phases"], received["total-time"])

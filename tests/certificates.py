@@ -20,7 +20,7 @@ PEM = serialization.Encoding.PEM
 
 
 def new_key(kind: str = "P-256") -> Key:
-    """Return a new private key: `RSA` (2048 bits), `Ed25519`, `P-521`, otherwise P-256."""
+    """Return a new private key. `kind`: `RSA` (2048 bits), `Ed25519`, `P-521`, or otherwise P-256."""
     match kind:
         case "RSA":
             return rsa.generate_private_key(65537, 2048)
@@ -64,8 +64,8 @@ class Authority:
     ) -> x509.Certificate:
         """Write a certificate and its key to `ROLE-cert.pem` and `ROLE-key.pem`.
 
-        Return the certificate. `role`: `client` or `server`; `also`: additional DNS names and addresses; `begins`,
-        `ends`: validity, relative to now.
+        Return the certificate. `role`: `client` or `server`; `also`: subject alternative names (DNS names and IP
+        addresses); `begins`, `ends`: validity, relative to now.
         """
         private = new_key(key)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -83,7 +83,7 @@ class Authority:
         return certificate
 
     def revoke(self, folder: Path, *certificates: x509.Certificate, ends: datetime.timedelta = DAY) -> None:
-        """Write the revocation list `ca-crl.pem` with these certificates.
+        """Write the certificate revocation list `ca-crl.pem` with these certificates to `folder`.
 
         `ends`: end of validity of the list, relative to now.
         """
@@ -116,9 +116,9 @@ def _general(name: str) -> x509.GeneralName:
 
 
 def hosts(path: Path, authority: Authority | None = None, *, source: str = "source.example") -> tuple[Path, Path]:
-    """Create credential folders of a source and of a receiver on this machine that authenticate each other.
+    """Create the credential folders of a source and a receiver on this machine that authenticate each other.
 
-    Return both.
+    Return the source's folder and the receiver's folder.
     """
     path.mkdir(exist_ok=True)
     authority = authority or Authority()

@@ -18,11 +18,12 @@ from tests.guest import initrd, payload
 from tests.guest.machines import GuestParts
 
 CACHE = Path(__file__).parent.parent / ".cache"
-"""Folder to which `make system` downloads."""
+"""Folder with the programs and files that `make system` downloads."""
 QEMUS = ["system", "10", "11"]
 """QEMUs for guests, from oldest to newest. `system` is the one in PATH."""
 ROOM = 96
-"""Target number of free huge pages before a test. Builds and the page cache fragment memory."""
+"""Target number of free huge pages before a test. They become scarce, because builds and the page cache fragment
+memory."""
 MIN_FREE = 2 << 30
 """Minimum free memory before a test, bytes. Compaction needs free pages, which builds turn into page cache."""
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -30,9 +31,9 @@ ORDER = ["test_benchmarks", "test_commands", "test_migration_hosts", "qemu", "fa
 """Files and directories with the slowest tests, slowest first. One process runs all tests of a file, so a slow file
 that starts late would run alone at the end."""
 CHANGES_MACHINE = {"device", "huge_pages", "ksm_usable", "swap", "switches"}
-"""Fixtures that change machine-wide settings: KSM, huge pages, /dev/userfaultfd."""
+"""Fixtures that change machine-wide settings, such as those of KSM, huge pages, swap and /dev/userfaultfd."""
 
-# Tests start thousands of programs. Without byte code each would compile the whole package again.
+# Tests start thousands of Python programs. Without cached byte code, each program would compile the whole package.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
@@ -54,9 +55,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Append the duration of each phase of a test to the file named by TEST_DURATIONS, if set.
+    """Append the duration of each phase of a test to the file that the environment variable TEST_DURATIONS names.
 
-    `make test` prints a list of it.
+    `make test` prints the slowest 20 entries of this file.
     """
     if (path := os.environ.get("TEST_DURATIONS")) is not None and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(path, "a") as file:
@@ -86,7 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Use a separate run directory for this session and its child processes; never touch /run/pageferry."""
+    """Use a separate run directory for this session and its child processes, so that /run/pageferry is not touched."""
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAGEFERRY_RUN_DIR", str(directory))
@@ -95,7 +96,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def room() -> None:
-    """Make huge pages available: drop the page cache if less than `MIN_FREE` is free, and compact memory.
+    """Make huge pages available: drop the page cache if less than `MIN_FREE` bytes are free, and compact memory.
 
     Both require root.
     """
@@ -107,7 +108,7 @@ def room() -> None:
 
 @pytest.fixture(scope="session")
 def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder for the states of booted guests. All processes of this test run share the folder."""
+    """Return the folder for the saved states of booted guests. All processes of this test run share the folder."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "states"
 
@@ -162,7 +163,7 @@ def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
     if (reason := payload.obstacle(accel)) is not None:
         pytest.skip(reason)
     if shutil.which("rustc") is None:
-        pytest.skip("no rustc to build the guest with")
+        pytest.skip("no rustc, which builds the payload of the guest")
     qemu: Path = request.getfixturevalue(f"qemu_{version}")
     return GuestParts(qemu, payload.build(CACHE / "guest/payload"), accel=accel)
 
@@ -171,14 +172,14 @@ def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
 def root() -> None:
     """Skip the test unless it runs as root."""
     if os.geteuid() != 0:
-        pytest.skip("needs root")
+        pytest.skip("requires root")
 
 
 @pytest.fixture(scope="session")
 def checker_initrd(guest_modules: Path) -> Path:
     """Return the initrd with the checker and the balloon modules."""
     if shutil.which("rustc") is None:
-        pytest.skip("no rustc to build the guest's checker with")
+        pytest.skip("no rustc, which builds the checker of the guest")
     modules = [guest_modules / f"{name}.ko" for name in initrd.BALLOON_MODULES]
     return initrd.build(guest_modules.parent / "checker", modules)
 

@@ -1,4 +1,4 @@
-"""Event logs of every kind of run, as the verbs write them."""
+"""Event logs of runs of each kind, in the form in which the verbs write them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Told = Iterable[tuple[float, Event]]
 
 
 def written(path: Path, verb: str, arguments: dict[str, object], told: Told, error: Exception | None = None) -> None:
-    """Write the log of a run of `verb`.
+    """Write the log of a run of `verb` to `path`.
 
-    `told`: seconds since the start, and events; `error`: error with which the run ends.
+    `told`: events, each with the seconds since the start; `error`: error with which the run fails, None for success.
     """
     now = 0.0
     log = EventLog(path, header(verb, arguments), lambda: now)
@@ -72,7 +72,7 @@ def _rounds() -> list[tuple[float, Event]]:
 
 
 def _migrated() -> migration.MigrationResult:
-    """Return the result of a migration."""
+    """Return the result of a successful pre-copy migration."""
     parts = migration.Downtime(total=21.4, stop=0.6, last_pages=5.2, device_state=9.1, populate=0.4, resume=0.3)
     return migration.MigrationResult(
         status="completed",
@@ -234,7 +234,7 @@ def bring(path: Path) -> None:
 
 
 def look(path: Path) -> None:
-    """Write the log of a sampling of huge pages: all have page maps except those in private memory."""
+    """Write the log of a sampling of huge pages. All samples have page maps, except those of private memory."""
     chance = random.Random(5)
     samples = []
     for number in range(60):

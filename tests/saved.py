@@ -1,4 +1,4 @@
-"""Workloads that are saved, and checks of an image against the workload's state at the snapshot point."""
+"""Workloads to checkpoint, and checks of an image against the workload's state at the snapshot point."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAVY = LedgerOptions(threads=3, zero_fraction=0.2, compressible=0.4)
 
 @contextmanager
 def ledger(size: int = 32 << 20, options: LedgerOptions = HEAVY, **more: Any) -> Iterator[LedgerWorkload]:
-    """Run a ledger in this process, and check that it is intact at the end."""
+    """Run a ledger in this process. After the block, stop the ledger and check that it is intact."""
     workload = LedgerWorkload.create(size, options, exact=True, **more)
     try:
         yield workload
@@ -41,7 +41,7 @@ def save(workload: Any, path: Path, **options: Any) -> CheckpointResult:
 
 
 def memory_of(image: ImageFile) -> _engine.Mapping:
-    """Return the memory of an image with one region as a new mapping; absent pages remain holes."""
+    """Return a new mapping with the memory of an image that has one region. Slices of zeros remain holes."""
     length = image.pages * 4096
     file = os.memfd_create("image")
     try:
@@ -79,11 +79,11 @@ def digests_of_image(image: ImageFile) -> list[bytes]:
 
 
 def digests_of_memory(regions: tuple[Region, ...]) -> list[bytes]:
-    """Return a digest of each slice of `SLICE` pages of the memory of one region. Holes are read as zeros."""
+    """Return a digest of each slice of `SLICE` pages of a workload's single region. Holes are read as zeros."""
     (region,) = regions
     size = SLICE * 4096
     starts = range(0, region.length, size)
-    # pread(2) keeps holes; an access through a mapping would fill them.
+    # pread(2) keeps holes in the file. A read through a mapping would allocate pages.
     return [_digest(os.pread(region.fd, min(size, region.length - at), region.file_offset + at)) for at in starts]
 
 
@@ -92,7 +92,7 @@ def _digest(data: bytes) -> bytes:
 
 
 class DigestedWorkload:
-    """Workload that records digests of its memory at the snapshot point."""
+    """Proxy of a workload that records digests of its memory at the snapshot point."""
 
     def __init__(self, workload: Migratable) -> None:
         self._workload = workload

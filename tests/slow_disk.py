@@ -2,8 +2,8 @@
 
 The kernel pins the pages of a reader while its request is in flight, as it does for `O_DIRECT` on any disk. Reads at
 offsets below `HELD` complete immediately. All other reads are held, and the process prints `held OFFSET LENGTH` for
-each. Commands on standard input: `answer` (complete all held reads), `delay SECONDS` (complete later reads after that
-time) and `hold` (the default).
+each. Commands on standard input: `answer` (complete all held reads), `delay SECONDS` (complete the held reads, and each
+later read after SECONDS) and `hold` (hold later reads, as initially).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.kernel.programs import Program
 
 SIZE: Final = 8 << 20
 HELD: Final = 1 << 20
-"""Offset from which reads are held."""
+"""Offset from which on reads are held, bytes."""
 SECTOR: Final = 512
 NAME: Final = "disk"
 
@@ -62,14 +62,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def contents(offset: int, length: int) -> bytes:
-    """Return contents of the disk. Each 16 bytes contain the number of their sector."""
+    """Return the contents of a range of the disk. Each 16-byte record contains the number of its sector."""
     first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
     data = b"".join(b"disk%012x" % sector * (SECTOR // 16) for sector in range(first, last))
     return data[offset - first * SECTOR :][:length]
 
 
 class SlowDisk:
-    """The disk, served by a separate process."""
+    """Slow disk, served by a separate process."""
 
     def __init__(self, folder: Path, program: Program) -> None:
         self.path = folder / NAME
@@ -86,7 +86,7 @@ class SlowDisk:
         self._program.say("answer")
 
     def delay(self, seconds: float) -> None:
-        """Complete each later read after `seconds`."""
+        """Complete all held reads, and each later read after `seconds`."""
         self._program.say(f"delay {seconds}")
 
     def hold(self) -> None:
@@ -96,7 +96,7 @@ class SlowDisk:
 
 @contextmanager
 def slow_disk(folder: Path, boot_sector: bytes = b"") -> Iterator[SlowDisk]:
-    """Create `folder`, and mount the disk on it.
+    """Create `folder`, mount the disk on it, and yield the disk.
 
     The disk begins with `boot_sector`. Skip the test if FUSE is not available.
     """
@@ -110,7 +110,7 @@ def slow_disk(folder: Path, boot_sector: bytes = b"") -> Iterator[SlowDisk]:
         try:
             yield SlowDisk(folder, program)
         finally:
-            program.kill()  # every pending request fails, so that no process keeps waiting for the disk
+            program.kill()  # pending requests then fail, so no process keeps waiting for the disk
             _libc.umount2(os.fsencode(folder), _MNT_DETACH)
 
 
@@ -201,7 +201,7 @@ def _attributes(node: int) -> bytes:
 
 
 def main(folder: str, boot: str) -> None:
-    """Mount the disk and serve it until it is unmounted."""
+    """Mount the disk on `folder`, and serve it until it is unmounted. `boot`: path of the boot sector."""
     device = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other,max_read={1 << 20}"
     if _libc.mount(b"slow", os.fsencode(folder), b"fuse", 0, options.encode()):

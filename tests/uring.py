@@ -40,14 +40,14 @@ class Ring:
         self._sqes = mmap.mmap(self._fd, 64 * _ENTRIES, mmap.MAP_SHARED, offset=_SQES)
 
     def register(self, address: int, length: int) -> None:
-        """Register a buffer, with index 0. The kernel pins its pages."""
+        """Register a memory range as the buffer with index 0. The kernel pins its pages."""
         vector = struct.pack("<QQ", address, length)
         _call(_REGISTER, self._fd, _REGISTER_BUFFERS, vector, 1)
 
     def read(self, file: int, address: int, length: int, offset: int, *, fixed: bool) -> int:
-        """Read from a file into memory, and wait for completion. `fixed`: use the registered buffer.
+        """Read from a file into memory, and wait for completion. `fixed`: read into the registered buffer.
 
-        Return the number of bytes, or a negative errno.
+        Return the number of bytes read, or a negative errno.
         """
         opcode = _READ_FIXED if fixed else _READ
         entry = struct.pack("<BBHiQQIIQHHi", opcode, 0, 0, file, offset, address, length, 0, 1, 0, 0, 0)

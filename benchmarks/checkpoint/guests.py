@@ -24,7 +24,7 @@ RATES = {"20 MiB/s": 5120, "as fast as it can": 1_000_000}
 USUAL = 1.0
 """Seconds before the checkpoint in which the usual rate is measured."""
 AFTER = 0.2
-"""Seconds to wait for the last ticks after the checkpoint."""
+"""Seconds to wait after a checkpoint for the guest's last ticks."""
 PEERS: dict[str, tuple[tuple[str, ...], bool]] = {
     "background-snapshot": (("background-snapshot",), False),
     "mapped-ram, multifd": (("mapped-ram", "multifd"), False),
@@ -55,7 +55,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def checker(mebibytes: int, rate: int, hot: int = 100) -> str:
-    """Return the options of the checker: MiB of memory, pages written per second, and percentage of memory written."""
+    """Return the checker's options: memory in MiB, pages written per second, and percentage of it that is written."""
     return f"ferry.mib={mebibytes} ferry.rate={rate} ferry.hot={hot} ferry.verify=0 ferry.tick=10 ferry.zero=10"
 
 
@@ -143,8 +143,8 @@ def _go_on(monitor: Monitor) -> None:
 def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Resume a guest, save it while it runs, and pause it again.
 
-    Return the figures of `save`, the pause according to QEMU's events, and the loss of write rate. Raises RuntimeError
-    if the guest has found wrong pages.
+    Return the figures of `save`, the pause according to QEMU's events, and the drop of its write rate. Raises
+    RuntimeError if the guest has found incorrect pages.
     """
     assert line.current is not None
     monitor = line.current.monitor
@@ -159,7 +159,7 @@ def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     begin, end = run.pop("begin"), run.pop("end")
     usual = line.serial.rate(begin - USUAL, begin)
     if line.serial.errors:
-        raise RuntimeError(f"{line.label}: the guest has found wrong pages")
+        raise RuntimeError(f"{line.label}: the guest has found incorrect pages")
     line.rest()
     return run | {
         "pause-ms": (happened["RESUME"] - happened["STOP"]) * 1e3,

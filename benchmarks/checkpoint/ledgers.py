@@ -17,7 +17,7 @@ from pageferry.workloads.open import open_workload
 
 FULL, SMALL = 1 << 30, 64 << 20
 CODED = 4 << 20
-"""Size of the arena for the codecs with --quick: the debug build of a codec is slow."""
+"""Size of the arena that compares codecs with --quick, bytes. It is small: the debug build of a codec is slow."""
 CONTENTS = {"compressible": 0.5, "zero_fraction": 0.1}
 LOADS: dict[str, dict[str, Any]] = {"20 MiB/s": {"rate": 20 << 20}, "as fast as it can": {}}
 CODECS = ("none", "lz4", "zstd")
@@ -42,7 +42,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
-    """Measure the rate at which data is saved, and the speed of the codec alone on the same pages."""
+    """Measure, for each codec, the rate at which data is saved and the speed of the codec alone on the same pages."""
     runs = []
     image = setting.folder / "image"
     with Ledger("coded", CODED if setting.quick else FULL, CONTENTS | LOADS["20 MiB/s"]) as ledger:
@@ -68,7 +68,7 @@ def measure_pause(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_increments(setting: Setting) -> list[dict[str, Any]]:
-    """Measure a checkpoint, and an incremental one a second later."""
+    """Measure a checkpoint, and an incremental checkpoint a second later."""
     runs = []
     parent, child = setting.folder / "parent", setting.folder / "child"
     with Ledger("chained", SMALL if setting.quick else FULL, CONTENTS | SPARSE) as ledger:

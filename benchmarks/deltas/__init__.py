@@ -1,1 +1,1 @@
-"""Benchmark of deltas: programs whose pages are sent again."""
+"""Benchmark of deltas, for pages that a migration sends again."""

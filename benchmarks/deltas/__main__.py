@@ -79,7 +79,7 @@ def _pages(pid: int) -> Iterator[tuple[int, bytes]]:
             memory.seek(start)
             try:
                 data = memory.read(end - start)
-            except OSError:  # the memory cannot be read
+            except OSError:  # the kernel does not let this mapping be read
                 continue
             for at in range(0, len(data), SMALL_PAGE):
                 if (page := data[at : at + SMALL_PAGE]) != zeros:

@@ -1,8 +1,11 @@
 """Programs with typical write patterns: `python -m benchmarks.deltas.programs NAME`.
 
-Each program prints `ready` and keeps writing. `database`: SQLite in memory, with random updates of rows of 200 bytes;
-`dictionary`: a dict of Python objects, some of which are replaced; `array`: random changes in a large array of numbers;
-`text`: lines that are appended while old ones are removed.
+Each program prints `ready`, and then writes until it is killed:
+
+- `database`: SQLite in memory, with random updates of rows of 200 bytes
+- `dictionary`: a dict of Python objects, some of which are replaced
+- `array`: random changes in a large array of numbers
+- `text`: lines that are appended while the oldest ones are removed
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ PAUSE = 0.0005
 
 
 def database(choice: random.Random) -> Callable[[], object]:
-    """Create a table. Return a function that updates rows."""
+    """Create a table. Return a function that updates 20 of its rows."""
     connection = sqlite3.connect(":memory:")
     connection.execute("CREATE TABLE accounts (id INTEGER PRIMARY KEY, balance INTEGER, note TEXT)")
     rows = ((number, 0, choice.randbytes(100).hex()) for number in range(ROWS))
@@ -36,7 +39,7 @@ def database(choice: random.Random) -> Callable[[], object]:
 
 
 def dictionary(choice: random.Random) -> Callable[[], object]:
-    """Create objects by key. Return a function that replaces some of them."""
+    """Create a dict of objects. Return a function that replaces 20 of them."""
     held = {number: (number, choice.random(), str(number) * 4) for number in range(ROWS * 2)}
 
     def step() -> None:
@@ -48,7 +51,7 @@ def dictionary(choice: random.Random) -> Callable[[], object]:
 
 
 def numbers(choice: random.Random) -> Callable[[], object]:
-    """Create an array. Return a function that changes some numbers."""
+    """Create an array. Return a function that changes 20 of its numbers."""
     held = array.array("d", (choice.random() for _ in range(ROWS * 60)))
 
     def step() -> None:
@@ -59,7 +62,7 @@ def numbers(choice: random.Random) -> Callable[[], object]:
 
 
 def text(choice: random.Random) -> Callable[[], object]:
-    """Create lines of a log. Return a function that appends lines and removes the oldest."""
+    """Create lines of a log. Return a function that appends 20 lines and removes the 20 oldest."""
     held = collections.deque(
         (f"{number} GET /{choice.randbytes(40).hex()} 200\n" for number in range(ROWS * 2)), ROWS * 2
     )

@@ -2,8 +2,8 @@
 
 On a hypervisor that reclaims freed memory, the first access to a page takes a hundred times longer than the kernel's
 own work and would dominate every measurement. A ballast holds allocated memory and frees it right before a measurement,
-so that the kernel reuses pages that the hypervisor has not yet reclaimed (this takes seconds). All compared methods get
-the same amount in the same way.
+so that the kernel reuses these pages before the hypervisor reclaims them, which takes seconds. All compared methods get
+the same amount of memory in the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Ballast:
             self._held.madvise(_POPULATE_WRITE)
 
     def release(self) -> None:
-        """Free the memory. Other processes should allocate it within a second."""
+        """Free the memory. The measured processes must allocate it within about a second, before it is reclaimed."""
         if self._held is not None:
             self._held.close()
             self._held = None

@@ -1,4 +1,4 @@
-"""Command of a benchmark: measures, compares with the targets, and writes the results."""
+"""Command of a benchmark: measures, compares the figures with the targets, and writes both to files."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Benchmark command."""
+    """Benchmark with its measurements, targets and tables."""
 
     name: str
     questions: Mapping[str, Callable[[Setting], list[Run]]]
-    """Measurements by name, in order; `--only` selects some."""
+    """Measurements by name, in the order of execution; `--only` selects a subset."""
     judge: Callable[[Results], list[Target]]
     tables: Callable[[Results], list[str]]
     """Function that returns headings and tables, alternating."""
@@ -71,9 +71,9 @@ class Bench:
         parser.add_argument(
             "--repetitions", type=int, default=3, help="repetitions of each measurement (default: %(default)s)"
         )
-        parser.add_argument("--quick", action="store_true", help="measure small workloads once; print the results")
+        parser.add_argument("--quick", action="store_true", help="measure small workloads once; only print the results")
         parser.add_argument(
-            "--only", choices=self.questions, action="append", help="measure one part; print the results"
+            "--only", choices=self.questions, action="append", help="measure only this part, and only print the results"
         )
         parser.add_argument(
             "--folder", type=Path, default=Path("/dev/shm"), help="directory for images (default: %(default)s)"

@@ -25,7 +25,7 @@ def fault_loop(quick: bool) -> list[Run]:
 
 
 def delta(before: Path, after: Path, codec: str, quick: bool) -> tuple[float, float, float, float]:
-    """Return the compressed bytes of whole pages and of their deltas, and the speed of one thread for each in MiB/s."""
+    """Return the compressed sizes of whole pages and of their deltas, bytes, and one thread's speed for each, MiB/s."""
     whole, differences, whole_speed, speed = map(float, _output("delta", quick, str(before), str(after), codec).split())
     return whole, differences, whole_speed, speed
 

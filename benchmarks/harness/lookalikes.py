@@ -2,8 +2,8 @@
 
 `python -m benchmarks.harness.lookalikes MIB RICH PER_RICH SEED`: one of every RICH huge pages contains PER_RICH
 duplicate base pages (a quarter of them zeros, the others from a library of contents). Every other huge page contains
-one or two, such as a shared header or an empty table. Prints its pid and address, and exits at the end of standard
-input.
+one or two, such as a shared header or an empty table. Prints its pid and the address of the memory, and exits at
+the end of standard input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 LARGE, SMALL = 2 << 20, 4 << 10
 SLOTS = LARGE // SMALL
 LIBRARY = 2000
-"""Number of different contents in the library."""
+"""Number of different pages in the library."""
 
 
 def fill(memory: mmap.mmap, start: int, units: int, rich: int, per_rich: int, seed: int) -> None:

@@ -15,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 KERNEL = ROOT / ".cache" / "guest" / "vmlinuz"
 QEMU = ROOT / ".cache" / "qemu-10" / "bin" / "qemu-system-x86_64"
 OWN_QEMU = Path("/usr/bin/qemu-system-x86_64")
-"""QEMU of the machine's distribution, which may be of another version than `QEMU`."""
+"""QEMU of the machine's distribution, whose version may differ from that of `QEMU`."""
 CHECKER = ROOT / ".cache" / "guest" / "checker"
 
 
@@ -25,7 +25,7 @@ def require(target: str, *programs: str) -> None:
     missing += [program for program in programs if shutil.which(program) is None]
     if missing or os.geteuid() != 0:
         what = ", ".join(missing) or "what `make system` installs"
-        sys.exit(f"{target} needs {what}, and root: run `make system` as root, then this")
+        sys.exit(f"{target} requires {what}, and root: run `make system` as root, then repeat the command")
 
 
 def about() -> dict[str, str]:

@@ -25,13 +25,13 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 def faults(pid: int, threads: Iterable[int]) -> int:
-    """Return the number of minor and major page faults of these threads."""
+    """Return the number of minor and major page faults of these threads of a process."""
     every = [_fields(f"/proc/{pid}/task/{thread}/stat") for thread in threads]
     return sum(int(fields[7]) + int(fields[9]) for fields in every)
 
 
 def large_mappings(pid: int, size: int) -> int:
-    """Return the number of 2 MiB mappings in writable, non-executable mappings of at least `size` bytes (smaps)."""
+    """Return the number of PMD-mapped huge pages in writable, non-executable mappings of at least `size` bytes."""
     total, counted = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         first, _, rest = line.partition(" ")
@@ -45,7 +45,7 @@ def large_mappings(pid: int, size: int) -> int:
 
 
 class Meter:
-    """CPU time of processes since construction; of a process that has exited, the last value read."""
+    """CPU time of processes since construction; for a process that has exited, the last value read."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._start = {pid: cpu_seconds(pid) or 0.0 for pid in pids}

@@ -1,6 +1,6 @@
 """Copies of results in README: the text between `<!-- include: FILE -->` and `<!-- end -->` is taken from FILE.
 
-Of a file with sections, only the first is included. Comments and headings are left out. `python -m
+If FILE has sections, only the first section is included. Comments and headings are left out. `python -m
 benchmarks.harness.readme` updates README.
 """
 

@@ -1,4 +1,4 @@
-"""Serial lines of guests, with the time of each line."""
+"""Serial lines of guests, with the time of each tick."""
 
 from __future__ import annotations
 

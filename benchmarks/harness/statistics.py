@@ -15,7 +15,7 @@ def values(runs: Sequence[dict[str, Any]], key: str) -> list[float]:
 
 
 def median_of(runs: Sequence[dict[str, Any]], key: str) -> float:
-    """Return the median of `values`."""
+    """Return the median of the values of a key, as returned by `values`."""
     return median(values(runs, key))
 
 

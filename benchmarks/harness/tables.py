@@ -48,7 +48,7 @@ def verdict(targets: Sequence[Target]) -> str:
 def table(runs: Sequence[Run], by: tuple[str, ...], columns: Sequence[Column]) -> str:
     """Return a table of medians and ranges.
 
-    The table has one row per combination of the keys `by`, in the order of their first run.
+    The table has one row per combination of values of the keys `by`, in the order of first occurrence.
     """
 
     def names(run: Run) -> tuple[str, ...]:

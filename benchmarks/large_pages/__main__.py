@@ -2,9 +2,10 @@
 
 Measures the cost of sampling for a workload, and the accuracy of its results. A process reads memory at random while 1,
 5, 25 or 100 % of its huge pages are sampled per second, in windows of 200 ms. Periods with and without sampling
-alternate. Each period is compared with the previous period, by wall-clock time and by the CPU time of the reader, which
-depends less on other load on the machine. For accuracy, another process reads known numbers of base pages. Finally the
-cold memory of a workload that writes to a part of its memory is evicted to a cold store, and reloaded.
+alternate. Each period with sampling is compared with the period before it, by wall-clock time and by the CPU time of
+the reader, which depends less on other load on the machine. For accuracy, another process reads known numbers of base
+pages. Finally the cold memory of a workload that writes to a quarter of its memory is evicted to a cold store and
+reloaded.
 
 Writes raw data and tables to benchmarks/results. The exit code is 0 unless an operation failed. Missed targets are
 printed, but are not errors.
@@ -196,7 +197,7 @@ def size(setting: Setting) -> int:
 
 
 def measure_slowdown(setting: Setting) -> list[Run]:
-    """Measure shared and private memory. The differences are small, which requires more repetitions than elsewhere."""
+    """Measure shared and private memory. The differences are small, which requires three times as many repetitions."""
     repetitions, seconds = (1, 1.0) if setting.quick else (3 * setting.repetitions, 2.0)
     return [row for kind in KINDS for row in asyncio.run(slowdown(kind, size(setting), repetitions, seconds))]
 
@@ -219,7 +220,7 @@ def measure_damo(_: Setting) -> list[Run]:
 def _vaddr() -> str:
     """Return whether the kernel supports DAMON for virtual addresses: `yes`, `no` or `not known`.
 
-    Read DAMON's list of operations, or the kernel's configuration without such a list.
+    Read DAMON's list of operations or, if there is no such list, the kernel's configuration.
     """
     offers = Path("/sys/kernel/mm/damon/admin/kdamonds").glob("*/contexts/*/avail_operations")
     offered = [offer.read_text().split() for offer in offers]

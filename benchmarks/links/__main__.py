@@ -31,7 +31,7 @@ NETWORKS: tuple[Column, ...] = (
     ("99 % us", "p99-us", 0, 1),
 )
 KEPT = 65.0
-"""Minimum throughput with TLS, percent of that without."""
+"""Minimum throughput with TLS, as a percentage of the throughput without TLS."""
 
 
 def render(results: Results) -> list[str]:

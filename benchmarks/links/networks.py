@@ -42,7 +42,7 @@ LINKS = {
     "1 Gbit/s, 50 ms": Link({"delay": 0.025, "rate": 125e6}, 192 << 20, segments=True),
     "100 Mbit/s, 20 ms, 0.1 % lost": Link({"delay": 0.01, "rate": 12.5e6, "loss": 0.001}, 24 << 20, segments=False),
 }
-"""Links by name; the names contain round-trip times."""
+"""Links by name. The delay in a name is the round-trip time, twice `delay`."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ MEMORY = 1 << 30
 SETTLING = 0.7
 """Seconds that a guest runs before it is migrated."""
 WATCHED = 1.0
-"""Seconds after a migration in which faults are counted."""
+"""Period after a migration in which faults are counted, seconds."""
 FIRST_WRITES = 1000
 """Number of pages that a guest under load writes in half a second."""
 
@@ -56,7 +56,7 @@ class Running:
 
 
 class Line(ABC):
-    """Guest, and method of migration."""
+    """Guest together with a method of migration."""
 
     may_be_lost = False
 
@@ -73,11 +73,11 @@ class Line(ABC):
         self.current: Running | None = None
 
     def monitor_path(self, number: int) -> Path:
-        """Return the path of the benchmark's monitor of a QEMU, by the number of the QEMU."""
+        """Return the path of the QMP socket that the benchmark uses for QEMU number `number`."""
         return self.place.folder / f"{self.stem}.{number}"
 
     def command(self, number: int) -> list[str]:
-        """Return the command line of a QEMU, by its number, without memory options."""
+        """Return the command line of QEMU number `number`, without memory options."""
         return [
             str(self.qemu),
             *"-accel tcg -m 1G -smp 1 -nodefaults -display none".split(),
@@ -152,19 +152,19 @@ class Line(ABC):
         return run
 
     def _look_after(self, run: dict[str, Any]) -> None:
-        """Raise RuntimeError if the guest has found wrong pages, or if pageferry has lost it.
+        """Raise RuntimeError if the guest has found incorrect pages, or if pageferry has lost the guest.
 
         Only report a guest that QEMU has lost.
         """
         if self.serial.errors:
-            raise RuntimeError(f"{self.label}: the guest has found wrong pages")
+            raise RuntimeError(f"{self.label}: the guest has found incorrect pages")
         if not run["alive"]:
             said = "; ".join(self.serial.words[-5:])
             if not self.may_be_lost:
                 raise RuntimeError(f"{self.label}: no output from the guest: {said}")
-            when = "in" if run["alive-before"] else "before"
+            when = "during" if run["alive-before"] else "before"
             print(
-                f"{self.label}: no output from the guest since {when} migration {self.hops}, which is left out: {said}",
+                f"{self.label}: the output of the guest ended {when} migration {self.hops}, which is left out: {said}",
                 file=sys.stderr,
             )
 
@@ -174,7 +174,7 @@ class Line(ABC):
 
     @abstractmethod
     def prepare(self, number: int, options: dict[str, Any]) -> None:
-        """Start the QEMU with this number, which is to receive the guest."""
+        """Start QEMU number `number`, which will receive the guest."""
 
     @abstractmethod
     def accept(self, destination: Running) -> None:
@@ -186,11 +186,11 @@ class Line(ABC):
 
     @abstractmethod
     def finish(self, source: Running, destination: Running) -> dict[str, Any]:
-        """Wait for the end of the migration and end the source. Return the statistics of the method."""
+        """Wait until the migration is complete, and terminate the source. Return the statistics of the method."""
 
     @abstractmethod
     def end(self) -> None:
-        """End the guest and all processes."""
+        """Terminate the guest and all of its processes."""
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Built-in workload that is migrated from process to process; lost writes are detected when it ends."""
+"""Built-in workload that migrates from process to process. Each process checks for lost writes when it exits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Ledger:
         return f"{self._stem}-{self._number + 1}"
 
     def prepare(self, through: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> None:
-        """Start the process to migrate to. `through`: command prefix; `words`: further arguments."""
+        """Start the destination process. `through`: command prefix; `words`: further arguments."""
         receive = ("receive", self.next_name, *LISTEN, "--workload", "demo", "--output", "json", *words)
         self._next = pageferry(*receive, through=through)
         self.address = expect(self._next, "listening")["address"]
@@ -56,14 +56,14 @@ class Ledger:
         expect(self._next, "received")
 
     def stays(self) -> None:
-        """End the next process after a failed migration."""
+        """Kill the next process after a failed migration."""
         assert self._next is not None
         self._next.kill()
         self._next.wait()
         self._next = None
 
     def moved(self) -> None:
-        """End the previous process after a migration."""
+        """Terminate the previous process after a migration. Raises RuntimeError if writes were lost."""
         assert self._next is not None
         self._end()
         self._owner, self._next = self._next, None

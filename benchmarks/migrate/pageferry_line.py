@@ -24,13 +24,13 @@ def pageferry(*words: str, through: tuple[str, ...] = ()) -> Process:
 
 
 def expect(process: Process, kind: str) -> dict[str, Any]:
-    """Return the next event of this type. Raises RuntimeError if the command ends without one."""
+    """Return the next event of this type. Raises RuntimeError if the command exits without one."""
     assert process.stdout is not None
     for line in process.stdout:
         said: dict[str, Any] = json.loads(line)
         if said["type"] == kind:
             return said
-    raise RuntimeError(f"{' '.join(map(str, process.args))} ended with {process.wait()}")  # type: ignore[arg-type]
+    raise RuntimeError(f"{' '.join(map(str, process.args))} exited with {process.wait()}")  # type: ignore[arg-type]
 
 
 def reap(process: Process) -> float:
@@ -40,7 +40,7 @@ def reap(process: Process) -> float:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
+        raise RuntimeError(f"{process.args!r} exited with {process.returncode}")
     return usage.ru_utime + usage.ru_stime
 
 
@@ -90,5 +90,5 @@ class PageferryLine(Line):
             subprocess.run([str(PAGEFERRY), "stop", name], check=False, capture_output=True)
 
     def name(self, number: int) -> str:
-        """Return the name of the guest in the QEMU with this number."""
+        """Return the name of the guest in QEMU number `number`."""
         return f"{self.stem}-{number}"

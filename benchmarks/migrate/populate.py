@@ -32,15 +32,15 @@ The migration converges, and every huge page is used.
 
 
 def choices() -> list[tuple[str, str]]:
-    """Return all combinations of both options.
+    """Return all combinations of `--populate` and `--large-pages`.
 
-    Combinations that ignore huge pages are last, because the workload may lose its huge pages permanently.
+    Combinations with `--large-pages ignore` are last, because they may split the workload's huge pages permanently.
     """
     return [(populate, large) for large, populate in itertools.product(LARGE_PAGES, POPULATE)]
 
 
 def measure_guest(setting: Setting) -> list[dict[str, Any]]:
-    """Migrate a guest with each combination."""
+    """Migrate a guest with each combination of `--populate` and `--large-pages`."""
     runs = []
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     line = PageferryLine("populate", place, machine.QEMU, BUSY)
@@ -54,7 +54,7 @@ def measure_guest(setting: Setting) -> list[dict[str, Any]]:
 
 
 def measure_ledger(setting: Setting) -> list[dict[str, Any]]:
-    """Migrate the built-in workload with each combination."""
+    """Migrate the built-in workload with each combination of `--populate` and `--large-pages`."""
     with Ballast(BALLAST) as ballast, Ledger("ledger", SMALL if setting.quick else FULL, WRITER) as ledger:
         return [move(ledger, ballast, *choice) for choice in choices() * setting.repetitions]
 

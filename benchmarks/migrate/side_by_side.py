@@ -1,4 +1,4 @@
-"""Migration of the same guest by QEMU and by pageferry, alternating."""
+"""Migration of the same guest by QEMU and by pageferry, alternately."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def _as_shipped(lines: Sequence[tuple[Line, list[Method]]], load: str, ballast: 
 
 @contextlib.contextmanager
 def booted(lines: list[tuple[Line, list[Method]]]) -> Iterator[list[tuple[Line, list[Method]]]]:
-    """Boot all guests and pause them; end them after the block."""
+    """Boot all guests and pause them; terminate them after the block."""
     try:
         for line, _ in lines:
             line.boot()
         for line, _ in lines:
             if not line.serial.ready.wait(BOOT):
-                raise RuntimeError(f"{line.label}: the guest has not booted in {BOOT:g} s")
+                raise RuntimeError(f"{line.label}: the guest has not booted within {BOOT:g} s")
         for line, _ in lines:
             line.rest()
         yield lines

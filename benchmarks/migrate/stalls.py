@@ -1,4 +1,4 @@
-"""Cost of a write trace for the workload (S2), by granularity, and of pausing the workload during the copy."""
+"""Cost for the workload of a write trace (S2), by granularity, and of a pause during the copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pageferry.workloads.open import open_workload
 
 FULL, SMALL = 256 << 20, 64 << 20
 ROUND = 0.15
-"""Seconds between two collections, similar to the time in which the arena is sent."""
+"""Seconds between two collections, about the time that sending the arena takes."""
 ROUNDS = 4
 
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ async def _pattern(ledger: Ledger, pattern: str, repetitions: int) -> list[dict[
 
 
 async def traced(workload: RemoteArena, memory: Memory, release: int | None) -> dict[str, Any]:
-    """Trace for some rounds, including the installation of the trace. Return the cost for the writer."""
+    """Trace the workload for `ROUNDS` rounds, or only wait if `release` is None. Return the cost for the writer."""
     large = memory.collapsible(memory.large_units())
     before = await workload.report()
     began = time.perf_counter()

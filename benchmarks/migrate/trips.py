@@ -1,4 +1,4 @@
-"""Migration of the built-in workload with given options, also between hosts, and its statistics."""
+"""Migration of the built-in workload with given options, on one host or between two, and its statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.migrate.pageferry_line import Process, expect, pageferry, reap
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Command prefixes and further arguments of source and destination."""
+    """Command prefixes (`here`, `there`) and further arguments of source and destination."""
 
     here: tuple[str, ...] = ()
     there: tuple[str, ...] = ()
@@ -22,7 +22,7 @@ class Ends:
 
 
 def move(ledger: Ledger, ballast: Ballast, words: tuple[str, ...], ends: Ends = Ends()) -> dict[str, Any]:
-    """Migrate once, end the previous process, and return the figures."""
+    """Migrate the workload once, terminate the previous process, and return the figures."""
     ledger.prepare(ends.there, ends.receiving)
     ballast.hold()
     ballast.release()
@@ -35,7 +35,7 @@ def move(ledger: Ledger, ballast: Ballast, words: tuple[str, ...], ends: Ends = 
 
 
 def begin(ledger: Ledger, words: tuple[str, ...], ends: Ends = Ends()) -> Process:
-    """Start the migration to the destination that `prepare` has started. Return the process of the command."""
+    """Start the migration to the destination that `Ledger.prepare` has started. Return the process of the command."""
     command = ("migrate", ledger.name, ledger.address, "--output", "json", *ends.sending, *words)
     return pageferry(*command, through=ends.here)
 

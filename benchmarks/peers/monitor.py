@@ -61,7 +61,7 @@ class Monitor:
         return [cpu["thread-id"] for cpu in self.execute("query-cpus-fast")]
 
     def pid(self) -> int:
-        """Return the pid of QEMU, also if QEMU was started through another program."""
+        """Return the pid of QEMU, even if QEMU was started through another program."""
         status = Path(f"/proc/{self.threads()[0]}/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Tgid:")))
 

@@ -15,7 +15,7 @@ BANDWIDTH = 10 << 30
 DEFAULT_BANDWIDTH = 128 << 20
 """Default of `max-bandwidth` since QEMU 5.2, bytes per second."""
 DOWNTIME_LIMIT = 300
-"""Downtime limit, milliseconds: the default of QEMU and of pageferry."""
+"""Downtime limit, milliseconds: the default of both QEMU and pageferry."""
 CHANNELS = 2
 
 
@@ -73,7 +73,7 @@ class QemuLine(Line):
             process.wait()
 
     def launch(self, number: int, more: tuple[str, ...]) -> None:
-        """Start the QEMU with this number, with additional options."""
+        """Start QEMU number `number` with additional options."""
         memory, inherited = _shared_memory() if self.shared_file else ((), [])
         try:
             self._processes.append(subprocess.Popen([*self.command(number), *memory, *more], pass_fds=inherited))

@@ -92,7 +92,7 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
                 pushing.start()
             pushing.join()
             if not pager.wait(60):
-                raise RuntimeError(f"pages are missing: {source}")
+                raise RuntimeError(f"{source}: pages are still missing after 60 s")
             del pager, server
     return [time for time in times if time >= WAITED]
 

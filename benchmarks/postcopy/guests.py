@@ -96,7 +96,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def once(runs: list[dict[str, Any]]) -> float:
-    """Return the seconds needed to send all of the memory once, by the number of bytes that post-copy sent."""
+    """Return the time to send all of the memory once, seconds, computed from the bytes that post-copy sent."""
     sent = [run["transferred"] for run in runs if (run["mode"], run["line"]) == ("postcopy", "pageferry")]
     return float(max(sent) / LINK)
 

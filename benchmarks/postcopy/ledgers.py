@@ -45,7 +45,7 @@ class Throughput:
         """Samples: time in seconds on the monotonic clock, and number of pages written until then."""
 
     def goes_on_at(self, name: str) -> None:
-        """Continue to sample the workload of this name."""
+        """Sample the workload of this name from now on."""
         self._name = name
 
     def between(self, begin: float, end: float) -> float:
@@ -98,7 +98,7 @@ class Throughput:
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
-    """Measure post-copy and hybrid in turn, then a pre-copy."""
+    """Measure post-copy and hybrid migrations in turn, then one pre-copy migration."""
     size = SMALL if setting.quick else FULL
     runs = []
     with Ledger("late", size, WRITER) as ledger, Ballast(size + (128 << 20)) as ballast:
@@ -109,7 +109,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _moved(ledger: Ledger, ballast: Ballast, mode: str) -> dict[str, Any]:
-    """Migrate once; include the number of writes in each slice."""
+    """Migrate once. Return the figures, with the write rate in each slice."""
     ledger.prepare()
     ballast.hold()
     with Throughput(ledger) as throughput:
@@ -135,7 +135,7 @@ def _moved(ledger: Ledger, ballast: Ballast, mode: str) -> dict[str, Any]:
 def _given_up(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
     """Migrate the same workload by pre-copy, which is not expected to converge.
 
-    Return whether it completed, the duration in milliseconds and the number of rounds.
+    Return whether the migration completed, its duration in milliseconds, and its number of rounds.
     """
     ledger.prepare()
     ballast.hold()
@@ -150,5 +150,5 @@ def _given_up(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
 
 
 def once(runs: list[dict[str, Any]]) -> float:
-    """Return the seconds needed to send all of the memory once, by the number of bytes that post-copy sent."""
+    """Return the time to send all of the memory once, seconds, computed from the bytes that post-copy sent."""
     return float(max(run["transferred"] for run in runs if run["mode"] == "postcopy") / LINK)

@@ -94,7 +94,7 @@ def _hybrid(what: str, runs: list[Run], once: float) -> Target:
 
 
 def _accesses(runs: list[Run]) -> list[Target]:
-    """Return the targets for the access latency during each kind of push, relative to that without a push."""
+    """Return the targets for the access latency during each kind of push, relative to the latency without a push."""
     idle, *pushed = accesses.METHODS
     alone = median_of(having(runs, method=idle), "p50-us")
     found = {method: median_of(having(runs, method=method), "p99-us") for method in pushed}

@@ -1,4 +1,4 @@
-"""Process that reads pages of a file's mapping and times each read: `python -m benchmarks.postcopy.toucher`.
+"""Process that reads pages of a mapped file and times each read: `python -m benchmarks.postcopy.toucher`.
 
 Arguments: an inherited descriptor, and the length in bytes. Prints the address of the mapping. For each line of
 standard input, a JSON list of page numbers, the process prints the list of read times in nanoseconds.

@@ -1,4 +1,4 @@
-"""Opening of an arena of some gigabytes from an image, and the cost of a single fault."""
+"""Opening of an arena of 4 GiB from an image, and the cost of a single fault."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def opened(image: Path, mode: str) -> dict[str, Any]:
 
 
 def demanded(image: Path) -> dict[str, Any]:
-    """Return the cost of random accesses without read-ahead."""
+    """Return the cost of random accesses to an arena that is opened without read-ahead."""
     found = opened(image, "demand")
     return {key: found[key] for key in ("access-us", "read-kib")}
 

@@ -41,7 +41,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "mapped-ram": ("mapped-ram",),
     "stream": (),
 }
-"""QEMU's methods, with the capabilities of the incoming migration. The second one uses the file of the first."""
+"""QEMU's methods, with the capabilities of the incoming migration. The second method reads the file of the first."""
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ class Told:
             return self._last.get(kind)
 
     def end(self) -> None:
-        """Wait for the end of the command. Kill it after 10 s."""
+        """Wait until the command exits. Kill it after 10 s."""
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -209,7 +209,7 @@ def _usual(line: Line) -> float:
 def _looked_at(line: Line, resumed: float, until_running: float, usual: float) -> dict[str, Any]:
     """Check that the guest is intact. Return its activity since `resumed` (seconds since the epoch)."""
     if line.serial.errors:
-        raise RuntimeError(f"{line.label}: the guest has found wrong pages")
+        raise RuntimeError(f"{line.label}: the guest has found incorrect pages")
     clock = time.monotonic() - time.time()
     ticks = list(line.serial.ticks)
     if not ticks:

@@ -25,7 +25,7 @@ ACCESSES = 200
 def peek(arena: RestoredArena) -> dict[str, float]:
     """Read a page through the file instead of the mapping.
 
-    Return the total number of bytes read, and the milliseconds.
+    Return the total number of bytes read from the image, and the duration of the access in milliseconds.
     """
     begin = time.perf_counter()
     at = len(memoryview(arena)) // 2

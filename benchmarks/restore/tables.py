@@ -30,7 +30,7 @@ FAULTS: tuple[Column, ...] = (
     ("ratio", "ratio", 2, 1),
 )
 SOONER = 20
-"""Minimum ratio of the times until the guest runs, QEMU's to pageferry's."""
+"""Minimum ratio of QEMU's time until the guest runs to pageferry's."""
 
 
 def render(results: Results) -> list[str]:

@@ -36,7 +36,7 @@ RICH, PER_RICH = 8, 300
 
 @contextmanager
 def lookalikes(mib: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield pid and address of processes with `mib` MiB of memory each."""
+    """Start processes with `mib` MiB of memory each. Yield their pids and the addresses of their memory."""
     with ExitStack() as stack:
         found = []
         for seed in range(PROCESSES):
@@ -133,7 +133,7 @@ SAVING = 0.9
 
 
 def measure_ksm(setting: Setting) -> list[Run]:
-    """Measure the lines in turn, in alternating order."""
+    """Measure the lines in turn, in reverse order in every second repetition."""
     lines = [line for number in range(setting.repetitions) for line in (LINES if number % 2 == 0 else LINES[::-1])]
     return [measure(line, size(setting)) for line in lines]
 

@@ -1,7 +1,7 @@
-"""Benchmark of checkpoint sizes, varied one at a time: `make bench-sizes`, or `python -m benchmarks.sizes [--quick]`.
+"""Benchmark of checkpoint block sizes: `make bench-sizes`, or `python -m benchmarks.sizes [--quick]`.
 
-Measures the effect of the trap block, page block and storage block sizes on the workload, the checkpoint and a later
-restore. The defaults were chosen with this table (docs/format.md, docs/systems/s4.md).
+Varies the sizes of trap blocks, page blocks and storage blocks one at a time. Measures their effect on the workload,
+the checkpoint and a later restore. The defaults were chosen by these results (docs/format.md, docs/systems/s4.md).
 """
 
 from __future__ import annotations

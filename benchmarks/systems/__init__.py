@@ -1,1 +1,1 @@
-"""Parts of `make systems`: each of the ten systems, measured with and without its mechanism for a few seconds."""
+"""Parts of `make systems`: each of the ten systems, measured with and without its mechanism."""

@@ -1,8 +1,8 @@
 """Table of all ten systems: `make systems`, or `python -m benchmarks.systems [--quick] [--without S7]`.
 
-Measures each system for some seconds with and without its mechanism, and another program if one is comparable. The
-figure is compared with the target in docs/benchmarks.md. `--without` disables a mechanism, so that its row fails. Only
-a complete run at full size is written to benchmarks/results and into README.md.
+Measures each system with and without its mechanism, and a comparable program if there is one. Compares the figure with
+the target in docs/benchmarks.md. `--without` disables a mechanism, to check that its row fails. Only a complete run at
+full size is written to benchmarks/results and into README.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHOWS: dict[str, tuple[tuple[str, ...], Show]] = {
 }
 SYSTEMS = tuple(f"S{number}" for number in range(1, 11))
 MAX_SECONDS = 150
-"""Maximum duration of one measurement, seconds, so that all take less than ten minutes."""
+"""Timeout of one measurement, seconds. All measurements together normally take less than ten minutes."""
 
 
 def main() -> int:
@@ -68,10 +68,12 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the ten systems, each with and without its mechanism.")
-    parser.add_argument("--quick", action="store_true", help="measure small workloads; print the table")
-    parser.add_argument("--only", choices=SYSTEMS, action="append", help="measure these systems; print the table")
+    parser.add_argument("--quick", action="store_true", help="measure small workloads, and only print the table")
     parser.add_argument(
-        "--without", choices=SYSTEMS, action="append", default=[], help="switch the mechanism of a system off"
+        "--only", choices=SYSTEMS, action="append", help="measure only this system, and only print the table"
+    )
+    parser.add_argument(
+        "--without", choices=SYSTEMS, action="append", default=[], help="disable the mechanism of this system"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -97,7 +99,7 @@ def _measure(args: argparse.Namespace) -> list[Row]:
 
 
 def _shown(name: str, systems: tuple[str, ...], show: Callable[[], list[Row]]) -> list[Row]:
-    """Return the rows of a measurement; if the measurement fails, one row per system with the reason."""
+    """Return the rows of a measurement. If the measurement fails, return one row per system with the reason."""
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(MAX_SECONDS)
     try:

@@ -27,8 +27,8 @@ SCATTERED = WRITER | {"scatter": True}
 QUIET = {"working_set": 0.01, "zero_fraction": 0.5, "rate": 1 << 20}
 """Options of a workload half of whose pages are zero pages. Few of its pages are sent again."""
 NO_MOUNTS = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
-"""Command prefix that drops CAP_SYS_ADMIN. The command cannot mount a tmpfs with huge pages, so that it has to make its
-huge pages itself."""
+"""Command prefix that drops CAP_SYS_ADMIN. Without it, a receiver cannot mount a tmpfs with huge pages, so it has to
+create huge pages itself."""
 
 
 def arena(setting: Setting, switches: Switches) -> list[Row]:
@@ -49,7 +49,7 @@ def arena(setting: Setting, switches: Switches) -> list[Row]:
 def guest(setting: Setting, switches: Switches) -> list[Row]:
     """Migrate a guest with and without populated page tables (S1), and by QEMU.
 
-    In a further migration (S7) the destination's QEMU has to make its huge pages itself.
+    In further migrations (S7), the receiver has to create the huge pages itself.
     """
     place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
     load = "ferry.mib=48" if setting.quick else BUSY
@@ -79,7 +79,7 @@ def guest(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def large(setting: Setting, switches: Switches) -> list[Row]:
-    """Measure huge pages at a destination that has to make them itself (S6, S7)."""
+    """Measure the number of huge pages at a destination that has to create them itself (S6, S7)."""
     size = SMALL if setting.quick else FULL
     rows = []
     for system, options, which in (
@@ -131,12 +131,12 @@ def _of(peer: dict[str, Any], key: str) -> float | None:
 
 
 def _faults(ledger: Ledger, ballast: Ballast, choice: str) -> float:
-    """Return the number of page faults in the first second after a migration with this `--populate`."""
+    """Return the number of page faults in the first second after a migration. `choice`: value of `--populate`."""
     return float(populate.move(ledger, ballast, choice, "keep")["faults-first-second"])
 
 
 def _mapped(ledger: Ledger, ballast: Ballast, choice: str) -> float:
-    """Return the number of huge pages in the page tables of the writer after a migration."""
+    """Return the number of huge pages that the writer has mapped after a migration with this `--populate`."""
     populate.move(ledger, ballast, choice, "keep")
     workload = asyncio.run(open_workload(ledger.name))
     assert isinstance(workload, RemoteArena)

@@ -78,7 +78,7 @@ def arena(setting: Setting, switches: Switches) -> list[Row]:
 
 
 def _times(setting: Setting) -> int:
-    """Return the number of measurements of a short pause. Another scheduled process may disturb a single one."""
+    """Return the number of measurements of a short pause. Other processes may disturb a single measurement."""
     return 1 if setting.quick else 3
 
 
@@ -88,7 +88,7 @@ def _save(ledger: Ledger, image: Path, option: str) -> float:
 
 
 def _until_complete(run: dict[str, Any]) -> float:
-    """Return the milliseconds until all memory is loaded. Like `running-ms`, they exclude the start of QEMU."""
+    """Return the time until all memory is loaded, milliseconds. Like `running-ms`, it excludes the start of QEMU."""
     return float(run["complete-ms"] - run["command-to-resume-ms"] + run["running-ms"])
 
 

@@ -1,10 +1,10 @@
 """Test guests that start from a saved state. A test session boots each kind of guest once.
 
-A boot under TCG takes some 5 s of a core, a start from a state 0.3 s. QEMU itself saves and loads the device state
+A boot under TCG takes about 5 s of CPU time, a start from a state 0.3 s. QEMU itself saves and loads the device state
 (`-incoming`). Memory is copied from file to file, huge page by huge page, without `pageferry checkpoint` and `pageferry
 restore`. The guest therefore has no pager, no userfaultfd registration and no missing page, and the same memory is
-allocated as after a boot. QEMU's page tables hold only the pages that were accessed since the start. Tests of the boot,
-the command line or the QEMU process boot their guests.
+allocated as after a boot. QEMU's page tables map only the pages that were accessed since the start. Tests of the boot,
+the command line or the QEMU process do not use saved states: they boot their guests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHUNK = 2 << 20
 
 
 async def start(name: str, parts: GuestParts, serial: Serial, *options: str, **details: str) -> QemuWorkload:
-    """Start a guest, and return it when its checker is running. `options`, `details`: see `GuestParts.command`."""
+    """Start a guest, and return the guest when its checker runs. `options`, `details`: see `GuestParts.command`."""
     command = parts.command(serial, *options, **details)
     if parts.states is None:
         workload = await QemuWorkload.start(name, command)
@@ -40,14 +40,14 @@ async def start(name: str, parts: GuestParts, serial: Serial, *options: str, **d
     await workload.load_state((state / STATE).read_bytes())
     await workload.resume()
     await serial.ready()
-    assert await workload.running()  # the migration settings of the user are restored before this reply
+    assert await workload.running()  # before this reply, the user's migration settings have been restored
     return workload
 
 
 async def _saved(states: Path, parts: GuestParts, *options: str, **details: str) -> Path:
-    """Return the folder with the state of a guest with this command line.
+    """Return the folder with the saved state of a guest with this command line.
 
-    The first process that needs it boots the guest.
+    The first process that needs the state boots the guest.
     """
     words = parts.command(Serial(Path("serial")), *options, **details)
     folder = states / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
@@ -77,7 +77,7 @@ async def _boot(folder: Path, parts: GuestParts, *options: str, **details: str) 
 
 
 def _save(region: Region, path: Path) -> None:
-    """Copy memory to a file. Holes remain holes."""
+    """Copy the memory of a region to a file. Holes remain holes."""
     with path.open("wb") as file:
         file.truncate(region.length)
         for at, length in _allocated(region.fd, region.file_offset, region.length):
@@ -85,7 +85,7 @@ def _save(region: Region, path: Path) -> None:
 
 
 def _load(path: Path, region: Region) -> None:
-    """Copy memory from a file through a mapping, because write(2) allocates no huge pages."""
+    """Copy a file to the memory of a region, through a mapping because write(2) allocates no huge pages."""
     view = memoryview(_engine.Mapping(region.fd, region.length, region.file_offset))
     with path.open("rb") as file:
         for at, length in _allocated(file.fileno(), 0, region.length):

@@ -1,5 +1,5 @@
-//! The checker, `/init` of the test guest: fills memory with self-describing pages, keeps rewriting and verifying them,
-//! and reports errors on the serial line.
+//! Checker, `/init` of the test guest: fills memory with self-describing pages, keeps rewriting and verifying them, and
+//! reports errors on the serial line.
 //!
 //! The contents of each page are a function of (page number, version). A table elsewhere in memory holds the current
 //! version of each page, and a separate counter holds the sum of all versions. This detects lost writes, stale pages,
@@ -12,7 +12,8 @@
 //! FERRY BAD total thread=0 expected=812 found=811
 //! ```
 //!
-//! `passes` counts complete sweeps of the slowest thread: after two more passes, each page has been verified again.
+//! `passes` is the number of complete sweeps of the slowest thread: after two more passes, each page has been verified
+//! again.
 //!
 //! Options on the kernel command line, each with its default: `ferry.mib` (memory, MiB, 64), `ferry.rate` (pages
 //! written per second, 2000), `ferry.verify` (pages verified per second, one sweep), `ferry.hot` (percent of the pages
@@ -99,7 +100,7 @@ fn tick_for_ever(settings: &Settings, counters: &[Arc<Counters>]) -> ! {
     }
 }
 
-/// One thread's share of the pages, and their expected versions.
+/// Share of the pages that one thread writes and verifies, with the expected versions.
 struct Checker {
     pages: &'static mut [Page],
     number: usize,
@@ -123,7 +124,7 @@ impl Checker {
         Self { pages, number, first_page, versions, total, next: 0, random, settings, counters }
     }
 
-    /// Writes and verifies this thread's share of pages in each time slot, then sleeps.
+    /// In each time slot, writes and verifies as many pages as the rates allow, then sleeps.
     fn run(&mut self) {
         let slots_per_second = 1000 / SLOT.as_millis() as u64 * self.settings.threads as u64;
         let (mut write_credit, mut verify_credit) = (0, 0);
@@ -172,7 +173,7 @@ impl Checker {
         if let Some(word) = first_wrong_word(page, number, version, self.settings.zero_percent) {
             let found = page[1];
             self.report(format_args!("page={number} word={word} expected-version={version} found-version={found}"));
-            // Restore the expected contents, so that the error is reported once, not in each pass.
+            // Restore the expected contents, so that only one pass reports the error.
             fill(&mut self.pages[index], number, version, self.settings.zero_percent);
         }
         self.counters.verified.fetch_add(1, Relaxed);
@@ -194,7 +195,7 @@ impl Checker {
     }
 }
 
-/// Returns a pseudo-random permutation of 64-bit values (splitmix64).
+/// Returns the image of `value` under a pseudo-random permutation of the 64-bit values (splitmix64).
 fn mix(value: u64) -> u64 {
     let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -202,14 +203,14 @@ fn mix(value: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Returns the increment between the words of a page; `None` if the page is all zeros at this version.
+/// Returns the difference between adjacent words of a page; `None` if the page is all zeros at this version.
 fn recipe(number: usize, version: u64, zero_percent: u64) -> Option<u64> {
     let seed = mix(mix(number as u64) ^ version);
     (seed % 100 >= zero_percent).then_some(seed | 1)
 }
 
-/// Fills a page with zeros, or with its number, its version and an arithmetic sequence. The sequences of two versions
-/// differ in each word.
+/// Fills a page with zeros, or with its number, its version and an arithmetic sequence. The sequences of different
+/// versions differ in each word.
 fn fill(page: &mut Page, number: usize, version: u64, zero_percent: u64) {
     match recipe(number, version, zero_percent) {
         None => page.fill(0),
@@ -242,32 +243,32 @@ fn first_wrong_word(page: &Page, number: usize, version: u64, zero_percent: u64)
 }
 
 fn mount_proc() {
-    std::fs::create_dir_all("/proc").expect("a root file system that can be written");
+    std::fs::create_dir_all("/proc").expect("cannot create /proc");
     // SAFETY: the arguments are static C strings; `data` may be null.
     let failed = unsafe { mount(c"proc".as_ptr(), c"/proc".as_ptr(), c"proc".as_ptr(), 0, std::ptr::null()) } != 0;
-    assert!(!failed, "mount /proc: {}", std::io::Error::last_os_error());
+    assert!(!failed, "cannot mount /proc: {}", std::io::Error::last_os_error());
 }
 
 /// Loads the kernel modules of the initrd in the order of their names, for drivers such as virtio_balloon.
 fn load_modules() {
     const FINIT_MODULE: c_long = 313;
     let Ok(folder) = std::fs::read_dir("/modules") else { return };
-    let mut paths: Vec<_> = folder.map(|entry| entry.expect("an entry of /modules").path()).collect();
+    let mut paths: Vec<_> = folder.map(|entry| entry.expect("cannot list /modules").path()).collect();
     paths.sort();
     for path in paths {
-        let file = std::fs::File::open(&path).expect("a module");
+        let file = std::fs::File::open(&path).expect("cannot open a module");
         // SAFETY: the file is open during the call. The parameters are a static empty C string.
         let failed = unsafe { syscall(FINIT_MODULE, file.as_raw_fd(), c"".as_ptr(), 0) } != 0;
-        assert!(!failed, "{}: {}", path.display(), std::io::Error::last_os_error());
+        assert!(!failed, "cannot load {}: {}", path.display(), std::io::Error::last_os_error());
     }
 }
 
 fn settings() -> Settings {
-    let line = std::fs::read_to_string("/proc/cmdline").expect("/proc/cmdline");
+    let line = std::fs::read_to_string("/proc/cmdline").expect("cannot read /proc/cmdline");
     let given: HashMap<&str, u64> = line
         .split_whitespace()
         .filter_map(|word| word.strip_prefix("ferry.")?.split_once('='))
-        .map(|(key, value)| (key, value.parse().expect("ferry.* options are whole numbers")))
+        .map(|(key, value)| (key, value.parse().expect("ferry.* options must be whole numbers")))
         .collect();
     let get = |key: &str, default: u64| given.get(key).copied().unwrap_or(default);
     let pages = get("mib", 64) * 256;
@@ -282,12 +283,12 @@ fn settings() -> Settings {
     }
 }
 
-/// Allocates anonymous memory in pages. The thread that owns a page is the first to access it.
+/// Allocates anonymous memory, without accessing it: the thread that owns a page accesses it first.
 fn allocate(pages: usize) -> &'static mut [Page] {
     const READ_WRITE: c_int = 3;
     const PRIVATE_ANONYMOUS: c_int = 0x22;
-    // SAFETY: the kernel chooses the address of a new mapping, which is page-aligned, zeroed and never unmapped. A
-    // failed mmap(2) is excluded by the assertion.
+    // SAFETY: the kernel chooses the address of the new mapping, which is page-aligned, zeroed and never unmapped, and
+    // to which no other reference exists. The assertion excludes a failed mmap(2).
     unsafe {
         let address = mmap(std::ptr::null_mut(), pages * 4096, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0);
         assert!(address as isize != -1, "mmap: {}", std::io::Error::last_os_error());

@@ -1,4 +1,4 @@
-"""Compilation of the programs that run in test guests, with rustc alone."""
+"""Compilation of the programs that run in test guests, with rustc and without cargo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shared disk of test guests, and QEMU's locks on it."""
+"""Disk that test guests share, and QEMU's locks on the file of the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WRITES, _SHARES_NO_WRITES = 101, 201
 """Bytes of the disk file that QEMU locks for reading: the first while QEMU may write, the second while no other process
 may write."""
 _GET_LOCK, _SET_LOCK = 36, 37
-"""F_OFD_GETLK and F_OFD_SETLK of fcntl(2)."""
+"""F_OFD_GETLK and F_OFD_SETLK of fcntl(2), for open file description locks."""
 _LOCK = struct.Struct("hhqqi4x")
 
 
@@ -36,7 +36,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def locked(path: Path) -> bool:
-    """Return whether a QEMU process has locked a disk for exclusive writing."""
+    """Return whether a QEMU process has locked a disk as its only writer."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         return all(_taken(descriptor, byte) for byte in (_WRITES, _SHARES_NO_WRITES))

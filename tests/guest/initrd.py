@@ -23,7 +23,7 @@ BALLOON_MODULES = (
 
 
 def build(folder: Path, modules: Sequence[Path] = ()) -> Path:
-    """Compile the checker and pack it with these kernel modules. Return the initrd.
+    """Compile the checker, and pack it with these kernel modules into an initrd. Return the path of the initrd.
 
     An unchanged checker is not compiled again. Raises the same errors as `compile_program`.
     """

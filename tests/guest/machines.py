@@ -10,7 +10,7 @@ from tests.guest.serial import Serial
 
 @dataclass(frozen=True, slots=True)
 class GuestParts:
-    """Programs and files of a guest's command line, for one QEMU."""
+    """Programs and files in the command line of a guest."""
 
     qemu: Path
     kernel: Path
@@ -18,7 +18,7 @@ class GuestParts:
     """Path of the initrd; None for the payload, which needs no initrd."""
     accel: str = "tcg"
     states: Path | None = None
-    """Folder for the states of booted guests (see `booted`), shared by all processes of a test session. If None, each
+    """Folder for the saved states of guests (see `booted`), shared by all processes of a test session. If None, each
     guest is booted."""
 
     def command(self, serial: Serial, *options: str, memory: str = "256M", checker: str = "ferry.mib=64") -> list[str]:
@@ -26,7 +26,7 @@ class GuestParts:
 
         `checker`: options of the checker or payload (see checker.rs, payload.rs).
         """
-        # no_timer_check: on a busy machine, the kernel could find that the timer does not work, and stop.
+        # no_timer_check: on a busy machine, the kernel's check of the timer could fail, and the kernel would panic.
         boot = ["-kernel", str(self.kernel), "-append", f"console=ttyS0 quiet no_timer_check {checker}"]
         if self.initrd is not None:
             boot += ["-initrd", str(self.initrd)]

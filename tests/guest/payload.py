@@ -1,4 +1,4 @@
-"""Build of the guest without an operating system, `payload.rs`, which runs on TCG and on KVM."""
+"""Build of `payload.rs`, the guest without an operating system, which runs on TCG and on KVM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def obstacle(accel: str) -> str | None:
     try:
         device = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        return f"/dev/kvm cannot be opened: {error.strerror}"
+        return f"cannot open /dev/kvm: {error.strerror}"
     try:
         os.close(fcntl.ioctl(device, _CREATE_VM, 0))
     except OSError as error:

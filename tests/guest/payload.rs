@@ -1,15 +1,15 @@
-//! A guest without an operating system, for KVM hosts on which Linux does not boot. Rewrites and verifies
-//! self-describing pages.
+//! Guest without an operating system, for KVM hosts on which Linux does not boot: rewrites and verifies self-describing
+//! pages.
 //!
 //! QEMU loads the program with `-kernel` and enters it in 32-bit protected mode (PVH). The program enables long mode
-//! with its own page tables. On KVM it leaves ring 0 permanently: a KVM without hardware virtualization emulates ring 0
-//! and runs ring 3 natively. A TSS with an I/O bitmap gives ring 3 access to the serial port. There are no interrupts.
-//! On TCG the program stays in ring 0. It sleeps after each sweep until the next timer interrupt, so that a waiting
-//! guest does not use a whole core of the test machine.
+//! with its own page tables. On KVM it leaves ring 0 permanently: a KVM without hardware virtualisation emulates ring 0
+//! and runs ring 3 natively. A TSS with an I/O bitmap gives ring 3 access to the serial port. Interrupts stay disabled.
+//! On TCG the program stays in ring 0. It sleeps after each sweep until the next timer interrupt, so that the guest does
+//! not use a whole core of the test machine.
 //!
 //! Each page holds its number and version at both ends and in the middle. A table elsewhere holds the current version
-//! of each page, and a separate counter holds the sum of all versions. The output has the format of `checker.rs`; a
-//! tick is printed every few sweeps.
+//! of each page, and a separate counter holds the sum of all versions. The output has the format of `checker.rs`, with
+//! a tick every eight sweeps.
 //!
 //! Command line: `ferry.mib` (memory, MiB, 32), `ferry.writes` (pages rewritten per sweep, 4).
 
@@ -45,13 +45,13 @@ tables: .quad pointers + 0x27
     .fill 511, 8, 0
 pointers: .quad directory + 0x27
     .fill 511, 8, 0
-directory:                              # 1 GiB in large pages: present, writable, user, accessed, dirty
+directory:                              # 1 GiB in huge pages: present, writable, user, accessed, dirty
     .set address, 0
     .rept 512
     .quad address + 0xe7
     .set address, address + 0x200000
     .endr
-descriptors:                            # all with the accessed bit; SYSEXIT wants them in this order from 0x18 on
+descriptors:                            # all with the accessed bit; SYSEXIT requires this order from 0x18 on
     .quad 0
     .quad 0x00cf9b000000ffff            # 0x08 code, 32 bits
     .quad 0x00cf93000000ffff            # 0x10 data
@@ -61,16 +61,16 @@ descriptors:                            # all with the accessed bit; SYSEXIT wan
     .quad 0x00cff3000000ffff            # 0x30 data
     .quad 0x00affb000000ffff            # 0x38 code, 64 bits
     .quad 0x00cff3000000ffff            # 0x40 data
-task: .quad 0, 0                        # 0x48 the task, filled in below
+task: .quad 0, 0                        # 0x48 TSS, filled in below
 pointer: .word . - descriptors - 1
     .quad descriptors
 gates: .word 0x20f
     .quad interrupts
     .balign 16
 state: .fill 102, 1, 0
-    .word 104                           # where the bitmap begins
+    .word 104                           # offset of the I/O bitmap
     .fill 127, 1, 0xff
-    .byte 0xfe                          # port 0x3f8
+    .byte 0xfe                          # allows port 0x3f8
     .byte 0xff
 
     .section .bss
@@ -89,7 +89,7 @@ start:
     mov eax, offset state
     mov edx, eax
     shl edx, 16
-    or edx, 232                         # its last byte
+    or edx, 232                         # limit of the TSS
     mov dword ptr [task], edx
     mov edx, eax
     shr edx, 16
@@ -108,7 +108,7 @@ start:
     or eax, 0x100
     wrmsr
     mov eax, cr0
-    and eax, 0x9ffffffb                 # the cache is on, there is a coprocessor
+    and eax, 0x9ffffffb                 # clears CD, NW and EM
     or eax, 0x80000022                  # PG, NE, MP
     mov cr0, eax
     .byte 0xea                          # jmp 0x18:long
@@ -126,11 +126,11 @@ long:
     mov eax, 0x18
     xor edx, edx
     wrmsr
-    mov eax, 0x40000000                 # the hypervisor
+    mov eax, 0x40000000                 # signature of the hypervisor
     cpuid
     mov edi, ebp
     xor esi, esi
-    cmp ebx, 0x4b4d564b                 # "KVMK": it emulates SYSEXIT, and IRET not
+    cmp ebx, 0x4b4d564b                 # "KVMK": KVM emulates SYSEXIT, but not IRET
     jne 1f
     mov rdx, offset run
     mov rcx, offset stack - 8
@@ -198,7 +198,7 @@ extern "C" fn run(start_info: u64, sleeps: u64) -> ! {
         verify_all(pages, &mut errors);
         sweeps += 1;
         if sleeps != 0 {
-            // Interrupts are enabled only here. Their handler uses this stack.
+            // Interrupts are enabled only during this sleep. The interrupt handler uses the current stack.
             unsafe { asm!("sti", "hlt", "cli") };
         }
         if sweeps % SWEEPS_PER_TICK == 0 {
@@ -275,7 +275,7 @@ fn report(errors: &mut u64, page: u64, word: u64, expected: u64, found: u64) {
     text(b"\n");
 }
 
-/// Returns the value of the option `name` (with its `=`) on the command line, or `default`.
+/// Returns the value of the option `name` (which includes the `=`) on the command line, or `default` without the option.
 fn option(line: *const u8, name: &[u8], default: u64) -> u64 {
     if line.is_null() {
         return default;

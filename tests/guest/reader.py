@@ -1,9 +1,9 @@
 """Boot sector of a guest without an operating system that reads from a disk on request.
 
 The guest receives commands, one byte each, on its serial line. On `r`, the guest fills a buffer, prints `B`, and reads
-32 KiB at 1 MiB of the disk into the buffer. The BIOS reads, so one request is in flight. The guest then prints `fresh`
-if the buffer holds the contents of the disk, otherwise `stale`. On `v`, the guest only checks the buffer. On `l`, the
-guest reads repeatedly, and prints only `stale`.
+32 KiB at offset 1 MiB of the disk into the buffer. The guest reads through the BIOS, so one request is in flight. The
+guest then prints `fresh` if the buffer holds the contents of the disk, otherwise `stale`. On `v`, the guest only checks
+the buffer. On `l`, the guest reads repeatedly, and prints only `stale`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def boot_sector(folder: Path) -> bytes:
     Skip the test if there is no assembler or linker.
     """
     if shutil.which("as") is None or shutil.which("ld") is None:
-        pytest.skip("no assembler and linker for the guest")
+        pytest.skip("no assembler or no linker, which build the boot sector of the guest")
     source, target, binary = folder / "boot.s", folder / "boot.o", folder / "boot.bin"
     source.write_text(_SOURCE)
     subprocess.run(["as", "--32", "-o", target, source], check=True, timeout=30)

@@ -41,7 +41,7 @@ def image_of_a_guest(parts: GuestParts, folder: Path, *, paused: bool = False) -
 
 
 class Restored:
-    """A guest restored from an image."""
+    """Guest restored from an image."""
 
     def __init__(self, name: str, parts: GuestParts, serial: Serial) -> None:
         self.folder = Folder(Registry(), name)
@@ -63,14 +63,14 @@ class Restored:
             await monitor.execute("cont")
 
     async def end(self) -> None:
-        """End the guest, and wait until its pager has exited."""
+        """Terminate the guest, and wait until its pager has exited."""
         await self.status()
         await self.workload.discard()
         if self.pager is not None:
             await processes.wait_for_end(*self.pager)
 
     async def status(self) -> PagerStatus | None:
-        """Return the status of the pager, and record its pid and start time; None if there is no pager."""
+        """Return the status of the pager, or None without a pager. Record the pid and start time of the pager."""
         status = await asyncio.to_thread(client.status, self.folder)
         if status is not None and (started := proc.start_time(status.pager)) is not None:
             self.pager = (status.pager, started)

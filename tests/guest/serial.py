@@ -11,11 +11,11 @@ from pathlib import Path
 _TICK = re.compile(r"FERRY tick (\d+) writes=(\d+) verified=(\d+) passes=(\d+) errors=(\d+)\r?\n")
 
 BOOT = 100.0
-"""Maximum seconds for the checker to start, on a busy machine without KVM."""
+"""Timeout for the boot until the checker runs, on a busy machine without KVM, seconds."""
 
 
 class GuestFailed(AssertionError):
-    """Failure of a guest, which crashed, found a wrong page, or made no progress."""
+    """Failure of a guest that crashed, found an incorrect page, or made no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,31 +38,31 @@ class Serial:
 
     @property
     def text(self) -> str:
-        """All output so far."""
+        """All output of the guest until now."""
         return self.path.read_text(errors="replace") if self.path.exists() else ""
 
     @property
     def bad(self) -> list[str]:
-        """Lines that report wrong pages."""
+        """Lines that report incorrect pages."""
         return [line for line in self.text.splitlines() if "FERRY BAD" in line]
 
     @property
     def last(self) -> Tick | None:
-        """Last tick; None before the first."""
+        """Last tick; None before the first tick."""
         found = _TICK.findall(self.text)
         return Tick(*map(int, found[-1])) if found else None
 
     async def ready(self) -> None:
-        """Wait until memory is filled and the checker is running. Raises the same errors as `ticks`.
+        """Wait until the checker has filled its memory. Raises the same errors as `ticks`.
 
         A guest that was ready in another QEMU or before a checkpoint only prints ticks.
         """
         await self._until(lambda: "FERRY ready" in self.text or self.last is not None, BOOT, "was not ready")
 
     async def ticks(self, count: int, timeout: float = 30.0) -> Tick:
-        """Wait for `count` more ticks and return the last.
+        """Wait for `count` more ticks, and return the last tick.
 
-        Raises GuestFailed if a page is wrong, the guest crashes, or `timeout` (seconds) expires.
+        Raises GuestFailed if a page is incorrect, the guest crashes, or `timeout` (seconds) expires.
         """
         return await self._after(lambda tick: tick.number, count, timeout)
 
@@ -86,7 +86,7 @@ class Serial:
             if self._work != work:
                 work, since = self._work, loop.time()
             if loop.time() > deadline:
-                raise GuestFailed(f"the guest did not stop working in {timeout:g} s")
+                raise GuestFailed(f"the guest did not stop working within {timeout:g} s")
 
     @property
     def _work(self) -> tuple[int, int]:
@@ -109,5 +109,5 @@ class Serial:
         while not done():
             if self.bad or "Kernel panic" in self.text or asyncio.get_running_loop().time() > deadline:
                 end = self.text[-2000:]
-                raise GuestFailed(f"the guest {complaint} in {timeout:g} s; its serial line ends with:\n{end}")
+                raise GuestFailed(f"the guest {complaint} within {timeout:g} s; its serial line ends with:\n{end}")
             await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Guest that is migrated from QEMU to QEMU with the command line, observed on its serial lines."""
+"""Guest that is migrated from QEMU to QEMU from the command line, observed on its serial lines."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.kernel import moving
 from tests.kernel.programs import DEADLINE, Program, wait_until
 
 CHECKER = "ferry.mib=32 ferry.rate=4000 ferry.verify=32768 ferry.tick=50"
-"""Options of the checker: little memory, which is written fast and verified several times a second."""
+"""Options of the checker: 32 MiB, 4000 pages written per second, and four verifications of all pages per second."""
 
 
 class Traveller:
-    """Guest, and the command line of its QEMU. The name of the guest ends in the number of its migrations."""
+    """Guest with the command line of its QEMU. The name of the guest ends in the number of its migrations."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Traveller:
         return lines[-1]
 
     def arrived(self) -> None:
-        """Record that the guest is at the destination.
+        """Record that the guest runs at the destination.
 
         Check that its previous registry entry and QEMU no longer exist.
         """
@@ -143,11 +143,11 @@ class Traveller:
         self.alone()
 
     def runs(self) -> Tick:
-        """Check that the guest runs and has found no wrong page. Return its last tick."""
+        """Check that the guest runs and has found no incorrect page. Return its last tick."""
         return asyncio.run(self.serial.ticks(2))
 
     def verifies_everything(self) -> Tick:
-        """Check that the guest runs and has verified all pages. Return its last tick."""
+        """Check that the guest runs and verifies all pages again. Return its last tick."""
         return asyncio.run(self.serial.passes(2))
 
     def alone(self) -> None:
@@ -159,7 +159,7 @@ class Traveller:
         assert list(Registry().entries()) == [self.name]
 
     def untouched(self) -> None:
-        """Wait until no other process and no write trace is left.
+        """Wait until no other process and no write trace of the guest is left.
 
         Check that no process traces the guest with ptrace(2).
         """
@@ -190,7 +190,7 @@ class Traveller:
         return asyncio.run(ask(self.name, command, **arguments))
 
     def end(self) -> None:
-        """End all QEMU processes of the guest: more than one can exist after a failed test."""
+        """Kill all QEMU processes of the guest: more than one can exist after a failed test."""
         for name, found in Registry().entries().items():
             if name.startswith(f"{self._name}-"):
                 processes.send_signal(found.pid, found.started, signal.SIGKILL)
@@ -213,9 +213,9 @@ class Traveller:
 
 @contextmanager
 def travelling(parts: GuestParts, folder: Path, *options: str, **details: Any) -> Iterator[Traveller]:
-    """Yield a guest whose checker is running, and end it after the block.
+    """Yield a guest whose checker is running, and kill the guest after the block.
 
-    Check that no serial line reports a wrong page.
+    Check that no serial line reports an incorrect page.
     """
     traveller = Traveller(parts, folder, *options, **details)
     try:

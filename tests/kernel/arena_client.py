@@ -1,4 +1,4 @@
-"""Client of an arena that makes calls, prints `done` and waits to be killed: `arena_client SOCKET CALL...`."""
+"""Client that makes calls to an arena, prints `done` and waits to be killed: `arena_client SOCKET CALL...`."""
 
 from __future__ import annotations
 

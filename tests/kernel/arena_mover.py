@@ -1,13 +1,13 @@
-"""Programs that use `pageferry.migrate` and `pageferry.receive` from Python, with commands on standard input.
+"""Programs that call `pageferry.migrate_async` and `pageferry.receive_async`, with commands on standard input.
 
 `source SIZE WORDS...`, with the words `writing` (a thread writes continuously), `sparse` (three pages are written),
 `memfd` (no huge pages), `collapsed` (memory is collapsed into huge pages), `stateful` (state callbacks), `named`
 (registered as `mover`). Commands: `migrate ADDRESS`, `briefly ADDRESS` (cancels the migration after the next line),
-`had` (prints hashes of memory and state), `calls` (prints the callbacks called), `descriptors` (prints how many are
-open).
+`had` (prints hashes of memory and state), `calls` (prints the callbacks called), `descriptors` (prints the number of
+open descriptors).
 
 `destination WORDS...`, with the words `stateful` and `small` (accepts at most 16 MiB). Prints hashes of memory and
-state, and writes to the arena after the next line.
+state, and writes to the arena after the next line of input.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def say(what: object) -> None:
 
 
 class Program:
-    """Callbacks that record each call, and a state; common to source and destination."""
+    """State, and callbacks that record each call. Source and destination have them in common."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -123,7 +123,7 @@ class Source(Program):
         say(self.had(self.arena))
 
     async def migrate_briefly(self, address: str) -> None:
-        """Start a migration and cancel it after the next line of input, as a program with a timeout would."""
+        """Start a migration, and cancel the migration after the next line of input, as a timeout of a program would."""
         try:
             async with asyncio.timeout(None) as limit:
                 telling = asyncio.create_task(self.give_up(limit))

@@ -1,7 +1,7 @@
-"""Program with a named arena: a thread increments a counter in it; callbacks report each call on standard output.
+"""Program with a named arena, in which a thread increments a counter. Callbacks report each call on standard output.
 
-Argument: the name. Commands on standard input: `read` prints the counter, `fork` starts a child that maps the arena too
-and prints its pid, `fail` makes the pause callback raise an error.
+Argument: the name. Commands on standard input: `read` prints the counter; `fork` starts a child that also maps the
+arena, and prints the child's pid; `fail` makes the pause callback raise an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def idle() -> None:
 
 
 class Counter:
-    """Arena whose first word is incremented by a thread, except while the arena is paused."""
+    """Arena whose first word is incremented by a thread, except during a pause."""
 
     def __init__(self, name: str) -> None:
         self.may_run = threading.Event()

@@ -56,12 +56,12 @@ class Program:
 
 @contextmanager
 def running(source: str, folder: Path, bits: int = 64) -> Iterator[Program]:
-    """Assemble and start a program, and kill it at the end.
+    """Assemble and start a program, and kill the program after the block.
 
     Skip the test if there is no assembler or linker, or if the kernel cannot run the program.
     """
     if shutil.which("as") is None or shutil.which("ld") is None:
-        pytest.skip("no assembler and linker (binutils)")
+        pytest.skip("no assembler or no linker (binutils)")
     path = folder / f"program{bits}"
     subprocess.run(["as", f"--{bits}", "-o", f"{path}.o", "-"], input=source.encode(), check=True)
     emulation = "elf_i386" if bits == 32 else "elf_x86_64"

@@ -42,7 +42,7 @@ def _on_tmpfs(length: int) -> int:
     try:
         directory = large_tmpfs(length + LARGE_PAGE)
     except PermissionError:
-        pytest.skip("a tmpfs with huge=always needs root")
+        pytest.skip("mounting a tmpfs with huge=always requires root")
     try:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
     finally:
@@ -51,7 +51,7 @@ def _on_tmpfs(length: int) -> int:
 
 @contextmanager
 def _pool(pages: int) -> Iterator[None]:
-    """Reserve `pages` additional hugetlb pages, and restore the pool size afterwards. Skip the test on failure."""
+    """Reserve `pages` additional hugetlb pages, and restore the pool size after the block. Skip the test on failure."""
     if not pages:
         yield
         return

@@ -1,4 +1,4 @@
-"""Program whose arena is saved or migrated while tasks or threads write to it, and that counts torn images.
+"""Program whose arena is saved or migrated while tasks or threads write to the arena; counts torn images.
 
 Arguments: the kind of callbacks, `checkpoint` or `migrate`, and a folder. Each unit of work adds 1 to the first and to
 the last word of the arena. An image is torn if the two words differ. The last line of output is `torn N of M`.
@@ -41,7 +41,7 @@ def work(words: np.ndarray[Any, Any]) -> None:
 
 
 class Program:
-    """Arena, its writers, and the callbacks that stop the writers."""
+    """Arena with its writers, and with the callbacks that stop the writers."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -101,7 +101,7 @@ class Program:
             else:
                 with self.lock:
                     self.work()
-            # A loop that never waits would keep the GIL, which a checkpoint needs about a thousand times.
+            # A loop that never waits would hold the GIL, which a checkpoint acquires about a thousand times.
             await asyncio.sleep(0 if piece % BURST else 0.001)
 
     def thread(self) -> None:
@@ -145,7 +145,7 @@ async def move(arena: pageferry.Arena) -> bool:
 
 async def main() -> None:
     await Program(sys.argv[1]).run(move if sys.argv[2] == "migrate" else save)
-    os._exit(0)  # after a move, writers may be blocked forever
+    os._exit(0)  # after a migration, writers may be blocked forever
 
 
 if __name__ == "__main__":

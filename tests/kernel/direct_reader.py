@@ -1,10 +1,10 @@
 """Program with an arena into which a thread reads from a disk by direct I/O, which bypasses page tables.
 
 `source NAME DISK MEANS [base-pages]`: MEANS is `thread` (O_DIRECT), `ring` (io_uring) or `fixed` (io_uring, into a
-registered buffer). With `base-pages` the arena has no huge pages: a pinned page cannot be punched out of a huge page.
+registered buffer). With `base-pages` the arena has no huge pages: a huge page with a pinned page cannot be split.
 `on_pause` waits until no read is in flight. Commands on standard input: `read` reads 64 KiB at offset 1 MiB of the disk
-into the buffer; `look` prints `fresh` if the buffer has the contents of the disk, otherwise `stale`; `clear` fills the
-buffer with zeros.
+into the buffer; `look` prints `fresh` if the buffer holds the contents of the disk, otherwise `stale`; `clear` fills
+the buffer with zeros.
 
 `destination`: receives an arena, and prints `fresh` or `stale`. `late-destination`: also accepts a post-copy migration,
 and waits until all pages are present.
@@ -105,7 +105,7 @@ async def destination() -> None:
 
 
 async def late_destination() -> None:
-    """Receive an arena, also by post-copy, which `pageferry.receive` refuses."""
+    """Receive an arena, even by post-copy, which `pageferry.receive` refuses."""
     arenas: list[Arena] = []
 
     async def prepare(hello: messages.Hello) -> Migratable:

@@ -2,12 +2,12 @@
 
 Usage: `fake_monitor.py SOCKET OPTIONS`, where OPTIONS is a JSON object:
 - `uid`: user of the server
-- `threads`: vCPU threads to report (default: the main thread of the server)
-- `mem_path`, `size`: path and bytes of the only memory backend
+- `threads`: thread ids to report as vCPUs (default: the main thread of the server)
+- `mem_path`, `size`: path and length in bytes of the only memory backend
 - `map`: access (`r`, `rw`) of the server's mapping of the memory backend (default: no mapping)
 - `server`: process that serves: `self`, `child` (forked after listen(2); its parent waits for it) or `orphan` (forked
   after listen(2); its parent exits)
-- `replies`: replies by command, instead of the default replies
+- `replies`: replies by command, which replace the default replies
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 
 def answer(options: dict[str, Any], command: str, arguments: dict[str, Any]) -> Any:
-    """Return the reply to a command: the one in `replies`, otherwise one like QEMU's."""
+    """Return the reply to a command: the reply in `replies`, otherwise a reply like QEMU's."""
     if command in options.get("replies", {}):
         return options["replies"][command]
     match command:

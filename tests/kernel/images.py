@@ -1,4 +1,4 @@
-"""Images written page by page, with every class of page."""
+"""Images written page by page, with pages of every class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ABSENT, ZERO, PATTERN, SAME_AS, DATA = range(5)
 
 @dataclass
 class Maker:
-    """Writer of an arena image of `pages` pages. A restore must produce the memory in `contents`."""
+    """Writer of an arena image of `pages` pages. A restore of the image must produce the memory in `contents`."""
 
     pages: int
     seed: int = 1

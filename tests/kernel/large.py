@@ -1,4 +1,4 @@
-"""Memory backed by huge pages, and its state as reported by the kernel."""
+"""State of memory on huge pages, as reported by the kernel, and accesses to such memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 def large_mapped(pid: int, address: int, length: int) -> set[int]:
-    """Return the addresses of the huge pages, in a range of a process, that are mapped by PMDs."""
+    """Return the addresses of the PMD-mapped huge pages in a range of a process's memory."""
     runs = Space(pid).large_mapped(address, length)
     return {at for start, end in runs for at in range(start, end, LARGE_PAGE)}
 
 
 def frames(pid: int, address: int, pages: int) -> list[int]:
-    """Return the page frame numbers of `pages` pages of a process (0: not present). Requires root."""
+    """Return the page frame numbers of `pages` pages of a process; 0 if a page is not present. Requires root."""
     with Path(f"/proc/{pid}/pagemap").open("rb") as pagemap:
         pagemap.seek(address // 4096 * 8)
         words = pagemap.read(pages * 8)
@@ -37,7 +37,7 @@ def only(pid: int, address: int) -> Target:
 
 
 async def while_doing(access: Callable[[], object], work: Awaitable[T]) -> T:
-    """Await `work` and return its result. Call `access` repeatedly whenever `work` waits."""
+    """Await `work`, and return the result of `work`. Call `access` repeatedly whenever `work` waits."""
 
     async def repeat() -> None:
         while True:

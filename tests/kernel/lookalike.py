@@ -1,8 +1,8 @@
 """Process whose pages have known contents, and the expected results of sharing them.
 
-The contents of a page are given by a number: 0 for zeros, negative for a repeated word, positive for random bytes with
-that seed. `Lookalike` starts a process with private memory on huge pages; `python -m tests.kernel.lookalike PAGES` is
-that process.
+A number gives the contents of a page: 0 for zeros, a negative number for a repeated word, a positive number as the seed
+of random bytes. `Lookalike` starts a process with private memory on huge pages; `python -m tests.kernel.lookalike
+PAGES` is that process.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SLOTS = LARGE_PAGE // SMALL_PAGE
 
 
 def content(number: int) -> bytes:
-    """Return the 4 KiB of contents that a number gives."""
+    """Return the 4096 bytes of page contents that a number gives."""
     if number <= 0:
         return (-number).to_bytes(8, "little") * (SMALL_PAGE // 8)
     return random.Random(number).randbytes(SMALL_PAGE)
 
 
 def unique(number: int) -> int:
-    """Return the number of contents that no other page has."""
+    """Return the number that gives unique contents, from the index `number` of a page."""
     return 1_000_000 + number
 
 

@@ -2,8 +2,8 @@
 
 SOURCE: the number of an inherited descriptor, a path to open, or `socket:PATH`, a socket on which to receive a
 descriptor. HOW: `write` maps the memory and writes the number of each round to the first word of every page, in order;
-`read` maps the first page read-only, and closes the descriptor; `hold` only keeps the descriptor. Prints the pid when
-ready.
+`read` maps the first page read-only, and closes the descriptor; `hold` only keeps the descriptor open. Prints the pid
+when ready.
 """
 
 from __future__ import annotations

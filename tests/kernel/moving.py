@@ -1,4 +1,4 @@
-"""Ledgers that are migrated between processes, and the commands that migrate them; every wait has a deadline."""
+"""Ledgers that are migrated between processes, and the commands that migrate them. Every wait has a timeout."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Host:
         return ("--listen", f"{self.address or '127.0.0.1'}:0", *self.link)
 
     def program(self, *arguments: str, fault: str | None = None, **options: Any) -> Program:
-        """Start `python ARGUMENTS` on the host, with the fault point `fault` (`POINT=ACTION`) if given."""
+        """Start `python ARGUMENTS` on the host. `fault`: fault point and action (`POINT=ACTION`); None: no fault."""
         return Program(*arguments, within=self.within, env=environment(fault, self), **options)
 
 
@@ -55,14 +55,14 @@ HERE = Host()
 
 
 def environment(fault: str | None, host: Host = HERE) -> dict[str, str]:
-    """Return the environment of a process on a host, with the fault point `fault` (`POINT=ACTION`) if given."""
+    """Return the environment of a process on a host. `fault`: fault point and action (`POINT=ACTION`); None: none."""
     directory = {"PAGEFERRY_RUN_DIR": str(host.run_directory)} if host.run_directory is not None else {}
     return {**os.environ, **directory, **({"PAGEFERRY_FAULT": fault} if fault else {})}
 
 
 @contextmanager
 def ledger(name: str, host: Host = HERE, **setup: Any) -> Iterator[Program]:
-    """Run a ledger in a separate process, and yield the process once the ledger is ready."""
+    """Run a ledger in a separate process, and yield the process when the ledger is ready."""
     setup = {"name": name, "size": 32 * MIB, "options": {"threads": 2, "rate": 8 * MIB}} | setup
     with host.program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         assert program.json()["type"] == "ready"
@@ -70,7 +70,7 @@ def ledger(name: str, host: Host = HERE, **setup: Any) -> Iterator[Program]:
 
 
 def receiver(name: str, *options: str, host: Host = HERE, **streams: Any) -> Program:
-    """Start `pageferry receive --workload demo`."""
+    """Start `pageferry receive --workload demo`, which receives the ledger as `name`."""
     command = ("-m", "pageferry", "receive", name, "--workload", "demo", "--output", "json")
     return host.program(*command, *host.listening, *options, **streams)
 
@@ -83,17 +83,17 @@ def address_of(program: Program) -> str:
 
 
 def migrating(name: str, *options: str, host: Host = HERE, **streams: Any) -> Program:
-    """Start `pageferry migrate`."""
+    """Start `pageferry migrate` for the workload `name`. `options`: address of the receiver, and further options."""
     return host.program("-m", "pageferry", "migrate", name, *options, *host.link, "--output", "json", **streams)
 
 
 def until(program: Program, kind: str) -> dict[str, Any]:
-    """Skip lines up to the next line of type `kind`, and return this line."""
+    """Skip event lines up to the next line of type `kind`, and return that line."""
     return all_until(program, kind)[-1]
 
 
 def all_until(program: Program, kind: str) -> list[dict[str, Any]]:
-    """Return all lines up to and including the next line of type `kind`."""
+    """Return all event lines up to and including the next line of type `kind`."""
     said: list[dict[str, Any]] = [program.json()]
     while said[-1]["type"] != kind:
         said.append(program.json())
@@ -145,19 +145,19 @@ def writes(name: str, host: Host = HERE) -> int:
 
 
 def runs(name: str, host: Host = HERE) -> None:
-    """Wait for a write of the ledger."""
+    """Wait until the ledger `name` makes a further write."""
     before = writes(name, host)
     wait_until(lambda: writes(name, host) > before, f"a write of {name}")
 
 
 def stands_still(name: str, host: Host = HERE) -> bool:
-    """Return whether 30 samples of the number of writes are the same."""
+    """Return whether the ledger makes no write during 30 samples of its number of writes."""
     before = writes(name, host)
     return all(writes(name, host) == before for _ in range(30))
 
 
 def traces(pid: int) -> int:
-    """Return the number of mappings of a process that are registered with a userfaultfd (`uw`, `um`, `ui` in smaps)."""
+    """Return the number of a process's mappings that are registered with a userfaultfd (`uw`, `um`, `ui` in smaps)."""
     flags = [line.split()[1:] for line in Path(f"/proc/{pid}/smaps").read_text().splitlines() if "VmFlags" in line]
     return sum(bool({"uw", "um", "ui"} & set(found)) for found in flags)
 
@@ -186,9 +186,9 @@ def is_intact(there: Program) -> None:
 
 
 def ends_intact(program: Program, reason: str = "stopped") -> dict[str, Any]:
-    """Wait until the process of a ledger exits; check that no write was lost, and return its report.
+    """Wait until the process of a ledger exits, check that no write was lost, and return the report of the process.
 
-    If `reason` is `stopped`, send SIGTERM first.
+    If `reason` is `stopped`, send SIGTERM to the process first.
     """
     if reason == "stopped":
         program.process.terminate()

@@ -1,7 +1,7 @@
 """Processes that probe features: as an ordinary user, with denied system calls, or with misbehaving probes.
 
-python -m tests.kernel.probing features [USER]      check_features() and the privileges of this or another user, as JSON
-python -m tests.kernel.probing denied CALL=ERRNO,... ARGUMENTS...     pageferry ARGUMENTS without those system calls
+python -m tests.kernel.probing features [USER]      check_features() and the privileges of this user or of USER, as JSON
+python -m tests.kernel.probing denied CALL=ERRNO,... ARGUMENTS...     pageferry ARGUMENTS; each CALL fails with ERRNO
 python -m tests.kernel.probing misbehaving          probes that hang, crash, fail or return invalid results
 """
 
@@ -38,12 +38,12 @@ class Seen(msgspec.Struct):
 
 
 def features(user: int | None) -> None:
-    check_features()  # loads lazily imported modules, which the next user may not be able to read
+    check_features()  # loads lazily imported modules, which `user` may be unable to read
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-        # After setresuid(2) the process is not dumpable, so that the new user may not trace it. Make it dumpable again.
+        # setresuid(2) makes the process non-dumpable, so its children could not trace it. Make it dumpable again.
         _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
     status = Path("/proc/self/status").read_text().splitlines()
     seen = Seen(
@@ -56,7 +56,7 @@ def features(user: int | None) -> None:
 
 
 def deny(calls: dict[int, int]) -> None:
-    """Make system calls (errno by number) fail by a seccomp filter, as on a kernel without these calls."""
+    """Make system calls fail by a seccomp filter, as on a kernel without them. `calls`: errno by system call number."""
     program = [struct.pack("=HBBI", 0x20, 0, 0, 0)]  # load the system call number
     for number, error in calls.items():
         program.append(struct.pack("=HBBI", 0x15, 0, 1, number))  # skip the next instruction unless equal

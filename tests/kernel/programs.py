@@ -1,4 +1,4 @@
-"""Programs in separate processes that report line by line; every wait has a deadline."""
+"""Programs in separate processes that report line by line. Every wait has a timeout."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ DEADLINE = 30.0
 
 
 class Program:
-    """Process of `python ARGUMENTS` whose output is read line by line; killed at the end of the `with` block.
+    """Process of `python ARGUMENTS` whose output is read line by line. The `with` statement kills it at the end.
 
-    `within`: prefix of the command, which executes the rest of the command elsewhere, in the same process.
+    `within`: command prefix, which executes the rest of the command on another host, in the same process.
     """
 
     def __init__(self, *arguments: str, within: Sequence[str] = (), **options: Any) -> None:
@@ -28,14 +28,14 @@ class Program:
         self._rest = b""
 
     def line(self) -> str:
-        """Return the next line of output. Raises AssertionError on a timeout, or if the program ends."""
+        """Return the next line of output. Raises AssertionError after `DEADLINE` seconds, or if the program exits."""
         assert self.process.stdout is not None
         end = time.monotonic() + DEADLINE
         while b"\n" not in self._rest:
             ready, _, _ = select.select([self.process.stdout], [], [], end - time.monotonic())
             assert ready, f"no line from {self.process.args!r}"
             data = os.read(self.process.stdout.fileno(), 1 << 16)
-            assert data, f"{self.process.args!r} ended"
+            assert data, f"{self.process.args!r} exited"
             self._rest += data
         line, self._rest = self._rest.split(b"\n", 1)
         return line.decode()
@@ -45,18 +45,18 @@ class Program:
         return json.loads(self.line())
 
     def say(self, line: str) -> None:
-        """Write a line to standard input of the program."""
+        """Write a line to the standard input of the program."""
         assert self.process.stdin is not None
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
 
     def kill(self) -> None:
-        """Send SIGKILL, and wait for the exit."""
+        """Kill the program with SIGKILL, and wait until it has exited."""
         self.process.kill()
         self.process.wait(DEADLINE)
 
     def wait(self) -> int:
-        """Wait for the exit, and return the exit code. Raises TimeoutExpired after `DEADLINE`."""
+        """Wait until the program exits, and return its exit code. Raises TimeoutExpired after `DEADLINE` seconds."""
         return self.process.wait(DEADLINE)
 
     def __enter__(self) -> Self:

@@ -3,7 +3,7 @@
 Each page contains its number plus one, 512 times. IMAGE: image from which the arena is restored on demand. A line of
 standard input has commands `CALL FIRST COUNT`, separated by `;`. Calls: `unmap` (MADV_DONTNEED), `remove`
 (MADV_REMOVE), `punch` (fallocate of the descriptor), `look` (no change), `again` (no change; the reply refers to a new
-mapping). The reply to a line lists the pages with other contents, as [page, first word].
+mapping). The reply to a line lists the pages whose contents have changed, as [page, first word].
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Program with a ledger restored from an image on demand, without prefetch: `restored_ledger IMAGE NAME`.
 
-Prints `ready`. The command `load` on standard input loads all memory, then prints the deferred bytes. The last line,
-after SIGTERM or after a migration of the ledger, reports the result.
+Prints a `ready` event. The command `load` on standard input loads all memory, then prints the deferred bytes. The last
+line, after SIGTERM or after a migration of the ledger, reports the result of the verification.
 """
 
 from __future__ import annotations

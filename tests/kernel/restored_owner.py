@@ -15,7 +15,7 @@ import pageferry
 
 
 def main() -> None:
-    """Print the deferred bytes, and execute the commands read from standard input."""
+    """Print the number of deferred bytes, and execute the commands read from standard input."""
     arena = pageferry.restore(sys.argv[1], name=sys.argv[2], prefetch=False, on_pause=lambda: None)
     memory = memoryview(arena)
     os.write(1, json.dumps(arena.deferred).encode() + b"\n")

@@ -1,6 +1,6 @@
 """Program that restores an arena and passes its untouched pages to write(2): `restoring_user IMAGE FILE [listen]`.
 
-`listen`: with prefetch, and record the events. FILE: file to which the memory is written.
+FILE: file to which the memory is written. `listen`: restore with prefetch, and record the events.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pageferry
 
 
 def main() -> None:
-    """Print the deferred bytes, a hash of the memory as read by write(2), and the types of the events."""
+    """Print the number of deferred bytes, a hash of the memory as read by write(2), and the types of the events."""
     logging.basicConfig(level=logging.WARNING)
     events: list[object] = []
     if "listen" in sys.argv:

@@ -11,7 +11,7 @@ from pageferry.errors import PageferryError
 
 
 def main() -> None:
-    """Print the error of the first checkpoint, if any, and the status of the second."""
+    """Print the error of the first checkpoint (null if it succeeds), and the status of the second checkpoint."""
     folder = Path(sys.argv[1])
     arena = pageferry.Arena(4 << 20)
     memoryview(arena)[:5] = b"ferry"

@@ -12,10 +12,10 @@ import pytest
 
 @contextmanager
 def swap_space(length: int) -> Iterator[None]:
-    """Use a zram device of `length` bytes as swap. Skip the test if the host has no zram, or no device node for it."""
+    """Use a zram device of `length` bytes as swap. Skip the test if the host has no zram or no zram device node."""
     control = Path("/sys/class/zram-control")
     if not control.exists():
-        pytest.skip("no zram")
+        pytest.skip("no zram on this kernel")
     number = (control / "hot_add").read_text().strip()
     try:
         Path(f"/sys/block/zram{number}/disksize").write_text(str(length))

@@ -1,4 +1,4 @@
-"""Process whose memory is traced, placed and populated by other processes; its commands access single pages.
+"""Process whose memory other processes trace, place and populate. Its commands access single pages.
 
 `Target` starts the process and sends commands; `python -m tests.kernel.target` is the process.
 """
@@ -58,7 +58,7 @@ def _touch(address: int, pages: int, write: bool) -> int:
     step: Callable[[int, int, int], object] = ctypes.memset if write else _read
     scratch = ctypes.create_string_buffer(1)
     places = [address + page * SMALL_PAGE for page in range(pages)]
-    for _ in range(pages):  # touches the interpreter's own pages first
+    for _ in range(pages):  # first access the pages of the interpreter itself, so that their faults are not counted
         step(ctypes.addressof(scratch), 1, 1)
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -73,12 +73,12 @@ def _read(address: int, _: int, size: int) -> bytes:
 
 
 def _trace(pid: int, address: int, length: int) -> None:
-    """Install a write trace on memory of another process."""
+    """Install a write trace on a range of another process's memory."""
     _traces.append(Trace([MappedSegment(Space(pid), address, length)]))
 
 
 def _anonymous(length: int) -> int:
-    """Map private memory on huge pages, filled with ones, and return its address, aligned to 2 MiB."""
+    """Map private memory on huge pages, fill it with ones, and return its address, which is aligned to 2 MiB."""
     memory = mmap.mmap(-1, length + 2 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -100,7 +100,7 @@ def _peek(address: int, pages: list[int]) -> list[int]:
 
 
 def _sum(address: int, length: int) -> int:
-    """Return the sum of all bytes, which changes if one byte changes."""
+    """Return the sum of all bytes in a range, which changes if a single byte changes."""
     return sum(ctypes.string_at(address, length))
 
 
@@ -113,7 +113,7 @@ def _split(pid: int, pages: list[int], shared: bool) -> None:
 
 
 def _call(name: str, address: int, length: int) -> None:
-    """Call munmap(2) or mlock(2), as given by `name`."""
+    """Call the function `name`, munmap(2) or mlock(2), for a range."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, name)(ctypes.c_void_p(address), ctypes.c_size_t(length)):
         raise OSError(ctypes.get_errno(), name)

@@ -1,4 +1,4 @@
-"""Accounting: the phases add up to the total time, and the rounds of a migration to the transferred bytes."""
+"""Tests of the statistics: phases add up to the total time, and the rounds of a migration to the transferred bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adoption of QMP servers that pretend to be QEMU, and of files that are replaced while they are opened."""
+"""Adoption of QMP servers that pretend to be QEMU, and of descriptors that are replaced while they are opened."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Start = Callable[..., tuple[str, int]]
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Yield a folder on a tmpfs to which every user may write."""
+    """Yield a folder on a tmpfs, writable by every user."""
     path = Path(tempfile.mkdtemp(dir="/dev/shm"))
     path.chmod(0o777)
     yield path
@@ -49,7 +49,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def fake(folder: Path) -> Iterator[Start]:
-    """Yield a function that starts a fake monitor, and returns the path of the socket and the pid of the server."""
+    """Yield a function that starts a fake monitor and returns the path of its socket and its pid."""
     started: list[tuple[subprocess.Popen[str], int | None]] = []
 
     def start(*wrapper: str, **options: Any) -> tuple[str, int]:
@@ -74,7 +74,7 @@ def fake(folder: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def victim() -> Iterator[tuple[int, int]]:
-    """Yield the pid of a process of our user that maps a memfd, and the number of that memfd's descriptor."""
+    """Yield the pid of a process of our user that maps a memfd, and the number of the memfd's descriptor."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", VICTIM], stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
@@ -131,7 +131,7 @@ def test_process_of_another_user_is_adopted_by_root(fake: Start, folder: Path) -
 
 @pytest.mark.usefixtures("root")
 def test_process_in_child_pid_namespace_is_adopted_by_its_pid_in_ours(fake: Start, folder: Path) -> None:
-    """The monitor reports thread 1 of its namespace. In our namespace, 1 is another process."""
+    """The monitor reports thread 1 of its PID namespace. In our namespace, 1 is another process."""
     path, inner = fake("unshare", "--pid", "--fork", "--kill-child", mem_path=ram_file(folder), map="rw")
     assert inner == 1
     pid = adopt(path)

@@ -1,4 +1,4 @@
-"""Named arenas controlled by other processes. However a client ends, the arena has exactly one owner."""
+"""Named arenas controlled by other processes. However a client exits, the arena has exactly one owner."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def counter(owner: Program) -> int:
 
 
 def counts(owner: Program) -> bool:
-    """Return whether the counter of the program increases by more than 10 before the deadline."""
+    """Return whether the counter of the program increases by more than 10 before a timeout."""
     before = counter(owner)
     try:
         wait_until(lambda: counter(owner) > before + 10, "counting")

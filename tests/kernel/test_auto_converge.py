@@ -30,12 +30,12 @@ AUTO = ("--auto-converge", *SLOW)
 
 @pytest.fixture(scope="module")
 def quotas() -> None:
-    """Skip the tests if no CPU limit can be set."""
+    """Skip the tests if pageferry cannot limit the CPU time of a process."""
     with spinner() as process:
         try:
             CpuQuota([process.process.pid]).close()
         except WorkloadError as error:
-            pytest.skip(f"CPU time cannot be limited: {error}")
+            pytest.skip(f"cannot limit CPU time: {error}")
 
 
 def spinner() -> Program:
@@ -43,7 +43,7 @@ def spinner() -> Program:
 
 
 def groups(pid: int) -> list[str]:
-    """Return the control groups of a process that can limit CPU time; the other groups may change during the test."""
+    """Return a process's control groups that can limit CPU time. Its other groups may change during the test."""
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     return [line for line in lines if {"cpu", ""} & set(line.split(":")[1].split(","))]
 
@@ -84,7 +84,7 @@ def test_throttled_precopy_converges() -> None:
 
 @pytest.mark.parametrize("fault", ["source.throttled=kill", "source.paused=kill", ""])
 def test_limit_is_removed_after_failed_migration(fault: str) -> None:
-    """The source is killed, and only the guardian can remove the limit; or the migration fails after three rounds."""
+    """Either the source is killed, and only its guardian can remove the limit, or the migration fails in round 3."""
     with moving.ledger("here", **WILD) as here, moving.receiver("there") as there:
         pid, before = here.process.pid, groups(here.process.pid)
         options = AUTO if fault else (*AUTO, "--max-rounds", "3")
@@ -112,7 +112,7 @@ def test_quota_limits_cpu_time_until_closed() -> None:
         quota.limit(0.1)
         used = sum(map(proc.cpu_seconds, pids))
         subprocess.run([sys.executable, "-c", "import time; time.sleep(2)"], check=True, timeout=60)
-        # 0.2 s (10 % of 2 s), and the remainder of the period in which the limit was set.
+        # 0.2 s (10 % of 2 s), and the rest of the period in which the limit was set, for which it does not yet apply.
         assert sum(map(proc.cpu_seconds, pids)) - used < 0.6
         quota.close()
         assert list(map(groups, pids)) == before

@@ -1,4 +1,4 @@
-"""Callbacks of an arena: functions, coroutine functions and context managers; none can cause a deadlock."""
+"""Callbacks of an arena: functions, coroutine functions and context managers. None of them can cause a deadlock."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 def torn(kind: str, operation: str, folder: Path) -> str:
-    """Run `callback_programs` for at most 60 s, and return its last line of output."""
+    """Run `callback_programs` for at most 60 s, and return the last line of its output."""
     program = [sys.executable, "-m", "tests.kernel.callback_programs", kind, operation, str(folder)]
     done = subprocess.run(program, cwd=HERE.parent.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -56,7 +56,7 @@ def test_migration_under_writes_is_not_torn(kind: str, tmp_path: Path) -> None:
 
 
 def test_lock_held_after_a_move_is_refused() -> None:
-    """A coroutine that waited for the lock would block the loop that awaits the migration."""
+    """A coroutine that waits for the lock would block the loop that awaits the migration."""
     turn = threading.Lock()
 
     async def main() -> None:
@@ -121,8 +121,8 @@ def test_restore_that_blocks_the_loop_of_its_callbacks_is_refused(tmp_path: Path
 
 
 def test_coroutine_callback_whose_loop_is_blocked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`on_pause` is a plain function that acquires a `threading` lock. A handler waits for the lock, and so blocks the
-    loop of the callbacks.
+    """`on_pause` is a plain function that acquires a `threading` lock. A handler that waits for the lock blocks the loop
+    of the callbacks.
     """
     monkeypatch.setattr("pageferry.workloads.callbacks.START_TIMEOUT", 0.5)
     turn = threading.Lock()
@@ -154,7 +154,7 @@ def test_coroutine_callback_whose_loop_is_blocked_is_refused(tmp_path: Path, mon
 
 
 def test_hanging_pause_does_not_delay_cancellation(tmp_path: Path) -> None:
-    """A plain function cannot be cancelled: the arena resumes when the function returns."""
+    """A plain function cannot be cancelled: the arena resumes only when the function returns."""
     begun, end, calls = threading.Event(), threading.Event(), []
 
     def pause() -> None:
@@ -220,7 +220,7 @@ def test_named_arena_with_coroutine_callbacks_needs_a_loop() -> None:
 
 
 async def _listen(_: Any) -> None:
-    """Do nothing. A call returns a coroutine, which a listener must not do."""
+    """Do nothing. A call returns a coroutine, which a call of a listener must not return."""
 
 
 def _listen_later(event: Any) -> Any:
@@ -235,7 +235,7 @@ def test_coroutine_listener_is_refused(listener: Any, tmp_path: Path) -> None:
         lambda: pageferry.migrate_async(arena, "127.0.0.1:1", listener=listener),
         lambda: pageferry.receive_async("127.0.0.1:0", listening=listener),
     ]
-    if listener is not _listen:  # its result is checked at the first event, and no event precedes the connection
+    if listener is not _listen:  # the result is checked at the first event, and a migration has no event before the connection
         del calls[1]
     for call in calls:
         with pytest.raises(TypeError, match="awaited"):
@@ -265,7 +265,7 @@ def test_error_of_a_listener_ends_the_operation(tmp_path: Path) -> None:
 
 
 def test_named_arena_is_paused_on_its_loop(tmp_path: Path) -> None:
-    """Another process pauses the arena, through the control socket."""
+    """Another process pauses the arena through the control socket of the arena."""
     script = (
         "import asyncio, sys\n"
         "from pageferry.checkpoints.save import checkpoint_async\n"

@@ -78,7 +78,7 @@ def test_image_is_consistent_for_random_sizes(tmp_path: Path, seed: int) -> None
 
 
 def test_traps_save_pages_before_they_are_written(tmp_path: Path) -> None:
-    """A slow sweep makes the workload write to unsaved memory continually."""
+    """During a slow sweep, the workload continually writes to unsaved memory."""
     with ledger(16 * MIB) as workload:
         result = save(workload, tmp_path / "image", bandwidth=64 * MIB)
         assert result.traps > 0
@@ -333,7 +333,7 @@ import pageferry.checkpoints.save, pageferry.memory.view, pageferry.memory.mappe
 from pageferry.errors import WorkloadError
 os.setgid(65534)
 os.setuid(65534)
-ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: or its own /proc files would be root's
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, without which root would own the process's /proc files
 arena = pageferry.Arena(1 << 20)
 memoryview(arena)[:5] = b"ferry"
 try:
@@ -350,7 +350,7 @@ def test_lazy_checkpoint_is_refused_to_user_without_kernel_faults(root: None) ->
         pytest.skip("every user may create a userfaultfd on this host")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        # The program imports its dependencies before it changes to a user that may not read this checkout.
+        # The program imports its dependencies before it changes to a user that may be unable to read this checkout.
         environment = os.environ | {"PAGEFERRY_RUN_DIR": f"{folder}/run"}
         done = subprocess.run([sys.executable, "-c", USER, folder], capture_output=True, timeout=60, env=environment)
         assert done.returncode == 0, done.stderr

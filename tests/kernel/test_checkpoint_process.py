@@ -1,4 +1,4 @@
-"""Checkpoints of the memory of any process, saved while the process is stopped; images can be read, not restored."""
+"""Checkpoints of any process's memory, saved while the process is stopped. Images can be read, but not restored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ while True:
 
 @pytest.fixture
 def holder() -> Iterator[tuple[Program, int]]:
-    """Run a program that writes a counter to two pages; yield the program and the address of its memory."""
+    """Run a program that writes a counter to two pages. Yield the program and the address of its memory."""
     with Program("-c", HOLDER) as program:
         yield program, int(program.line(), 16)
 

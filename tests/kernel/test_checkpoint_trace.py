@@ -1,4 +1,4 @@
-"""Incremental checkpoints by a write trace: the image is the same as by comparison with the parent (S2, S4)."""
+"""Incremental checkpoints by write trace: the images equal those by comparison with the parent (S2, S4)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAGE = 4096
 
 
 def filled(pages: int = 4096, large_pages: bool = False) -> tuple[Arena, Any]:
-    """Return an arena of random pages, and a view of it as pages of 512 words."""
+    """Return an arena of random pages, and a view of the arena as pages of 512 words."""
     arena = Arena(pages * PAGE, large_pages=large_pages)
     memoryview(arena)[:] = os.urandom(pages * PAGE)
     return arena, np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload]
@@ -43,7 +43,7 @@ def punch(arena: Arena, page: int, pages: int) -> None:
 
 
 def wp_registered(address: int) -> bool:
-    """Return whether the mapping at an address is registered for write protection (smaps, VmFlags uw)."""
+    """Return whether the mapping at an address is registered for write protection (`uw` in VmFlags of smaps)."""
     with open("/proc/self/smaps") as smaps:
         inside = False
         for line in smaps:
@@ -92,7 +92,7 @@ def test_large_mappings_are_restored_with_removal_of_the_trace(tmp_path: Path, e
 
 @pytest.mark.parametrize("seed", range(4))
 def test_traced_and_compared_images_are_identical(tmp_path: Path, seed: int) -> None:
-    """An image by the trace and an image by comparison, of the same memory, have the same contents and classes."""
+    """Images of the same memory, one by write trace and one by comparison, have the same contents and page classes."""
     chance = random.Random(seed)
     arena, words = filled(large_pages=seed % 2 == 1)
     save(arena, tmp_path / "0", track=True)
@@ -131,7 +131,7 @@ def test_only_written_pages_are_stored(tmp_path: Path) -> None:
 
 
 def test_discarded_pages_are_found(tmp_path: Path) -> None:
-    """Discarded pages stay holes, are read (which a trace does not report), or are written again."""
+    """Some discarded pages stay holes, some are read (which a trace does not report), and one is written."""
     arena, words = filled()
     words[40] = 9  # a pattern (same-value filled page)
     save(arena, tmp_path / "0", track=True)
@@ -209,7 +209,7 @@ def test_reused_descriptor_number_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_trace_is_not_used_after_fork(tmp_path: Path) -> None:
-    """Writes of a child that has exited were not traced."""
+    """The trace does not cover the writes of a forked child that has exited."""
     arena, _ = filled()
     save(arena, tmp_path / "0", track=True)
     if (child := os.fork()) == 0:
@@ -222,7 +222,7 @@ def test_trace_is_not_used_after_fork(tmp_path: Path) -> None:
 
 
 def test_trace_is_not_used_after_memory_was_mapped_again(tmp_path: Path) -> None:
-    """The new mapping has the same address and the same part of the same file, but no trace."""
+    """The new mapping has the same address, file and offset, but no trace."""
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     _map_anew(arena, 100, 8)
@@ -247,7 +247,7 @@ def _map_anew(arena: Arena, page: int, pages: int) -> None:
 
 
 def test_image_of_heavy_writer_is_consistent_with_or_without_rounds(tmp_path: Path) -> None:
-    """With `at_instant=0`, the number of rounds depends on timing; the image is consistent for any number."""
+    """With `at_instant=0`, the number of rounds depends on timing. The image is consistent for any number of rounds."""
     with ledger(8 * MIB, LedgerOptions(threads=3)) as workload:
         save(workload, tmp_path / "0", track=True)
         for number in range(1, 6):
@@ -257,7 +257,7 @@ def test_image_of_heavy_writer_is_consistent_with_or_without_rounds(tmp_path: Pa
 
 
 def test_pages_beyond_the_pause_budget_are_saved_in_rounds(tmp_path: Path) -> None:
-    """More pages were written than may be copied in the pause: most are saved before the pause."""
+    """More pages were written than may be copied during the pause: a round before the pause saves most of them."""
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     words[:3000] += 1

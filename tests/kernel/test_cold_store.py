@@ -1,4 +1,4 @@
-"""Cold store (S3): evicted pages are freed, and reloaded on demand or all at once; no write is lost."""
+"""Cold store (S3): evicted pages are freed, and reloaded on demand or all at once. No write is lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pageferry(*arguments: str, fault: str | None = None) -> subprocess.Completed
 
 
 def reclaim(*options: str) -> dict[str, Any]:
-    """Evict cold pages of the workload `cold` to a store; return the result."""
+    """Evict cold pages of the workload `cold` to a store, and return the result."""
     done = pageferry("large-pages", "cold", "--reclaim", "store", *EVERYTHING, *options)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -50,14 +50,14 @@ def reclaim(*options: str) -> dict[str, Any]:
 
 
 def undo() -> int:
-    """Reload all pages; return the number of bytes that were in the store."""
+    """Reload all pages from the store, and return the number of bytes reloaded."""
     done = pageferry("large-pages", "cold", "--undo")
     assert done.returncode == 0, done.stderr
     return int(json.loads(done.stdout)["reloaded"])
 
 
 def resident() -> int:
-    """Return the resident bytes of the arena's file."""
+    """Return the number of bytes allocated for the arena's file."""
 
     async def look() -> int:
         workload = await open_workload("cold")
@@ -90,7 +90,7 @@ def kill_pager() -> None:
 
 @contextmanager
 def ledger(**setup: Any) -> Iterator[Program]:
-    """Run a ledger on huge pages as the workload `cold`, and check at the end that it is intact."""
+    """Run a ledger on huge pages as the workload `cold`. After the block, stop the ledger and check that it is intact."""
     setup = {"name": "cold", "size": SIZE, "exact": True, "options": OPTIONS} | setup
     with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         program.json()
@@ -121,7 +121,7 @@ def test_cold_pages_are_evicted_and_reloaded(processes: int) -> None:
         assert "cannot undo" in again.stderr
 
 
-@pytest.mark.alone  # needs free huge pages
+@pytest.mark.alone  # requires free huge pages
 def test_large_mappings_are_restored_with_the_pages() -> None:
     with ledger():
         whole = len(reclaim("--threshold", "0")["samples"])
@@ -234,7 +234,7 @@ def test_pager_does_not_remove_a_copy_of_the_store(tmp_path: Path) -> None:
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """Yield the directory of a new memory control group. Skip the test if none can be created."""
+    """Yield the directory of a new memory control group. Skip the test if no group can be created."""
     for mount in mounts():
         if mount.version == 2 or "memory" in mount.controllers:
             made = mount.point / f"pageferry-test-{os.getpid()}"
@@ -251,7 +251,7 @@ def group() -> Iterator[Path]:
 
 
 def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
-    """A pager that takes over joins the group as well, so that reloaded pages are charged to the workload."""
+    """A pager that takes over joins the group, too, so that reloaded pages are charged to the group of the workload."""
 
     def members() -> list[int]:
         return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
@@ -273,7 +273,7 @@ def test_pager_is_in_the_control_group_of_the_workload(group: Path) -> None:
 
 @pytest.mark.parametrize("point", ["stored", "paused", "evicted", "handed-over"])
 def test_reclaim_killed_at_fault_point_loses_no_write(point: str) -> None:
-    """A pager that was started before the fault point continues without the command."""
+    """A pager that was started before the fault point keeps running without the killed command."""
     with ledger():
         done = pageferry("large-pages", "cold", "--reclaim", "store", *EVERYTHING, fault=f"reclaim.{point}=kill")
         assert done.returncode == -9
@@ -319,7 +319,7 @@ def test_damaged_store_is_an_error_and_never_zeros() -> None:
 
 
 def test_partly_reloaded_large_page_is_not_mapped_by_a_pmd() -> None:
-    """The first page is reloaded into a new huge page whose other pages are still empty."""
+    """The first page is reloaded into a new huge page whose other base pages are not loaded yet."""
     reclaiming = ("large-pages", "cold", "--reclaim", "store", *EVERYTHING)
     with Program(str(Path(__file__).with_name("cold_parent.py"))) as parent:
         parent.json()
@@ -351,7 +351,7 @@ def test_store_for_unmanaged_process_or_unwritable_folder_is_refused(tmp_path: P
 
 
 def test_sharing_skips_pages_in_the_cold_store() -> None:
-    """Stored pages are neither scanned nor loaded; zero pages beside them are discarded."""
+    """Pages in the store are neither scanned nor loaded. Resident zero pages are discarded."""
     with ledger():
         reclaim()
         folder = Registry().folder("cold")
@@ -362,7 +362,7 @@ def test_sharing_skips_pages_in_the_cold_store() -> None:
         assert after is not None
         assert found.deferred == 0
         assert any("cold store" in note for note in found.not_shareable)
-        # Accesses of the ledger may have reloaded pages, and the counters are not read at a single point in time.
+        # Accesses of the ledger may have reloaded pages, and the pager does not read its counters atomically.
         assert after.loaded - before.loaded <= 16 * (after.missed - before.missed + 8)
         for _ in range(3):
             sharing.share(["cold"], threshold=1)
@@ -384,7 +384,7 @@ for line in sys.stdin:
 
 
 def test_duplicate_cold_pages_are_stored_once() -> None:
-    """The store contains 50 pages for 8,192 pages with 50 different contents. All are reloaded with their contents."""
+    """8,192 pages with 50 different contents are stored as 50 pages, and are reloaded with the correct contents."""
     with Program("-c", TWINS) as program:
         assert program.line() == "ready"
         program.say("hash")
@@ -393,7 +393,7 @@ def test_duplicate_cold_pages_are_stored_once() -> None:
         stored = done["store"]
         assert (done["broken"], stored["pages"], stored["equal"]) == (16, 8192, 8192 - 50)
         assert stored["bytes"] < 8192 * (16 + 4) + 50 * 4096 + 64 * 1024, (
-            "more than the page map and 50 incompressible pages"
+            "the store is larger than its page map and 50 incompressible pages"
         )
         assert before - resident() == done["reclaimed"] == 32 * MIB
         program.say("hash")

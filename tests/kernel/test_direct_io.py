@@ -1,4 +1,4 @@
-"""Arenas into which the kernel reads through pinned pages (direct I/O): no read is lost, whenever it starts or ends."""
+"""Direct I/O into arenas, through pinned pages: no read is lost, whenever the read starts or completes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MEANS = ["thread", "ring", "fixed"]
 
 @contextmanager
 def reading(tmp_path: Path, means: str, *pages: str) -> Iterator[tuple[Program, SlowDisk]]:
-    """Yield a program with the arena `here`, and the slow disk from which it reads."""
+    """Yield a program with the arena `here`, and the slow disk from which the program reads."""
     with (
         slow_disk(tmp_path / "mounted") as disk,
         Program("-m", READER, "source", "here", str(disk.path), means, *pages) as program,
@@ -45,7 +45,7 @@ def reading(tmp_path: Path, means: str, *pages: str) -> Iterator[tuple[Program, 
 
 
 def begin(program: Program, disk: SlowDisk) -> None:
-    """Start a read, and wait until the disk has the request."""
+    """Start a read, and wait until the disk has received the request."""
     program.say("read")
     disk.held()
 
@@ -86,7 +86,7 @@ def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(tmp_path: Path, me
         with migration:
             moving.until(migration, "setup")
             moving.stopped(migration)
-            begin(program, disk)  # its pages are marked by the first collection, and sent in round 2
+            begin(program, disk)  # the first collection marks the pages of the read, and round 2 sends them
             migration.process.send_signal(signal.SIGCONT)
             moving.until(migration, "round")
             time.sleep(0.5)
@@ -99,7 +99,7 @@ def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(tmp_path: Path, me
 
 
 def test_read_into_registered_buffer_before_the_pause_is_not_lost(tmp_path: Path) -> None:
-    """The trace does not report the read, because the page was pinned before the trace was installed."""
+    """The trace does not report the read, because the pages were pinned before the trace was installed."""
     with reading(tmp_path, "fixed") as (program, disk), Program("-m", READER, "destination") as there:
         migration = moving.migrating("here", there.line(), fault="source.between-rounds=stop")
         with migration:
@@ -122,7 +122,7 @@ def test_program_declared_without_direct_io_is_paused_once(tmp_path: Path) -> No
 
 
 def saved(path: Path, after: Callable[[], None] | None = None, **options: Any) -> CheckpointResult:
-    """Save the arena from this process, and return the result. Call `after` half a second after the start."""
+    """Save the arena from this process, and return the result. Call `after` 0.5 s after the start of the checkpoint."""
 
     async def save() -> CheckpointResult:
         arena = await open_workload("here")
@@ -167,7 +167,7 @@ def test_first_traced_checkpoint_during_a_read_is_consistent(tmp_path: Path) -> 
 
 
 def test_pinned_memory_is_saved_during_the_pause(tmp_path: Path) -> None:
-    """The checkpoint is incremental. The trace since the parent does not report reads into the registered buffer."""
+    """The checkpoint is incremental. The write trace since the parent does not report reads into a registered buffer."""
     with reading(tmp_path, "fixed") as (program, disk):
         saved(tmp_path / "0", track=True)
         begin(program, disk)
@@ -188,7 +188,7 @@ def test_read_into_memory_during_reclaim_is_not_lost(tmp_path: Path, means: str)
         timer.start()
         command("large-pages", "here", "--reclaim", "store", *options)
         timer.join()
-        if means == "fixed":  # the buffer is pinned permanently: the read starts after the reclaim
+        if means == "fixed":  # the buffer is pinned permanently, so the read may start after the reclaim
             begin(program, disk)
             disk.answer()
         assert program.line().startswith("read ")

@@ -1,4 +1,4 @@
-"""Named arenas that the program drops without closing them: memory and name are released, with a warning."""
+"""Named arenas that the program drops without closing them: their memory and names are released, with a warning."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def mappings_of(file: tuple[int, int]) -> int:
 
 
 def file_of(arena: Arena) -> tuple[int, int]:
-    """Return the device and the inode of the memory file; files of several arenas can have the same inode number."""
+    """Return the device and inode numbers of the memory file. Files of two arenas can have the same inode number."""
     status = os.fstat(arena.descriptor)
     return status.st_dev, status.st_ino
 
 
 @contextmanager
 def warned(count: int = 1) -> Iterator[None]:
-    """Check that `count` arenas are reported as dropped. Only texts are kept: a warning would refer to the arena."""
+    """Check that `count` arenas are reported as dropped. Keep only texts, because a warning refers to its arena."""
     found: list[str] = []
 
     def note(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -79,7 +79,7 @@ def test_arena_in_a_cycle_with_its_callbacks_is_freed_by_the_collector() -> None
             self.arena = Arena(4 * MIB, "dropped", on_pause=self.pause)
 
         def pause(self) -> None:
-            """Do nothing; as a bound method, the callback refers to the holder."""
+            """Do nothing. As a bound method, this callback refers to the holder."""
 
     file = file_of(Holder().arena)
     with warned():

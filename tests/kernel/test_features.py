@@ -1,4 +1,4 @@
-"""Feature probes, compared with other kernel interfaces that report the same features."""
+"""Feature probes, compared with other kernel interfaces that report the same facts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def probing(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 def seen(request: pytest.FixtureRequest) -> Seen:
     """Return the features of this user or, for the parameter `other-user`, of a user without privileges."""
     if request.param == "other-user" and os.geteuid() != 0:
-        pytest.skip("only root can become another user")
+        pytest.skip("only root can change to another user")
     ended = probing("features", *([str(OTHER_USER)] if request.param == "other-user" else []))
     assert (ended.returncode, ended.stderr) == (0, "")
     return msgspec.json.decode(ended.stdout, type=Seen)
@@ -185,7 +185,7 @@ def test_pagemap_scan_matches_pagemap() -> None:
 
 
 def large_bytes(address: int) -> int:
-    """Return the bytes in huge pages of the private mapping at an address (`AnonHugePages` in smaps)."""
+    """Return the size of the huge pages in the private mapping at an address, bytes (`AnonHugePages` in smaps)."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -208,7 +208,7 @@ def test_large_pages_match_smaps() -> None:
 
 @pytest.fixture(scope="module")
 def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Feature], int]:
-    """Return the results of misbehaving probes, and the pid of a child that one of them has started."""
+    """Return the results of misbehaving probes, and the pid of a child process that one of the probes has started."""
     file = tmp_path_factory.mktemp("misbehaving") / "child"
     ended = probing("misbehaving", CHILD_FILE=str(file))
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -259,7 +259,7 @@ def test_kernel_without_userfaultfd_cannot_do_the_main_job() -> None:
     statuses = {system["system"]: system["status"] for system in report["systems"]}
     assert {system: statuses[system] for system in ("S2", "S4", "S8", "S10")} == {
         "S2": "unavailable",
-        **dict.fromkeys(("S4", "S8", "S10"), "fallback"),  # saves while paused; loads before the workload runs
+        **dict.fromkeys(("S4", "S8", "S10"), "fallback"),  # save while paused; load all memory before the workload runs
     }
 
 

@@ -1,4 +1,4 @@
-"""Run directory that fills up during a migration: decisions after Commit are still recorded."""
+"""Run directory that fills up during a migration: the decisions of the migration are still recorded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIGRATION = "0" * 32
 
 @pytest.fixture
 def full(root: None, tmp_path: Path) -> Iterator[tuple[Verdicts, Path]]:
-    """Yield the decisions on a small file system, and its mount point. Skip the test if it cannot be mounted."""
+    """Yield the decisions on a small tmpfs, and its mount point. Skip the test if the tmpfs cannot be mounted."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k,nr_inodes=40,mode=700", "tmpfs", tmp_path], capture_output=True
     )
