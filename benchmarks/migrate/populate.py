@@ -34,7 +34,7 @@ The migration converges, and every huge page is used.
 def choices() -> list[tuple[str, str]]:
     """Return all combinations of `--populate` and `--large-pages`.
 
-    Combinations with `--large-pages ignore` are last, because they may split the workload's huge pages permanently.
+    Combinations with `--large-pages ignore` are last: the workload may lose its huge pages for all later migrations.
     """
     return [(populate, large) for large, populate in itertools.product(LARGE_PAGES, POPULATE)]
 

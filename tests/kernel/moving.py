@@ -47,7 +47,7 @@ class Host:
         return ("--listen", f"{self.address or '127.0.0.1'}:0", *self.link)
 
     def program(self, *arguments: str, fault: str | None = None, **options: Any) -> Program:
-        """Start `python ARGUMENTS` on the host. `fault`: fault point and action (`POINT=ACTION`); None: no fault."""
+        """Start `python ARGUMENTS` on the host. `fault`: fault point and action (`POINT=ACTION`), if any."""
         return Program(*arguments, within=self.within, env=environment(fault, self), **options)
 
 
@@ -55,7 +55,7 @@ HERE = Host()
 
 
 def environment(fault: str | None, host: Host = HERE) -> dict[str, str]:
-    """Return the environment of a process on a host. `fault`: fault point and action (`POINT=ACTION`); None: none."""
+    """Return the environment of a process on a host. `fault`: fault point and action (`POINT=ACTION`), if any."""
     directory = {"PAGEFERRY_RUN_DIR": str(host.run_directory)} if host.run_directory is not None else {}
     return {**os.environ, **directory, **({"PAGEFERRY_FAULT": fault} if fault else {})}
 

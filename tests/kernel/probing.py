@@ -43,7 +43,7 @@ def features(user: int | None) -> None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-        # setresuid(2) makes the process non-dumpable, so its children could not trace it. Make it dumpable again.
+        # After setresuid(2) the process is not dumpable, so the new user may not trace it. Make it dumpable again.
         _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
     status = Path("/proc/self/status").read_text().splitlines()
     seen = Seen(

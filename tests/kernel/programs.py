@@ -19,7 +19,7 @@ DEADLINE = 30.0
 class Program:
     """Process of `python ARGUMENTS` whose output is read line by line. The `with` statement kills it at the end.
 
-    `within`: command prefix, which executes the rest of the command on another host, in the same process.
+    `within`: command prefix, which executes the rest of the command on another host or as another user.
     """
 
     def __init__(self, *arguments: str, within: Sequence[str] = (), **options: Any) -> None:

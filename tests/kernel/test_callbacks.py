@@ -121,8 +121,8 @@ def test_restore_that_blocks_the_loop_of_its_callbacks_is_refused(tmp_path: Path
 
 
 def test_coroutine_callback_whose_loop_is_blocked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`on_pause` is a plain function that acquires a `threading` lock. A handler that waits for the lock blocks the loop
-    of the callbacks.
+    """`on_pause` is a plain function that acquires a `threading` lock. A handler waits for the lock, which blocks the
+    loop of the callbacks.
     """
     monkeypatch.setattr("pageferry.workloads.callbacks.START_TIMEOUT", 0.5)
     turn = threading.Lock()
@@ -235,7 +235,7 @@ def test_coroutine_listener_is_refused(listener: Any, tmp_path: Path) -> None:
         lambda: pageferry.migrate_async(arena, "127.0.0.1:1", listener=listener),
         lambda: pageferry.receive_async("127.0.0.1:0", listening=listener),
     ]
-    if listener is not _listen:  # the result is checked at the first event, and a migration has no event before the connection
+    if listener is not _listen:  # the result is checked at the first event, which follows the connection
         del calls[1]
     for call in calls:
         with pytest.raises(TypeError, match="awaited"):

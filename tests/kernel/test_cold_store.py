@@ -90,7 +90,7 @@ def kill_pager() -> None:
 
 @contextmanager
 def ledger(**setup: Any) -> Iterator[Program]:
-    """Run a ledger on huge pages as the workload `cold`. After the block, stop the ledger and check that it is intact."""
+    """Run a ledger on huge pages as the workload `cold`. After the block, stop it and check that it is intact."""
     setup = {"name": "cold", "size": SIZE, "exact": True, "options": OPTIONS} | setup
     with Program("-m", "pageferry.demo.process", json.dumps(setup)) as program:
         program.json()

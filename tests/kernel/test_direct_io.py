@@ -167,7 +167,7 @@ def test_first_traced_checkpoint_during_a_read_is_consistent(tmp_path: Path) -> 
 
 
 def test_pinned_memory_is_saved_during_the_pause(tmp_path: Path) -> None:
-    """The checkpoint is incremental. The write trace since the parent does not report reads into a registered buffer."""
+    """The checkpoint is incremental. The trace since the parent does not report reads into a registered buffer."""
     with reading(tmp_path, "fixed") as (program, disk):
         saved(tmp_path / "0", track=True)
         begin(program, disk)

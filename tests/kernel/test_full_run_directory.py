@@ -23,7 +23,7 @@ def full(root: None, tmp_path: Path) -> Iterator[tuple[Verdicts, Path]]:
         ["mount", "-t", "tmpfs", "-o", "size=256k,nr_inodes=40,mode=700", "tmpfs", tmp_path], capture_output=True
     )
     if mounted.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     try:
         yield Verdicts(tmp_path), tmp_path
     finally:

@@ -1,4 +1,4 @@
-"""Activity of huge pages (S3): known access patterns are measured, no write is lost, and all mappings are restored."""
+"""Activity of huge pages (S3): known patterns are measured, no write is lost, and all PMD mappings are restored."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ LENGTH = UNITS * LARGE_PAGE
 PATTERNS: dict[int, set[int]] = {
     0: set(range(SLOTS)),  # dense
     1: set(range(0, SLOTS, 8)),  # sparse
-    2: {77},  # one page, other than the page with the mark
-    3: {0, 511},  # the first page, which has the mark, and the last
+    2: {77},  # one page, not the page that the sampler marks
+    3: {0, 511},  # the first page, which the sampler marks, and the last page
     4: set(),  # cold
     5: set(range(100, 300)),
 }
@@ -122,12 +122,12 @@ def test_reclaim_knows_shareable_pages(memory: Memory) -> None:
 
     found = asyncio.run(look())
     counts = {found.get((memory.owner.pid, memory.address + unit * LARGE_PAGE)) for unit in range(UNITS)}
-    # All pages have the same contents, not zeros. Pages of private memory can be shared; pages of files only if zero.
+    # All pages have the same non-zero contents. Pages of private memory can be shared, pages of files only if zero.
     assert counts == ({SLOTS} if memory.kind == "anon" else {0})
 
 
 def test_sampling_keeps_shared_frames(root: None) -> None:
-    """In shared memory, the same frames are mapped before, during and after the sampling."""
+    """In shared memory, the same page frames are mapped before, during and after the sampling."""
     with backing("large", LENGTH) as (fd,), Target(fd) as owner:
         address = owner.order("map", fd, LENGTH)
         owner.order("write", address, list(range(LENGTH // SMALL_PAGE)), 1)
@@ -245,7 +245,7 @@ def test_cancelled_window_restores_mappings(memory: Memory) -> None:
 
 
 def test_sampled_process_survives_killed_sampler(memory: Memory) -> None:
-    """The write protection ends with the sampler. The memory is intact and mapped by PTEs, and can be collapsed."""
+    """The kernel removes the write protection. The memory is intact and mapped by PTEs, and can be collapsed."""
     shared = memory.kind == "shared"
     content = memory.owner.order("sum", memory.address, LENGTH)
     pages = [memory.address, memory.address + 2 * LARGE_PAGE]
@@ -346,7 +346,7 @@ def test_command_reports_json(memory: Memory) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["type"] == "large-pages"
     samples = {one["address"]: one["activity"] for one in result["samples"]}
-    assert {samples[memory.address + unit * LARGE_PAGE] for unit in range(UNITS)} == {0}, "no process accesses it"
+    assert {samples[memory.address + unit * LARGE_PAGE] for unit in range(UNITS)} == {0}, "expected no accesses"
     assert result["restored"] >= (UNITS if memory.kind == "shared" else 0)
     assert len(memory.large()) == UNITS
     assert "idle" in command(f"pid:{memory.owner.pid}", "--window", "20ms").stdout
@@ -374,7 +374,7 @@ def test_reclaim_to_swap_needs_swap() -> None:
 
 
 def test_cold_pages_are_swapped_out_and_in(memory: Memory, swap: None) -> None:
-    """Only huge pages below the threshold are split; the others stay huge pages, and no contents change."""
+    """Only huge pages up to the threshold are split. The others stay huge pages, and no contents change."""
     content = memory.owner.order("sum", memory.address, LENGTH)
     for slot in (0, 100, 511):
         memory.owner.order("write", memory.address, [unit * SLOTS + slot for unit in range(UNITS)], 1)
@@ -419,6 +419,6 @@ def test_no_write_is_lost_during_reclaim(swap: None) -> None:
 
 @pytest.fixture
 def swap(root: None) -> Iterator[None]:
-    """Use swap space during a test."""
+    """Provide 64 MiB of swap space during a test."""
     with swap_space(64 << 20):
         yield

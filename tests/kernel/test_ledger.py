@@ -145,7 +145,7 @@ def test_large_fraction_limits_large_pages(fraction: float | None, large: int) -
     arena = Arena(32 * MIB)
     ledger = _engine.Ledger.create(arena, large_fraction=fraction)
     assert ledger.verify().intact
-    # Counted in a second mapping, because the arena's own mapping never maps units that must stay base pages by PMDs.
+    # Count in a second mapping: the arena's own mapping maps units that must stay base pages by PTEs in any case.
     assert sum(_engine.Mapping(arena.fileno(), arena.length).large_units()) == large
 
 

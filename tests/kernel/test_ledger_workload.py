@@ -46,7 +46,7 @@ async def controlled(name: str) -> AsyncIterator[RemoteArena]:
 
 
 def received(source: RemoteArena, processes: int = 1, **options: Any) -> LedgerWorkload:
-    """Return a destination as it is after the last round: a paused arena with a copy of the source's memory."""
+    """Return a destination in its state after the last round: a paused arena with a copy of the source's memory."""
     (region,) = source.regions
     file, _ = memory_file(region.length)
     try:
@@ -247,7 +247,7 @@ async def _pids(name: str) -> list[int]:
 
 
 def _lives(pid: int) -> bool:
-    """Return whether the process exists and is not a zombie. The reaper of orphans may collect a zombie late."""
+    """Return whether a process exists and is not a zombie. The reaper of orphans may be slow to collect zombies."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rsplit(")", 1)[1].split()[0] not in "ZX"

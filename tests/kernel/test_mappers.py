@@ -1,4 +1,4 @@
-"""Processes that share the memory of an arena: each is traced, or the operation fails and names the process."""
+"""Processes that share an arena's memory: each process is traced, or the operation fails and names the process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 class Writers:
-    """Other processes that write to an arena; they are stopped by SIGSTOP while the arena is paused."""
+    """Processes that write to an arena of the test. SIGSTOP stops them while the arena is paused."""
 
     def __init__(self) -> None:
         self.pids: list[int] = []
@@ -53,7 +53,7 @@ class Writers:
             os.kill(pid, signal.SIGCONT)
 
     def run(self, command: str, *descriptors: int) -> int:
-        """Run a shell command, and return the pid that it prints. The shell does not wait for a command with `&`."""
+        """Run a shell command, and return the pid that the command prints. With `&`, the shell exits at once."""
         shell = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, text=True, pass_fds=descriptors)
         self.files.append(shell)
         assert shell.stdout is not None
@@ -106,7 +106,7 @@ def orphan(writers: Writers) -> None:
 
 
 def received(writers: Writers) -> None:
-    """Start a writer that has not inherited the descriptor, and pass the descriptor to it (SCM_RIGHTS)."""
+    """Start a writer without inherited descriptors, and pass the descriptor of the memory to it (SCM_RIGHTS)."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/socket"
         command = f"({PROGRAM} socket:{path} write &)"
@@ -143,7 +143,7 @@ def _is_memory(arena: Arena, name: str) -> bool:
 
 
 def is_one_snapshot(image: Path) -> bool:
-    """Return whether all pages of an image are of one round, or from some page onwards of the previous round."""
+    """Return whether an image is one snapshot: its first pages are of one round, any others of the round before."""
     rounds = memoryview(pageferry.restore(image)).cast("Q")[:: mapper.PAGE_WORDS].tolist()
     return rounds == sorted(rounds, reverse=True) and rounds[0] - rounds[-1] <= 1
 
@@ -209,7 +209,7 @@ def test_read_only_mapping_is_not_refused(writers: Writers, tmp_path: Path) -> N
 
 
 def test_process_that_maps_during_a_migration_is_refused(writers: Writers) -> None:
-    """The migration fails before the pause, so that the arena keeps running."""
+    """The migration fails before the pause, so the arena keeps running."""
     listening = "listening=lambda address: print(address, flush=True)"
     script = f"import pageferry; pageferry.receive('127.0.0.1:0', {listening})"
     with Program("-c", script) as receiver:
@@ -234,7 +234,7 @@ import pageferry.checkpoints.save, pageferry.workloads.arena.arena
 from pageferry.errors import UnsupportedError
 os.setgid(65534)
 os.setuid(65534)
-ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: or its own /proc files would be root's
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, without which root would own the process's /proc files
 arena = pageferry.Arena(1 << 20)
 pageferry.checkpoint(arena, sys.argv[1] + "/kept", mode="stop")
 arena.fileno()
@@ -256,7 +256,7 @@ def test_user_who_cannot_scan_processes_is_refused_after_descriptor_was_handed_o
 
 
 def test_trace_is_not_used_after_descriptor_was_handed_out(tmp_path: Path) -> None:
-    """A process may have mapped the memory, written to it and exited between the checkpoints."""
+    """Between the checkpoints, another process may have mapped the memory, written to it and exited."""
     arena = Arena(MIB)
     memoryview(arena)[:5] = b"ferry"
     pageferry.checkpoint(arena, tmp_path / "0", track=True)

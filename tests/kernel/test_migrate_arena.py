@@ -1,4 +1,4 @@
-"""Arenas that are migrated between processes under writes, by the commands and by the Python interface."""
+"""Arenas that are migrated between processes under writes, from the command line and from Python."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUNS = list(
         20,
     )
 )
-"""Arguments of `options` for 20 migrations, which cover most pairs of values."""
+"""Arguments of `options` for 20 migrations. The cycles have different lengths, to combine the values in many ways."""
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -43,7 +43,7 @@ def options(codec: str, streams: int, populate: str, granularity: str, large: st
 
 def check_counts(result: dict[str, Any], large: str) -> None:
     assert (result["type"], result["status"], result["mode"]) == ("migration", "completed", "precopy")
-    # Every page counts at least once, in one of three classes.
+    # Every page is counted at least once, in one of three classes.
     assert result["normal"] + result["duplicate"] + result["skipped"] >= result["memory"] // 4096
     counts = result["large-pages"]
     if large == "keep":
@@ -98,16 +98,16 @@ def test_bandwidth_limit_is_kept() -> None:
         with moving.migrating("limited", moving.address_of(there), *chosen) as migration:
             result = moving.until(migration, "migration")
             assert migration.wait() == 0
-        # The last three blocks of 512 KiB, one per stream, may be sent early.
+        # The last three blocks of 512 KiB, one per stream, may exceed the limit.
         assert result["total-time"] / 1000 >= (result["transferred"] - 3 * MIB / 2) / (16 * MIB) - 0.05
         assert moving.until(here, "ledger")["intact"]
 
 
-# -- the Python interface
+# -- migrations from Python
 
 
 def source(size: int, *how: str) -> Program:
-    """Start a program with an arena. `arena_mover` lists the words for `how`."""
+    """Start a program with an arena. `how`: words that the docstring of `arena_mover` lists."""
     return Program(str(HERE / "arena_mover.py"), "source", str(size), *how)
 
 
@@ -116,7 +116,7 @@ def destination(*how: str, fault: str | None = None) -> Program:
 
 
 def move(here: Program, there: Program) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Migrate an arena between two programs. Return the result, and what source and destination report about it."""
+    """Migrate an arena between two programs. Return the result, and the reports of source and destination."""
     here.say(f"migrate {there.json()['address']}")
     return here.json(), here.json(), there.json()
 

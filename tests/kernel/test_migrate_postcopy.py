@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 def all_there(program: Program) -> dict[str, Any]:
-    """Stop a receiver once all pages are present, and check that no write was lost."""
+    """Wait until all pages are present, stop the receiver, and check that no write was lost. Return its report."""
     wait_until(lambda: deferred("there") == 0, "all pages")
     program.process.terminate()
     end = moving.until(program, "ledger")
@@ -40,7 +40,7 @@ def listed(name: str) -> dict[str, Any]:
 
 
 def deferred(name: str) -> int:
-    """Return the number of deferred bytes of a workload, as reported by `pageferry list`."""
+    """Return the number of deferred bytes of a workload, as `pageferry list` reports it."""
     return int(listed(name)["deferred"])
 
 
@@ -66,7 +66,7 @@ def test_postcopy_sends_no_page_before_the_switch_over(options: str) -> None:
     assert (result["mode"], result["status"], result["dirty-sync-count"]) == ("postcopy", "completed", 0)
     late = result["postcopy"]
     assert 0 < late["pages"] <= result["memory"] // 4096
-    # Each page is sent once, and a second time if it is requested while it is in transit.
+    # Each page is sent once, and a second time if the destination requests it while it is in transit.
     assert late["pages"] <= result["normal"] + result["duplicate"] <= late["pages"] + result["postcopy-requests"] * 16
     assert 0 < result["postcopy-requests"] <= late["pages"]
     assert 0 < late["time"] < result["total-time"]
@@ -75,7 +75,7 @@ def test_postcopy_sends_no_page_before_the_switch_over(options: str) -> None:
 
 
 def test_hybrid_completes_although_workload_writes_faster_than_the_link() -> None:
-    """The remaining pages never fit the downtime. They are sent after the switch-over, and few pages are sent twice."""
+    """The remaining pages never fit the downtime. They are sent after the switch-over, and few of them twice."""
     result = moves("--mode", "hybrid", "--max-downtime", "0", setup=BUSY)
     assert result["mode"] == "hybrid"
     assert result["dirty-sync-count"] >= 2
@@ -84,7 +84,7 @@ def test_hybrid_completes_although_workload_writes_faster_than_the_link() -> Non
 
 
 def test_hybrid_switches_over_early_in_a_futile_first_round() -> None:
-    """All memory is written to repeatedly while its first half is sent."""
+    """The workload writes to all memory repeatedly while the first half is sent."""
     result = moves("--mode", "hybrid", "--bandwidth", "16M", setup=BUSY)
     late, memory = result["postcopy"]["pages"], result["memory"] // 4096
     assert late > 0.7 * memory
@@ -144,7 +144,7 @@ def test_receiver_waits_for_the_source_after_a_lost_link() -> None:
 def arriving() -> Iterator[tuple[Program, Program, Program]]:
     """Yield the source of a ledger, its receiver, and the post-copy migration between them.
 
-    The ledger already runs in the receiver. The migration takes some more seconds.
+    The ledger already runs in the receiver. The bandwidth limit makes the migration take several seconds more.
     """
     slowly = ("--mode", "postcopy", "--bandwidth", "12M")
     with (
@@ -157,7 +157,7 @@ def arriving() -> Iterator[tuple[Program, Program, Program]]:
 
 
 def test_workload_can_be_peeked_and_saved_during_postcopy(tmp_path: Path) -> None:
-    """`peek` waits only for the pages that it reads, a checkpoint for all pages."""
+    """`peek` waits only for the pages that it reads, `checkpoint` waits for all pages."""
     with arriving() as (here, there, migration):
         peek = [sys.executable, "-m", "pageferry", "peek", "there", "0", "4096", "--output", "json"]
         seen = json.loads(subprocess.run(peek, check=True, timeout=DEADLINE, capture_output=True).stdout)

@@ -1,4 +1,4 @@
-"""Arenas that have moved refuse writes. Failed operations release all resources, even while their error is kept."""
+"""Arenas that have moved refuse writes. Failed operations release all resources, even if a caller keeps the error."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @contextmanager
 def receiver(point: str = "") -> Iterator[str]:
-    """Yield the address of a process that receives an arena, and kills itself in the callback `point`, if given."""
+    """Yield the address of a process that receives an arena. `point`: callback in which the process kills itself."""
     with Program("-c", RECEIVER, point) as program:
         yield program.line()
         if point:
@@ -116,11 +116,11 @@ def test_every_use_of_a_moved_arena_is_refused(tmp_path: Path) -> None:
             call()
 
 
-# -- resources kept by an error
+# -- resources of failed operations whose error is kept
 
 
 def kept(arena: Arena) -> tuple[int, int, int]:
-    """Return the numbers of mappings of the arena, of traced mappings, and of open descriptors, of this process."""
+    """Return this process's numbers of mappings of the arena, of traced mappings, and of open descriptors."""
     status = os.fstat(arena.fileno())
     mapped = [(mapping.device, mapping.inode) for mapping in proc.file_mappings(os.getpid())]
     return mapped.count((status.st_dev, status.st_ino)), moving.traces(os.getpid()), len(os.listdir("/proc/self/fd"))
@@ -148,7 +148,7 @@ def test_arena_taken_back_keeps_no_resources_while_the_error_is_kept(tmp_path: P
     pageferry.take_back(arena, doubt.value)
     after = kept(arena)
     assert after[:2] == before[:2]
-    assert after[2] <= before[2]  # descriptors of earlier tests may be closed
+    assert after[2] <= before[2]  # descriptors of earlier tests may have been closed
     assert pageferry.checkpoint(arena, tmp_path / "image").status == "completed"
     with receiver() as address:
         assert pageferry.migrate(arena, address).status == "completed"
@@ -189,4 +189,4 @@ def test_failed_receiver_keeps_no_connection_while_its_error_is_kept() -> None:
     errors: list[object] = []
     asyncio.run(main())
     gc.collect()  # frees the arena, which is part of a reference cycle
-    assert len(os.listdir("/proc/self/fd")) <= before + 1  # the arena that was received: frames of its callback use it
+    assert len(os.listdir("/proc/self/fd")) <= before + 1  # frames of the callback keep the received arena

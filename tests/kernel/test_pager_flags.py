@@ -1,4 +1,4 @@
-"""Deferred bits, as a receiver sets them before it starts a pager."""
+"""Deferred bitmap, in which a receiver sets bits before it starts a pager."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pageferry._engine import Pager, PageSet
 
 
 def test_flags_are_set_over_all_regions() -> None:
-    """Bit n of the file is page n, counted over all regions, for any length of the preceding regions."""
+    """Bit n stands for page n, counted over all regions, even if a region is not a multiple of eight pages."""
     first, second = PageSet(70), PageSet(300)
     first.insert(3, 5)
     first.insert(69, 70)

@@ -1,4 +1,4 @@
-"""Population (S1, S5): complete units are mapped before the workload runs, incomplete units never.
+"""Population (S1, S5): complete units are mapped before the workload runs, and incomplete units are never mapped.
 
 `Target.order("touch", ...)` counts the page faults of the process that maps the memory.
 """
@@ -61,7 +61,7 @@ class Move:
         return self.source.length // SMALL_PAGE
 
     def send(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Send ranges of pages in one round, and wait until they are received."""
+        """Send ranges of pages in one round, and wait until the destination has received them."""
         pages = PageSet(self.pages)
         for start, end in ranges:
             pages.insert(start, end)
@@ -101,14 +101,14 @@ def test_no_fault_is_left_after_population(kind: str, workers: int) -> None:
 
 
 def counts(placer: Placer) -> tuple[int, int, int]:
-    """Return the numbers of huge pages, base pages and failures of `Placer.populated`."""
+    """Return the numbers of populated huge pages, populated base pages and failures."""
     populated = placer.populated
     return populated.large, populated.small, populated.failed
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_with_memory_are_populated(kind: str) -> None:
-    """Zeros in huge pages are allocated. Zeros in base pages are holes at the destination, and cause a fault each."""
+    """Zeros in huge pages are allocated. Zero base pages are holes at the destination, and each causes a fault."""
     with moving(kind, zeros=True) as move:
         move.send([(0, PAGES)])
         move.placer.finish(populate_rest=True)
@@ -116,7 +116,7 @@ def test_zeros_with_memory_are_populated(kind: str) -> None:
 
 
 def test_without_population_every_page_is_a_fault() -> None:
-    """Control experiment: without population, the faults occur whose absence the other tests check."""
+    """Control experiment: the faults that the other tests exclude do occur without population."""
     with moving("small", workers=0) as move:
         move.send([(0, PAGES)])
         move.placer.finish(populate_rest=False)
@@ -130,7 +130,7 @@ def test_unit_with_a_missing_slot_is_not_mapped(kind: str) -> None:
         assert move.placer.missing == 1
         move.placer.populate(0, list(range(6)))
         move.placer.finish(populate_rest=True)
-        # No page of the first unit is mapped. The number of faults is open: one fault may map several base pages.
+        # No page of the first unit is mapped. The exact number of faults varies: one fault may map several base pages.
         assert move.faults(SLOTS, write=False) > 0
         assert move.placer.populated.large == (5 if kind == "large" else 0)
 
@@ -183,7 +183,7 @@ def test_holes_are_not_populated() -> None:
 
 
 def test_partly_mapped_region_is_populated_where_mapped() -> None:
-    """In a segment that ends within a unit, whole units are populated as huge pages, the rest as base pages."""
+    """If a segment ends within a unit, whole units are populated as huge pages, the remaining pages as base pages."""
     with backing("large", LENGTH, 2) as (source, copy), Target(copy) as target:
         move = Move(source, copy, target, 0)
         length = LENGTH - LARGE_PAGE // 2

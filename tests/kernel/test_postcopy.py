@@ -1,6 +1,6 @@
-"""Pages fetched from a peer on demand, with a process that accesses them, its pager, and the server of the pages.
+"""Pages fetched from a peer on demand, with a process that accesses them, its pager, and a page server.
 
-Only the process accesses missing pages, and every wait for the process has a deadline.
+Only the process accesses missing pages, and every wait for the process has a timeout.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def content(page: int) -> int:
 
 @contextlib.contextmanager
 def connections(streams: int = 2) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield both ends of `streams` + 1 TCP connections over loopback, as descriptors; the first is the urgent one."""
+    """Yield the descriptors of both ends of `streams` + 1 loopback connections; the first is for urgent pages."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ours = [stack.enter_context(socket.create_connection(server.getsockname())) for _ in range(streams + 1)]
@@ -54,7 +54,7 @@ def connections(streams: int = 2) -> Iterator[tuple[list[int], list[int]]]:
 
 @dataclass
 class Scene:
-    """Process whose memory is partly at a source, and the arguments of a pager for this process."""
+    """Process some of whose pages are only at a source, and the arguments of a pager for this process."""
 
     target: Target
     kind: str
@@ -152,7 +152,7 @@ def test_process_reads_pages_of_its_peer(kind: str) -> None:
         pager.populate()
         pages = shuffled(1)
         assert made.target.order("peek", made.address, pages[:300]) == made.expected(pages[:300])
-        # The source counts a request after it has sent the request. The server may have counted the request by then.
+        # The PeerSource counts a request after sending it, so the server may count the request earlier.
         wait_until(lambda: 0 < server.requests <= source.requests, "the count of the last request")
         assert not source.ended
         assert len(pager.missing(0)) == pager.pending
@@ -165,7 +165,7 @@ def test_process_reads_pages_of_its_peer(kind: str) -> None:
         made.check()
         if kind == "large":
             assert Space(made.target.pid).large_mapped(made.address, LENGTH) == [(made.address, made.address + LENGTH)]
-        # A page for which an access has waited may be received twice: pushed, and as the reply to a request.
+        # A page for which an access has waited may be received twice: by the push, and as the reply to a request.
         assert len(made.missing) <= source.progress.data <= len(made.missing) + server.requests
 
 
@@ -198,7 +198,7 @@ def test_pager_reconnects_after_a_lost_connection(kind: str) -> None:
 
 
 def test_another_pager_takes_over() -> None:
-    """The process itself keeps its userfaultfd open, so that the next pager can resolve pending faults."""
+    """The process itself keeps its userfaultfd open, from which the next pager resolves pending faults."""
     with scene("small") as made, connections() as (ours, theirs), connections(1) as (more, other):
         pager = made.pager(PeerSource(ours[0], ours[1:]))
         server = made.server(theirs)

@@ -1,4 +1,4 @@
-"""Removal of parts of an arena, and second mappings of an arena, while pages are deferred (S3, S8, S10)."""
+"""Arenas with deferred pages: removal of parts of the memory, and second mappings (S3, S8, S10)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def owner(*arguments: object, memory: str = "tmpfs") -> Iterator[Program]:
 
 @contextmanager
 def stored() -> Iterator[Program]:
-    """Yield a program with an arena whose pages are mostly in a cold store."""
+    """Yield a program with an arena from which `reclaim` has evicted pages to a cold store."""
     with owner(PAGES) as program:
         reclaim()
         assert record() is not None
@@ -90,7 +90,7 @@ def test_restored_arena_keeps_unmapped_and_loses_removed_pages(image: Path, memo
 
 def test_removals_in_sequence_are_distinguished(image: Path) -> None:
     with restored(image, "tmpfs") as program:
-        # The program accesses no page between the calls: all pages are deferred until it composes the reply.
+        # The program accesses no page between the calls: all pages stay deferred until the program makes its reply.
         calls = [("unmap", 0, 200), ("unmap", 200, 300), ("remove", 500, 8), ("unmap", 600, 1), ("remove", 700, 9)]
         program.say(";".join(f"{call} {first} {count}" for call, first, count in calls))
         assert program.json() == zeros(500, 8) + zeros(700, 9)

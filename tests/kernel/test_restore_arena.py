@@ -1,4 +1,4 @@
-"""Restore of arenas from images, for accesses in any order and from any process, and any image layout (S10, S8)."""
+"""Restore of arenas from images of any layout, with accesses in any order and from any process (S10, S8)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MIB = 1 << 20
 
 
 def words(arena: pageferry.Arena) -> Any:
-    """Return the arena as pages of 512 words."""
+    """Return a view of the arena as pages of 512 words."""
     return np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload] # as in test_arena
 
 
 def in_child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Restore an arena in a separate process, and run a script there, which may hang or crash."""
+    """Restore an arena in a separate process, and run a script in that process. The script may hang or crash."""
     setup = "import sys\nimport numpy as np\nimport pageferry\narena = pageferry.restore(sys.argv[1], prefetch=False)\n"
     setup += "words = np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)\n"
     command = [sys.executable, "-c", setup + code, *map(str, arguments)]
@@ -88,7 +88,7 @@ def test_working_set_is_recorded_and_prefetched_first(tmp_path: Path) -> None:
     arena.load()
     assert (words(arena) == made.contents).all()
     del arena
-    # Pages that a run without prefetch does not touch are not in the working set.
+    # A run without prefetch removes the pages that it does not access from the working set.
     assert in_child("words[3200, 0]; words[48, 0]", path).returncode == 0
     assert WorkingSet(ImageFile(path)).windows == [200]
 
@@ -138,7 +138,7 @@ def test_writes_are_kept_while_pages_are_loaded(tmp_path: Path) -> None:
 
 
 def test_concurrent_writes_to_the_same_pages_are_kept(tmp_path: Path) -> None:
-    """Each thread writes to a different word of every page, in a different order, and no write is lost."""
+    """Each thread writes to its own word of every page, in a different order. No write is lost."""
     made = Maker(2048, classes=[DATA] * 2048)
     arena = pageferry.restore(made.write(tmp_path / "image"))
     view, expected = words(arena), made.contents.copy()
@@ -157,7 +157,7 @@ def test_concurrent_writes_to_the_same_pages_are_kept(tmp_path: Path) -> None:
 
 
 def test_fault_with_the_gil_held_does_not_deadlock(tmp_path: Path) -> None:
-    """Scalar access through numpy holds the GIL while the kernel waits for the pager."""
+    """A scalar access through numpy holds the GIL while the access waits for the pager."""
     path = Maker(4096, classes=[DATA] * 4096).write(tmp_path / "image")
     code = """
 import threading, time
@@ -197,13 +197,13 @@ def test_forked_child_reads_all_pages(tmp_path: Path) -> None:
 
 
 def _smaps(address: int, field: str) -> int:
-    """Return a field of the smaps entry at an address, KiB."""
+    """Return the value of a field in the smaps entry at an address, KiB."""
     entry = Path("/proc/self/smaps").read_text().split(f"\n{address:x}-")[1]
     return int(entry.split(f"\n{field}:")[1].split()[0])
 
 
 def damage(path: Path, pattern: bytes) -> None:
-    """Flip the first bit of `pattern`, the stored bytes of a page, in an image."""
+    """Flip one bit in an image, in the first byte of `pattern`, which are the stored bytes of a page."""
     contents = bytearray(path.read_bytes())
     contents[contents.index(pattern)] ^= 1
     path.write_bytes(contents)

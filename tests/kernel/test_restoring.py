@@ -1,4 +1,4 @@
-"""Migrations and checkpoints during a lazy restore: they start before all pages are loaded, and lose no contents."""
+"""Migrations and checkpoints during a lazy restore, which start before all pages are loaded and lose no contents."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def restored(image: Path, name: str = "coming") -> Iterator[Program]:
-    """Run a ledger restored on demand, without prefetch."""
+    """Run a ledger that is restored on demand, without prefetch."""
     with Program(str(HERE / "restored_ledger.py"), str(image), name, env=moving.environment(None)) as program:
         said = program.json()
         assert (said["type"], said["deferred"] > 64 * MIB) == ("ready", True)
@@ -75,12 +75,12 @@ def saving(path: Path, name: str = "coming", fault: str | None = None) -> Progra
 
 
 def resumed(program: Program) -> None:
-    """Continue a process that was stopped at a fault point."""
+    """Continue a process that has stopped at a fault point."""
     os.kill(program.process.pid, signal.SIGCONT)
 
 
 def ends(here: Program, reason: str = "stopped") -> None:
-    """Wait until a ledger ends, and check that no write was lost. If `reason` is `stopped`, send SIGTERM first."""
+    """Wait until a ledger exits for `reason`, and check that no write was lost. For `stopped`, send SIGTERM first."""
     if reason == "stopped":
         here.process.terminate()
     end = moving.until(here, "ledger")
@@ -88,7 +88,7 @@ def ends(here: Program, reason: str = "stopped") -> None:
 
 
 def comes_to_an_end(here: Program) -> None:
-    """Load all pages, and check that the pager has finished and no trace is left."""
+    """Load all pages, and check that the pager has finished and that no trace is left."""
     here.say("load")
     assert here.json() == {"deferred": 0, "finished": True}
     assert moving.traces(here.process.pid) == 0
@@ -98,7 +98,7 @@ def comes_to_an_end(here: Program) -> None:
 
 
 def arrives(there: Program) -> None:
-    """Wait until the ledger is received; stop the receiver, and check that no write was lost."""
+    """Wait until a receiver has received its ledger, stop the receiver, and check that no write was lost."""
     assert there.json()["type"] == "received"
     there.process.terminate()
     end = moving.until(there, "ledger")
@@ -110,13 +110,13 @@ def test_pages_are_sent_while_others_are_deferred(images: dict[str, Path]) -> No
         address = moving.address_of(there)
         with moving.migrating("coming", address, fault="source.part-sent=stop") as migration:
             moving.stopped(migration)
-            # One chunk has been sent, and the next chunk is being loaded.
+            # The source has sent one chunk, and is loading the next one.
             assert status().deferred > 32 * MIB
             resumed(migration)
             result = moving.until(migration, "migration")
             assert migration.wait() == 0
         assert result["normal"] + result["duplicate"] + result["skipped"] >= 96 * MIB // PAGE
-        # Loaded pages do not count as written and are not sent again.
+        # Loaded pages do not count as written, so they are not sent again.
         assert result["normal"] < 1.5 * 96 * MIB // PAGE
         assert result["large-pages"]["source"] >= 10
         ends(here, "moved")
@@ -124,7 +124,7 @@ def test_pages_are_sent_while_others_are_deferred(images: dict[str, Path]) -> No
 
 
 def test_hybrid_migration_during_restore_switches_over_on_request(images: dict[str, Path]) -> None:
-    """Pages that have not been sent are loaded before the pause, and sent after the pause."""
+    """Pages that have not been sent at the request are loaded before the pause, and sent after the pause."""
     with restored(images["calm"]) as here, moving.receiver("there") as there:
         chosen = ("--mode", "hybrid", "--bandwidth", "64M")
         address = moving.address_of(there)
@@ -185,7 +185,7 @@ def test_checkpoint_starts_while_pages_are_deferred(images: dict[str, Path], tmp
             resumed(saver)
             result = moving.until(saver, "checkpoint")
             assert saver.wait() == 0
-        # The pages were saved in rounds while the workload ran, with traces that cause no traps.
+        # The checkpoint saved the pages in rounds while the workload ran. Its write trace causes no traps.
         assert result["rounds"] >= 1
         assert result["traps"] == 0
         assert result["tracking-note"] == "its memory was still being loaded"
@@ -212,7 +212,7 @@ def test_killed_checkpoint_leaves_restore_intact(images: dict[str, Path], tmp_pa
 
 
 def test_heavy_writer_is_saved_during_restore(images: dict[str, Path], tmp_path: Path) -> None:
-    """The write rate is too high for rounds: all pages are loaded first, then saved as without deferred pages."""
+    """The write rate is too high for rounds: the checkpoint first loads all pages, and then saves them lazily."""
     with restored(images["heavy"]) as here:
         for number in range(3):
             with saving(tmp_path / f"{number}") as saver:
@@ -223,13 +223,13 @@ def test_heavy_writer_is_saved_during_restore(images: dict[str, Path], tmp_path:
 
 
 def words_of(arena: Arena) -> Any:
-    """Return the arena as pages of 512 words."""
+    """Return a view of the arena as pages of 512 words."""
     return np.frombuffer(arena, dtype=np.uint64).reshape(-1, 512)  # type: ignore[call-overload] # as in test_arena
 
 
 @pytest.mark.parametrize("based", [False, True])
 def test_every_class_of_page_is_saved_during_restore(tmp_path: Path, based: bool) -> None:
-    """Save from within the program, with and without the restored image as the parent."""
+    """The program saves its own arena, with and without the restored image as the parent."""
     made, path = Maker(9000), tmp_path / "image"
     original, there = Arena(9000 * PAGE), made.contents.any(axis=1)
     words_of(original)[there] = made.contents[there]
@@ -260,18 +260,18 @@ def test_unreadable_page_fails_only_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="checksum"):
         save(arena, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    # Pages in other storage blocks can be read. Pages in the damaged block stay deferred.
+    # Pages in other storage blocks can be loaded. Pages in the damaged block stay deferred.
     assert (words_of(arena)[0] == made.contents[0]).all()
     assert arena.deferred > 0
     assert arena.pager.hold() is not None  # the checkpoint has released the userfaultfd
     arena.pager.release()
 
 
-# -- traces on the userfaultfd of a pager
+# -- write traces on the userfaultfd of a pager
 
 
 class Traced:
-    """Arena restored on demand, without prefetch, and a trace on the userfaultfd of its pager."""
+    """Arena that is restored on demand, without prefetch, and a write trace on the userfaultfd of its pager."""
 
     def __init__(self, path: Path) -> None:
         self.arena = pageferry.restore(path, prefetch=False)
@@ -297,7 +297,7 @@ def test_trace_reports_writes_and_not_loaded_pages(tmp_path: Path) -> None:
     traced.words[[150, 1200, 3000], 5] = 1  # a loaded page, a loaded page that is not mapped, and a deferred page
     assert traced.written() == {150, 1200, 3000}
     assert traced.written() == set()
-    traced.words[4050, 0] = 1  # absent from the image
+    traced.words[4050, 0] = 1  # a page that is absent from the image
     assert 4050 in traced.written()
     traced.arena.pager.release()
     assert (traced.words[:100] == made.contents[:100]).all()
@@ -308,7 +308,7 @@ def test_trace_reports_writes_and_not_loaded_pages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_trace_misses_no_write_while_pages_are_loaded(tmp_path: Path, seed: int) -> None:
-    """Threads access random pages while other pages are loaded and the trace is collected."""
+    """Threads access random pages, another thread loads pages, and the main thread collects the trace."""
     made = Maker(4096, classes=[DATA] * 4096, storage_block=65536)
     traced = Traced(made.write(tmp_path / "image"))
     copy, over = made.contents.copy(), threading.Event()
@@ -333,7 +333,7 @@ def test_trace_misses_no_write_while_pages_are_loaded(tmp_path: Path, seed: int)
         thread.start()
 
     def send() -> None:
-        """Copy the collected pages, as a migration does."""
+        """Collect the trace and copy the written pages, as a migration does."""
         for page in traced.written():
             copy[page] = traced.words[page]
 
@@ -366,7 +366,7 @@ def test_userfaultfd_is_borrowed_by_one_operation_at_a_time(tmp_path: Path) -> N
 
 
 def test_child_forked_during_checkpoint_reads_all_pages(tmp_path: Path) -> None:
-    """A fork waits for all pages to be loaded, but not for the end of the checkpoint."""
+    """A fork waits until all pages are loaded, but not until the checkpoint ends."""
     made = Maker(1024)
     arena: RestoredArena = pageferry.restore(made.write(tmp_path / "image"), prefetch=False)
     hold = asyncio.run(deferred_access.acquire_uffd(arena.workload()))

@@ -1,4 +1,4 @@
-"""Page sharing on the real kernel: results match those of plain Python; freed memory matches the estimate."""
+"""Page sharing with the kernel's KSM: counts match those of a Python model, freed memory matches the estimate."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ LEDGER = {"threads": 2, "rate": 100 << 20, "zero_fraction": 0.5}
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    """Check after each test that the settings of KSM are those of before the test."""
+    """Check that each test leaves the settings of KSM as they were before the test."""
     names = [name for name in ksm.SWITCHES if (ksm.FOLDER / name).exists()]
     before = {name: (ksm.FOLDER / name).read_text() for name in names}
     yield
-    deadline = time.monotonic() + 10  # the guardian of a killed process may need some time
+    deadline = time.monotonic() + 10  # the guardian of a killed process restores the settings with a delay
     while (now := {name: (ksm.FOLDER / name).read_text() for name in names}) != before:
-        assert time.monotonic() < deadline, f"{now} was {before}"
+        assert time.monotonic() < deadline, f"KSM settings are {now}, were {before}"
         time.sleep(0.02)
 
 
@@ -77,7 +77,7 @@ def scanned(pieces: list[Any], most: int = 1 << 20) -> SharingScan:
 
 @pytest.mark.parametrize("kind", ["small", "large", "hugetlb"])
 def test_scan_of_files_matches_plain_python(kind: str) -> None:
-    """In the last of three workloads, every other unit of 2 MiB is a hole, and stays a hole."""
+    """In the last of three workloads, every other unit of 2 MiB is a hole. The scan leaves holes as they are."""
     pages = 4 * SLOTS
     workloads = [numbers_at_random(seed, pages) for seed in (1, 2, 3)]
     with backing(kind, 4 * LARGE_PAGE, 3) as files:
@@ -156,7 +156,7 @@ def test_scan_with_little_memory_samples_contents() -> None:
     assert scan.scale == 4
     freed = scan.totals.freed.inside
     assert 0.7 < freed / worth([numbers])[1]["inside"] < 1.3
-    assert freed % (3 * 4) == 0, "sampling must keep all copies of a page or none"
+    assert freed % (3 * 4) == 0, "sampling must include all copies of a page or none"
 
 
 def test_curve_gives_pages_freed_by_the_first_units() -> None:
@@ -203,7 +203,7 @@ def test_zeros_become_holes_and_other_pages_stay() -> None:
 
 
 def rich_and_poor(units: int) -> list[int]:
-    """Return numbers of page contents: odd huge pages have 400 shareable pages, even huge pages have one."""
+    """Return numbers of page contents: huge pages with odd numbers have 400 shareable pages, the others have one."""
     rich = [1 + page % 100 for page in range(300)] + [0] * 100
     poor = [1]
     blocks = [rich if unit % 2 else poor for unit in range(units)]
@@ -220,7 +220,7 @@ def share(*names: str, **options: Any) -> SharingResult:
 
 @pytest.mark.usefixtures("ksm_usable")
 def test_only_chosen_large_pages_are_split() -> None:
-    """Freed memory matches the estimate. Split huge pages stay split until `undo` restores them. No page changes."""
+    """Freed memory matches the estimate. Split huge pages stay split until `undo` restores them. No contents change."""
     units = 16
     with Lookalike(units * SLOTS) as target:
         target.order("fill", rich_and_poor(units))
@@ -241,7 +241,7 @@ def test_only_chosen_large_pages_are_split() -> None:
         assert abs(result.freed - result.estimated) < 0.02 * result.estimated
         for address in all_units[1::2]:
             with pytest.raises(OSError, match="Invalid argument"):
-                space.collapse(address, LARGE_PAGE)  # as khugepaged would
+                space.collapse(address, LARGE_PAGE)  # khugepaged is refused in the same way
         assert target.order("check") == []
         assert api.find([f"pid:{target.pid}"]).already_shared >= units // 2 * 300 * SMALL_PAGE
         assert api.undo([f"pid:{target.pid}"]) >= units // 2 * LARGE_PAGE
@@ -354,7 +354,7 @@ def test_no_write_is_lost_while_zeros_of_an_arena_are_discarded() -> None:
         result = api.share(["twins"], threshold=50)
         assert result.freed
         assert result.pauses
-        # The ledger keeps writing pages, so that the zeros found by the scan bound the freed memory only roughly.
+        # The ledger keeps writing pages, so the number of zeros in the scan bounds the freed memory only roughly.
         assert 0 < result.freed < 1.5 * result.classes["zero"].reclaimable
         api.undo(["twins"])
 
@@ -363,13 +363,13 @@ def test_no_write_is_lost_while_zeros_of_an_arena_are_discarded() -> None:
 @pytest.mark.parametrize("moment", [0.0, 0.01, 0.05])
 def test_killed_sharer_leaves_arena_running(moment: float) -> None:
     wait_until(lambda: killed_at_work(moment), "pages to share")
-    api.share(["twins"], threshold=50)  # the arena replies, and can be paused
+    api.share(["twins"], threshold=50)  # succeeds only if the arena replies and can be paused
 
 
 def killed_at_work(moment: float) -> bool:
-    """Start `pageferry sharing --apply`, and kill it while it shares pages.
+    """Start `pageferry sharing --apply`, and kill the command `moment` seconds after it begins to share pages.
 
-    Return False if the command has found no pages to share; the ledger produces zero pages over time.
+    Return False if the command has found no pages to share: the ledger produces zero pages only over time.
     """
     words = ["sharing", "twins", "--apply", "--threshold", "1", "--break-hot", "--output", "json"]
     with Program("-m", "pageferry", *words) as sharer:

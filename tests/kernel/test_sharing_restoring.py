@@ -1,4 +1,4 @@
-"""Page sharing during a lazy restore (S8, S9): deferred pages are counted by their signatures, without loading them."""
+"""Page sharing during a lazy restore (S8, S9): the scan counts deferred pages by signature, without loading them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def order(program: Program, words: str) -> object:
 
 
 def state() -> tuple[bytes, int, int]:
-    """Return the deferred bitmap, the pages loaded and the bytes read; all change when a page is loaded."""
+    """Return the deferred bitmap, and the numbers of pages loaded and bytes read. Loading a page changes all three."""
     folder = Folder(Registry(), NAME)
     found = client.deferred_bits(folder)
     status = client.status(folder)
@@ -55,7 +55,7 @@ def find() -> SharingResult:
 
 
 def save(path: Path, numbers: list[int | None], *, large: bool = True) -> Path:
-    """Save an image of an arena, and return its path.
+    """Save an image of an arena to `path`, and return `path`.
 
     `numbers`: contents of the pages (see `lookalike`); None for pages that are never accessed.
     """
@@ -69,7 +69,7 @@ def save(path: Path, numbers: list[int | None], *, large: bool = True) -> Path:
 
 
 def various(units: int, seed: int = 1) -> list[int | None]:
-    """Return numbers of page contents of all kinds. The last 3 MiB are never accessed."""
+    """Return numbers that give page contents of all kinds. The last 3 MiB are never accessed."""
     choice = random.Random(seed)
     numbers: list[int | None] = [
         choice.choice((0, -choice.randrange(1, 5), choice.randrange(1, 200), unique(page)))

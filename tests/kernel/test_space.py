@@ -35,7 +35,7 @@ def test_process_with_several_threads_keeps_running() -> None:
 
 
 def test_calls_work_after_execve() -> None:
-    """The address at which calls are injected changes with each execve(2). The process is not left stopped."""
+    """The address at which calls are injected changes with each execve(2). The process must not stay stopped."""
     script = 'exec /bin/sh -c "$0" "$0"'
     with subprocess.Popen(["/bin/sh", "-c", script, script]) as process:
         try:
@@ -43,7 +43,7 @@ def test_calls_work_after_execve() -> None:
                 try:
                     assert Space(process.pid).getppid() == os.getpid()
                 except OSError as error:
-                    assert "keeps executing new programs" in str(error)  # noqa: PT017 (both ends are right)
+                    assert "keeps executing new programs" in str(error)  # noqa: PT017 (both outcomes are correct)
             status = Path(f"/proc/{process.pid}/status").read_text()
             assert "TracerPid:\t0\n" in status
             assert process.poll() is None
@@ -94,7 +94,7 @@ def test_no_descriptor_is_left_behind() -> None:
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_large_mappings_are_made_from_outside(kind: str) -> None:
-    """A memfd, which has no huge pages by default, is collapsed into huge pages."""
+    """The pages of a memfd, which has no huge pages by default, are collapsed into huge pages."""
     with backing(kind, 2 * LARGE_PAGE) as (fd,), Target(fd) as target:
         mapping = Mapping(fd, 2 * LARGE_PAGE)
         content = random.Random(4).randbytes(2 * LARGE_PAGE)

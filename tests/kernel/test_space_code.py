@@ -1,4 +1,4 @@
-"""Injection of system calls only into 64-bit code, without breaking a guarantee of the kernel to the process."""
+"""Injection of system calls into 64-bit code only, which preserves the kernel's guarantees to the process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _start:
     int $0x80
     test %eax, %eax
     jz 1b
-    incl {BOARD + 8}        # it did not sleep its time
+    incl {BOARD + 8}        # nanosleep failed
     jmp 1b
 .data
 time: .long 0, 2000000
@@ -142,7 +142,7 @@ handler:
     incq {BOARD + 24}       # aborted
     cmpq $0, area + 8
     je 1f
-    incq {BOARD + 32}       # the section is still named
+    incq {BOARD + 32}       # the kernel has not cleared the descriptor
 1:  inc %rbx
     jmp again
 .data
@@ -206,7 +206,7 @@ def test_interrupted_restartable_sequence_never_commits(tmp_path: Path) -> None:
             pytest.skip(f"this kernel has no restartable sequences (errno {program[5]})")
         committed = 0
         for _ in range(50):
-            time.sleep(0.002)  # time for the end of the section that was released last
+            time.sleep(0.002)  # the section that was released last ends in the meantime
             interrupted = program[0]  # the program stays in this section until the section is aborted
             assert Space(program.pid).getppid() == os.getpid()
             committed += not program.passes(0, interrupted, 0.2)

@@ -1,4 +1,4 @@
-"""Write traces (S2): every write is reported. Fine traces report only written pages, coarse traces whole units."""
+"""Write traces (S2): every write is reported. Fine traces report written pages, coarse traces report whole units."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def large() -> Iterator[int]:
 
 
 def mapped_large(mapping: Mapping) -> int:
-    """Return the number of bytes of a mapping in this process that are mapped by PMDs (huge pages)."""
+    """Return the number of bytes that are mapped by PMDs (huge pages) in a mapping of this process."""
     lines = Path("/proc/self/smaps").read_text().splitlines()
     total, within = 0, False
     for line in lines:
@@ -188,7 +188,7 @@ def punch(fd: int, page: int, pages: int) -> None:
 @pytest.mark.parametrize("kind", ["small", "large"])
 @pytest.mark.parametrize("release_after", [0, 1, 256])
 def test_no_write_is_lost_while_collecting(kind: str, release_after: int) -> None:
-    """Threads write continuously. A copy made only of collected pages is identical to the memory at the end."""
+    """Threads write continuously. A copy that consists of collected pages is identical to the memory at the end."""
     length = 16 * LARGE_PAGE
     with backing(kind, length) as (fd,):
         mapping = Mapping(fd, length)
@@ -279,7 +279,7 @@ def test_traced_process_survives_killed_tracer(small: int) -> None:
 
 
 def flags(pid: int, address: int) -> list[str]:
-    """Return the VmFlags of the mapping at an address; `uw` means registered for write protection."""
+    """Return the VmFlags of the mapping at an address. `uw`: registered for write protection."""
     mappings = Path(f"/proc/{pid}/smaps").read_text().split(f"\n{address:x}-", 1)[1]
     return next(line for line in mappings.splitlines() if line.startswith("VmFlags:")).split()[1:]
 
@@ -299,7 +299,7 @@ def test_second_trace_is_refused(small: int) -> None:
 
 
 def test_exited_process_is_an_error_and_keeps_other_pages(small: int) -> None:
-    """Pages that were already collected from other processes are kept, because each write is reported only once."""
+    """Pages that were collected from other processes stay in the set, because each write is reported only once."""
     mapping = Mapping(small, LENGTH)
     with Target(small) as target:
         address = target.order("map", small, LENGTH)

@@ -32,9 +32,9 @@ MIGRATE = ["start", "source.set-up", "source.paused"]
 
 
 def truncated_at(point: str, *arguments: str) -> tuple[int, str]:
-    """Run a command, and truncate the memory before the command starts or while it is stopped at a fault point.
+    """Run a command. Truncate the memory before the command starts, or while the command is stopped at `point`.
 
-    Return the exit code, and the text on standard error.
+    Return the exit code, and the command's output on standard error.
     """
     fault = None if point == "start" else f"{point}=stop"
     with Program("-c", OWNER, env=environment(None)) as owner:
@@ -63,7 +63,7 @@ def truncate(owner: Program) -> None:
 @pytest.mark.parametrize("mode", ["lazy", "stop"])
 def test_checkpoint_of_truncated_memory_is_an_error_and_leaves_no_image(tmp_path: Path, mode: str, point: str) -> None:
     if mode == "stop" and point != "start":
-        pytest.skip("this mode does not reach that fault point")
+        pytest.skip(f"mode stop does not reach fault point {point}")
     code, said = truncated_at(point, "checkpoint", "short", str(tmp_path / "image"), "--mode", mode)
     assert (code, "was truncated" in said) == (10, True), said
     assert not (tmp_path / "image").exists()

@@ -1,4 +1,4 @@
-"""Root, an ordinary user and a container user: each can do what its privileges allow; errors name an alternative."""
+"""Root, an ordinary user and a container user: each can do what its privileges allow. Errors name an alternative."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAZY = {"root": True, "user": False, "sandbox": False}
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Yield a folder to which every user may write; the folders of pytest belong to root.
+    """Yield a folder that every user may write to, unlike pytest's folders, which belong to root.
 
     Skip the test if every user may create a userfaultfd.
     """
@@ -39,7 +39,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def device() -> Iterator[None]:
-    """Make /dev/userfaultfd accessible to every user during a test, as a udev rule would."""
+    """Make /dev/userfaultfd accessible to every user during a test, as an administrator's udev rule would."""
     if not DEVICE.exists():
         pytest.skip(f"no {DEVICE}")
     before = DEVICE.stat().st_mode
@@ -51,7 +51,7 @@ def device() -> Iterator[None]:
 
 
 def checked(kind: str, folder: Path) -> dict[str, Any]:
-    """Return the report of `pageferry check` for a kind of user."""
+    """Return the JSON report of `pageferry check` for a kind of user."""
     done = users.run(kind, folder, "-m", "pageferry", "check", "--output", "json")
     assert done.returncode in (0, 3), done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -139,7 +139,7 @@ def test_userfaultfd_device_makes_restore_of_ordinary_user_lazy(folder: Path, de
 
 def test_postcopy_is_refused_before_the_pause_by_a_destination_that_cannot_handle_faults(folder: Path) -> None:
     here, there = users.host("user", folder), users.host("user", folder / "there")
-    users.python()  # may skip the test
+    users.python()  # skips the test if no Python is usable
     with ledger("here", here) as source, receiver("there", host=there) as receiving:
         with migrating("here", address_of(receiving), "--mode", "hybrid", host=here, stderr=subprocess.PIPE) as moving:
             events, said = moving.process.communicate(timeout=60)

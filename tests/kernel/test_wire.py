@@ -1,4 +1,4 @@
-"""Python binding of page streams: transfers over TCP, with the exceptions that the stub documents."""
+"""Python binding of page streams: transfers over TCP, and the exceptions that the type stub documents."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def memory(pages: int = PAGES) -> Mapping:
 
 @contextlib.contextmanager
 def connected(streams: int) -> Iterator[tuple[list[socket.socket], list[socket.socket]]]:
-    """Yield both ends of `streams` TCP connections over loopback."""
+    """Yield both ends of `streams` loopback TCP connections."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         ours = [stack.enter_context(socket.create_connection(server.getsockname())) for _ in range(streams)]
@@ -112,7 +112,7 @@ def test_destination_matches_source_after_each_barrier(
 
 
 def test_bandwidth_limit_and_codec_are_optional() -> None:
-    """The limit applies to both streams together, and contents are preserved with every codec."""
+    """The limit applies to both streams together, and the contents are preserved."""
     source, copy = memory(), memory()
     view = memoryview(source)
     view[:] = random.Random(1).randbytes(PAGES * SMALL_PAGE // 2) + bytes(PAGES * SMALL_PAGE // 2)
@@ -126,7 +126,7 @@ def test_bandwidth_limit_and_codec_are_optional() -> None:
         sending.start()
         receiver.receive(0)
         sending.join()
-        # The last block of each stream may be sent early, and the limit may make up for 20 ms of delay.
+        # The last block of each stream may exceed the limit, and the sender may catch up after delays of up to 20 ms.
         assert time.monotonic() - begin >= (sender.progress.bytes - 3 * 8192) / (2 << 20) - 0.02
         assert contents(copy) == contents(source)
         assert sender.uncompressed <= sender.progress.blocks
@@ -170,7 +170,7 @@ def test_receive_can_be_cancelled_by_another_thread() -> None:
 
 
 def test_sockets_with_a_timeout_work() -> None:
-    """Python makes sockets with a timeout non-blocking."""
+    """Python makes the descriptors of sockets with a timeout non-blocking."""
     source, copy = memory(), memory()
     fill(source, 3, 7)
     with connected(1) as ((ours,), (theirs,)):
@@ -185,7 +185,7 @@ def test_sockets_with_a_timeout_work() -> None:
 
 @pytest.mark.parametrize("codec", ["none", "lz4"])
 def test_full_destination_is_an_error(codec: str, root: None) -> None:
-    """The error reports the cause. The process receives no signal, and no page is corrupted."""
+    """The error reports the cause, and the receiving process is not killed by SIGBUS."""
     directory = large_tmpfs(LARGE_PAGE)
     fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
     os.close(directory)

@@ -1,4 +1,4 @@
-"""Commands run as one of three kinds of user: `python -m tests.kernel.users KIND PYTHON ARGUMENTS...`, as root.
+"""Commands that root runs as one of three kinds of user: `python -m tests.kernel.users KIND PYTHON ARGUMENTS...`.
 
 KIND is `root`; `user`, an ordinary user without capabilities; or `sandbox`, uid 0 with the default capabilities of a
 container, a seccomp filter that denies userfaultfd and all access to other processes, and a private /dev.
@@ -40,7 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def python() -> str:
-    """Return the path of a Python that every user may execute. Skip the test if there is none."""
+    """Return the path of a Python interpreter that every user may execute. Skip the test if there is none."""
     for found in (sys.executable, shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")):
         if found is not None and _works(found):
             return found
@@ -48,7 +48,7 @@ def python() -> str:
 
 
 def _works(path: str) -> bool:
-    """Return whether an ordinary user may execute a Python, and whether it has the version of our packages."""
+    """Return whether an ordinary user may execute a Python interpreter, and whether its version is that of ours."""
     command = [path, "-I", "-c", f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"]
     with contextlib.suppress(PermissionError):
         return (
@@ -58,12 +58,12 @@ def _works(path: str) -> bool:
 
 
 def host(kind: str, folder: Path) -> Host:
-    """Return the host for programs of a kind of user, with a run directory in `folder`."""
+    """Return a host on which programs run as a kind of user, with a run directory in `folder`."""
     return Host((sys.executable, "-m", "tests.kernel.users", kind), folder / "run")
 
 
 def run(kind: str, folder: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run Python as a user of a kind for at most `timeout` seconds, and return the completed process."""
+    """Run Python as a kind of user for at most `timeout` seconds, and return the completed process."""
     here = host(kind, folder)
     command = [*here.within, sys.executable, *arguments]
     return subprocess.run(
@@ -84,7 +84,7 @@ def _become(kind: str) -> None:
 
 
 def _own_dev() -> None:
-    """Mount a private /dev with the devices of a container: no /dev/userfaultfd, no /dev/kvm."""
+    """Mount a private /dev with the devices of a container, without /dev/userfaultfd and /dev/kvm."""
     if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC_PRIVATE, None):
         raise OSError(ctypes.get_errno(), "unshare")
     if _libc.mount(b"tmpfs", b"/dev", b"tmpfs", 0, b"mode=0755"):
@@ -96,7 +96,7 @@ def _own_dev() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Change to the user, and execute a Python that this user may execute, with our packages."""
+    """Change to a kind of user, and execute a Python interpreter that this user may execute, with our packages."""
     kind, _, *words = arguments
     found = python()
     packages = [

@@ -1,4 +1,4 @@
-"""Fixtures for tests of guests. Each test runs once for each selected QEMU."""
+"""Fixtures for tests of guests. Tests that use `parts` or `payload_on_tcg` run once for each selected QEMU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 @pytest.fixture(scope="session")
 def parts(qemu: Path, guest_kernel: Path, checker_initrd: Path, states: Path) -> GuestParts:
-    """Return QEMU, kernel and initrd of a Linux guest, for each selected QEMU in turn."""
+    """Return the QEMU, kernel and initrd of a Linux guest, for each selected QEMU in turn."""
     return GuestParts(qemu, guest_kernel, checker_initrd, states=states)
 
 
@@ -34,7 +34,7 @@ def payload_on_tcg(qemu: Path) -> GuestParts:
     Such a guest boots within a second.
     """
     if shutil.which("rustc") is None:
-        pytest.skip("no rustc to build the guest with")
+        pytest.skip("no rustc, which builds the payload of the guest")
     return GuestParts(qemu, payload.build(CACHE / "guest/payload"))
 
 
@@ -42,7 +42,7 @@ def payload_on_tcg(qemu: Path) -> GuestParts:
 def newest_parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_initrd: Path, states: Path) -> GuestParts:
     """Return the parts of a Linux guest for QEMU 10, or for the QEMU in PATH if QEMU 10 is missing.
 
-    For modules whose subject does not depend on the QEMU version.
+    For tests whose subject does not depend on the QEMU version.
     """
     try:
         newest: Path = request.getfixturevalue("qemu_10")
@@ -59,9 +59,9 @@ def serial(tmp_path: Path) -> Callable[[str], Serial]:
 
 @pytest.fixture
 def registry() -> Iterator[Registry]:
-    """Yield the registry of this test session. Kill the workloads that the test has not ended.
+    """Yield the registry of this test session. After the test, kill the workloads that the test has left.
 
-    The test fails if there are any.
+    The test fails if it has left any workload.
     """
     registry = Registry()
     yield registry
@@ -72,9 +72,9 @@ def registry() -> Iterator[Registry]:
 
 @pytest.fixture
 def huge_pages(root: None) -> Iterator[None]:
-    """Reserve 256 more huge pages, enough for two guests of 256 MiB.
+    """Reserve 256 additional hugetlb pages of 2 MiB, enough for two guests of 256 MiB.
 
-    Skip the test if the kernel cannot allocate them.
+    Skip the test if the kernel cannot allocate these pages.
     """
     before = int(HUGE_PAGES.read_text())
     wanted = before + 256
@@ -82,7 +82,7 @@ def huge_pages(root: None) -> Iterator[None]:
     HUGE_PAGES.write_text(str(wanted))
     try:
         if int(HUGE_PAGES.read_text()) < wanted:
-            pytest.skip("the kernel cannot allocate 256 huge pages")
+            pytest.skip("the kernel cannot allocate 256 hugetlb pages")
         yield
     finally:
         HUGE_PAGES.write_text(str(before))

@@ -1,4 +1,4 @@
-"""Controller that a test kills: pauses a guest, optionally saves or commits it, and waits.
+"""Controller that a test kills: it pauses a guest, optionally saves its state or commits it, and waits.
 
 `python controller.py NAME pause|switch|save|commit` prints the pid and start time of the guest's guardian.
 """

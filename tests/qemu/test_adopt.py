@@ -41,14 +41,14 @@ def listed() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def ram() -> Iterator[Path]:
-    """Yield a temporary directory on tmpfs."""
+    """Yield a temporary directory on tmpfs, for files with guest memory."""
     path = Path(tempfile.mkdtemp(dir="/dev/shm"))
     yield path
     shutil.rmtree(path)
 
 
 async def answers(qmp: str) -> None:
-    """Wait until QEMU serves its monitor. By then, QEMU has created the machine and mapped its memory."""
+    """Wait until QEMU replies on its monitor. Before it replies, QEMU creates the machine and maps its memory."""
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:
@@ -62,7 +62,7 @@ async def answers(qmp: str) -> None:
 
 @pytest.fixture
 def foreign(parts: GuestParts, tmp_path: Path) -> Iterator[Any]:
-    """Yield a function that starts QEMU processes that pageferry does not manage. Kill them after the test."""
+    """Yield a function that starts QEMU processes without pageferry, and kill these processes after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*options: str, wrapper: Sequence[str] = ()) -> str:
@@ -104,7 +104,7 @@ def test_adopted_guest_can_be_paused_saved_and_resumed(foreign: Any, registry: R
 
 
 def test_adopted_numa_guest_has_a_region_for_each_node(foreign: Any, registry: Registry, ram: Path) -> None:
-    """For one of the two backends, QEMU creates an unlinked file in a directory."""
+    """The path of one backend is a file, that of the other a directory in which QEMU creates an unlinked file."""
     (ram / "folder").mkdir()
     nodes = [backend("n0", ram / "ram", "align=2M"), backend("n1", ram / "folder", "align=2M")]
     options = [
@@ -159,7 +159,7 @@ def numa(*backends: str) -> list[str]:
 
 
 def adopted(qmp: str) -> tuple[tuple[Region, ...], dict[str, bytes]]:
-    """Adopt a guest and discard it. Return its regions, and the path of each region's mapping by region name."""
+    """Adopt a guest, and discard the guest. Return its regions, and the paths of their mappings by region name."""
 
     async def scenario() -> tuple[tuple[Region, ...], dict[str, bytes]]:
         guest = await QemuWorkload.adopt("theirs", qmp)
@@ -183,7 +183,7 @@ def test_backends_in_the_same_directory_are_distinguished(foreign: Any, registry
 
 
 def _check_restored(parts: GuestParts, ram: Path, options: Sequence[str]) -> None:
-    """Restore the image into a guest with these options, and check that each node has its own memory."""
+    """Restore the image into a guest with these options, and check that each node has its own contents."""
     command = parts.bare("-m", "128M", "-S", *options)
     restored = pageferry("restore", "again", str(ram / "image"), "--detach", "--", *command)
     assert restored.returncode == 0, restored.stderr
@@ -203,7 +203,7 @@ def _check_restored(parts: GuestParts, ram: Path, options: Sequence[str]) -> Non
 def test_checkpoint_of_backends_in_the_same_directory_contains_both(
     foreign: Any, registry: Registry, ram: Path, parts: GuestParts
 ) -> None:
-    """Pages of one node are not recorded as duplicates of pages of the other node."""
+    """The image does not record the pages of one node as duplicates of pages of the other node."""
     qmp = foreign("-m", "128M", "-S", *numa(backend("m0", ram), backend("m1", ram)))
     assert pageferry("adopt", "theirs", "--qmp", qmp).returncode == 0
     (pid,) = [one["pid"] for one in listed()]
@@ -268,7 +268,7 @@ def test_memory_on_a_disk_is_refused_with_the_setting_to_change(
 ) -> None:
     kind = subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True).strip()
     if kind == "tmpfs":
-        pytest.skip("the directory for temporary files is on tmpfs")
+        pytest.skip("the temporary directory of the test is on tmpfs")
     qmp = foreign("-m", "64M", "-object", backend("ram0", tmp_path / "ram"), "-machine", "memory-backend=ram0")
     with pytest.raises(UnsupportedError, match=r"it is on .*must be on tmpfs or hugetlbfs.*memory_backing_dir"):
         asyncio.run(QemuWorkload.adopt("theirs", qmp))
@@ -300,7 +300,7 @@ def test_guest_in_another_pid_namespace_can_be_saved(foreign: Any, registry: Reg
 def test_unsupported_devices_added_after_adoption_are_refused_at_the_next_pause(
     foreign: Any, registry: Registry, ram: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This host's QEMU may lack the devices that pageferry refuses. The test refuses available devices instead."""
+    """The QEMU under test may lack the devices that pageferry refuses. The test adds available devices to the list."""
     memory = backend("ram0", ram / "ram", "align=2M")
     qmp = foreign("-m", "64M", "-object", memory, "-machine", "memory-backend=ram0", "-netdev", "user,id=n")
 

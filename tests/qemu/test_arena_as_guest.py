@@ -1,4 +1,4 @@
-"""Test of an arena whose memory QEMU maps as guest memory, without the knowledge of the program that owns the arena."""
+"""Test of an arena that QEMU maps as guest memory without the knowledge of the program that owns the arena."""
 
 from __future__ import annotations
 

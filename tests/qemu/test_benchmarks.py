@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: with --quick, they report complete results. Their times are not checked."""
+"""Tests of the benchmarks: with --quick, they report complete results. The tests do not check the times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def quick(name: str, *options: str) -> dict[str, Any]:
 
 
 def run(*command: str) -> str:
-    """Run a Python program of this repository, and return its output."""
+    """Run Python with these arguments in the root of this repository, and return its output."""
     return subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
@@ -117,11 +117,11 @@ COUNTED = ("S3", "S5", "S6", "S7", "S8")
 
 
 def of_arenas(rows: list[dict[str, Any]]) -> dict[str, bool]:
-    """Return, by system whose target is a count, whether the target is reached."""
+    """Return, for each system in `COUNTED`, whether its target is reached."""
     return {row["system"]: row["reached"] for row in rows if row["system"] in COUNTED}
 
 
-@pytest.mark.alone  # judges counts of huge pages and faults
+@pytest.mark.alone  # compares counts of huge pages and faults with targets
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("root", "qemu_10")
 def test_each_system_reaches_its_target_only_with_its_mechanism() -> None:

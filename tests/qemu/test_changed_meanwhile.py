@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("root")
 
 ALL = os.environ.get("FAULTS") == "all"
 RUNNING = ["source.between-rounds"] + ["source.greeted", "source.set-up", "source.in-round"] * ALL
-"""Fault points at which the guest runs."""
+"""Fault points of the source at which the guest runs."""
 PAUSED = ["source.ready"] + ["source.paused", "source.last-pages-sent", "source.state-sent", "source.recorded"] * ALL
-"""Fault points at which the guest is paused and the source has not committed."""
+"""Fault points of the source at which the guest is paused, before Commit."""
 THERE = ["destination.commit-received"] + ["destination.loaded", "destination.promised"] * ALL
-"""Fault points at which the destination has not decided yet."""
+"""Fault points of the destination before its decision."""
 
 MACHINE = ("-device", "piix3-usb-uhci", "-device", "usb-mouse,id=mouse", "-device", "pvpanic")
 STAYS = (*MACHINE, "-no-shutdown", "-no-reboot", "-action", "panic=pause")
@@ -35,7 +35,7 @@ FAILED, DIED, REFUSED = 10, 13, 21
 
 
 class Watched(Traveller):
-    """Guest with a second monitor, which a client that is independent of pageferry uses."""
+    """Guest with a second monitor, for a QMP client that is independent of pageferry."""
 
     def command(self, name: str) -> list[str]:
         return [*super().command(name), "-qmp", f"unix:{self._other(name)},server=on,wait=off"]
@@ -62,7 +62,7 @@ Start = Callable[..., Watched]
 
 @pytest.fixture
 def start(payload_on_tcg: GuestParts, tmp_path: Path) -> Iterator[Start]:
-    """Yield a function that boots guests with the given options. End the guests after the test."""
+    """Yield a function that boots guests with the given options. Kill the guests after the test."""
     guests: list[Watched] = []
 
     def boot(*options: str) -> Watched:
@@ -77,7 +77,7 @@ def start(payload_on_tcg: GuestParts, tmp_path: Path) -> Iterator[Start]:
 
 
 def shut_down(guest: Watched) -> None:
-    """Shut the guest down by a reset, which -no-reboot turns into a shutdown."""
+    """Shut the guest down by a reset, which QEMU's option -no-reboot turns into a shutdown."""
     guest.other("system_reset")
 
 
@@ -95,9 +95,9 @@ def remove_device(guest: Watched) -> None:
 
 @contextmanager
 def interrupted(guest: Watched, point: str, *options: str) -> Iterator[tuple[Program, Program]]:
-    """Start a migration, and wait until its source or destination has stopped at a fault point.
+    """Start a migration, and wait until its source or its destination has stopped at a fault point.
 
-    Yield the source and the receiver. After the block, continue the stopped process, and wait for both processes.
+    Yield the two commands. After the block, continue the stopped one, and wait until both have exited.
     """
     source, there = (point, None) if point.startswith("source") else (None, point)
     with guest.receiver(fault=f"{there}=stop" if there else None, detach=not there) as receiver:
@@ -112,7 +112,7 @@ def interrupted(guest: Watched, point: str, *options: str) -> Iterator[tuple[Pro
 
 
 def stayed(guest: Watched, migration: Program, *codes: int) -> None:
-    """Check that the migration has failed and that the source has the only copy of the guest."""
+    """Check that the migration has failed, and that the source has the only copy of the guest."""
     assert migration.wait() in (codes or (FAILED,))
     guest.alone()
 
@@ -158,7 +158,7 @@ def test_guest_whose_qemu_exits_during_migration_leaves_no_copy(start: Start, po
     wait_until(lambda: travel.around() == set(), "the end of all processes")
 
 
-# At `source.paused` the vCPUs are stopped, and QEMU has not written the devices.
+# At `source.paused` the vCPUs are stopped, and QEMU has not written the device state yet.
 @pytest.mark.parametrize("point", [*RUNNING, "source.paused"])
 def test_guest_that_resets_during_migration_is_migrated(start: Start, point: str) -> None:
     guest = start(*MACHINE)

@@ -1,4 +1,4 @@
-"""Tests of checkpoints of guests (S4): images are exact, and guests keep running."""
+"""Tests of checkpoints of guests (S4): images are exact, and the guests keep running."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BUSY = "ferry.mib=32 ferry.rate=5000"
 
 
 async def save(workload: QemuWorkload, path: Path, **options: Any) -> events.CheckpointResult:
-    """Take a checkpoint, and compare the image with memory at the snapshot point. Return the result."""
+    """Take a checkpoint, and compare the image with the memory at the snapshot point. Return the result."""
     digested = DigestedWorkload(workload)
     result = await pageferry.checkpoint_async(cast(Migratable, digested), path, **options)
     assert digests_of_image(ImageFile(path)) == digested.digests
@@ -44,7 +44,7 @@ async def started(parts: GuestParts, serial: Serial) -> QemuWorkload:
 
 
 async def restored(path: Path, parts: GuestParts, serial: Serial, *options: str) -> QemuWorkload:
-    """Start a guest from an image, without `pageferry restore`."""
+    """Start a guest from an image without `pageferry restore`: load all memory before the guest runs."""
     image = ImageFile(path)
     workload = await QemuWorkload.start("restored", parts.command(serial, *options, memory=MEMORY), incoming=True)
     (region,) = workload.regions

@@ -1,4 +1,4 @@
-"""Test of the cold store (S3): cold memory is evicted and reloaded while the guest verifies its memory."""
+"""Test of the cold store (S3): a guest's cold memory is evicted and reloaded while the guest verifies its memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.guest.serial import Serial
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """Return parts with the newest QEMU only: the cold store does not depend on the QEMU version."""
+    """Return the parts of a guest with one QEMU only: the cold store does not depend on the QEMU version."""
     return newest_parts
 
 
@@ -44,7 +44,7 @@ def test_cold_memory_of_a_guest_is_evicted_and_reloaded(
                 assert result.broken > 10
                 assert result.store is not None
                 assert (result.store.pages + result.store.written) * 4096 == _cold(result.samples)
-                # The checker verifies all of its memory in turn, so a part of the evicted memory is already reloaded.
+                # The checker verifies all of its memory in turn, so it has already reloaded a part of it.
                 assert result.reclaimed > 0.5 * _cold(result.samples)
                 assert before > _resident(target)
                 await line.passes(2)

@@ -1,4 +1,4 @@
-"""Tests of guests whose disk I/O bypasses page tables: migrations and checkpoints lose no I/O in flight."""
+"""Tests of guests whose disk I/O bypasses page tables: migrations and checkpoints lose no read in flight."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Reader:
         return Program("-m", "pageferry", *words)
 
     def address_of(self, receiver: Program) -> str:
-        """Return the address on which a receiver listens. Start to record the output of its guest."""
+        """Return the address on which a receiver listens, and start to record the output of its guest."""
         address = moving.address_of(receiver)
         self._line("there")
         return address
 
     def reads(self, name: str = "here") -> None:
-        """Request a read, and wait until the disk has received it."""
+        """Ask a guest for a read, and wait until the disk has received the request."""
         self.say(name, b"r")
         self._disk.held()
 
@@ -89,7 +89,7 @@ class Reader:
         return self._said.get(name, "")
 
     def verify(self, name: str) -> str:
-        """Request a check of the guest's read buffer.
+        """Ask a guest to check its read buffer.
 
         Return `fresh` if the buffer holds the contents of the disk, otherwise `stale`.
         """
@@ -115,8 +115,8 @@ class Reader:
 
 
 OPTIONS = ["cache=none", "cache=none,aio=io_uring", "cache=none,aio=native", "cache=writeback"]
-"""Options of QEMU's disk. The last ones do not use O_DIRECT, but reads of this file system pin the reader's pages
-too."""
+"""Options of QEMU's disk. The last option does without O_DIRECT, but reads from this file system pin the reader's pages
+in any case."""
 
 
 @pytest.fixture(params=OPTIONS)
@@ -180,7 +180,7 @@ def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(newest_parts: Gues
         with migrate(guest.address_of(there), *options, fault=fault) as migration:
             moving.until(migration, "setup")
             moving.stopped(migration)
-            guest.reads()  # its pages are marked by the first collection, and sent in round 2
+            guest.reads()  # the first collection marks the pages of the read, and round 2 sends them
             migration.process.send_signal(signal.SIGCONT)
             moving.until(migration, "round")
             time.sleep(0.5)
@@ -194,9 +194,9 @@ def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(newest_parts: Gues
 def test_migration_fails_and_names_a_disk_that_does_not_reply(
     newest_parts: GuestParts, tmp_path: Path, seen: bool
 ) -> None:
-    """Requests with io_uring are not visible to other processes. The guest is paused to wait for them.
+    """Other processes cannot see io_uring requests, so the source pauses the guest to wait for them.
 
-    A guardian resumes the guest after the failed migration.
+    After the failed migration, a guardian resumes the guest.
     """
     with reading(newest_parts, tmp_path, "cache=none" if seen else "cache=none,aio=io_uring") as (guest, disk):
         guest.reads()
@@ -208,7 +208,7 @@ def test_migration_fails_and_names_a_disk_that_does_not_reply(
                 migration.process.stderr.close()
             assert f"a request to {disk.path} has been in flight for more than" in words
             assert there.wait() != 0
-        if seen:  # this request is visible, so the guest has not been paused
+        if seen:  # the source can see this request, so it has not paused the guest
             assert travel.listed()["here"] == "running"
         disk.answer()
         guest.waits_for("here", "fresh")

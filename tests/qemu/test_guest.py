@@ -1,4 +1,4 @@
-"""Pause, save, resume and release of a Linux guest, and the death of its controller."""
+"""Tests of pausing, saving, resuming and releasing a Linux guest, and of killing the guest's controller."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONTROLLER = Path(__file__).with_name("controller.py")
 
 @dataclass
 class Guest:
-    """Guest of this module, and its serial line."""
+    """Guest of this module, with its serial line."""
 
     workload: QemuWorkload
     serial: Serial
@@ -51,7 +51,7 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         return await booted.start(NAME, parts, serial, *OPTIONS, checker=BUSY)
 
     async def end() -> None:
-        # Attach again: a failed test may have left the first connection in any state.
+        # Attach again: a failed test may have left the first QMP session in any state.
         await (await QemuWorkload.attach(NAME)).discard()
 
     workload = asyncio.run(boot())
@@ -83,7 +83,7 @@ def test_memory_is_one_mapped_file(guest: Guest) -> None:
     assert (region.name, region.length, region.page_size) == ("pageferry-ram", 256 << 20, 4096)
     assert (segment.pid, segment.length, segment.offset) == (guest.workload.pid, region.length, 0)
     assert os.fstat(region.fd).st_nlink == 0
-    # The checker has filled 64 MiB; most of the other memory has never been touched.
+    # The checker has filled 64 MiB. Most of the remaining 192 MiB have never been accessed.
     assert 64 << 20 < os.fstat(region.fd).st_blocks * 512 < 200 << 20
     assert not ram.misaligned(region)
 
@@ -186,7 +186,7 @@ def test_guest_keeps_running_after_a_failed_pause_to_save(
 
 
 def test_guest_keeps_running_after_a_pause_to_save_that_is_cancelled_at_any_time(guest: Guest) -> None:
-    """QEMU 7.2 waits forever if its migration is cancelled just before `pre-switchover`."""
+    """QEMU 7.2 would wait forever if its migration were cancelled just before the status `pre-switchover`."""
 
     async def sink(piece: bytes) -> None:
         pass
@@ -245,9 +245,9 @@ def test_guest_paused_by_its_user_stays_paused(guest: Guest) -> None:
 def test_guest_resumes_after_the_death_of_its_controller_unless_committed(
     guest: Guest, controller_does: str, runs_on: bool
 ) -> None:
-    """If the controller is killed before the commit, a guardian resumes the guest.
+    """If the controller is killed before its commit, a guardian resumes the guest.
 
-    Afterwards, the guest stays paused.
+    If it is killed after its commit, the guest stays paused.
     """
     command = [sys.executable, str(CONTROLLER), NAME, controller_does]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as controller:

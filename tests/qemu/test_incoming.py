@@ -1,4 +1,4 @@
-"""Tests of guests that wait for a device state: mismatched states are refused, and abandoned guests end."""
+"""Tests of guests that wait for a device state: mismatched states are refused, and abandoned guests are killed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BALLOON = ("-device", "virtio-balloon-pci")
 
 
 def test_state_of_a_different_machine_is_refused(parts: GuestParts, registry: Registry) -> None:
-    """Pageferry refuses the mismatches that it can detect, and QEMU refuses the others.
+    """Of the mismatches, pageferry refuses those that it can detect, and QEMU refuses the others.
 
     No process of the destination remains.
     """
 
     async def scenario() -> None:
-        # The guest has never run; otherwise its memory would have to be copied too.
+        # The guest has never run: otherwise the test would have to copy the guest's memory, too.
         source = await QemuWorkload.start("source", parts.bare("-m", "64M", "-S", *BALLOON))
         await source.pause()
         state = await source.save_state()
@@ -54,7 +54,7 @@ def test_state_of_a_different_machine_is_refused(parts: GuestParts, registry: Re
 
 
 def test_beginning_of_a_state_is_loaded_ahead(parts: GuestParts, registry: Registry) -> None:
-    """The pieces of a state may end at any byte. The header is checked before QEMU receives the stream."""
+    """The chunks of a state may end at any byte. The header is checked before QEMU receives the stream."""
 
     async def scenario() -> None:
         pieces: list[bytes] = []

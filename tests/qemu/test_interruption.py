@@ -1,4 +1,4 @@
-"""Tests that commands exit within a second of SIGTERM or SIGINT while they wait for an unresponsive process."""
+"""Tests that commands that wait for an unresponsive process exit within a second of SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CATCHES_SIGTERM = 1 << signal.SIGTERM - 1
 
 
 def limit() -> float:
-    """Return the maximum seconds between the signal and the exit: 1, or more if the machine is overloaded."""
+    """Return the maximum time between the signal and the exit, seconds: 1, and more by the load of the machine."""
     return 1.0 + 0.5 * os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @pytest.fixture
 def hanging(tmp_path: Path) -> str:
-    """Create a program that accepts every option of QEMU and never opens a monitor. Return its path."""
+    """Create a program that accepts QEMU's options but never opens a monitor. Return the path of the program."""
     program = tmp_path / "qemu-that-hangs"
     program.write_text("#!/bin/sh\nexec sleep 1000\n")
     program.chmod(0o755)
@@ -52,7 +52,7 @@ def hanging(tmp_path: Path) -> str:
 
 @pytest.fixture
 def guest(newest_parts: GuestParts, registry: Registry) -> Iterator[int]:
-    """Yield the pid of a QEMU process that is stopped by SIGSTOP and does not respond."""
+    """Yield the pid of a guest's QEMU process that does not respond, because SIGSTOP has stopped it."""
     workload = asyncio.run(QemuWorkload.start("still", newest_parts.bare("-m", "64M")))
     os.kill(workload.pid, signal.SIGSTOP)
     try:
@@ -66,7 +66,7 @@ def guest(newest_parts: GuestParts, registry: Registry) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create an image of a machine without a boot device. Return its path."""
+    """Create an image of a machine without a boot device. Return the path of the image."""
 
     async def make() -> Path:
         path = tmp_path_factory.mktemp("image") / "image"
@@ -175,7 +175,7 @@ def test_stop_of_an_unresponsive_guest_recommends_kill(guest: int) -> None:
 
 
 def test_blocking_python_call_is_interrupted() -> None:
-    """The main thread waits for a blocking call in another thread. Ctrl-C ends the wait."""
+    """The main thread waits for a blocking call in another thread. SIGINT ends the wait."""
     reader, writer = os.pipe()
     try:
         before = time.monotonic()

@@ -1,4 +1,4 @@
-"""Tests of huge page sampling (S3): pages are sampled and restored while the guest verifies its memory."""
+"""Tests of huge page sampling (S3): huge pages are sampled and restored while the guest verifies its memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.kernel.swap import swap_space
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """Return parts with the newest QEMU only: sampling does not depend on the QEMU version.
+    """Return the parts of a guest with one QEMU only: sampling does not depend on the QEMU version.
 
     Saved states are not used: the idle memory must be in QEMU's page tables, as after a boot.
     """
@@ -45,7 +45,7 @@ def test_huge_pages_of_a_guest_are_sampled_and_restored(
                 result = await sample_async(target, options)
                 assert {one.address for one in result.samples} <= set(area.large_pages())
                 assert len(result.samples) == result.estimate.large_pages, "every huge page has been sampled"
-                assert any(one.activity for one in result.samples), "the checker accesses some"
+                assert any(one.activity for one in result.samples), "the checker accesses some of the huge pages"
                 assert sum(not one.activity for one in result.samples) > 10, "the checker uses 64 of 256 MiB"
                 assert result.not_restored == 0
                 assert _size(space.large_mapped(area.address, area.length)) >= before
@@ -60,7 +60,7 @@ def test_huge_pages_of_a_guest_are_sampled_and_restored(
 def test_cold_memory_of_a_guest_is_swapped_out(
     parts: GuestParts, serial: Callable[[str], Serial], registry: Registry, root: None
 ) -> None:
-    """The kernel swaps memory of a private file out, and swaps the unchanged pages in on access."""
+    """The kernel swaps out the memory file's pages, and swaps them in with unchanged contents on access."""
 
     async def run() -> None:
         line = serial("guest")

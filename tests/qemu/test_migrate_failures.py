@@ -1,4 +1,4 @@
-"""Tests that exactly one side keeps the guest if a command or QEMU is killed at a fault point of a migration."""
+"""Tests that exactly one host keeps the guest if a command or QEMU is killed at a fault point of a migration."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tests.kernel.programs import Program, wait_until
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
 
 SOURCE = "connected set-up in-round between-rounds paused last-pages-sent state-sent ready recorded".split()
-"""Fault points of the source before Commit. From the last three on, the destination is prepared, and stays prepared
-until the source decides."""
+"""Fault points of the source before Commit. At `ready` and `recorded`, the destination is prepared, and at `state-sent`
+it may be. A prepared destination stays prepared until the source decides."""
 DESTINATION = "accepted in-round state-received loaded promised".split()
 SEVERAL_ROUNDS = ("--max-downtime", "50")
-"""Option with a downtime limit, milliseconds, that is not reached after the first round."""
+"""Option with a downtime limit of 50 ms, which the guest does not reach in the first round."""
 
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """Return parts with the newest QEMU only: the killed commands do not depend on the QEMU version."""
+    """Return the parts of a guest with one QEMU only: the killed commands do not depend on the QEMU version."""
     return newest_parts
 
 
@@ -39,13 +39,13 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def before(guest: Traveller) -> list[str]:
-    """Return the open descriptors of QEMU."""
+    """Return the open descriptors of the guest's QEMU."""
     guest.alone()
     return moving.descriptors(guest.pid)
 
 
 def stays(guest: Traveller, before: list[str]) -> None:
-    """Check that the guest keeps running at the source and that QEMU has the same open descriptors as before."""
+    """Check that the guest keeps running at the source, and that its QEMU has the same open descriptors as before."""
     guest.runs()
     guest.untouched()
     wait_until(lambda: moving.descriptors(guest.pid) == before, "the end of all connections")
@@ -62,7 +62,7 @@ def ended(receiver: Program, codes: tuple[int, ...] = (23,)) -> None:
 
 
 def settle_elsewhere(guest: Traveller, address: str, *, owner: str) -> None:
-    """Recover through another receiver, which listens at the address of the one that has exited."""
+    """Recover through another receiver, which listens on the address of the receiver that has exited."""
     with guest.receiver("--listen", address, name=guest.other_name) as another:
         moving.address_of(another)
         settle(guest, owner=owner)
@@ -92,7 +92,7 @@ def test_guest_stays_at_source_if_its_command_is_killed_before_commit(
 def test_guest_stays_at_source_if_the_receiver_is_killed_before_its_decision(
     guest: Traveller, before: list[str], point: str
 ) -> None:
-    """The destination has not decided at any of these points, so its guest ends."""
+    """At these fault points the destination has not decided yet, so its QEMU is killed."""
     with guest.receiver(fault=f"destination.{point}=kill") as there:
         address = moving.address_of(there)
         with guest.migrating(address) as migration:
@@ -110,7 +110,7 @@ def test_guest_stays_at_source_if_the_receiver_is_killed_before_its_decision(
 def test_guest_stays_at_source_if_the_destination_qemu_is_killed(
     guest: Traveller, before: list[str], point: str
 ) -> None:
-    """The receiver reports that its QEMU has exited. The guest has not run there, so the source keeps the guest."""
+    """The receiver reports that its QEMU has exited. The guest has not run there, so the source resumes the guest."""
     with guest.receiver(fault=f"destination.{point}=stop") as there:
         with guest.migrating(moving.address_of(there)) as migration:
             moving.stopped(there)
@@ -122,7 +122,7 @@ def test_guest_stays_at_source_if_the_destination_qemu_is_killed(
 
 
 def test_migration_of_a_guest_killed_between_rounds_fails(parts: GuestParts, tmp_path: Path) -> None:
-    """The migration reports that the guest has exited, and the destination ends its QEMU."""
+    """The migration reports that the guest has exited, and the receiver kills its QEMU."""
     with travelling(parts, tmp_path, name="bare", memory="64M", checker=None) as bare, bare.receiver() as there:
         fault = "source.between-rounds=stop"
         with bare.migrating(moving.address_of(there), fault=fault) as migration:
@@ -135,7 +135,7 @@ def test_migration_of_a_guest_killed_between_rounds_fails(parts: GuestParts, tmp
         assert bare.next_name not in Registry().entries()
 
 
-# -- after commit
+# -- processes killed after the source's commit
 
 
 def is_given_away(guest: Traveller) -> None:
@@ -170,7 +170,7 @@ def test_guest_moves_if_the_source_command_is_killed_after_commit_is_sent(guest:
 
 
 def test_receiver_exits_after_its_timeout_without_a_recovery(guest: Traveller) -> None:
-    """The source is killed before it records the reply. Any receiver on the destination host can repeat the reply."""
+    """The source is killed before it records the reply to Commit. Any receiver on the same host can repeat the reply."""
     with guest.receiver("--timeout", "1") as there:
         address = moving.address_of(there)
         with guest.migrating(address, fault="source.answered=kill") as migration:
@@ -241,7 +241,7 @@ def test_guest_stays_at_source_if_the_receiver_is_killed_on_receipt_of_commit(
     stays(guest, before)
 
 
-# -- interrupted
+# -- interrupted commands
 
 
 @pytest.mark.parametrize("point", ["set-up", "in-round", "paused"])
@@ -284,7 +284,7 @@ def test_interrupted_receiver_without_a_connection_leaves_no_guest(guest: Travel
 def test_guest_received_in_the_foreground_ends_with_the_command(
     parts: GuestParts, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """A guest started by `pageferry run` in the foreground also ends with its command."""
+    """The guest exits with `pageferry receive`, as it does with `pageferry run` in the foreground."""
     with travelling(parts, tmp_path, name="bare", memory="64M", checker=None) as bare:
         with bare.receiver(detach=False) as there:
             with bare.migrating(moving.address_of(there)) as migration:

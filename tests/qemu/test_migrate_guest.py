@@ -1,4 +1,4 @@
-"""Migration of a Linux guest under write load with the command line, and refusals of different machines."""
+"""Migration of a Linux guest under write load from the command line, and refusals of different machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Migration of guests of several kinds: q35 with devices, a balloon, 4 GiB of memory, hugetlbfs, a newer QEMU."""
+"""Migration of guests of several kinds: q35 with devices and a balloon, 4 GiB of memory, hugetlbfs, a newer QEMU."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Q35 = ("-machine", "q35", "-smp", "2", "-device", "virtio-balloon-pci", "-device
 
 @pytest.fixture(scope="module")
 def parts(parts: GuestParts) -> GuestParts:
-    """Return parts without saved states: each kind of guest is started only once."""
+    """Return the parts of a guest without saved states: each kind of guest is booted only once."""
     return replace(parts, states=None)
 
 
 def balloon(guest: Traveller, mib: int) -> None:
-    """Set the balloon so that the guest keeps `mib` MiB, and wait until the balloon has this size."""
+    """Set the balloon so that the guest keeps `mib` MiB, and wait until the guest has this size."""
     guest.qmp("balloon", value=mib * MIB)
     wait_until(lambda: guest.qmp("query-balloon")["actual"] == mib * MIB, f"a balloon that leaves {mib} MiB")
 
@@ -83,7 +83,7 @@ def test_migration_of_memory_on_hugetlbfs(parts: GuestParts, tmp_path: Path) -> 
 
 @pytest.fixture
 def machine_type(qemu_system: Path) -> str:
-    """Return the newest i440fx machine type that the older QEMU supports."""
+    """Return the newest i440fx machine type of the QEMU in PATH, which is the older of the two."""
     command = [str(qemu_system), "-machine", "help"]
     said = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True).stdout
     return next(line.split()[0] for line in said.splitlines() if line.startswith("pc-i440fx-"))

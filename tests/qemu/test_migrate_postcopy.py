@@ -21,7 +21,7 @@ from tests.kernel.programs import DEADLINE, Program, wait_until
 pytestmark = pytest.mark.usefixtures("root")
 
 SLOWLY = ("--mode", "postcopy", "--bandwidth", "16M")
-"""Options of a migration that takes some seconds."""
+"""Options of a migration that takes several seconds because of its bandwidth limit."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def guest(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def stall_reason(name: str) -> str | None:
-    """Return the stall reason that `pageferry list` prints for a workload; None if it prints none."""
+    """Return the stall reason that `pageferry list` reports for a workload; None if it reports none."""
     command = [sys.executable, "-m", "pageferry", "list", "--output", "json"]
     said = subprocess.run(command, check=True, timeout=DEADLINE, capture_output=True, text=True).stdout
     found = next(one for one in map(json.loads, said.splitlines()) if one["name"] == name)
@@ -49,7 +49,7 @@ def test_guest_is_migrated_by_postcopy_and_hybrid(guest: Traveller, options: str
     assert after.writes > before.writes
     assert result["mode"] in options
     assert result["postcopy"]["pages"] > 0
-    if result["mode"] == "postcopy":  # after rounds, the few remaining pages may be received before they are accessed
+    if result["mode"] == "postcopy":  # in hybrid mode, all pages may be received before any access
         assert result["postcopy-requests"] > 0
     large = result["large-pages"]
     assert large["destination"] == large["source"] > 16
@@ -57,7 +57,7 @@ def test_guest_is_migrated_by_postcopy_and_hybrid(guest: Traveller, options: str
 
 
 def lost(guest: Traveller, there: Program) -> None:
-    """Start a post-copy migration, and drop the connection as soon as the guest runs at the destination."""
+    """Start a post-copy migration, and close its connections as soon as the guest runs at the destination."""
     fault = "source.answered=drop"
     with guest.migrating(moving.address_of(there), "--mode", "postcopy", fault=fault) as migration:
         assert migration.wait() == 28
@@ -83,7 +83,7 @@ def test_guest_waits_for_a_lost_link_and_continues_after_recovery(guest: Travell
 
 
 def test_second_receiver_continues_for_a_killed_one(guest: Traveller) -> None:
-    """Missing pages stay missing: the guest keeps its userfaultfd, and the deferred bits are in a file."""
+    """Missing pages stay missing: QEMU keeps the userfaultfd open, and the deferred bitmap is in a file."""
     guest.runs()
     with guest.receiver() as there:
         address = moving.address_of(there)

@@ -1,4 +1,4 @@
-"""Tests of paused guests and shared disks: operations preserve run state, disk locks and migration settings."""
+"""Tests of paused guests and shared disks: operations preserve the run state, disk locks and migration settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.kernel.programs import DEADLINE, wait_until
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("root")]
 
 MARKER_AT = 32 << 20
-"""Offset in guest memory, bytes, at which firmware does not write."""
+"""Offset in guest memory to which firmware does not write, bytes."""
 
 
 def bare(parts: GuestParts, folder: Path, *options: str) -> Any:
@@ -43,7 +43,7 @@ def checkpoint(guest: Traveller, image: Path) -> None:
 
 
 def writes(guest: Traveller, disk: Path) -> None:
-    """Write to the disk of a guest through QEMU, as the guest would."""
+    """Write to the disk of a guest through QEMU's block layer, like the guest."""
     before = disk.read_bytes()
     pattern = (before[0] + 1) % 256
     said = guest.qmp("human-monitor-command", command_line=f'qemu-io disk "write -P {pattern} 0 512"')
@@ -67,7 +67,7 @@ def saves_memory(guest: Traveller, file: Path) -> None:
 
 
 def said(*words: str, code: int = 0) -> str:
-    """Run a pageferry command, which must exit with `code`. Return its output."""
+    """Run a pageferry command, and check that it exits with `code`. Return its output."""
     command = [sys.executable, "-m", "pageferry", *words]
     environment = {**os.environ, "COLUMNS": "300"}
     done = subprocess.run(
@@ -97,7 +97,7 @@ def test_checkpoints_of_a_paused_guest_leave_its_disks_locked(parts: GuestParts,
         assert "pageferry-" not in str([guest.qmp("query-named-block-nodes"), guest.qmp("query-jobs")])
         guest.qmp("cont")
         writes(guest, tmp_path / "disk")
-        # QEMU closes removed descriptors at the end of a monitor session, but only while the guest runs.
+        # QEMU closes removed descriptors at the end of a QMP session, but only while the guest runs.
         wait_until(lambda: "/memfd" not in moving.descriptors(guest.pid), "the end of the snapshots' descriptors")
 
 
@@ -189,7 +189,7 @@ def test_source_keeps_a_shared_disk_if_the_link_is_lost_before_commit(
 
 @pytest.mark.every_qemu
 def test_source_keeps_a_shared_disk_if_the_loaded_destination_hangs(parts: GuestParts, tmp_path: Path) -> None:
-    """The receiver is stopped, so that its QEMU still exists when the timeout of the source expires."""
+    """The receiver is stopped, so its QEMU still exists when the timeout of the source expires."""
     with bare(parts, tmp_path) as guest:
         with guest.receiver(fault="destination.loaded=stop") as there:
             with guest.migrating(moving.address_of(there), "--timeout", "2") as migration:
@@ -198,7 +198,7 @@ def test_source_keeps_a_shared_disk_if_the_loaded_destination_hangs(parts: Guest
             assert guest.qmp("query-status")["running"]
             writes(guest, tmp_path / "disk")
             there.process.send_signal(signal.SIGCONT)
-            there.process.terminate()  # the receiver may be prepared, and may wait for a recovery
+            there.process.terminate()  # the receiver may be prepared, and would then wait for a recovery
             there.wait()
         writes(guest, tmp_path / "disk")
 

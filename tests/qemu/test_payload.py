@@ -1,4 +1,4 @@
-"""Migration and checkpoint of a guest without an operating system, on KVM if the host has it."""
+"""Migration and checkpoint of a guest without an operating system, on KVM if available."""
 
 from __future__ import annotations
 

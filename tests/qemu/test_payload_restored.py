@@ -1,4 +1,4 @@
-"""Restore of a guest without an operating system, with pages loaded on demand, on KVM if the host has it."""
+"""Restore of a guest without an operating system, with pages loaded on demand, on KVM if available."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @pytest.fixture(scope="module")
 def payload_parts(payload_parts: GuestParts, states: Path) -> GuestParts:
-    """Return parts with saved states: two images are made, and firmware takes 5 s of a core on an emulated KVM."""
+    """Return the parts with saved states: on an emulated KVM, firmware takes 5 s of CPU time for each of two images."""
     return replace(payload_parts, states=states)
 
 
@@ -52,7 +52,7 @@ def test_payload_waits_for_a_killed_pager_and_continues_with_the_next(
     image = image_of_a_guest(payload_parts, tmp_path, paused=True)
 
     async def run() -> None:
-        # Resume the guest only after the pager is killed: on KVM, it would access all of its memory before.
+        # Resume the guest only after the pager is killed: on KVM, the guest could access all of its memory earlier.
         await restored.start(image, prefetch=False)
         await restored.kill_pager()
         await restored.run()

@@ -37,7 +37,7 @@ def test_guest_physical_ranges_of_memory_are_found(
         assert (high.address, high.offset, high.length) == (4 * GIB, below, region.length - below)
         # Video memory and ROMs take the other parts of the first MiB.
         assert 0 <= region.length - sum(one.length for one in ranges) <= 384 << 10
-        # Without KVM there are no tables to populate.
+        # Without KVM there are no second-stage page tables to populate.
         assert VirtualMachine.find(guest.pid) is None
         assert await guest.prefault() == 0
         await guest.discard()
@@ -47,7 +47,7 @@ def test_guest_physical_ranges_of_memory_are_found(
 
 @pytest.fixture
 def owner(root: None) -> Iterator[tuple[int, int]]:
-    """Yield the pid of a process with a virtual machine, and its value of KVM_CAP_PRE_FAULT_MEMORY."""
+    """Yield the pid of a process with a KVM virtual machine, and the machine's value of KVM_CAP_PRE_FAULT_MEMORY."""
     command = [sys.executable, kvm_owner.__file__]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -68,7 +68,7 @@ def test_virtual_machine_of_a_process_is_found(owner: tuple[int, int]) -> None:
 
 
 def test_second_stage_tables_are_populated(owner: tuple[int, int]) -> None:
-    """The mappings of the process are unchanged, whether or not KVM supports KVM_PRE_FAULT_MEMORY."""
+    """The mappings of the process stay unchanged, whether or not KVM supports KVM_PRE_FAULT_MEMORY."""
     pid, capability = owner
     machine = VirtualMachine.find(pid)
     assert machine is not None

@@ -1,4 +1,4 @@
-"""Tests of restored guests (S10, S8): they run before their memory is loaded, with correct contents."""
+"""Tests of restored guests (S10, S8), which run with correct contents before all of their memory is loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def guest(parts: GuestParts, serial: MakeSerial, registry: Registry) -> Callable[[str], Restored]:
-    """Return a function that creates guests to be restored, by name."""
+    """Return a function that returns a guest by name, which the test restores."""
     return lambda name: Restored(name, parts, serial(name))
 
 
@@ -79,14 +79,14 @@ def test_completed_restore_leaves_no_trace_of_the_pager(guest: Make, image: Path
 
 
 def _traps_of(pid: int) -> list[str]:
-    """Return the traces of a pager in a process: userfaultfds, registered mappings, huge pages mapped by PTEs."""
+    """Return what a pager has left in a process: userfaultfds, registered mappings, huge pages mapped by PTEs."""
     folder = Path(f"/proc/{pid}")
     names = [os.readlink(entry) for entry in (folder / "fd").iterdir()]
     left = [name for name in names if "userfaultfd" in name]
     lines = (folder / "smaps").read_text().splitlines()
     left += [line for line in lines if line.startswith("VmFlags") and {"um", "ui"} & set(line.split())]
     large = max(int(line.split()[1]) for line in lines if line.startswith("ShmemPmdMapped"))
-    return left + ([f"only {large} KiB are mapped as large pages"] if large < 65536 else [])
+    return left + ([f"only {large} KiB are mapped as huge pages"] if large < 65536 else [])
 
 
 def test_restore_reports_progress_faults_and_windows(guest: Make, image: Path) -> None:
@@ -136,7 +136,7 @@ POINTS = ["opened", "registered", "taken-over"]
 def test_restore_fails_if_its_pager_is_killed_before_the_guest_runs(
     guest: Make, image: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    """The guest's directory is removed, and the restore can be repeated under the same name."""
+    """The failed restore removes the guest's directory, and can be repeated under the same name."""
 
     async def run() -> None:
         restored = guest("restored")
@@ -189,7 +189,7 @@ def test_guest_of_a_command_killed_before_it_runs_ends(guest: Make, image: Path,
 
 
 def test_guest_of_a_command_killed_when_it_runs_continues(guest: Make, image: Path, tmp_path: Path) -> None:
-    """The pager continues without the command."""
+    """The pager keeps running without the killed command."""
 
     async def run() -> None:
         restored = guest("restored")
@@ -223,7 +223,7 @@ def test_pager_killed_while_serving_can_be_replaced(
             async with asyncio.timeout(60):
                 while (restored.folder.path / records.RECORD).exists():  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
-        # Attach only now, because QEMU itself may wait for a page while no pager serves it.
+        # Attach only now: without a pager, QEMU itself may wait for a missing page and not reply.
         restored.workload = await QemuWorkload.attach("restored")
         await restored.arrived()
         await pageferry.checkpoint_async(restored.workload, tmp_path / "again")
@@ -245,7 +245,7 @@ async def _is_dead(restored: Restored) -> bool:
 def test_image_replaced_during_a_restore_is_not_read(
     guest: Make, parts: GuestParts, image: Path, tmp_path: Path
 ) -> None:
-    """The pager serves the file that the restore opened. Its successor refuses the file that replaced this file."""
+    """The pager reads the file that the restore opened. The next pager refuses the file that replaced this file."""
     other = image_of_a_guest(parts, tmp_path)
     path = Path(shutil.copy(image, tmp_path / "used"))
 
@@ -303,7 +303,7 @@ def test_guest_is_paused_by_a_damaged_image_and_continues_with_a_good_one(
         assert status is not None
         assert "storage block" in status.failures[0]
         assert str(bad) in status.failures[0]
-        await asyncio.sleep(4)  # in this time, the pager sends the request to pause the guest
+        await asyncio.sleep(4)  # during this time, the pager sends QEMU the request to pause the guest
         before = restored.serial.last
         await take_over(restored.folder, image)
         async with asyncio.timeout(20):
@@ -321,7 +321,7 @@ def test_guest_is_paused_by_a_damaged_image_and_continues_with_a_good_one(
 def test_restore_of_memory_on_hugetlbfs(
     parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path
 ) -> None:
-    """A fault loads a whole huge page. The saved guest need not have used huge pages."""
+    """A fault loads a whole huge page. The saved guest used base pages or transparent huge pages."""
 
     async def run() -> None:
         here, there = serial("source"), serial("restored")

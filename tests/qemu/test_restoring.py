@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """Return parts with the newest QEMU only: the killed processes do not depend on the QEMU version."""
+    """Return the parts of a guest with one QEMU only: the killed processes do not depend on the QEMU version."""
     return newest_parts
 
 
@@ -63,14 +63,14 @@ MakeReceiver = Callable[[str], Program]
 
 @asynccontextmanager
 async def at(program: Program) -> AsyncIterator[None]:
-    """Wait until the program has stopped at its fault point, and continue it after the block."""
+    """Wait until a program has stopped at its fault point, and continue the program after the block."""
     await asyncio.to_thread(moving.stopped, program)
     yield
     os.kill(program.process.pid, signal.SIGCONT)
 
 
 async def moved(receiver: Program, migration: Program, serial: Serial, name: str) -> None:
-    """Check that the migration completes and that the guest runs at the destination with correct pages."""
+    """Check that the migration completes, and that the guest runs at the destination with correct pages."""
     await asyncio.to_thread(moving.until, migration, "migration")
     assert await asyncio.to_thread(migration.wait) == 0
     assert (await asyncio.to_thread(moving.until, receiver, "received"))["workload"] == name
@@ -78,7 +78,7 @@ async def moved(receiver: Program, migration: Program, serial: Serial, name: str
 
 
 async def runs_there(serial: Serial, name: str) -> None:
-    """Check that all pages of the guest are correct, and end the guest."""
+    """Check that all pages of the guest are correct, and terminate the guest."""
     await serial.passes(2)
     await (await QemuWorkload.attach(name)).discard()
 
@@ -113,7 +113,7 @@ def test_migration_during_a_restore(
 def test_migration_while_a_restore_completes(
     restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """Pages are loaded at full speed, so the pager may be serving, have exited, or be about to exit."""
+    """Pages are loaded at full speed, so the pager may be running, about to exit, or gone when the migration starts."""
 
     async def run() -> None:
         with receiver("there") as there:
@@ -165,7 +165,7 @@ def test_checkpoint_during_a_restore(restored: Restored, image: Path, tmp_path: 
 def test_migration_fails_if_the_pager_is_killed_and_can_be_repeated(
     restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """The migration fails, and the guest waits.
+    """The migration fails, and the guest waits for missing pages.
 
     The next pager removes the write traces, and a second migration completes.
     """
@@ -192,7 +192,7 @@ def test_migration_fails_if_the_pager_is_killed_and_can_be_repeated(
 def test_restore_completes_after_migration_and_pager_are_killed(
     restored: Restored, image: Path, receiver: MakeReceiver
 ) -> None:
-    """The guest waits with a write trace installed. A takeover removes the trace and completes the restore."""
+    """The guest waits for pages, with a write trace installed. A takeover removes the trace and ends the restore."""
 
     async def run() -> None:
         await restored.start(image, prefetch=False)
@@ -213,7 +213,7 @@ def test_restore_completes_after_migration_and_pager_are_killed(
 def test_pager_killed_in_the_pause_of_a_migration(
     restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """Pages that are sent in the pause are loaded before. The migration completes, or the guest stays at the source."""
+    """Pages to send in the pause are loaded before it. The migration completes, or the guest stays at the source."""
 
     async def run() -> None:
         await restored.start(image, prefetch=False)
@@ -261,7 +261,7 @@ def test_checkpoint_can_be_repeated_after_saver_or_pager_is_killed(
 
 
 def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored, image: Path) -> None:
-    """The scan loads no pages. It finds the same duplicates as a scan after the restore (S8, S9)."""
+    """The scan loads no pages, and finds the same duplicates as a scan after the restore (S8, S9)."""
 
     async def execute(command: str) -> None:
         async with await Monitor.open(restored.workload.qmp_socket) as monitor:
@@ -270,7 +270,7 @@ def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored
     async def run() -> None:
         await restored.start(image, prefetch=False)
         await execute("stop")
-        await asyncio.sleep(1)  # in this time, the remaining pages of accessed storage blocks are loaded
+        await asyncio.sleep(1)  # during this time, the pager loads the remaining pages of accessed storage blocks
         before = await restored.status()
         early = await sharing.find_async(["restored"])
         after = await restored.status()
@@ -281,7 +281,7 @@ def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored
         await asyncio.to_thread(client.wait_complete, restored.folder)
         late = await sharing.find_async(["restored"])
         found, expected = ({name: one.pages for name, one in each.classes.items()} for each in (early, late))
-        # Deferred zero pages are counted in ranges that get a huge page. Without free huge pages, they stay holes.
+        # The scan counts deferred zero pages in units that will be huge pages. Without free huge pages, they stay holes.
         assert found.pop("zero") >= expected.pop("zero") > 0
         assert found == expected
         await execute("cont")

@@ -1,4 +1,4 @@
-"""Tests of start, list and stop of guests with the command line, and of the cleanup after failed starts."""
+"""Tests of starting, listing and stopping guests from the command line, and of the cleanup after failed starts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_run_list_and_stop(parts: GuestParts, registry: Registry) -> None:
 def test_busy_guest_is_listed_and_can_be_killed(parts: GuestParts, registry: Registry) -> None:
     async def scenario() -> int:
         guest = await QemuWorkload.start("web", parts.bare("-m", "64M"))
-        await guest.pause()  # the session with the monitor stays open
+        await guest.pause()  # the QMP session stays open, so QEMU refuses others
         (workload,) = await asyncio.to_thread(listed)
         assert (workload["status"], workload["memory"]) == ("busy", None)
         stopped = await asyncio.to_thread(pageferry, "stop", "--kill", "web")
@@ -108,7 +108,7 @@ def test_foreground_guest_ends_on_ctrl_c(parts: GuestParts, registry: Registry) 
 def test_foreground_command_reports_how_its_guest_ended(
     parts: GuestParts, registry: Registry, says: str, code: int
 ) -> None:
-    """QEMU uses the command's standard streams. The command exits with QEMU's exit code, or reports QEMU's signal."""
+    """QEMU uses the command's standard streams. The command returns QEMU's exit code, or reports the signal."""
     with start_in_foreground(parts) as command:
         if not says:
             os.kill(listed()[0]["pid"], signal.SIGKILL)
@@ -132,7 +132,7 @@ def test_start_of_a_missing_program_leaves_no_workload(registry: Registry) -> No
 
 
 def test_cancelled_start_leaves_no_workload(parts: GuestParts, registry: Registry, tmp_path: Path) -> None:
-    """A QEMU that waits for a client of its serial line does not serve its monitor yet."""
+    """While QEMU waits for a client of its serial line, it does not serve its monitor."""
     options = ["-chardev", f"socket,id=c,path={tmp_path}/serial,server=on,wait=on", "-serial", "chardev:c"]
 
     async def scenario() -> None:

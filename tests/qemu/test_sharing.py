@@ -1,4 +1,4 @@
-"""Tests of duplicates in two guests, compared with a scan in Python, and of the discard of zero pages."""
+"""Tests of sharing between two guests: duplicates are counted as by a scan in Python, zero pages are discarded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SerialMaker = Callable[[str], Serial]
 
 @pytest.fixture(scope="module")
 def parts(newest_parts: GuestParts) -> GuestParts:
-    """Return parts with the newest QEMU only: the scan reads memory files, which do not depend on the QEMU version."""
+    """Return the parts of a guest with one QEMU only: the scan reads memory files, which every version has."""
     return newest_parts
 
 
@@ -60,7 +60,7 @@ def numbered(contents: Iterator[bytes], known: dict[bytes, int]) -> list[int]:
 
 @asynccontextmanager
 async def guests(parts: GuestParts, serial: SerialMaker) -> AsyncIterator[list[QemuWorkload]]:
-    """Start two guests from the same kernel and initrd, and end them after the block."""
+    """Start two guests from the same kernel and initrd, and terminate both after the block."""
     started: list[QemuWorkload] = []
     lines = [serial(name) for name in NAMES]
     try:
@@ -84,7 +84,7 @@ def test_duplicates_of_two_similar_guests_are_counted(parts: GuestParts, serial:
         async with guests(parts, serial) as both:
             for guest in both:
                 await guest.pause()
-                await guest.commit()  # so that it stays paused while another session scans it
+                await guest.commit()  # keeps the guest paused while another session scans its memory
             known: dict[bytes, int] = {}
             contents = [numbered(pages(guest.regions[0]), known) for guest in both]
             blocks = allocated(both)

@@ -22,7 +22,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     try:
         yield folder
     finally:
@@ -30,7 +30,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 class Filed(Traveller):
-    """Guest whose memory is in a file chosen by the user."""
+    """Guest whose memory is in a file that the test chooses."""
 
     def in_file(self, path: Path, name: str) -> list[str]:
         backend = f"memory-backend-file,id=ram,size=64M,share=on,align=2M,mem-path={path}"

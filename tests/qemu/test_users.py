@@ -1,6 +1,6 @@
-"""Tests of restores by three kinds of users.
+"""Tests of restores by three kinds of user.
 
-Memory is loaded on demand if the kernel allows userfaultfd for the user, otherwise before the guest starts.
+Memory is loaded on demand if the kernel lets the user create a userfaultfd, otherwise before the guest runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) ->
 def folder(image: Path) -> Iterator[Path]:
     """Yield a directory that every user may write to, with a copy of the image."""
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
-        pytest.skip("this host permits userfaultfd for all users")
+        pytest.skip("every user may create a userfaultfd on this host")
     with tempfile.TemporaryDirectory() as made:
         os.chmod(made, 0o777)
         copy = shutil.copy(image, Path(made) / "image")
@@ -46,7 +46,7 @@ def folder(image: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def device() -> Iterator[None]:
-    """Make /dev/userfaultfd accessible to every user."""
+    """Make /dev/userfaultfd accessible to every user during a test."""
     if not DEVICE.exists():
         pytest.skip(f"no {DEVICE}")
     before = DEVICE.stat().st_mode
@@ -58,7 +58,7 @@ def device() -> Iterator[None]:
 
 
 def restored(kind: str, folder: Path, parts: GuestParts) -> list[dict[str, Any]]:
-    """Restore a guest as this kind of user, and stop it after it has verified its memory.
+    """Restore a guest as this kind of user, and stop the guest after it has verified its memory.
 
     Return the events of the restore.
     """
@@ -96,7 +96,7 @@ def test_each_kind_of_user_can_restore_a_guest(newest_parts: GuestParts, folder:
 def test_restore_by_an_ordinary_user_with_the_device_is_lazy(
     newest_parts: GuestParts, folder: Path, device: None
 ) -> None:
-    """QEMU opens the device on request, because the userfaultfd must belong to QEMU's address space."""
+    """QEMU itself opens the device, by injected system calls: the userfaultfd must belong to its address space."""
     result = restored("user", folder, newest_parts)[-1]
     assert result["eager-reason"] is None
     assert result["deferred"] > 0

@@ -1,4 +1,4 @@
-"""Tests of receivers without a source: they exit with their QEMU, and keep listening after they refuse a source."""
+"""Tests of waiting receivers: they exit with their QEMU, and keep listening after they refuse a source."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_receiver_ends_when_its_qemu_is_killed_in_a_round(newest_parts: GuestPar
 def test_receiver_keeps_listening_after_it_refuses_a_source(
     newest_parts: GuestParts, tmp_path: Path, other: tuple[str, str]
 ) -> None:
-    """The refused source has other memory, CPUs or devices."""
+    """The refused source differs in memory size, number of vCPUs or devices."""
     memory, options = (other[1], ()) if other[0] == "--memory" else ("64M", other)
     with (
         travelling(newest_parts, tmp_path, memory="64M", checker=None) as guest,
@@ -68,7 +68,7 @@ def test_receiver_keeps_listening_after_it_refuses_a_source(
 
 
 def test_guest_that_the_destination_cannot_resume_runs_at_source(parts: GuestParts, tmp_path: Path) -> None:
-    """Another process has locked the disk, so QEMU refuses `cont`."""
+    """Another process has locked the disk, so the destination's QEMU refuses `cont`."""
     options = new_disk(tmp_path / "disk")
     with (
         travelling(parts, tmp_path, *options, memory="64M", checker=None) as guest,
