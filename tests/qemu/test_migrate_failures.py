@@ -170,7 +170,7 @@ def test_guest_moves_if_the_source_command_is_killed_after_commit_is_sent(guest:
 
 
 def test_receiver_exits_after_its_timeout_without_a_recovery(guest: Traveller) -> None:
-    """The source is killed before it records the reply to Commit. Any receiver on the same host can repeat the reply."""
+    """The source is killed before it records the reply to Commit. Any other receiver on the host can repeat it."""
     with guest.receiver("--timeout", "1") as there:
         address = moving.address_of(there)
         with guest.migrating(address, fault="source.answered=kill") as migration:

@@ -281,7 +281,7 @@ def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored
         await asyncio.to_thread(client.wait_complete, restored.folder)
         late = await sharing.find_async(["restored"])
         found, expected = ({name: one.pages for name, one in each.classes.items()} for each in (early, late))
-        # The scan counts deferred zero pages in units that will be huge pages. Without free huge pages, they stay holes.
+        # The scan counts deferred zero pages in future huge pages. If the host has no free huge pages, they stay holes.
         assert found.pop("zero") >= expected.pop("zero") > 0
         assert found == expected
         await execute("cont")
