@@ -3,7 +3,7 @@
 The kernel pins the pages of a reader while its request is in flight, as it does for `O_DIRECT` on any disk. Reads at
 offsets below `HELD` complete immediately. All other reads are held, and the process prints `held OFFSET LENGTH` for
 each. Commands on standard input: `answer` (complete all held reads), `delay SECONDS` (complete the held reads, and each
-later read after SECONDS) and `hold` (hold later reads, as initially).
+later read after SECONDS) and `hold` (hold later reads; the initial state).
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Bench:
 
     def _write(self, about: dict[str, object], results: Results) -> None:
         targets = self.judge(results)
-        described = ", ".join(f"{key}: {value}" for key, value in about.items())
+        described = machine.described(about)
         parts = [
             f"<!-- Written by benchmarks/{self.name}.py. -->",
             f"Median (minimum–maximum). {described}.",

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,6 +41,11 @@ def about() -> dict[str, str]:
         "QEMU": qemu_version(QEMU),
         "Python": platform.python_version(),
     }
+
+
+def described(about: Mapping[str, object]) -> str:
+    """Return one line about a run, from `about`, the number of repetitions and the duration in seconds."""
+    return ", ".join(f"{'duration in seconds' if key == 'seconds' else key}: {value}" for key, value in about.items())
 
 
 def qemu_version(program: Path) -> str:

@@ -29,7 +29,7 @@ SMALL = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Network link. `conditions`: see `tests.network.carrier.Order`."""
+    """Network link. `conditions`: fields of `tests.network.carrier.Order`."""
 
     conditions: dict[str, float]
     size: int

@@ -164,7 +164,7 @@ class Line(ABC):
                 raise RuntimeError(f"{self.label}: no output from the guest: {said}")
             when = "during" if run["alive-before"] else "before"
             print(
-                f"{self.label}: the output of the guest ended {when} migration {self.hops}, which is left out: {said}",
+                f"{self.label}: the guest fell silent {when} migration {self.hops}, which is left out: {said}",
                 file=sys.stderr,
             )
 

@@ -23,7 +23,7 @@ LINK = 32 << 20
 TIMEOUT = 4.0
 """Time limit for QEMU's pre-copy, in multiples of the time to send the memory once. QEMU itself has no limit."""
 SLICE = 0.25
-"""Seconds per sample of the throughput."""
+"""Interval of the samples of the write rate, seconds."""
 MODES = ("postcopy", "hybrid")
 
 

@@ -28,7 +28,7 @@ WRITER = {"rate": 2 * LINK}
 """Options of a ledger that writes to all pages of the arena; `rate` is in bytes per second."""
 MODES = ("postcopy", "hybrid")
 SLICE = 0.1
-"""Seconds per sample of the throughput."""
+"""Interval of the samples of the write rate, seconds."""
 USUAL = 1.0
 """Seconds before the migration in which the usual rate is measured."""
 AFTER = 0.5

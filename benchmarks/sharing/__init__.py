@@ -1,1 +1,1 @@
-"""Benchmark of sharing (S9)."""
+"""Benchmark of page sharing (S9)."""

@@ -1,4 +1,4 @@
-"""Sharing benchmark (S9): `make bench-sharing`, or `python -m benchmarks.sharing [--quick]`.
+"""Benchmark of page sharing (S9): `make bench-sharing`, or `python -m benchmarks.sharing [--quick]`.
 
 Compares KSM on all memory with KSM on the huge pages that pageferry selects, and measures the scan rate. Each round
 starts new processes with the same contents for each line, in turn. Freed memory is the decrease of their PSS, the
@@ -139,7 +139,7 @@ def measure_ksm(setting: Setting) -> list[Run]:
 
 
 def measure_rates(setting: Setting) -> list[Run]:
-    """Measure scan rates."""
+    """Measure the scan rates once per repetition."""
     return [scan_rates(size(setting)) for _ in range(setting.repetitions)]
 
 

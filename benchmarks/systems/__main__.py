@@ -56,7 +56,7 @@ def main() -> int:
         print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else table)
         return code
     about = machine.about() | {"seconds": round(time.monotonic() - began)}
-    described = ", ".join(f"{key}: {value}" for key, value in about.items())
+    described = machine.described(about)
     text = f"<!-- Written by benchmarks.systems. -->\n\n{described}.\n\n{table}\n"
     raw = json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1)
     (machine.RESULTS / "systems.json").write_text(raw + "\n")

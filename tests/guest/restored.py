@@ -58,7 +58,7 @@ class Restored:
         return result
 
     async def run(self) -> None:
-        """Resume the guest, as its user would."""
+        """Resume the guest with QMP's `cont`, as its user would."""
         async with await Monitor.open(self.workload.qmp_socket) as monitor:
             await monitor.execute("cont")
 

@@ -50,7 +50,7 @@ class Traveller:
         self.checker = checker
         """Options of the checker; None: a machine without a guest system."""
         self.flags = flags
-        """Options of `pageferry run` and `pageferry receive`."""
+        """Options of both `pageferry run` and `pageferry receive`, such as `--hugetlb`."""
         self._name = name
         self.journeys = 0
 
@@ -76,7 +76,7 @@ class Traveller:
 
     @property
     def pid(self) -> int:
-        """Pid of the current QEMU."""
+        """Pid of the QEMU process in which the guest is now."""
         return entry(self.name).pid
 
     def start(self) -> None:
@@ -117,7 +117,7 @@ class Traveller:
         return Program("-m", "pageferry", *words, env=moving.environment(fault), **streams)
 
     def migrating(self, address: str, *options: str, fault: str | None = None, **streams: Any) -> Program:
-        """Start `pageferry migrate`."""
+        """Start `pageferry migrate` of the guest to the receiver at `address`."""
         return moving.migrating(self.name, address, *options, fault=fault, **streams)
 
     def move(self, *options: str) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Traveller:
 
         Check that no other workload is registered.
         """
-        wait_until(lambda: around() == {self.pid}, f"the end of all processes but {self.name}: {around()}")
+        wait_until(lambda: around() == {self.pid}, f"the exit of all processes but {self.name}: {around()}")
         assert list(Registry().entries()) == [self.name]
 
     def untouched(self) -> None:
@@ -164,7 +164,7 @@ class Traveller:
         Check that no process traces the guest with ptrace(2).
         """
         self.alone()
-        wait_until(lambda: moving.traces(self.pid) == 0, "the end of the traces")
+        wait_until(lambda: moving.traces(self.pid) == 0, "the removal of the traces")
         status = Path(f"/proc/{self.pid}/status").read_text()
         assert "TracerPid:\t0\n" in status
 
@@ -244,7 +244,7 @@ def kill(name: str) -> None:
     """Kill the QEMU of the guest `name` with SIGKILL, and wait until it has exited."""
     found = entry(name)
     processes.send_signal(found.pid, found.started, signal.SIGKILL)
-    wait_until(lambda: not found.alive, f"the end of {name}")
+    wait_until(lambda: not found.alive, f"the exit of {name}")
 
 
 def around() -> set[int]:

@@ -102,7 +102,7 @@ def all_until(program: Program, kind: str) -> list[dict[str, Any]]:
 
 def stopped(program: Program) -> None:
     """Wait until a process has been stopped at its fault point."""
-    wait_until(lambda: state(program.process.pid) == "T", "the stop")
+    wait_until(lambda: state(program.process.pid) == "T", "the process to stop")
 
 
 def state(pid: int) -> str:
@@ -175,8 +175,8 @@ def runs_on(program: Program, before: list[str], name: str = "here") -> None:
     """Wait until a ledger runs without traces and with the descriptors `before` (see `descriptors`)."""
     runs(name)
     assert status(name) is Status.RUNNING
-    wait_until(lambda: traces(program.process.pid) == 0, "the end of the traces")
-    wait_until(lambda: descriptors(program.process.pid) == before, "the end of all connections")
+    wait_until(lambda: traces(program.process.pid) == 0, "the removal of the traces")
+    wait_until(lambda: descriptors(program.process.pid) == before, "all connections to be closed")
 
 
 def is_intact(there: Program) -> None:

@@ -49,7 +49,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def fake(folder: Path) -> Iterator[Start]:
-    """Yield a function that starts a fake monitor and returns the path of its socket and its pid."""
+    """Yield a function that starts a fake monitor, and returns the socket's path and the serving process's pid."""
     started: list[tuple[subprocess.Popen[str], int | None]] = []
 
     def start(*wrapper: str, **options: Any) -> tuple[str, int]:

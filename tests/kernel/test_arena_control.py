@@ -46,7 +46,7 @@ def counts(owner: Program) -> bool:
     """Return whether the counter of the program increases by more than 10 before a timeout."""
     before = counter(owner)
     try:
-        wait_until(lambda: counter(owner) > before + 10, "counting")
+        wait_until(lambda: counter(owner) > before + 10, "the counter to increase")
     except AssertionError:
         return False
     return True

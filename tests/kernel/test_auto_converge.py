@@ -56,7 +56,7 @@ def left_over() -> list[Path]:
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     yield
-    wait_until(lambda: not left_over(), "the end of all limits")
+    wait_until(lambda: not left_over(), "the removal of all CPU limits")
 
 
 def test_throttled_precopy_converges() -> None:
@@ -91,7 +91,7 @@ def test_limit_is_removed_after_failed_migration(fault: str) -> None:
         with moving.migrating("here", moving.address_of(there), *options, fault=fault or None) as migration:
             code = migration.wait()
             assert code == (-signal.SIGKILL if fault else 24)
-        wait_until(lambda: groups(pid) == before, "its own control group")
+        wait_until(lambda: groups(pid) == before, "the original control group")
         moving.runs("here")
         moving.ends_intact(here)
 
@@ -112,12 +112,12 @@ def test_quota_limits_cpu_time_until_closed() -> None:
         quota.limit(0.1)
         used = sum(map(proc.cpu_seconds, pids))
         subprocess.run([sys.executable, "-c", "import time; time.sleep(2)"], check=True, timeout=60)
-        # 0.2 s (10 % of 2 s), and the rest of the period in which the limit was set, for which it does not yet apply.
+        # 0.2 s (10 % of 2 s), and the remainder of the quota period in which the limit was set.
         assert sum(map(proc.cpu_seconds, pids)) - used < 0.6
         quota.close()
         assert list(map(groups, pids)) == before
         used = sum(map(proc.cpu_seconds, pids))
-        wait_until(lambda: sum(map(proc.cpu_seconds, pids)) > used + 0.6, "more CPU time than the limit left")
+        wait_until(lambda: sum(map(proc.cpu_seconds, pids)) > used + 0.6, "more CPU time than the limit allowed")
 
 
 def test_quota_of_own_or_exited_process_is_refused() -> None:

@@ -35,7 +35,7 @@ def test_image_holds_memory_of_the_snapshot_point(tmp_path: Path, codec: str, pr
     with ledger(processes=processes) as workload:
         before = workload.writes()
         result = save(workload, tmp_path / "image", codec=codec)
-        wait_until(lambda: workload.writes() > before + 1000, "a running workload")
+        wait_until(lambda: workload.writes() > before + 1000, "the workload to run")
     image = check_ledger(tmp_path / "image")
     pages = result.pages
     assert sum(getattr(pages, name) for name in pages.__struct_fields__) == image.pages
@@ -120,7 +120,7 @@ def test_mode_stop_keeps_workload_paused(tmp_path: Path) -> None:
         assert result.traps == 0
         assert result.downtime_parts.save > 0
         writes = workload.writes()
-        wait_until(lambda: workload.writes() > writes, "a running workload")
+        wait_until(lambda: workload.writes() > writes, "the workload to run")
     check_ledger(tmp_path / "image")
 
 

@@ -57,7 +57,7 @@ def test_range_is_saved_at_one_snapshot_point(holder: tuple[Program, int], tmp_p
     first, second = (int.from_bytes(image.read(page, 1)[:8], "little") for page in (0, 1024))
     assert first - second in (0, 1)
     before = ticks(pid)
-    wait_until(lambda: ticks(pid) > before, "a running workload")
+    wait_until(lambda: ticks(pid) > before, "the workload to run")
 
 
 def test_regions_are_selected_by_name(holder: tuple[Program, int], tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_stopped_process_stays_stopped(holder: tuple[Program, int], tmp_path: Pa
     pid = holder[0].process.pid
     os.kill(pid, signal.SIGSTOP)
     workload = ProcessWorkload(pid, "heap")
-    wait_until(lambda: not asyncio.run(workload.running()), "being stopped")
+    wait_until(lambda: not asyncio.run(workload.running()), "the process to stop")
     pageferry.checkpoint(workload, tmp_path / "image")
     assert not asyncio.run(workload.running())
     workload.close()
@@ -113,5 +113,5 @@ def test_process_resumes_when_saver_is_killed(holder: tuple[Program, int], tmp_p
         time.sleep(0.1)
         saver.kill()
     before = ticks(pid)
-    wait_until(lambda: ticks(pid) > before, "a running workload")
+    wait_until(lambda: ticks(pid) > before, "the workload to run")
     assert os.listdir(tmp_path) == []

@@ -113,7 +113,7 @@ def test_cold_pages_are_evicted_and_reloaded(processes: int) -> None:
         assert done["store"]["pages"] * 4096 >= done["reclaimed"]
         assert undo() >= 0.5 * done["reclaimed"]
         assert resident() >= 0.99 * before
-        wait_until(lambda: traps(workload.process.pid) == 0, "the end of the traps")
+        wait_until(lambda: traps(workload.process.pid) == 0, "the removal of the traps")
         assert record() is None
         assert not list(Registry().folder("cold").path.glob("*.img"))
         again = pageferry("large-pages", "cold", "--undo")
@@ -184,7 +184,7 @@ def test_another_pager_takes_over() -> None:
         reclaim()
         kill_pager()
         wait_until(
-            lambda: pageferry("large-pages", "cold", "--undo").returncode == 32, "the missing pager to be noticed"
+            lambda: pageferry("large-pages", "cold", "--undo").returncode == 32, "the missing pager to be detected"
         )
         taken = pageferry("restore", "cold", "--takeover")
         assert taken.returncode == 0, taken.stderr
@@ -201,7 +201,7 @@ def test_takeover_with_another_image_is_refused(tmp_path: Path) -> None:
         assert "the restore was started with id" in refused.stderr
         assert pageferry("restore", "cold", "--takeover").returncode == 0
         assert undo() > 0
-        wait_until(lambda: record() is None, "the end of the store")
+        wait_until(lambda: record() is None, "the removal of the cold store")
         assert (tmp_path / "other").exists()
 
 
@@ -217,8 +217,8 @@ def test_takeover_with_another_image_in_place_of_the_store_is_refused(tmp_path: 
         assert "the restore was started with id" in refused.stderr
         assert pageferry("restore", "cold", str(tmp_path / "kept"), "--takeover").returncode == 0
         assert undo() > 0
-        wait_until(lambda: record() is None, "the end of the store")
-        assert store.exists(), "removed an image of the user"
+        wait_until(lambda: record() is None, "the removal of the cold store")
+        assert store.exists(), "the pager removed an image of the user"
 
 
 def test_pager_does_not_remove_a_copy_of_the_store(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def group() -> Iterator[Path]:
                 continue
             yield made
             members = made / "cgroup.procs"
-            wait_until(lambda members=members: not members.read_text(), "the end of all processes of the group")
+            wait_until(lambda members=members: not members.read_text(), "the exit of all processes of the group")
             made.rmdir()
             return
     pytest.skip("cannot create a control group")
@@ -279,7 +279,7 @@ def test_reclaim_killed_at_fault_point_loses_no_write(point: str) -> None:
         assert done.returncode == -9
         if record() is not None:
             # Exit code 2: the pager has already reloaded all pages.
-            wait_until(lambda: pageferry("large-pages", "cold", "--undo").returncode in (0, 2), "the end of the store")
+            wait_until(lambda: pageferry("large-pages", "cold", "--undo").returncode in (0, 2), "the store's removal")
         reclaim()  # evicts the units that are still huge pages
         orphans = set(Registry().folder("cold").path.glob("*.img"))
         kept = record()
@@ -297,7 +297,7 @@ def test_reclaim_killed_at_random_time_loses_no_write() -> None:
             if record() is not None:
                 pageferry("restore", "cold", "--takeover")
                 pageferry("large-pages", "cold", "--undo")
-        wait_until(lambda: record() is None, "the end of the store")
+        wait_until(lambda: record() is None, "the removal of the cold store")
 
 
 def test_damaged_store_is_an_error_and_never_zeros() -> None:

@@ -58,8 +58,8 @@ def warned(count: int = 1) -> Iterator[None]:
 
 
 def is_free(file: tuple[int, int]) -> None:
-    wait_until(lambda: mappings_of(file) == 0, "no mapping is left")
-    wait_until(lambda: Registry().entries() == {}, "the name is free")
+    wait_until(lambda: mappings_of(file) == 0, "the removal of all mappings")
+    wait_until(lambda: Registry().entries() == {}, "the release of the name")
 
 
 def test_dropped_arena_is_freed_with_a_warning() -> None:
@@ -128,7 +128,7 @@ def test_client_keeps_the_arena_that_it_has_paused() -> None:
 
     with warned():
         asyncio.run(drop())
-        wait_until(lambda: mappings_of(file) == 0, "no mapping is left")
+        wait_until(lambda: mappings_of(file) == 0, "the removal of all mappings")
     is_free(file)
 
 

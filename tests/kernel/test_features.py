@@ -90,7 +90,7 @@ def test_userfaultfd_features_match_feature_bits(seen: Seen) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     file = libc.syscall(323, os.O_CLOEXEC | 1)  # handles faults of user mode only
     if file == -1:
-        pytest.skip("no userfaultfd")
+        pytest.skip("cannot create a userfaultfd")
     handshake = bytearray(struct.pack("=3Q", 0xAA, 0, 0))
     fcntl.ioctl(file, 0xC018AA3F, handshake)
     os.close(file)
@@ -132,7 +132,7 @@ def test_hugetlb_pool_with_one_page_is_found(root: None) -> None:
     size.write_text(str(before + 1))
     try:
         if int(size.read_text()) == before:
-            pytest.skip("no 2 MiB page available")
+            pytest.skip("cannot add a page to the hugetlb pool")
         found = msgspec.json.decode(probing("features").stdout, type=Seen).features["hugetlb"]
         assert found.available
         assert f" of {before + 1} pages" in found.detail

@@ -253,7 +253,7 @@ def test_sampled_process_survives_killed_sampler(memory: Memory) -> None:
         killed.order("split", memory.owner.pid, pages, shared)
         assert "uw" in memory.flags()
         killed.kill()
-    wait_until(lambda: "uw" not in memory.flags(), "the end of the registrations")
+    wait_until(lambda: "uw" not in memory.flags(), "the removal of the registrations")
     memory.owner.order("write", memory.address, [0, 5, 2 * SLOTS], 2)
     assert memory.owner.order("sum", memory.address, LENGTH) == content + 3
     assert len(memory.large()) == UNITS - 2
@@ -410,7 +410,7 @@ def test_no_write_is_lost_during_reclaim(swap: None) -> None:
 
         reclaimed = asyncio.run(look())
         written = sum(ledger.writes())
-        wait_until(lambda: sum(ledger.writes()) > written + 1000, "a thousand writes more")
+        wait_until(lambda: sum(ledger.writes()) > written + 1000, "a thousand more writes")
         ledger.pause()
         assert ledger.verify().intact
         ledger.stop()

@@ -163,7 +163,7 @@ except KeyboardInterrupt:
 """
     with Program("-c", script) as program:
         assert program.line() == "filling"
-        wait_until(lambda: resident(program.process.pid) > 100 * MIB, "filling")
+        wait_until(lambda: resident(program.process.pid) > 100 * MIB, "the ledger to fill its memory")
         program.process.send_signal(signal.SIGINT)
         assert program.line() == "interrupted"
         assert program.wait() == 0

@@ -68,7 +68,7 @@ def test_ledger_in_this_process_is_a_workload() -> None:
     assert isinstance(Registry().lookup("inside"), ArenaEntry)
     assert workload.identity.name == workload.name == "inside"
     before = workload.writes()
-    wait_until(lambda: workload.writes() > before + 100, "writing")
+    wait_until(lambda: workload.writes() > before + 100, "writes")
     assert workload.faults().major == 0
     asyncio.run(workload.pause())
     assert workload.verify().intact
@@ -76,7 +76,7 @@ def test_ledger_in_this_process_is_a_workload() -> None:
     state = json.loads(asyncio.run(workload.save_state()))
     assert (sum(state["writes"]), state["options"]["threads"], state["digest"]) == (writes, 3, None)
     asyncio.run(workload.resume())
-    wait_until(lambda: workload.writes() > writes, "writing after the pause")
+    wait_until(lambda: workload.writes() > writes, "writes after the pause")
     workload.stop()
     assert workload.verify().intact
     assert "inside" not in Registry().entries()
@@ -108,7 +108,7 @@ def test_ledger_moves_between_processes(here: int, there: int) -> None:
         end = program.json()
         assert (end["reason"], end["intact"], program.wait()) == ("moved", True, 0)
         assert destination.arena.status is Status.RUNNING
-        wait_until(lambda: destination.writes() > end["writes"] + 1000, "writing at the destination")
+        wait_until(lambda: destination.writes() > end["writes"] + 1000, "writes at the destination")
         await destination.pause()
         assert destination.verify().intact
         destination.stop()
@@ -238,7 +238,7 @@ def test_children_exit_with_their_parent() -> None:
         pids = asyncio.run(_pids("orphans"))
         assert len(pids) == 3
         program.kill()
-        wait_until(lambda: not any(_lives(pid) for pid in pids), "the end of the children")
+        wait_until(lambda: not any(_lives(pid) for pid in pids), "the exit of the children")
 
 
 async def _pids(name: str) -> list[int]:

@@ -46,7 +46,7 @@ class Writers:
     def pause(self) -> None:
         for pid in self.pids:
             os.kill(pid, signal.SIGSTOP)
-            wait_until(lambda pid=pid: moving.state(pid) == "T", "the stop")
+            wait_until(lambda pid=pid: moving.state(pid) == "T", "the process to stop")
 
     def resume(self) -> None:
         for pid in self.pids:
@@ -112,7 +112,7 @@ def received(writers: Writers) -> None:
         command = f"({PROGRAM} socket:{path} write &)"
         shell = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, text=True)
         writers.files.append(shell)
-        wait_until(lambda: os.path.exists(path), "the socket")
+        wait_until(lambda: os.path.exists(path), "the socket to exist")
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(path)
             socket.send_fds(connection, [b"memory"], [writers.arena.fileno()])

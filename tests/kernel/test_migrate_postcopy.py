@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 def all_there(program: Program) -> dict[str, Any]:
     """Wait until all pages are present, stop the receiver, and check that no write was lost. Return its report."""
-    wait_until(lambda: deferred("there") == 0, "all pages")
+    wait_until(lambda: deferred("there") == 0, "all pages to be present")
     program.process.terminate()
     end = moving.until(program, "ledger")
     assert end["intact"], end

@@ -212,7 +212,7 @@ def test_killed_checkpoint_leaves_restore_intact(images: dict[str, Path], tmp_pa
 
 
 def test_heavy_writer_is_saved_during_restore(images: dict[str, Path], tmp_path: Path) -> None:
-    """The write rate is too high for rounds: the checkpoint first loads all pages, and then saves them lazily."""
+    """The write rate is too high for rounds: the checkpoint loads all pages first, and then saves them as usual."""
     with restored(images["heavy"]) as here:
         for number in range(3):
             with saving(tmp_path / f"{number}") as saver:

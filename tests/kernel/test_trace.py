@@ -271,7 +271,7 @@ def test_traced_process_survives_killed_tracer(small: int) -> None:
             tracer.order("trace", target.pid, address, LENGTH)
             assert "uw" in flags(target.pid, address)
             tracer.kill()
-        wait_until(lambda: "uw" not in flags(target.pid, address), "the end of the trace")
+        wait_until(lambda: "uw" not in flags(target.pid, address), "the removal of the trace")
         target.order("write", address, [1, 2, 3], 2)
         trace = Trace([MappedSegment(Space(target.pid), address, LENGTH)])
         target.order("write", address, [2], 3)

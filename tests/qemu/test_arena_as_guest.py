@@ -34,11 +34,11 @@ def test_writes_of_a_virtual_machine_that_maps_an_arena_are_traced(payload_parts
 
     def pause() -> None:
         os.kill(machine.pid, signal.SIGSTOP)
-        wait_until(lambda: moving.state(machine.pid) == "T", "the stop")
+        wait_until(lambda: moving.state(machine.pid) == "T", "the process to stop")
 
     traced: list[int] = []
     try:
-        wait_until(lambda: len(arena.workload().regions[0].segments) > 1, "the mapping of the machine")
+        wait_until(lambda: len(arena.workload().regions[0].segments) > 1, "the mapping by QEMU")
         assert {segment.pid for segment in arena.workload().regions[0].segments} == {os.getpid(), machine.pid}
         asyncio.run(serial.ready())
         saving = pageferry.checkpoint_async(
@@ -49,7 +49,7 @@ def test_writes_of_a_virtual_machine_that_maps_an_arena_are_traced(payload_parts
         )
         assert asyncio.run(saving).status == "completed"
         assert max(traced) > 0
-        wait_until(lambda: moving.traces(machine.pid) == 0, "the end of the traces")
+        wait_until(lambda: moving.traces(machine.pid) == 0, "the removal of the traces")
         asyncio.run(serial.ticks(2))
     finally:
         machine.kill()

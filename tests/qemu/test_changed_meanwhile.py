@@ -153,9 +153,9 @@ def test_guest_whose_qemu_exits_during_migration_leaves_no_copy(start: Start, po
     pid = guest.pid
     with interrupted(guest, point) as (migration, _):
         shut_down(guest)
-        wait_until(lambda: moving.state(pid) == "Z" if Path(f"/proc/{pid}").exists() else True, "the end of QEMU")
+        wait_until(lambda: moving.state(pid) == "Z" if Path(f"/proc/{pid}").exists() else True, "the exit of QEMU")
     assert migration.wait() in (FAILED, DIED)
-    wait_until(lambda: travel.around() == set(), "the end of all processes")
+    wait_until(lambda: travel.around() == set(), "the exit of all processes")
 
 
 # At `source.paused` the vCPUs are stopped, and QEMU has not written the device state yet.

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 
 class Reader:
-    """Guest that reads from a slow disk on request. Its serial line is a socket."""
+    """Guest that reads from a slow disk on request. The requests and the guest's output pass through a socket."""
 
     def __init__(self, parts: GuestParts, folder: Path, disk: SlowDisk, options: str) -> None:
         self._parts = parts
@@ -115,8 +115,8 @@ class Reader:
 
 
 OPTIONS = ["cache=none", "cache=none,aio=io_uring", "cache=none,aio=native", "cache=writeback"]
-"""Options of QEMU's disk. The last option does without O_DIRECT, but reads from this file system pin the reader's pages
-in any case."""
+"""Options of QEMU's disk. The last one does not use O_DIRECT, but reads from the slow disk always pin the reader's
+pages."""
 
 
 @pytest.fixture(params=OPTIONS)
@@ -212,7 +212,7 @@ def test_migration_fails_and_names_a_disk_that_does_not_reply(
             assert travel.listed()["here"] == "running"
         disk.answer()
         guest.waits_for("here", "fresh")
-        wait_until(lambda: travel.listed()["here"] == "running", "the run of the guest")
+        wait_until(lambda: travel.listed()["here"] == "running", "the guest to run")
 
 
 def test_checkpoint_in_rounds_contains_a_read_in_flight(newest_parts: GuestParts, tmp_path: Path) -> None:

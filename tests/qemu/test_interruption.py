@@ -27,7 +27,7 @@ CATCHES_SIGTERM = 1 << signal.SIGTERM - 1
 
 
 def limit() -> float:
-    """Return the maximum time between the signal and the exit, seconds: 1, and more by the load of the machine."""
+    """Return the maximum time between the signal and the exit, seconds: 1, plus half of the load average per CPU."""
     return 1.0 + 0.5 * os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
@@ -80,7 +80,7 @@ def image(newest_parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) ->
 
 def ends(command: Program, number: signal.Signals) -> None:
     """Check that the command waits, and that it exits within `limit()` after the signal `number`."""
-    wait_until(lambda: caught(command.process.pid) & CATCHES_SIGTERM, "the handler of the signal")
+    wait_until(lambda: caught(command.process.pid) & CATCHES_SIGTERM, "the signal handler")
     time.sleep(2)
     assert command.process.poll() is None
     before = time.monotonic()
@@ -136,7 +136,7 @@ def test_operation_on_an_unresponsive_guest_is_interrupted(words: list[str], gue
 @pytest.mark.parametrize("verb", ["run", "receive"])
 def test_unresponsive_foreground_guest_is_killed_at_interruption(verb: str, newest_parts: GuestParts) -> None:
     with cli(verb, "stuck", "--", *newest_parts.bare("-m", "64M")) as command:
-        wait_until(lambda: isinstance(Registry().entries().get("stuck"), QemuEntry), "the guest")
+        wait_until(lambda: isinstance(Registry().entries().get("stuck"), QemuEntry), "the guest to be registered")
         entry = Registry().lookup("stuck")
         time.sleep(1)
         os.kill(entry.pid, signal.SIGSTOP)

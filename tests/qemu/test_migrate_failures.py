@@ -48,7 +48,7 @@ def stays(guest: Traveller, before: list[str]) -> None:
     """Check that the guest keeps running at the source, and that its QEMU has the same open descriptors as before."""
     guest.runs()
     guest.untouched()
-    wait_until(lambda: moving.descriptors(guest.pid) == before, "the end of all connections")
+    wait_until(lambda: moving.descriptors(guest.pid) == before, "all connections to be closed")
 
 
 def settle(guest: Traveller, *, owner: str) -> None:
@@ -100,7 +100,7 @@ def test_guest_stays_at_source_if_the_receiver_is_killed_before_its_decision(
             # A destination killed at `promised` has sent Ready, so the source may have sent Commit.
             assert code in ((23, 26) if point == "promised" else (23,))
         assert there.wait() == -signal.SIGKILL
-    wait_until(lambda: travel.around() == {guest.pid}, "the end of the other QEMU")
+    wait_until(lambda: travel.around() == {guest.pid}, "the exit of the destination's QEMU")
     if code == 26:
         settle_elsewhere(guest, address, owner="source")
     stays(guest, before)
@@ -170,7 +170,7 @@ def test_guest_moves_if_the_source_command_is_killed_after_commit_is_sent(guest:
 
 
 def test_receiver_exits_after_its_timeout_without_a_recovery(guest: Traveller) -> None:
-    """The source is killed before it records the reply to Commit. Any other receiver on the host can repeat it."""
+    """The source is killed before it records the reply. Any receiver on the destination host can repeat the reply."""
     with guest.receiver("--timeout", "1") as there:
         address = moving.address_of(there)
         with guest.migrating(address, fault="source.answered=kill") as migration:
@@ -221,7 +221,7 @@ def test_guest_runs_at_destination_if_the_receiver_is_killed_after_its_decision(
             assert migration.wait() == 26
         assert there.wait() == -signal.SIGKILL
     is_given_away(guest)
-    wait_until(lambda: travel.listed()[guest.next_name] == "running", "the run of the guest at the destination")
+    wait_until(lambda: travel.listed()[guest.next_name] == "running", "the guest to run at the destination")
     settle_elsewhere(guest, address, owner="destination")
     guest.arrived()
     guest.verifies_everything()
@@ -236,7 +236,7 @@ def test_guest_stays_at_source_if_the_receiver_is_killed_on_receipt_of_commit(
             assert migration.wait() == 26
         assert there.wait() == -signal.SIGKILL
     is_given_away(guest)
-    wait_until(lambda: travel.around() == {guest.pid}, "the end of the other QEMU")
+    wait_until(lambda: travel.around() == {guest.pid}, "the exit of the destination's QEMU")
     settle_elsewhere(guest, address, owner="source")
     stays(guest, before)
 

@@ -62,7 +62,7 @@ def saves_memory(guest: Traveller, file: Path) -> None:
 
     asyncio.run(mark())
     guest.qmp("migrate", uri=f"exec:cat >{file}")
-    wait_until(lambda: guest.qmp("query-migrate")["status"] == "completed", "QEMU's own migration")
+    wait_until(lambda: guest.qmp("query-migrate")["status"] == "completed", "QEMU's own migration to complete")
     assert marker in file.read_bytes()
 
 
@@ -98,7 +98,7 @@ def test_checkpoints_of_a_paused_guest_leave_its_disks_locked(parts: GuestParts,
         guest.qmp("cont")
         writes(guest, tmp_path / "disk")
         # QEMU closes removed descriptors at the end of a QMP session, but only while the guest runs.
-        wait_until(lambda: "/memfd" not in moving.descriptors(guest.pid), "the end of the snapshots' descriptors")
+        wait_until(lambda: "/memfd" not in moving.descriptors(guest.pid), "the snapshots' descriptors to be closed")
 
 
 @pytest.mark.every_qemu
@@ -217,12 +217,12 @@ def test_output_reports_that_a_guest_is_paused(newest_parts: GuestParts, tmp_pat
             assert there.wait() == 0
         guest.arrived()
         guest.qmp("quit")
-        wait_until(lambda: not locked(tmp_path / "disk"), "the end of the first QEMU")
+        wait_until(lambda: not locked(tmp_path / "disk"), "the exit of the first QEMU")
         guest.journeys += 1
         restored = said("restore", guest.name, image, "--detach", "--", *guest.command(guest.name))
         assert "paused, as it was saved" in restored
         assert "running," not in restored
-        wait_until(lambda: guest.name in travel.listed(), "the guest")
+        wait_until(lambda: guest.name in travel.listed(), "the guest to be registered")
         assert travel.listed()[guest.name] == "paused"
 
 
@@ -237,7 +237,7 @@ def test_failed_migration_reports_that_a_paused_guest_stays_paused(newest_parts:
 def test_guest_paused_by_a_migration_of_another_program_is_reported(parts: GuestParts, tmp_path: Path) -> None:
     with bare(parts, tmp_path) as guest:
         guest.qmp("migrate", uri="exec:cat >/dev/null")
-        wait_until(lambda: guest.qmp("query-migrate")["status"] == "completed", "QEMU's own migration")
+        wait_until(lambda: guest.qmp("query-migrate")["status"] == "completed", "QEMU's own migration to complete")
         assert "not by pageferry: it may run on another host" in " ".join(said("list").split())
         assert "not by pageferry: it may run on another host" in said("checkpoint", guest.name, str(tmp_path / "i"))
         guest.qmp("cont")
@@ -249,7 +249,7 @@ def test_restored_paused_guest_has_its_disks_locked(parts: GuestParts, tmp_path:
         guest.qmp("stop")
         checkpoint(guest, tmp_path / "image")
         guest.qmp("quit")
-        wait_until(lambda: not locked(tmp_path / "disk"), "the end of the first QEMU")
+        wait_until(lambda: not locked(tmp_path / "disk"), "the exit of the first QEMU")
         words = ["restore", guest.next_name, str(tmp_path / "image"), "--detach", "--", *guest.command(guest.next_name)]
         subprocess.run([sys.executable, "-m", "pageferry", *words], check=True, timeout=DEADLINE, capture_output=True)
         guest.journeys += 1

@@ -40,7 +40,7 @@ def image(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def guest(parts: GuestParts, serial: MakeSerial, registry: Registry) -> Callable[[str], Restored]:
-    """Return a function that returns a guest by name, which the test restores."""
+    """Return a function that creates a `Restored` by name. The test restores the guest."""
     return lambda name: Restored(name, parts, serial(name))
 
 

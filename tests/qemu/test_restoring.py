@@ -192,7 +192,7 @@ def test_migration_fails_if_the_pager_is_killed_and_can_be_repeated(
 def test_restore_completes_after_migration_and_pager_are_killed(
     restored: Restored, image: Path, receiver: MakeReceiver
 ) -> None:
-    """The guest waits for pages, with a write trace installed. A takeover removes the trace and ends the restore."""
+    """The guest waits with a write trace installed. A takeover removes the trace and completes the restore."""
 
     async def run() -> None:
         await restored.start(image, prefetch=False)
@@ -213,7 +213,7 @@ def test_restore_completes_after_migration_and_pager_are_killed(
 def test_pager_killed_in_the_pause_of_a_migration(
     restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """Pages to send in the pause are loaded before it. The migration completes, or the guest stays at the source."""
+    """The pages to send in the pause are already loaded. The migration completes, or the guest stays at the source."""
 
     async def run() -> None:
         await restored.start(image, prefetch=False)
@@ -281,7 +281,7 @@ def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored
         await asyncio.to_thread(client.wait_complete, restored.folder)
         late = await sharing.find_async(["restored"])
         found, expected = ({name: one.pages for name, one in each.classes.items()} for each in (early, late))
-        # The scan counts deferred zero pages in future huge pages. If the host has no free huge pages, they stay holes.
+        # The scan counts deferred zero pages of units that become huge pages. Without free huge pages, they stay holes.
         assert found.pop("zero") >= expected.pop("zero") > 0
         assert found == expected
         await execute("cont")

@@ -100,7 +100,7 @@ def test_duplicates_of_two_similar_guests_are_counted(parts: GuestParts, serial:
             assert found.memory == sum(map(len, contents)) * PAGE
             assert found.possible == expected["zero"] * PAGE
             both[:] = [await QemuWorkload.attach(name) for name in NAMES]
-            assert allocated(both) == blocks, "the scan allocates no memory"
+            assert allocated(both) == blocks, "the scan must not allocate memory"
             for guest in both:
                 await guest.resume()
 
