@@ -2,8 +2,11 @@
 
 The kernel pins the pages of a reader while its request is in flight, as it does for `O_DIRECT` on any disk. Reads at
 offsets below `HELD` complete immediately. All other reads are held, and the process prints `held OFFSET LENGTH` for
-each. Commands on standard input: `answer` (complete all held reads), `delay SECONDS` (complete the held reads, and each
-later read after SECONDS) and `hold` (hold later reads; the initial state).
+each. Commands on standard input:
+
+- `answer`: complete all held reads
+- `delay SECONDS`: complete all held reads, and each later read after SECONDS
+- `hold`: hold later reads again
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Size of pages that are sent again, whole or as deltas: `make bench-deltas` or `python -m benchmarks.deltas`.
 
-Compares the pages that a round would send again with their contents in the previous round, for programs with different
-write patterns and for the built-in workload (docs/decisions/0011-pages-are-sent-again-whole.md). `--quick` measures
-small workloads once.
+Compares the pages that a round would send again with their contents in the previous round. The pages are those of
+programs with different write patterns and of the built-in workload. `--quick` measures small workloads once. The
+results are discussed in docs/decisions/0011-pages-are-sent-again-whole.md.
 """
 
 from __future__ import annotations

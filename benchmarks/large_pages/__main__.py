@@ -1,11 +1,12 @@
 """Benchmark of huge page sampling (S3): `make bench-large-pages`, or `python -m benchmarks.large_pages [--quick]`.
 
-Measures the cost of sampling for a workload, and the accuracy of its results. A process reads memory at random while 1,
-5, 25 or 100 % of its huge pages are sampled per second, in windows of 200 ms. Periods with and without sampling
-alternate. Each period with sampling is compared with the period before it, by wall-clock time and by the CPU time of
-the reader, which depends less on other load on the machine. For accuracy, another process reads known numbers of base
-pages. Finally the cold memory of a workload that writes to a quarter of its memory is evicted to a cold store and
-reloaded.
+Measures the cost of sampling for a workload, and the accuracy of its results:
+
+- Cost: a process reads memory at random while 1, 5, 25 or 100 % of its huge pages are sampled per second, in windows of
+  200 ms. Periods without and with sampling alternate. Each period with sampling is compared with the period before it,
+  by wall-clock time and by the CPU time of the reader. CPU time depends less on other load on the machine.
+- Accuracy: another process reads known numbers of base pages.
+- Cold store: the cold memory of a workload that writes to a quarter of its memory is evicted and reloaded.
 
 Writes raw data and tables to benchmarks/results. The exit code is 0 unless an operation failed. Missed targets are
 printed, but are not errors.

@@ -1,8 +1,12 @@
-"""Process that reads memory at random and counts accesses, or reads known numbers of base pages in turn.
+"""Process that reads memory and counts its accesses: `python -m benchmarks.large_pages.reader KIND SIZE MODE`.
 
-`python -m benchmarks.large_pages.reader KIND SIZE MODE`: KIND `shared` or `anon`, SIZE in MiB, MODE `random` (reads
-three quarters of the huge pages; the last quarter is cold) or `pattern` (see `truth`). Prints `{"address": ...,
-"counter": ...}`: the address of the memory, and the path of a file of 8 bytes with the number of accesses.
+- KIND: `shared` or `anon`
+- SIZE: MiB of memory
+- MODE: `random` reads words of three quarters of the huge pages at random, and never the last quarter; `pattern` reads
+  known numbers of base pages in turn (see `truth`)
+
+Prints `{"address": ..., "counter": ...}`: the address of the memory, and the path of a file of 8 bytes with the number
+of accesses.
 """
 
 from __future__ import annotations

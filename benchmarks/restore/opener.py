@@ -1,9 +1,14 @@
 """Process that opens an arena from an image: `python -m benchmarks.restore.opener IMAGE MODE`.
 
-MODE: `lazy`; `demand`, the same without read-ahead; `eager`, which waits until all memory is loaded; `peek`, which
-reads one page through the file; `whole`, the same after all memory has been loaded. Prints JSON: milliseconds until the
-arena is usable (`restore` has returned and one byte has been read), median latency of random accesses in microseconds,
-and milliseconds until all memory is loaded.
+- `lazy`: load memory on demand, with prefetch
+- `demand`: load memory on demand, without read-ahead
+- `eager`: wait until all memory is loaded
+- `peek`: read one page through the file
+- `whole`: read one page through the file after all memory has been loaded
+
+Prints JSON with the milliseconds until the arena is usable: `restore` has returned and one byte has been read. With the
+first three modes, the JSON also has the median latency of random accesses in microseconds, and the milliseconds until
+all memory is loaded. With the last two, it has the results of `peek`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Benchmark of page sharing (S9): `make bench-sharing`, or `python -m benchmarks.sharing [--quick]`.
 
 Compares KSM on all memory with KSM on the huge pages that pageferry selects, and measures the scan rate. Each round
-starts new processes with the same contents for each line, in turn. Freed memory is the decrease of their PSS, the
-number of split huge pages is the decrease of AnonHugePages, and CPU time is that of ksmd and pageferry together.
+starts new processes with the same contents for each line, in turn. The freed memory is the decrease of the processes'
+PSS. The number of split huge pages is the decrease of their AnonHugePages. The CPU time is that of ksmd and pageferry
+together.
+
 Requires root, and a machine on which no other program uses KSM. Writes raw data and tables to benchmarks/results.
 """
 

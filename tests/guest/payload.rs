@@ -4,8 +4,8 @@
 //! QEMU loads the program with `-kernel` and enters it in 32-bit protected mode (PVH). The program enables long mode
 //! with its own page tables. On KVM it leaves ring 0 permanently: a KVM without hardware virtualisation emulates ring 0
 //! and runs ring 3 natively. A TSS with an I/O bitmap gives ring 3 access to the serial port. Ring 3 runs with
-//! interrupts disabled. On TCG the program stays in ring 0, and sleeps after each sweep until the next timer interrupt, so that the
-//! guest does not use a whole core of the test machine.
+//! interrupts disabled. On TCG the program stays in ring 0, and sleeps after each sweep until the next timer interrupt,
+//! so that the guest does not use a whole core of the test machine.
 //!
 //! Each page holds its number and version at both ends and in the middle. A table elsewhere holds the current version
 //! of each page, and a separate counter holds the sum of all versions. The output has the format of `checker.rs`, with

@@ -1,13 +1,24 @@
-"""Programs that call `pageferry.migrate_async` and `pageferry.receive_async`, with commands on standard input.
+"""Programs that migrate and receive an arena from Python, with commands on standard input.
 
-`source SIZE WORDS...`, with the words `writing` (a thread writes continuously), `sparse` (three pages are written),
-`memfd` (no huge pages), `collapsed` (memory is collapsed into huge pages), `stateful` (state callbacks), `named`
-(registered as `mover`). Commands: `migrate ADDRESS`, `briefly ADDRESS` (cancels the migration after the next line),
-`had` (prints hashes of memory and state), `calls` (prints the callbacks called), `descriptors` (prints the number of
-open descriptors).
+`source SIZE WORDS...` creates an arena of SIZE bytes. WORDS:
 
-`destination WORDS...`, with the words `stateful` and `small` (accepts at most 16 MiB). Prints hashes of memory and
-state, and writes to the arena after the next line of input.
+- `writing`: a thread writes continuously
+- `sparse`: the program writes to three pages
+- `memfd`: the arena has no huge pages
+- `collapsed`: the program collapses the memory into huge pages
+- `stateful`: the arena has state callbacks
+- `named`: the arena is registered as `mover`
+
+Commands of the source:
+
+- `migrate ADDRESS`: migrate the arena
+- `briefly ADDRESS`: start a migration, and cancel it after the next line of input
+- `had`: print hashes of memory and state
+- `calls`: print the callbacks called
+- `descriptors`: print the number of open descriptors
+
+`destination WORDS...` receives an arena, prints hashes of memory and state, and writes to the arena after the next line
+of input. WORDS: `stateful`, and `small` (the destination accepts at most 16 MiB).
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""Program with a named arena, in which a thread increments a counter. Callbacks report each call on standard output.
+"""Program with an arena in which a thread increments a counter: `arena_owner NAME`.
 
-Argument: the name. Commands on standard input: `read` prints the counter; `fork` starts a child that also maps the
-arena, and prints the child's pid; `fail` makes the pause callback raise an error.
+Callbacks report each call on standard output. Commands on standard input:
+
+- `read`: print the counter
+- `fork`: start a child that also maps the arena, and print the child's pid
+- `fail`: make the pause callback raise an error
 """
 
 from __future__ import annotations

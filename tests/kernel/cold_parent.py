@@ -1,7 +1,10 @@
 """Program with an arena that another process evicts to a cold store.
 
-Commands on standard input: `touch` reads one byte of each 2 MiB; `look` checks the contents of the arena and exits; any
-other command checks the contents in a forked child and in the program, and exits.
+Commands on standard input:
+
+- `touch`: read one byte of each 2 MiB
+- `look`: check the contents of the arena, and exit
+- any other command: check the contents in a forked child and in the program, and exit
 """
 
 import json

@@ -2,12 +2,14 @@
 
 `source NAME DISK MEANS [base-pages]`: MEANS is `thread` (O_DIRECT), `ring` (io_uring) or `fixed` (io_uring, into a
 registered buffer). With `base-pages` the arena has no huge pages: a huge page with a pinned page cannot be split.
-`on_pause` waits until no read is in flight. Commands on standard input: `read` reads 64 KiB at offset 1 MiB of the disk
-into the buffer; `look` prints `fresh` if the buffer holds the contents of the disk, otherwise `stale`; `clear` fills
-the buffer with zeros.
+`on_pause` waits until no read is in flight. Commands on standard input:
 
-`destination`: receives an arena, and prints `fresh` or `stale`. `late-destination`: also accepts a post-copy migration,
-and waits until all pages are present.
+- `read`: read 64 KiB at offset 1 MiB of the disk into the buffer
+- `look`: print `fresh` if the buffer holds the contents of the disk, otherwise `stale`
+- `clear`: fill the buffer with zeros
+
+`destination` receives an arena, and prints `fresh` or `stale`. `late-destination` also accepts a post-copy migration,
+and waits until all pages are present before it prints.
 """
 
 from __future__ import annotations

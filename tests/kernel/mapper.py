@@ -1,9 +1,11 @@
-"""Process that shares the memory of an arena: `mapper.py SOURCE HOW`.
+"""Process that shares the memory of an arena: `mapper.py SOURCE HOW`. It prints its pid when ready.
 
-SOURCE: the number of an inherited descriptor, a path to open, or `socket:PATH`, a socket on which to receive a
-descriptor. HOW: `write` maps the memory and writes the number of each round to the first word of every page, in order;
-`read` maps the first page read-only, and closes the descriptor; `hold` only keeps the descriptor open. Prints the pid
-when ready.
+SOURCE is the number of an inherited descriptor, a path to open, or `socket:PATH`, a socket on which to receive a
+descriptor. HOW:
+
+- `write`: map the memory, and write the number of each round to the first word of every page, in order
+- `read`: map the first page read-only, and close the descriptor
+- `hold`: only keep the descriptor open
 """
 
 from __future__ import annotations

@@ -1,9 +1,15 @@
 """Program that removes parts of its arena, or maps the arena again: `removing_owner NAME PAGES [IMAGE]`.
 
 Each page contains its number plus one, 512 times. IMAGE: image from which the arena is restored on demand. A line of
-standard input has commands `CALL FIRST COUNT`, separated by `;`. Calls: `unmap` (MADV_DONTNEED), `remove`
-(MADV_REMOVE), `punch` (fallocate of the descriptor), `look` (no change), `again` (no change; the reply refers to a new
-mapping). The reply to a line lists the pages whose contents have changed, as [page, first word].
+standard input has commands `CALL FIRST COUNT`, separated by `;`. FIRST and COUNT are the range, in pages. CALL:
+
+- `unmap`: madvise(MADV_DONTNEED)
+- `remove`: madvise(MADV_REMOVE)
+- `punch`: fallocate(2) of the descriptor, which punches a hole
+- `look`: no change
+- `again`: no change; the reply to the line refers to a new mapping
+
+The reply to a line lists the pages whose contents have changed, as [page, first word].
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Program with an arena restored from an image on demand, without prefetch: `restored_owner IMAGE NAME`.
 
-Commands on standard input: `touch PAGE` (read the first byte of a page), `load` (load all memory), `check` (print a
-hash of all memory).
+Commands on standard input:
+
+- `touch PAGE`: read the first byte of a page
+- `load`: load all memory
+- `check`: print a hash of all memory
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Commands that root runs as one of three kinds of user: `python -m tests.kernel.users KIND PYTHON ARGUMENTS...`.
 
-KIND is `root`; `user`, an ordinary user without capabilities; or `sandbox`, uid 0 with the default capabilities of a
-container, a seccomp filter that denies userfaultfd and all access to other processes, and a private /dev.
+- `root`: root itself
+- `user`: an ordinary user without capabilities
+- `sandbox`: uid 0 with the default capabilities of a container and a private /dev; a seccomp filter denies userfaultfd
+  and all access to other processes
 """
 
 from __future__ import annotations
