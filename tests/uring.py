@@ -26,7 +26,7 @@ def _call(number: int, *arguments: object) -> int:
 
 
 class Ring:
-    """An io_uring instance. The constructor raises OSError if the kernel or a policy does not allow it."""
+    """io_uring instance. The constructor raises OSError if the kernel or a security policy does not allow io_uring."""
 
     def __init__(self) -> None:
         parameters = ctypes.create_string_buffer(120)

@@ -47,7 +47,7 @@ def say(what: object) -> None:
 
 
 class Program:
-    """State, and callbacks that record each call. Source and destination have them in common."""
+    """Common part of source and destination: a state, and callbacks that record each call."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

@@ -49,7 +49,7 @@ def groups(pid: int) -> list[str]:
 
 
 def left_over() -> list[Path]:
-    """Return the control groups created by pageferry, in all hierarchies."""
+    """Return the control groups that pageferry has created and not removed, in all hierarchies."""
     return [group for mount in mounts() for group in mount.point.rglob("pageferry-*")]
 
 

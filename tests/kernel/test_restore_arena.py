@@ -88,7 +88,7 @@ def test_working_set_is_recorded_and_prefetched_first(tmp_path: Path) -> None:
     arena.load()
     assert (words(arena) == made.contents).all()
     del arena
-    # A run without prefetch removes the pages that it does not access from the working set.
+    # A run without prefetch removes from the working set the pages that it does not access.
     assert in_child("words[3200, 0]; words[48, 0]", path).returncode == 0
     assert WorkingSet(ImageFile(path)).windows == [200]
 
@@ -203,7 +203,7 @@ def _smaps(address: int, field: str) -> int:
 
 
 def damage(path: Path, pattern: bytes) -> None:
-    """Flip one bit in an image, in the first byte of `pattern`, which are the stored bytes of a page."""
+    """Flip one bit in an image: in the first byte of `pattern`, the stored bytes of a page."""
     contents = bytearray(path.read_bytes())
     contents[contents.index(pattern)] ^= 1
     path.write_bytes(contents)

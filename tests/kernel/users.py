@@ -46,11 +46,11 @@ def python() -> str:
     for found in (sys.executable, shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")):
         if found is not None and _works(found):
             return found
-    pytest.skip("no Python of this version that an ordinary user may execute")
+    pytest.skip("no Python interpreter of this version that an ordinary user may execute")
 
 
 def _works(path: str) -> bool:
-    """Return whether an ordinary user may execute a Python interpreter, and whether its version is that of ours."""
+    """Return whether an ordinary user may execute a Python interpreter of the same version as this interpreter."""
     command = [path, "-I", "-c", f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"]
     with contextlib.suppress(PermissionError):
         return (

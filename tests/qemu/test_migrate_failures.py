@@ -139,7 +139,7 @@ def test_migration_of_a_guest_killed_between_rounds_fails(parts: GuestParts, tmp
 
 
 def is_given_away(guest: Traveller) -> None:
-    """Check that the guest at the source is paused."""
+    """Check that the guest is paused at the source, which has committed to the destination."""
     assert travel.listed()[guest.name] == "paused"
 
 
