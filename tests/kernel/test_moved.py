@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("root")
 
 @contextmanager
 def receiver(point: str = "") -> Iterator[str]:
-    """Yield the address of a process that receives an arena. `point`: callback in which the process kills itself, if any."""
+    """Yield the address of a process that receives an arena. `point`: callback that kills the process, if any."""
     with Program("-c", RECEIVER, point) as program:
         yield program.line()
         if point:
