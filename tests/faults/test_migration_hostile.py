@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from pageferry.host.registry import Registry
-from pageferry.migration.ownership import Verdict, Verdicts
+from pageferry.migration.ownership import CommitDecision, CommitDecisions
 from pageferry.migration.transport import messages
 from pageferry.workloads.lifecycle import Status
 from tests.kernel import moving
@@ -86,15 +86,15 @@ def test_recover_request_for_an_unknown_migration_decides_nothing(there: Program
     still_receives(there, address)
 
 
-def decided(migration: str) -> Verdicts:
+def decided(migration: str) -> CommitDecisions:
     """Record an earlier migration to this host as committed, without its remaining pages.
 
     Return the decisions of this host.
     """
-    verdicts = Verdicts(Registry().path)
-    verdicts.begin(migration)
-    assert verdicts.decide(migration, Verdict.COMMITTED) is Verdict.COMMITTED
-    return verdicts
+    decisions = CommitDecisions(Registry().path)
+    decisions.begin(migration)
+    assert decisions.decide(migration, CommitDecision.COMMITTED) is CommitDecision.COMMITTED
+    return decisions
 
 
 def test_source_of_an_old_migration_does_not_block_the_receiver(there: Program, address: str) -> None:
@@ -117,15 +117,15 @@ def test_reused_migration_id_is_refused_and_its_decision_is_kept(
     there: Program, address: str, owner: messages.Owner
 ) -> None:
     number = secrets.token_hex(16)
-    verdicts = Verdicts(Registry().path)
-    verdicts.begin(number)
-    verdicts.decide(number, Verdict.COMMITTED if owner == "destination" else Verdict.ABORTED)
+    decisions = CommitDecisions(Registry().path)
+    decisions.begin(number)
+    decisions.decide(number, CommitDecision.COMMITTED if owner == "destination" else CommitDecision.ABORTED)
     again = accepted(address, msgspec.structs.replace(hello(), migration=number))
     answer = again.hears()
     if isinstance(answer, messages.Welcome):  # accepted as a new migration
         again.say(messages.Abort(reason="enough"))
         assert there.wait() == 21
-        assert verdicts.knows(number), "the decision is forgotten"
+        assert decisions.knows(number), "the decision is forgotten"
     assert isinstance(answer, messages.Abort)
     assert "was used before" in answer.reason
     asking = Peer.connect(address)

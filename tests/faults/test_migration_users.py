@@ -20,7 +20,7 @@ import pytest
 from pageferry.errors import ConnectionLost, UsageError
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.addresses import Address, resolve
-from pageferry.migration.transport.connection import Reception, connect_control
+from pageferry.migration.transport.connection import ConnectionListener, connect_control
 from tests.kernel import moving, users
 
 pytestmark = pytest.mark.usefixtures("root")
@@ -171,31 +171,31 @@ def test_socket_in_a_directory_writable_by_others_is_refused(folder: Path) -> No
 def test_only_the_socket_of_a_dead_receiver_is_replaced(folder: Path) -> None:
     async def run() -> None:
         address = resolve(f"unix:{folder}/there.sock", insecure=False, what="address")
-        first = Reception(address)
+        first = ConnectionListener(address)
         with pytest.raises(UsageError, match="another process listens there"):
-            Reception(address)
+            ConnectionListener(address)
         first._listener.socket.close()  # as if the receiver had been killed
         first._task.cancel()
-        second = Reception(address)
+        second = ConnectionListener(address)
         await second.close()
         assert os.listdir(folder) == []
         (folder / "there.sock").touch()
         with pytest.raises(UsageError, match="other than a socket"):
-            Reception(address)
+            ConnectionListener(address)
 
     asyncio.run(run())
 
 
 def test_every_address_of_a_name_is_tried_in_order() -> None:
     async def run() -> None:
-        reception = Reception(Address("127.0.0.1", 0))
+        connections = ConnectionListener(Address("127.0.0.1", 0))
         try:
-            port = reception.address.port
+            port = connections.address.port
             channel = await connect_control(Address("127.0.0.2", port, "web", ("127.0.0.3", "127.0.0.1")), 5.0)
             assert str(channel.address) == f"127.0.0.1:{port}"
             await channel.close()
         finally:
-            await reception.close()
+            await connections.close()
 
     asyncio.run(run())
 

@@ -23,8 +23,8 @@ import pageferry
 from pageferry.host.registry import Registry
 from pageferry.migration.destination import Destination
 from pageferry.migration.incoming import ReceivingHost
-from pageferry.migration.ownership import Verdicts
-from pageferry.migration.receiving import ReceptionOptions, arena_for
+from pageferry.migration.ownership import CommitDecisions
+from pageferry.migration.receiving import ListenOptions, arena_for
 from pageferry.migration.transport import messages
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.protocols import Migratable
@@ -115,14 +115,14 @@ async def late_destination() -> None:
         arenas.append(Arena.from_file(fresh.descriptor, fresh.length, private=True))
         return arenas[0].workload()
 
-    reception = ReceptionOptions().open("127.0.0.1:0")
-    say(str(reception.address))
-    destination = Destination(reception, prepare, ReceivingHost(verdicts=Verdicts(Registry().path)))
+    connections = ListenOptions().open("127.0.0.1:0")
+    say(str(connections.address))
+    destination = Destination(connections, prepare, ReceivingHost(decisions=CommitDecisions(Registry().path)))
     await destination.run()
     await destination.report()
     say(is_fresh(memoryview(arenas[0])))
     destination.close()
-    await reception.close()
+    await connections.close()
 
 
 if __name__ == "__main__":

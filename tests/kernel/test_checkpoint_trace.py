@@ -247,12 +247,12 @@ def _map_anew(arena: Arena, page: int, pages: int) -> None:
 
 
 def test_image_of_heavy_writer_is_consistent_with_or_without_rounds(tmp_path: Path) -> None:
-    """With `at_instant=0`, the number of rounds depends on timing. The image is consistent for any number of rounds."""
+    """With `at_snapshot_point=0`, the number of rounds depends on timing. The image is consistent for any number."""
     with ledger(8 * MIB, LedgerOptions(threads=3)) as workload:
         save(workload, tmp_path / "0", track=True)
         for number in range(1, 6):
             parent = tmp_path / str(number - 1)
-            save(workload, tmp_path / str(number), parent=parent, at_instant=0)
+            save(workload, tmp_path / str(number), parent=parent, at_snapshot_point=0)
             check_ledger(tmp_path / str(number))
 
 
@@ -261,7 +261,7 @@ def test_pages_beyond_the_pause_budget_are_saved_in_rounds(tmp_path: Path) -> No
     arena, words = filled()
     save(arena, tmp_path / "0", track=True)
     words[:3000] += 1
-    result = save(arena, tmp_path / "1", parent=tmp_path / "0", at_instant=MIB)
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0", at_snapshot_point=MIB)
     assert (result.tracking, result.rounds, result.pages.data) == ("trace", 1, 3000)
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
 

@@ -151,7 +151,7 @@ def test_checkpoint_in_rounds_during_a_read_is_consistent(tmp_path: Path, means:
     with reading(tmp_path, means) as (program, disk):
         assert saved(tmp_path / "0", track=True).tracked
         begin(program, disk)
-        result = saved(tmp_path / "1", disk.answer, parent=tmp_path / "0", at_instant=0)
+        result = saved(tmp_path / "1", disk.answer, parent=tmp_path / "0", at_snapshot_point=0)
         assert (result.tracking, result.tracked) == ("trace", True), result.tracking_note
         assert buffer_in(tmp_path / "1") == "fresh"
         assert result.drains >= 1

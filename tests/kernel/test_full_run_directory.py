@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.migration.ownership import Verdict, Verdicts
+from pageferry.migration.ownership import CommitDecision, CommitDecisions
 
 MIGRATION = "0" * 32
 
 
 @pytest.fixture
-def full(root: None, tmp_path: Path) -> Iterator[tuple[Verdicts, Path]]:
+def full(root: None, tmp_path: Path) -> Iterator[tuple[CommitDecisions, Path]]:
     """Yield the decisions on a small tmpfs, and its mount point. Skip the test if the tmpfs cannot be mounted."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k,nr_inodes=40,mode=700", "tmpfs", tmp_path], capture_output=True
@@ -25,7 +25,7 @@ def full(root: None, tmp_path: Path) -> Iterator[tuple[Verdicts, Path]]:
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     try:
-        yield Verdicts(tmp_path), tmp_path
+        yield CommitDecisions(tmp_path), tmp_path
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -42,38 +42,38 @@ def fill(folder: Path) -> None:
     assert (free.f_bavail, free.f_favail) == (0, 0)
 
 
-@pytest.mark.parametrize("verdict", list(Verdict))
-def test_decision_is_recorded_on_full_file_system(full: tuple[Verdicts, Path], verdict: Verdict) -> None:
-    verdicts, folder = full
-    verdicts.begin(MIGRATION)
+@pytest.mark.parametrize("decision", list(CommitDecision))
+def test_decision_is_recorded_on_full_file_system(full: tuple[CommitDecisions, Path], decision: CommitDecision) -> None:
+    decisions, folder = full
+    decisions.begin(MIGRATION)
     fill(folder)
-    assert verdicts.decide(MIGRATION, verdict) is verdict
-    for later in Verdict:
-        assert verdicts.decide(MIGRATION, later) is verdict
+    assert decisions.decide(MIGRATION, decision) is decision
+    for later in CommitDecision:
+        assert decisions.decide(MIGRATION, later) is decision
 
 
-def test_decision_is_withdrawn_on_full_file_system(full: tuple[Verdicts, Path]) -> None:
-    verdicts, folder = full
-    verdicts.begin(MIGRATION)
-    verdicts.decide(MIGRATION, Verdict.COMMITTED)
+def test_decision_is_withdrawn_on_full_file_system(full: tuple[CommitDecisions, Path]) -> None:
+    decisions, folder = full
+    decisions.begin(MIGRATION)
+    decisions.decide(MIGRATION, CommitDecision.COMMITTED)
     fill(folder)
-    verdicts.withdraw(MIGRATION)
-    assert verdicts.decide(MIGRATION, Verdict.COMMITTED) is Verdict.ABORTED
+    decisions.withdraw(MIGRATION)
+    assert decisions.decide(MIGRATION, CommitDecision.COMMITTED) is CommitDecision.ABORTED
 
 
-def test_arrival_is_recorded_on_full_file_system(full: tuple[Verdicts, Path]) -> None:
-    verdicts, folder = full
-    verdicts.begin(MIGRATION)
-    verdicts.decide(MIGRATION, Verdict.COMMITTED)
+def test_arrival_is_recorded_on_full_file_system(full: tuple[CommitDecisions, Path]) -> None:
+    decisions, folder = full
+    decisions.begin(MIGRATION)
+    decisions.decide(MIGRATION, CommitDecision.COMMITTED)
     fill(folder)
-    verdicts.arrive(MIGRATION)
-    assert verdicts.arrived(MIGRATION)
+    decisions.arrive(MIGRATION)
+    assert decisions.arrived(MIGRATION)
 
 
-def test_forgotten_migration_leaves_no_files(full: tuple[Verdicts, Path]) -> None:
-    verdicts, folder = full
-    verdicts.begin(MIGRATION)
-    verdicts.decide(MIGRATION, Verdict.COMMITTED)
-    verdicts.arrive(MIGRATION)
-    verdicts.forget(MIGRATION)
+def test_forgotten_migration_leaves_no_files(full: tuple[CommitDecisions, Path]) -> None:
+    decisions, folder = full
+    decisions.begin(MIGRATION)
+    decisions.decide(MIGRATION, CommitDecision.COMMITTED)
+    decisions.arrive(MIGRATION)
+    decisions.forget(MIGRATION)
     assert list((folder / ".verdicts").iterdir()) == []

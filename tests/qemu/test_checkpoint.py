@@ -115,7 +115,7 @@ def test_checkpoint_of_memory_on_hugetlbfs(
         assert first.traps > 0
         later = await save(source, tmp_path / "child", parent=tmp_path / "image")
         assert later.pages.in_parent > 0
-        third = await save(source, tmp_path / "grandchild", parent=tmp_path / "child", at_instant=64 << 20)
+        third = await save(source, tmp_path / "grandchild", parent=tmp_path / "child", at_snapshot_point=64 << 20)
         assert third.tracking == "trace", third.tracking_note
         assert third.pages.in_parent > 0
         assert os.fstat(source.regions[0].fd).st_blocks == before

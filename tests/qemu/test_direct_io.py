@@ -221,7 +221,7 @@ def test_checkpoint_in_rounds_contains_a_read_in_flight(newest_parts: GuestParts
         guest.reads()
         timer = threading.Timer(0.5, disk.answer)
         timer.start()
-        result = saved(tmp_path / "1", parent=tmp_path / "0", at_instant=5 * 4096)
+        result = saved(tmp_path / "1", parent=tmp_path / "0", at_snapshot_point=5 * 4096)
         timer.join()
         assert (result.tracking, result.tracked) == ("trace", True), result.tracking_note
         assert result.rounds >= 1

@@ -201,7 +201,7 @@ def test_tables_are_readable_without_colour() -> None:
     assert "apt install qemu-system-x86" in text
 
 
-def test_verdict_names_what_can_run() -> None:
+def test_summary_names_what_can_run() -> None:
     qemu = Qemu("/usr/bin/qemu-system-x86_64", True, "QEMU emulator version 7.2", "7.2")
     assert "live migration of arenas and QEMU guests is possible" in shown(a_check(with_all_but(), [qemu]))
     assert "live migration is not possible" in shown(a_check(with_all_but("adopt"), [qemu]))

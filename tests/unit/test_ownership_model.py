@@ -79,7 +79,7 @@ class State:
     record: bool = False
     destination: Destination = Destination.AWAIT_STATE
     there: str = "paused"
-    verdict: str | None = None
+    decision: str | None = None
     to_destination: tuple[str, ...] = ()
     to_source: tuple[str, ...] = ()
     link: bool = True
@@ -102,7 +102,7 @@ class State:
     @property
     def died_there(self) -> bool:
         """Return whether the process of the workload at the destination was killed after the decision."""
-        return (self.verdict == "committed" or self.withdrawn) and self.there == "gone"
+        return (self.decision == "committed" or self.withdrawn) and self.there == "gone"
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ class Rules:
 
 
 def decide(state: State, wanted: str, rules: Rules) -> State:
-    """Return the state after a decision by the destination, as in `Verdicts.decide`."""
-    if state.verdict is None or not rules.first_decision_holds:
-        return replace(state, verdict=wanted)
+    """Return the state after a decision by the destination, as in `CommitDecisions.decide`."""
+    if state.decision is None or not rules.first_decision_holds:
+        return replace(state, decision=wanted)
     return state
 
 
@@ -195,15 +195,15 @@ def destination_steps(state: State, rules: Rules) -> Iterator[State]:
         case Destination.DECIDE:
             decided = decide(state, "committed", rules)
             after = Destination.RESUME if rules.decides_first else Destination.ANSWER
-            won = decided.verdict == "committed"
+            won = decided.decision == "committed"
             yield replace(decided, destination=after if won else Destination.DECIDE_ABORTED)
         case Destination.RESUME if state.there == "gone":
-            yield replace(state, destination=Destination.ABORT, verdict="aborted", withdrawn=True)
+            yield replace(state, destination=Destination.ABORT, decision="aborted", withdrawn=True)
         case Destination.RESUME:
             after = Destination.ANSWER if rules.decides_first else Destination.DECIDE
             yield replace(state, destination=after, there="runs", ran_there=True)
         case Destination.ANSWER if rules.withdraws_what_ran and state.there == "gone":
-            yield replace(state, destination=Destination.ABORT, verdict="aborted", withdrawn=True)
+            yield replace(state, destination=Destination.ABORT, decision="aborted", withdrawn=True)
         case Destination.ANSWER:
             too_soon = rules.notes_arrival_first and state.postcopy
             after = Destination.AWAIT_PAGES if state.postcopy and not too_soon else Destination.AWAIT_DONE
@@ -218,7 +218,7 @@ def destination_steps(state: State, rules: Rules) -> Iterator[State]:
             yield replace(state, destination=after, to_destination=())
         case Destination.DECIDE_ABORTED if rules.decides_before_abort:
             decided = decide(state, "aborted", rules)
-            if decided.verdict == "aborted":
+            if decided.decision == "aborted":
                 yield replace(decided, destination=Destination.ABORT)
             else:
                 for there in after_the_end(decided):
@@ -236,7 +236,7 @@ def after_the_end(state: State) -> set[str]:
     An arena ends with the agent, because both are one process. A paused guest that can outlive the agent has a
     guardian, which executes the decision. A running guest keeps running.
     """
-    decided = state.there == "committed" and state.verdict == "committed"
+    decided = state.there == "committed" and state.decision == "committed"
     return {"gone", "runs" if decided or state.there == "runs" else "gone"}
 
 
@@ -284,11 +284,11 @@ def recovery(state: State, rules: Rules) -> Iterator[State]:
     if state.settled:
         return  # the destination replies `unknown`
     decided = decide(state, "aborted", rules)
-    if decided.verdict == "committed" and state.postcopy and not (state.arrived or rules.discards_on_decision):
+    if decided.decision == "committed" and state.postcopy and not (state.arrived or rules.discards_on_decision):
         # Only the process with the pager can continue. Another receiver replies with its own identity.
         if state.destination is Destination.AWAIT_PAGES:
             yield replace(decided, source=Source.SERVE, link=True, to_destination=(), to_source=())
-    elif decided.verdict == "committed":
+    elif decided.decision == "committed":
         yield replace(decided, here="gone", record=False)
     else:
         yield replace(decided, here="runs", record=False)
@@ -344,13 +344,13 @@ def wrong(state: State, rules: Rules) -> str | None:
     """Return the property that a state violates; None if it violates none."""
     if state.owners > 1:
         return "two processes run the workload"
-    if state.there == "runs" and state.verdict != "committed":
+    if state.there == "runs" and state.decision != "committed":
         return "the workload runs at the destination without a decision"
-    if state.here == "runs" and state.verdict == "committed":
+    if state.here == "runs" and state.decision == "committed":
         return "the workload runs at the source although the destination has committed"
     if state.withdrawn and state.ran_there:
         return "the workload returns to the source although it has run at the destination"
-    if state.here == "gone" and state.verdict == "committed" and not state.complete:
+    if state.here == "gone" and state.decision == "committed" and not state.complete:
         return "the source has discarded pages that the destination lacks"
     if state.arrived and not state.complete:
         return "the destination reports pages that it lacks"
@@ -379,8 +379,8 @@ def test_at_most_one_owner_and_never_permanently_none() -> None:
         problem = wrong(state, Rules())
         assert problem is None, f"{problem}:\n{history(states, state)}"
     # The model reaches recovery with and without a decision, post-copy after a lost link, and complete post-copy.
-    assert any(state.record and state.source is Source.ENDED and state.verdict == "committed" for state in states)
-    assert any(state.record and state.source is Source.ENDED and state.verdict is None for state in states)
+    assert any(state.record and state.source is Source.ENDED and state.decision == "committed" for state in states)
+    assert any(state.record and state.source is Source.ENDED and state.decision is None for state in states)
     assert any(state.there == "runs" and not state.complete and not state.link for state in states)
     assert any(state.postcopy and state.settled for state in states)
 
@@ -407,7 +407,7 @@ def test_protocol_terminates_without_further_failures() -> None:
 
 def test_source_discards_only_after_the_destination_has_committed() -> None:
     gone = [state for state in reachable(Rules()) if state.here == "gone"]
-    assert all(state.verdict == "committed" or state.withdrawn for state in gone)
+    assert all(state.decision == "committed" or state.withdrawn for state in gone)
 
 
 def test_workload_killed_before_it_ran_returns_to_the_source() -> None:

@@ -36,7 +36,7 @@ class Attempt(ABC):
         self.statistics = preparation.statistics
         self.covers_memory = False
         """Whether traces cover all memory since the snapshot point."""
-        self.rounds = Rounds(preparation.options.at_instant // SMALL_PAGE)
+        self.rounds = Rounds(preparation.options.at_snapshot_point // SMALL_PAGE)
         self._file = file
         self._paused = False
         self._created = 0.0

@@ -17,7 +17,7 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a checkpoint: those of `pageferry checkpoint`, and also `packers` and `at_instant`.
+    """Options of a checkpoint: those of `pageferry checkpoint`, and also `packers` and `at_snapshot_point`.
 
     Sizes are in bytes and rates in bytes per second, or strings such as `64K`. Raises UsageError.
     """
@@ -42,7 +42,7 @@ class Options:
     """Memory for copies that are not compressed yet; half of it is reserved for writes of the workload."""
     packers: Annotated[int, Count(1, 64), API_ONLY] = 1
     """Number of threads that compress pages."""
-    at_instant: Annotated[int, Size(0, 1 << 40), API_ONLY] = 16 * MIB
+    at_snapshot_point: Annotated[int, Size(0, 1 << 40), API_ONLY] = 16 * MIB
     """Maximum number of bytes copied in the pause if a write trace reports the written pages; until the remaining pages
     fit, pages are saved in rounds before the pause."""
 

@@ -42,7 +42,8 @@ async def checkpoint_async(
 
     With `parent`, an earlier image of the same workload, only pages that differ from the parent are stored, and the new
     image requires the parent. `options` are the fields of `pageferry.checkpoints.options.Options`: mode, codec,
-    bandwidth (bytes per second), track, packers; in bytes trap_block, page_block, storage_block, staging, at_instant.
+    bandwidth (bytes per second), track, packers; in bytes trap_block, page_block, storage_block, staging,
+    at_snapshot_point.
     `listener` is called with an event for every step.
 
     Raises CheckpointError if no image was written, for example because the disk is full; the workload keeps running.

@@ -20,11 +20,11 @@ from pageferry.host.registry import Registry
 from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.events import Listening, Received, Resumed
 from pageferry.migration.incoming import ReceivingHost
-from pageferry.migration.ownership import Verdicts
+from pageferry.migration.ownership import CommitDecisions
 from pageferry.migration.postcopy_destination import Resumption
-from pageferry.migration.receiving import ReceptionOptions, arena_for
+from pageferry.migration.receiving import ListenOptions, arena_for
 from pageferry.migration.transport import messages
-from pageferry.migration.transport.connection import Reception
+from pageferry.migration.transport.connection import ConnectionListener
 from pageferry.report.reporter import Reporter, open_reporter
 from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.qemu.guest import QemuWorkload
@@ -40,16 +40,16 @@ async def run(args: argparse.Namespace) -> int:
     if (args.workload is not None) + bool(command) + args.resume != 1:
         raise UsageError("give exactly one of --workload demo, --resume, or a QEMU command line after --")
     with open_reporter(args.output, lambda: report.ReceiveView()) as out:
-        chosen = ReceptionOptions(timeout=args.timeout, insecure=args.insecure, tls=args.tls, allow=args.allow)
-        reception = chosen.open(_address(args))
+        chosen = ListenOptions(timeout=args.timeout, insecure=args.insecure, tls=args.tls, allow=args.allow)
+        connections = chosen.open(_address(args))
         try:
             if args.resume:
-                return await _resume(args, reception, out)
+                return await _resume(args, connections, out)
             if command:
-                return await _receive_guest(args, command, reception, out)
-            return await _receive_ledger(args, reception, out)
+                return await _receive_guest(args, command, connections, out)
+            return await _receive_ledger(args, connections, out)
         finally:
-            await reception.close()
+            await connections.close()
 
 
 def _address(args: argparse.Namespace) -> str:
@@ -61,30 +61,36 @@ def _address(args: argparse.Namespace) -> str:
 
 
 def _destination(
-    args: argparse.Namespace, reception: Reception, prepare: Prepare, out: Reporter, guest: QemuWorkload | None = None
+    args: argparse.Namespace,
+    connections: ConnectionListener,
+    prepare: Prepare,
+    out: Reporter,
+    guest: QemuWorkload | None = None,
 ) -> Destination:
-    return Destination(reception, prepare, _host(args, out), guest.died if guest is not None else None)
+    return Destination(connections, prepare, _host(args, out), guest.died if guest is not None else None)
 
 
 def _host(args: argparse.Namespace, out: Reporter) -> ReceivingHost:
     registry = Registry()
     return ReceivingHost(
-        verdicts=Verdicts(registry.path),
+        decisions=CommitDecisions(registry.path),
         timeout=args.timeout,
         folder=lambda: registry.folder(args.name),
         listener=out.event,
     )
 
 
-async def _resume(args: argparse.Namespace, reception: Reception, out: Reporter) -> int:
-    resumption = Resumption(Registry().folder(args.name), reception, _host(args, out))
-    out.event(Listening(args.name, str(reception.address)))
+async def _resume(args: argparse.Namespace, connections: ConnectionListener, out: Reporter) -> int:
+    resumption = Resumption(Registry().folder(args.name), connections, _host(args, out))
+    out.event(Listening(args.name, str(connections.address)))
     await resumption.run()
     out.final(Resumed(args.name))
     return 0
 
 
-async def _receive_guest(args: argparse.Namespace, command: list[str], reception: Reception, out: Reporter) -> int:
+async def _receive_guest(
+    args: argparse.Namespace, command: list[str], connections: ConnectionListener, out: Reporter
+) -> int:
     guest = await QemuWorkload.start(args.name, command, incoming=True, detach=args.detach, hugetlb=args.hugetlb)
 
     async def prepare(hello: messages.Hello) -> Migratable:
@@ -95,7 +101,7 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
         guest.check_source(hello.details)
         return guest
 
-    destination = _destination(args, reception, prepare, out, guest)
+    destination = _destination(args, connections, prepare, out, guest)
     try:
         async with _received(args, destination, out) as finishing:
             if args.detach:
@@ -109,7 +115,7 @@ async def _receive_guest(args: argparse.Namespace, command: list[str], reception
         raise
 
 
-async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: Reporter) -> int:
+async def _receive_ledger(args: argparse.Namespace, connections: ConnectionListener, out: Reporter) -> int:
     received: list[LedgerWorkload] = []
     moved = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -123,7 +129,7 @@ async def _receive_ledger(args: argparse.Namespace, reception: Reception, out: R
         received.append(ledger)
         return ledger
 
-    destination = _destination(args, reception, prepare, out)
+    destination = _destination(args, connections, prepare, out)
     async with _received(args, destination, out) as finishing:
         with contextlib.suppress(asyncio.CancelledError):  # SIGTERM and Ctrl-C end the workload
             await moved.wait()
@@ -145,7 +151,7 @@ async def _received(
 
     Yields the task that informs the source of the end of the migration. The task is cancelled at the end of the block.
     """
-    out.event(Listening(args.name, str(destination.reception.address)))
+    out.event(Listening(args.name, str(destination.connections.address)))
     try:
         workload = await _run(destination)
         total, phases = destination.times.milliseconds("total"), destination.times.phase_milliseconds()
@@ -165,7 +171,7 @@ async def _run(destination: Destination) -> Migratable:
     try:
         return await destination.run()
     except BaseException as error:
-        if destination.promised and not destination.acknowledged.is_set():
+        if destination.prepared and not destination.acknowledged.is_set():
             log.warning("the source may not know the outcome: waiting for its recovery request (Ctrl-C stops waiting)")
             _heed_cancellation()
             await destination.acknowledged.wait()

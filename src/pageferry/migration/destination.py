@@ -24,14 +24,14 @@ from pageferry.migration.engine_call import to_the_end, within_grace
 from pageferry.migration.incoming import Incoming, ReceivingHost, compare_regions
 from pageferry.migration.loading import Loading
 from pageferry.migration.message_order import MessageOrder
-from pageferry.migration.ownership import Verdict
+from pageferry.migration.ownership import CommitDecision
 from pageferry.migration.placement import Placement
 from pageferry.migration.recovery_server import RecoveryServer
 from pageferry.migration.takeover import DestinationState, TakeOver, destination_states
 from pageferry.migration.transfer import Transfer
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.channel import Channel
-from pageferry.migration.transport.connection import PageStream, Reception
+from pageferry.migration.transport.connection import ConnectionListener, PageStream
 from pageferry.pager import page_faults
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.workloads.protocols import Migratable
@@ -53,15 +53,15 @@ class Destination:
 
     def __init__(
         self,
-        reception: Reception,
+        connections: ConnectionListener,
         prepare: Prepare,
         host: ReceivingHost,
         ended: Callable[[], Awaitable[NoReturn]] | None = None,
     ) -> None:
-        self.reception = reception
+        self.connections = connections
         self.host = host
         self.state = destination_states()
-        self.recovery = RecoveryServer(reception, host.verdicts)
+        self.recovery = RecoveryServer(connections, host.decisions)
         self._prepare = prepare
         self._ended = ended
         self._opened = contextlib.ExitStack()
@@ -90,7 +90,7 @@ class Destination:
                 incoming.times.phase("commit")
                 await incoming.receive_one(messages.Commit)
             incoming.times.phase("resume")
-            self._take_over = TakeOver(incoming, transfer, self.host.verdicts, self.recovery)
+            self._take_over = TakeOver(incoming, transfer, self.host.decisions, self.recovery)
             await to_the_end(self._take_over.run())
         except BaseException as error:
             if not await within_grace(self._give_up(incoming, error), error):
@@ -131,7 +131,7 @@ class Destination:
         return not self.state.is_in(DestinationState.LISTENING)
 
     @property
-    def promised(self) -> bool:
+    def prepared(self) -> bool:
         """Whether Ready was sent, so the source may send Recover."""
         return not self.state.is_in(DestinationState.LISTENING, DestinationState.RECEIVING, DestinationState.GIVEN_UP)
 
@@ -174,7 +174,7 @@ class Destination:
 
     async def _accept(self) -> Incoming:
         while True:
-            channel, first = await self.reception.control()
+            channel, first = await self.connections.control()
             try:
                 match first:
                     case messages.Hello() as hello:
@@ -192,15 +192,15 @@ class Destination:
 
     async def _prepared(self, hello: messages.Hello) -> Migratable:
         """Prepare the workload for a migration. If this fails, delete the records of the migration."""
-        verdicts = self.host.verdicts
-        verdicts.begin(hello.migration)
+        decisions = self.host.decisions
+        decisions.begin(hello.migration)
         try:
             workload = await self._prepare(hello)
             compare_regions(workload, hello.regions)
             if hello.mode != "precopy":
                 await check_page_faults(workload)
         except BaseException:
-            verdicts.forget(hello.migration)
+            decisions.forget(hello.migration)
             raise
         return workload
 
@@ -222,16 +222,16 @@ class Destination:
             state = await transfer.run(streams[count:])
         ready = await Loading(incoming, transfer).run(state)
         fault_point("destination.loaded")
-        self.state.enter(DestinationState.PROMISED)
+        self.state.enter(DestinationState.PREPARED)
         await incoming.send(ready)
         fault_point("destination.promised")
         return transfer
 
     async def _streams(self, channel: Channel, count: int) -> list[PageStream]:
         token = secrets.token_bytes(messages.TOKEN_BYTES)
-        self.reception.expect(token, channel)
+        self.connections.expect(token, channel)
         await channel.send(messages.Welcome(token=token))
-        return await channel.during(self.reception.streams(token, count, self.host.timeout))
+        return await channel.during(self.connections.streams(token, count, self.host.timeout))
 
     # -- failure and acknowledgement
 
@@ -239,7 +239,7 @@ class Destination:
         """Give up the workload: record the decision ABORTED before reporting it, then discard the received memory and
         state. If COMMITTED was decided, only close the connection."""
         try:
-            if self.host.verdicts.decide(incoming.hello.migration, Verdict.ABORTED) is Verdict.COMMITTED:
+            if self.host.decisions.decide(incoming.hello.migration, CommitDecision.ABORTED) is CommitDecision.COMMITTED:
                 return  # this host owns the workload in spite of the failure
             await incoming.channel.abort(_reason(error))
             self._note_decision(incoming, error)
@@ -253,9 +253,9 @@ class Destination:
     def _note_decision(self, incoming: Incoming, error: BaseException) -> None:
         """Enter the final state. Delete the records if the source knows the decision or does not need it; otherwise
         keep them, because the source may send Recover."""
-        promised = self.state.is_in(DestinationState.PROMISED)
-        self.state.enter(DestinationState.RENOUNCED if promised else DestinationState.GIVEN_UP)
-        if isinstance(error, PeerRefused) or not promised:
+        prepared = self.state.is_in(DestinationState.PREPARED)
+        self.state.enter(DestinationState.RENOUNCED if prepared else DestinationState.GIVEN_UP)
+        if isinstance(error, PeerRefused) or not prepared:
             self._acknowledge(incoming)
         elif not isinstance(error, ConnectionLost):
             # Reported, but not confirmed: the records stay, so that a later receiver can report the decision again.
@@ -263,7 +263,7 @@ class Destination:
 
     def _acknowledge(self, incoming: Incoming) -> None:
         """Delete the records: the source knows the outcome and will not send Recover."""
-        self.host.verdicts.forget(incoming.hello.migration)
+        self.host.decisions.forget(incoming.hello.migration)
         self.acknowledged.set()
 
 

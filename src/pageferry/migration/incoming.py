@@ -11,7 +11,7 @@ from pageferry.events import Listener, ignore
 from pageferry.host.registry import Folder
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.migration.message_order import MessageOrder
-from pageferry.migration.ownership import Verdicts
+from pageferry.migration.ownership import CommitDecisions
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.channel import Channel
 from pageferry.workloads.protocols import Migratable
@@ -23,7 +23,7 @@ M = TypeVar("M", bound=messages.Message)
 class ReceivingHost:
     """Parameters of this host as a destination."""
 
-    verdicts: Verdicts
+    decisions: CommitDecisions
     """Records of the decisions of this host."""
     timeout: float = 30.0
     """Seconds of silence after which a peer counts as lost."""

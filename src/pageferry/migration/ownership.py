@@ -2,8 +2,9 @@
 
 1. The source records that it has committed before it sends Commit. From then on it never runs the workload on its own.
 2. The destination decides once: COMMITTED before it resumes the workload, ABORTED before it reports that it will not.
-   The decision that is written first holds, regardless of the process that writes it (`Verdicts.decide`). COMMITTED is
-   withdrawn in one case: the process that was to run the workload exited before it was requested to run it.
+   The decision that is written first holds, regardless of the process that writes it (`CommitDecisions.decide`).
+   COMMITTED is withdrawn in one case: the process that was to run the workload exited before it was requested to run
+   it.
 3. In post-copy, the source keeps every page until the destination has recorded that it has all of them, and has
    reported this.
 
@@ -68,7 +69,7 @@ def committed(folder: Folder | None) -> Committed | None:
     return record
 
 
-class Verdict(Enum):
+class CommitDecision(Enum):
     """Decision of the destination about a migration."""
 
     COMMITTED = "committed"
@@ -82,7 +83,7 @@ KEPT = 30 * 24 * 3600.0
 that sends Recover later receives `unknown`, which is always safe."""
 
 
-class Verdicts:
+class CommitDecisions:
     """Decisions of this host as a destination. Each is stored in a small file that outlives the process that made the
     decision."""
 
@@ -112,8 +113,8 @@ class Verdicts:
         except FileExistsError as known:
             raise UsageError(f"the id {migration} of the migration was used before on this host") from known
         try:
-            for verdict in Verdict:
-                files.replace_file(self._prepared(migration, verdict), verdict.value.encode(), synced=True)
+            for decision in CommitDecision:
+                files.replace_file(self._prepared(migration, decision), decision.value.encode(), synced=True)
             for spare in (self._spare(migration), self._arriving(migration)):
                 files.replace_file(spare, b"", synced=True)
         except OSError:
@@ -124,27 +125,27 @@ class Verdicts:
         """Return whether `begin` was called for this migration."""
         return self._begun(migration).exists()
 
-    def decide(self, migration: str, verdict: Verdict) -> Verdict:
-        """Decide `verdict`, unless a decision exists. Return the decision that holds; it is durable.
+    def decide(self, migration: str, decision: CommitDecision) -> CommitDecision:
+        """Decide `decision`, unless a decision exists. Return the decision that holds; it is durable.
 
         Raises WorkloadError if the decision cannot be written; in that case, nothing has been decided.
         """
-        target, prepared = self._verdict(migration), self._prepared(migration, verdict)
+        target, prepared = self._decision(migration), self._prepared(migration, decision)
         try:
             if target.exists():
-                return Verdict(target.read_text(encoding="ascii"))
+                return CommitDecision(target.read_text(encoding="ascii"))
             if not prepared.exists():  # begun by an earlier release
-                files.replace_file(prepared, verdict.value.encode(), synced=True)
+                files.replace_file(prepared, decision.value.encode(), synced=True)
             self._spare(migration).unlink(missing_ok=True)  # frees an inode: tmpfs counts a hard link as a file
             try:
                 # link(2) fails if the name exists, so the first decision holds.
                 os.link(prepared, target)
             except FileExistsError:
-                return Verdict(target.read_text(encoding="ascii"))
+                return CommitDecision(target.read_text(encoding="ascii"))
             self._sync()
         except OSError as error:
             raise WorkloadError(f"cannot write the decision of the migration to {target}: {error}") from error
-        return verdict
+        return decision
 
     def withdraw(self, migration: str) -> None:
         """Change COMMITTED to ABORTED, for a workload that was never run and whose process has exited.
@@ -152,9 +153,9 @@ class Verdicts:
         Only the process that decided may call this, before it has reported the decision. Raises WorkloadError if
         ABORTED cannot be written; COMMITTED then holds.
         """
-        target = self._verdict(migration)
+        target = self._decision(migration)
         try:
-            self._publish(self._prepared(migration, Verdict.ABORTED), target, Verdict.ABORTED.value)
+            self._publish(self._prepared(migration, CommitDecision.ABORTED), target, CommitDecision.ABORTED.value)
         except OSError as error:
             raise WorkloadError(f"cannot withdraw the decision of the migration in {target}: {error}") from error
 
@@ -174,16 +175,16 @@ class Verdicts:
 
     def witness(self, migration: str) -> OwnershipRecord:
         """Return the file and contents that prove the decision COMMITTED."""
-        return OwnershipRecord(self._verdict(migration), Verdict.COMMITTED.value)
+        return OwnershipRecord(self._decision(migration), CommitDecision.COMMITTED.value)
 
     def forget(self, migration: str) -> None:
         """Delete all records of a migration whose source knows the decision and will not send Recover."""
         # The `begun` file first: a migration without it is unknown. A migration that is begun but has no decision
         # could be decided again.
         self._begun(migration).unlink(missing_ok=True)
-        self._verdict(migration).unlink(missing_ok=True)
+        self._decision(migration).unlink(missing_ok=True)
         self._arrived(migration).unlink(missing_ok=True)
-        prepared = [self._prepared(migration, verdict) for verdict in Verdict]
+        prepared = [self._prepared(migration, decision) for decision in CommitDecision]
         for file in (*prepared, self._spare(migration), self._arriving(migration)):
             file.unlink(missing_ok=True)
 
@@ -203,7 +204,7 @@ class Verdicts:
                 if file.stat().st_mtime < oldest:
                     self.forget(file.stem)
 
-    def _verdict(self, migration: str) -> Path:
+    def _decision(self, migration: str) -> Path:
         return self._path / f"{migration}.verdict"
 
     def _begun(self, migration: str) -> Path:
@@ -212,8 +213,8 @@ class Verdicts:
     def _arrived(self, migration: str) -> Path:
         return self._path / f"{migration}.arrived"
 
-    def _prepared(self, migration: str, verdict: Verdict) -> Path:
-        return self._path / f"{migration}.{verdict.value}"
+    def _prepared(self, migration: str, decision: CommitDecision) -> Path:
+        return self._path / f"{migration}.{decision.value}"
 
     def _spare(self, migration: str) -> Path:
         return self._path / f"{migration}.spare"

@@ -34,7 +34,7 @@ from pageferry.migration.missing_pages import send_missing
 from pageferry.migration.recovery_server import RecoveryServer
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.channel import Channel
-from pageferry.migration.transport.connection import PageStream, Reception
+from pageferry.migration.transport.connection import ConnectionListener, PageStream
 from pageferry.pager import records
 from pageferry.pager.records import PostcopyRecord
 from pageferry.pager.service import PagerService
@@ -139,14 +139,14 @@ class PostcopyMemory:
 
     # -- further links
 
-    async def reconnect(self, channel: Channel, reception: Reception) -> None:
+    async def reconnect(self, channel: Channel, connections: ConnectionListener) -> None:
         """Continue with new connections of the source, regardless of the state of the old ones. Raises
         MigrationError."""
         serve = await channel.receive(messages.Serve)
         token = secrets.token_bytes(messages.TOKEN_BYTES)
-        reception.expect(token, channel)
+        connections.expect(token, channel)
         await channel.send(messages.Welcome(token=token))
-        late = await channel.during(reception.streams(token, 1 + serve.streams, self.host.timeout))
+        late = await channel.during(connections.streams(token, 1 + serve.streams, self.host.timeout))
         try:
             if self.service.started:
                 source = self._peer(late)
@@ -233,7 +233,7 @@ class PostcopyMemory:
         records."""
         fault_point("destination.all-here")
         seconds = time.monotonic() - self._begun
-        self.host.verdicts.arrive(self.record.migration)
+        self.host.decisions.arrive(self.record.migration)
         fault_point("destination.arrival-noted")
         counters = self._pager.counters
         self._arrived = messages.Arrived(
@@ -292,7 +292,7 @@ class Resumption:
     WorkloadError.
     """
 
-    def __init__(self, folder: Folder, reception: Reception, host: ReceivingHost) -> None:
+    def __init__(self, folder: Folder, connections: ConnectionListener, host: ReceivingHost) -> None:
         record = folder.load(records.POSTCOPY, PostcopyRecord)
         if record is None:
             raise UsageError(
@@ -302,7 +302,7 @@ class Resumption:
             log.info("%s: memory is charged to the control group of this receiver: %s", folder.name, failure)
         self.late = PostcopyMemory(record, [records.open_region(one) for one in record.regions], host)
         self.late.service.take_bitmap(folder)
-        self.recovery = RecoveryServer(reception, host.verdicts)
+        self.recovery = RecoveryServer(connections, host.decisions)
         self.recovery.arrivals = self.late
 
     async def run(self) -> None:
@@ -314,7 +314,7 @@ class Resumption:
             try:
                 await channel.send(self.late.arrived())
                 await channel.receive(messages.Done)
-                self.late.host.verdicts.forget(self.late.record.migration)
+                self.late.host.decisions.forget(self.late.record.migration)
             except PageferryError as error:
                 log.warning("%s: all memory received; the source may not be informed yet: %s", self.late.name, error)
                 await self.recovery.wait_acknowledged(self.late.host.timeout)

@@ -1,4 +1,4 @@
-"""Python API of a receiver: `receive`. The command `pageferry receive` opens its listener with `ReceptionOptions`,
+"""Python API of a receiver: `receive`. The command `pageferry receive` opens its listener with `ListenOptions`,
 too."""
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pageferry.host.registry import Registry
 from pageferry.migration.destination import Destination
 from pageferry.migration.incoming import ReceivingHost
 from pageferry.migration.options import TIMEOUT
-from pageferry.migration.ownership import Verdicts
+from pageferry.migration.ownership import CommitDecisions
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.addresses import resolve
-from pageferry.migration.transport.connection import Reception
+from pageferry.migration.transport.connection import ConnectionListener
 from pageferry.migration.transport.tls import Trust
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.arena.limits import MAX_ARENA
@@ -34,7 +34,7 @@ _reports: set[asyncio.Task[None]] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReceptionOptions:
+class ListenOptions:
     """Options of a listener for sources. Raises UsageError."""
 
     timeout: float = 30.0
@@ -58,15 +58,15 @@ class ReceptionOptions:
         if self.allow and self.tls is None:
             raise UsageError("`allow` requires `tls`: sources are identified by their certificates")
 
-    def open(self, address: str) -> Reception:
+    def open(self, address: str) -> ConnectionListener:
         """Open the listener. Raises UsageError."""
         trust = None if self.tls is None else Trust(Path(self.tls), "receiver", allow=tuple(self.allow))
         target = resolve(address, insecure=self.insecure, what="address to listen on", trust=trust)
-        return Reception(target, self.timeout, trust)
+        return ConnectionListener(target, self.timeout, trust)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReceiveOptions(ArenaOptions, ReceptionOptions):
+class ReceiveOptions(ArenaOptions, ListenOptions):
     """Options of `receive`; those of `Arena` have the same meaning. Raises UsageError."""
 
     max_size: int | None = None
@@ -79,7 +79,7 @@ class ReceiveOptions(ArenaOptions, ReceptionOptions):
         most = values.optional(values.size, "max_size", self.max_size, 1, MAX_ARENA)
         object.__setattr__(self, "max_size", most)
         values.optional(values.function, "listening", self.listening)
-        ReceptionOptions.__post_init__(self)
+        ListenOptions.__post_init__(self)
         if self.listening is not None:
             check_listener("listening", self.listening)
 
@@ -108,9 +108,9 @@ async def receive_async(address: str, **options: Any) -> Arena:
     chosen = values.options(ReceiveOptions, options)
 
     async def work(heard: Callable[[str], object]) -> Arena:
-        reception = chosen.open(address)
-        heard(str(reception.address))
-        return await _receive(reception, chosen)
+        connections = chosen.open(address)
+        heard(str(connections.address))
+        return await _receive(connections, chosen)
 
     return await beside_loop(work, chosen.listening or (lambda _: None))
 
@@ -118,7 +118,7 @@ async def receive_async(address: str, **options: Any) -> Arena:
 receive = synchronous(receive_async)
 
 
-async def _receive(reception: Reception, options: ReceiveOptions) -> Arena:
+async def _receive(connections: ConnectionListener, options: ReceiveOptions) -> Arena:
     received: list[Arena] = []
 
     async def prepare(hello: messages.Hello) -> Migratable:
@@ -132,13 +132,13 @@ async def _receive(reception: Reception, options: ReceiveOptions) -> Arena:
         return arena.workload()
 
     destination = Destination(
-        reception, prepare, ReceivingHost(verdicts=Verdicts(Registry().path), timeout=options.timeout)
+        connections, prepare, ReceivingHost(decisions=CommitDecisions(Registry().path), timeout=options.timeout)
     )
     try:
         await destination.run()
     finally:
         destination.close()
-        await reception.close()
+        await connections.close()
     # The caller owns the arena now. The source waits briefly for the report, and completes without it.
     report = asyncio.create_task(destination.report())
     _reports.add(report)

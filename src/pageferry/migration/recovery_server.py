@@ -12,10 +12,10 @@ from logging import getLogger
 from typing import Protocol
 
 from pageferry.errors import PageferryError, PeerRefused, ProtocolError, UsageError
-from pageferry.migration.ownership import Verdict, Verdicts
+from pageferry.migration.ownership import CommitDecision, CommitDecisions
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.channel import ANSWER, Channel
-from pageferry.migration.transport.connection import Reception
+from pageferry.migration.transport.connection import ConnectionListener
 
 log = getLogger(__name__)
 
@@ -23,7 +23,7 @@ log = getLogger(__name__)
 class Arrivals(Protocol):
     """Receiver of the pages of a source that reconnects."""
 
-    async def reconnect(self, channel: Channel, reception: Reception) -> None:
+    async def reconnect(self, channel: Channel, connections: ConnectionListener) -> None:
         """Take over `channel`, and receive pages from the source that is connected to it."""
 
 
@@ -34,9 +34,9 @@ MAX_ASIDE = 8
 class RecoveryServer:
     """Serves the connections of a listener concurrently, so that none of them delays a source."""
 
-    def __init__(self, reception: Reception, verdicts: Verdicts) -> None:
-        self.reception = reception
-        self.verdicts = verdicts
+    def __init__(self, connections: ConnectionListener, decisions: CommitDecisions) -> None:
+        self.connections = connections
+        self.decisions = decisions
         self.migration: str | None = None
         """Identifier of the migration that is being received."""
         self.arrivals: Arrivals | None = None
@@ -65,7 +65,7 @@ class RecoveryServer:
             log.warning(
                 "the source has not requested the outcome of the migration; a receiver at %s on this host will "
                 "reply if it does",
-                self.reception.address,
+                self.connections.address,
             )
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class RecoveryServer:
 
     async def _attend(self) -> None:
         while True:
-            self.attend_aside(*await self.reception.control())
+            self.attend_aside(*await self.connections.control())
 
     def attend_aside(self, channel: Channel, first: messages.AnyMessage) -> None:
         """Serve a connection in a separate task, which closes it unless the connection has been taken over."""
@@ -118,12 +118,12 @@ class RecoveryServer:
             raise ProtocolError(f"the peer sent {type(question).__name__} as its first message")
         messages.check_version(question.version)
         migration = question.migration
-        if not self.verdicts.knows(migration):
+        if not self.decisions.knows(migration):
             await channel.send(messages.Outcome(owner="unknown", complete=False))
             return False
-        verdict = self.verdicts.decide(migration, Verdict.ABORTED)
-        owner: messages.Owner = "destination" if verdict is Verdict.COMMITTED else "source"
-        complete = self.verdicts.arrived(migration)
+        decision = self.decisions.decide(migration, CommitDecision.ABORTED)
+        owner: messages.Owner = "destination" if decision is CommitDecision.COMMITTED else "source"
+        complete = self.decisions.arrived(migration)
         await channel.send(messages.Outcome(owner=owner, complete=complete))
         ours = migration == self.migration
         if ours and self.arrivals is not None and owner == "destination" and not complete:
@@ -142,7 +142,7 @@ class RecoveryServer:
             self._links.add(task)
             task.add_done_callback(self._links.discard)
         async with self._linking:
-            await arrivals.reconnect(channel, self.reception)
+            await arrivals.reconnect(channel, self.connections)
 
     async def _refuse_pages(self, channel: Channel) -> None:
         """Refuse pages of a workload that is received by another receiver of this host. A source without missing pages

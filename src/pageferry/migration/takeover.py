@@ -14,7 +14,7 @@ from pageferry.host.state_machine import StateMachine
 from pageferry.migration.engine_call import off_loop
 from pageferry.migration.incoming import Incoming
 from pageferry.migration.loading import populate_cold
-from pageferry.migration.ownership import Verdict, Verdicts
+from pageferry.migration.ownership import CommitDecision, CommitDecisions
 from pageferry.migration.recovery_server import RecoveryServer
 from pageferry.migration.transfer import Transfer
 from pageferry.migration.transport import messages
@@ -32,7 +32,7 @@ class DestinationState(StrEnum):
     LISTENING = "listening"
     """No source has been accepted."""
     RECEIVING = "receiving"
-    PROMISED = "promised"
+    PREPARED = "prepared"
     """Ready was sent: the source may commit at any time, and may send Recover later."""
     RUNNING = "running"
     """The workload runs on this host, or is paused because its user had paused it."""
@@ -45,8 +45,8 @@ class DestinationState(StrEnum):
 
 _FOLLOWS = {
     DestinationState.LISTENING: {DestinationState.RECEIVING},
-    DestinationState.RECEIVING: {DestinationState.PROMISED, DestinationState.GIVEN_UP},
-    DestinationState.PROMISED: {DestinationState.RUNNING, DestinationState.RENOUNCED},
+    DestinationState.RECEIVING: {DestinationState.PREPARED, DestinationState.GIVEN_UP},
+    DestinationState.PREPARED: {DestinationState.RUNNING, DestinationState.RENOUNCED},
 }
 
 
@@ -58,10 +58,12 @@ def destination_states() -> StateMachine[DestinationState]:
 class TakeOver:
     """Takes over a workload that its source has committed."""
 
-    def __init__(self, incoming: Incoming, transfer: Transfer, verdicts: Verdicts, recovery: RecoveryServer) -> None:
+    def __init__(
+        self, incoming: Incoming, transfer: Transfer, decisions: CommitDecisions, recovery: RecoveryServer
+    ) -> None:
         self._incoming = incoming
         self._transfer = transfer
-        self._verdicts = verdicts
+        self._decisions = decisions
         self._recovery = recovery
         self._faults = Faults(0, 0)
         """Page faults of the workload before it was resumed."""
@@ -74,10 +76,10 @@ class TakeOver:
         fault_point("destination.commit-received")
         incoming, migration = self._incoming, self._incoming.hello.migration
         # Before the decision: from then on the workload must survive the exit of this process.
-        await incoming.workload.commit(self._verdicts.witness(migration))
+        await incoming.workload.commit(self._decisions.witness(migration))
         self._faults = incoming.workload.faults()
         self.stays_paused = incoming.workload.stays_paused
-        if self._verdicts.decide(migration, Verdict.COMMITTED) is not Verdict.COMMITTED:
+        if self._decisions.decide(migration, CommitDecision.COMMITTED) is not CommitDecision.COMMITTED:
             raise Cancelled("the migration was aborted in reply to a recovery request of the source")
         # Resuming may access a missing page after the link is lost, so a reconnecting source is served from here on.
         self._recovery.arrivals = self._transfer.postcopy
@@ -97,7 +99,7 @@ class TakeOver:
         except WorkloadError as failed:
             if failed.never_ran:
                 self._recovery.arrivals = None
-                self._verdicts.withdraw(self._incoming.hello.migration)
+                self._decisions.withdraw(self._incoming.hello.migration)
             raise
 
     async def report(self) -> bool:

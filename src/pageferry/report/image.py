@@ -21,8 +21,8 @@ class ImageView(PlainView):
             case ImageSummary():
                 return _summary(result)
             case Verification():
-                verdict = f"{result.path}: {'intact' if result.intact else 'DAMAGED'}"
-                return Group(Text(verdict), *(Text(finding) for finding in result.findings))
+                summary = f"{result.path}: {'intact' if result.intact else 'DAMAGED'}"
+                return Group(Text(summary), *(Text(finding) for finding in result.findings))
             case Difference():
                 return _difference(result)
             case Flattened():

@@ -85,8 +85,8 @@ class DemoView(MigrationView):
         """Return the table of the migration, and a line that states whether writes were lost."""
         if not isinstance(result, DemoResult):
             return super().result(result)
-        verdict = "no lost writes" if result.intact else "WRITES LOST"
-        line = f"{verdict}: {result.writes:,} writes, {result.checked:,} pages verified"
+        outcome = "no lost writes" if result.intact else "WRITES LOST"
+        line = f"{outcome}: {result.writes:,} writes, {result.checked:,} pages verified"
         return Group(super().result(result), Text(line, style="bold green" if result.intact else "bold red"))
 
 

@@ -160,7 +160,7 @@ async def connect_streams(control: Channel, address: Address, token: bytes, numb
     return await control.during(connect_all())
 
 
-class Reception:
+class ConnectionListener:
     """Listener of a receiver: accepts control connections and page streams, which it distinguishes by their magic.
 
     Each connection is greeted by a separate task, so that a silent one does not delay others. A connection without a
