@@ -17,10 +17,8 @@ BALLOON = ("-device", "virtio-balloon-pci")
 
 
 def test_state_of_a_different_machine_is_refused(parts: GuestParts, registry: Registry) -> None:
-    """Of the mismatches, pageferry refuses those that it can detect, and QEMU refuses the others.
-
-    No process of the destination remains.
-    """
+    """Check that pageferry refuses the mismatches that it can detect, that QEMU refuses the others, and that no process of
+    the destination remains."""
 
     async def scenario() -> None:
         # The guest has never run: otherwise the test would have to copy the guest's memory, too.

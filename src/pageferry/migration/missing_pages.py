@@ -30,7 +30,7 @@ class MissingPages:
         """Add the next chunk. Raises ProtocolError if it is out of order, too long, or not a valid page set."""
         if self.complete or message.region != len(self.sets):
             raise ProtocolError(
-                f"the peer sent missing pages of region {message.region}, expected region {len(self.sets)}"
+                f"the peer sent missing pages of region {message.region} after {len(self.sets)} regions"
             )
         pages = self._pages[message.region]
         most = pages // 8 + pages // 2048 + PACKING
