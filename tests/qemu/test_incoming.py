@@ -17,8 +17,7 @@ BALLOON = ("-device", "virtio-balloon-pci")
 
 
 def test_state_of_a_different_machine_is_refused(parts: GuestParts, registry: Registry) -> None:
-    """Check that pageferry refuses the mismatches that it can detect, that QEMU refuses the others, and that no process of
-    the destination remains."""
+    """Check that pageferry or QEMU refuses each mismatch, and that no process of the destination remains."""
 
     async def scenario() -> None:
         # The guest has never run: otherwise the test would have to copy the guest's memory, too.
