@@ -923,8 +923,8 @@ class Finding:
 
 @final
 class Image:
-    """Open image file. The constructor duplicates the descriptor, and verifies everything except the storage blocks.
-    Raises ValueError if the image is damaged, truncated or of an unsupported version."""
+    """Image file that is open for reading. The constructor duplicates the descriptor, and verifies everything except
+    the storage blocks. Raises ValueError if the image is damaged, truncated or of an unsupported version."""
 
     def __new__(cls, fd: int) -> Image: ...
     def fileno(self) -> int:

@@ -30,8 +30,8 @@ const LOCKS: usize = 64;
 /// Reason why pages could not be placed.
 #[derive(Debug, Error)]
 pub enum PlaceError {
-    /// The region was not announced.
-    #[error("cannot place pages of region {0}: only {1} regions were announced")]
+    /// The region does not exist.
+    #[error("cannot place pages of region {0}: there are only {1} regions")]
     Region(usize, usize),
     /// The range of pages extends beyond the region.
     #[error("cannot place pages {first} to {end}: the region has {pages} pages")]

@@ -50,7 +50,7 @@ class Placement:
         return cls(memory, large, placer, BlockReceiver([stream.handle for stream in streams], placer, timeout))
 
     def populated(self) -> messages.Populated:
-        """Return the number of page-table entries populated so far."""
+        """Return the numbers of page-table entries populated so far, and the time spent."""
         done = self.placer.populated
         return messages.Populated(large=done.large, small=done.small, failed=done.failed, seconds=done.seconds)
 

@@ -50,5 +50,7 @@ def request(folder: Folder) -> None:
     """Request the switch-over. Raises UsageError if no migration accepts it."""
     record = folder.load(RECORD, Switch)
     if record is None or not proc.is_alive(record.pid, record.started):
-        raise UsageError(f"cannot switch over: no migration of {folder.name} with --mode hybrid is in its rounds")
+        raise UsageError(
+            f"cannot switch {folder.name} to post-copy: no migration with --mode hybrid is sending rounds of its memory"
+        )
     folder.store(RECORD, msgspec.structs.replace(record, requested=True))

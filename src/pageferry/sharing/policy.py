@@ -27,7 +27,8 @@ def threshold(free: float) -> int:
 
 
 def best_first(units: Iterable[Unit], *, possible: bool) -> list[Unit]:
-    """Return the units with shareable pages: units of base pages first, then huge pages by decreasing gain."""
+    """Return the units with shareable pages: units of base pages first, then huge pages, each by decreasing number of
+    these pages. `possible`: count only pages that can be shared on this host."""
 
     def count(unit: Unit) -> int:
         return unit.possible if possible else unit.shareable

@@ -41,5 +41,5 @@ def _add_recovery(parser: argparse.ArgumentParser) -> None:
     after.add_argument(
         "--take-back",
         action="store_true",
-        help="resume the workload on this host; only if the receiver does not run it and never will",
+        help="resume the workload on this host; use this only if the receiver does not run it and never will",
     )
