@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -294,4 +296,18 @@ def test_guest_received_in_the_foreground_ends_with_the_command(
             there.process.send_signal(number)
             ended(there, (128 + number,))
         assert bare.name not in Registry().entries()
+        assert bare.next_name not in Registry().entries()
+
+
+def test_receiver_in_the_foreground_fails_when_its_guest_is_killed(parts: GuestParts, tmp_path: Path) -> None:
+    with travelling(parts, tmp_path, name="bare", memory="64M", checker=None) as bare:
+        with bare.receiver(detach=False, stderr=subprocess.PIPE) as there:
+            with bare.migrating(moving.address_of(there)) as migration:
+                assert migration.wait() == 0
+            moving.until(there, "received")
+            os.kill(travel.entry(bare.next_name).pid, signal.SIGKILL)
+            assert there.process.stderr is not None
+            assert b"was killed by SIGKILL" in there.process.stderr.read()
+            assert there.wait() == 10
+            there.process.stderr.close()
         assert bare.next_name not in Registry().entries()

@@ -108,13 +108,13 @@ def test_foreground_guest_ends_on_ctrl_c(parts: GuestParts, registry: Registry) 
 def test_foreground_command_reports_how_its_guest_ended(
     parts: GuestParts, registry: Registry, says: str, code: int
 ) -> None:
-    """QEMU uses the command's standard streams. The command returns QEMU's exit code, or reports the signal."""
+    """QEMU uses the command's standard streams. The command fails if QEMU fails or is killed, and names the signal."""
     with start_in_foreground(parts) as command:
         if not says:
             os.kill(listed()[0]["pid"], signal.SIGKILL)
         output, errors = command.communicate(f"{says}\n", timeout=TIMEOUT)
     assert "monitor" in output
-    assert (command.returncode, "exit code -9" in errors) == (code, not says)
+    assert (command.returncode, "was killed by SIGKILL" in errors) == (code, not says)
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -108,7 +108,8 @@ async def _receive_guest(
                 await finishing
                 guest.close()
                 return 0
-            return await run_in_foreground(guest) or 0
+            await run_in_foreground(guest, command[0])
+            return 0
     except BaseException:
         if not destination.accepted:  # once it has accepted a source, the destination stops the guest
             await asyncio.shield(guest.discard())

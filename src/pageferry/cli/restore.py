@@ -64,15 +64,13 @@ async def _restore(args: argparse.Namespace, reporter: Reporter, pager: PagerPro
 async def _run_in_foreground(
     args: argparse.Namespace, workload: QemuWorkload, result: RestoreResult, reporter: Reporter
 ) -> int:
-    """Wait until the guest exits, and report when all of its memory is loaded. Raises WorkloadError if the exit code of
-    the guest is not 0."""
+    """Wait until the guest exits, and report when all of its memory is loaded. Raises WorkloadError if QEMU
+    fails or is killed."""
     completion = asyncio.ensure_future(_report_completion(args.name, result, reporter))
     try:
-        code = await run_in_foreground(workload)
+        await run_in_foreground(workload, args.command[0])
     finally:
         completion.cancel()
-    if code:
-        raise WorkloadError(f"{args.name}: {args.command[0]} exited with code {code}; see its output for the cause")
     return 0
 
 

@@ -7,7 +7,7 @@ from logging import getLogger
 
 from pageferry import report
 from pageferry.cli.foreground import run_in_foreground
-from pageferry.errors import UsageError, WorkloadError
+from pageferry.errors import UsageError
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.inventory import describe
 from pageferry.workloads.qemu.guest import QemuWorkload
@@ -16,8 +16,8 @@ log = getLogger(__name__)
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Start the guest, and unless `--detach` is given, wait until it exits. Raises WorkloadError if the exit code of
-    the guest is not 0."""
+    """Start the guest, and unless `--detach` is given, wait until it exits. Raises WorkloadError if QEMU
+    fails or is killed."""
     if not args.command:
         raise UsageError("the command line of QEMU is missing: give NAME -- QEMU ARGS...")
     workload = await QemuWorkload.start(args.name, args.command, detach=args.detach, hugetlb=args.hugetlb)
@@ -27,6 +27,5 @@ async def run(args: argparse.Namespace) -> int:
         workload.close()
         return 0
     log.info("%s: running as process %d", args.name, workload.pid)
-    if code := await run_in_foreground(workload):
-        raise WorkloadError(f"{args.name}: {args.command[0]} exited with code {code}; see its output for the cause")
+    await run_in_foreground(workload, args.command[0])
     return 0
