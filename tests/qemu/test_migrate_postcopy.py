@@ -40,7 +40,7 @@ def stall_reason(name: str) -> str | None:
 
 @pytest.mark.parametrize(
     "options",
-    ["--mode postcopy", "--mode postcopy --codec lz4 --streams 2", "--mode hybrid --max-downtime 0 --max-rounds 2"],
+    ["--mode postcopy", "--mode postcopy --codec lz4 --streams 2", "--mode hybrid --max-downtime 0 --max-rounds 1"],
 )
 def test_guest_is_migrated_by_postcopy_and_hybrid(guest: Traveller, options: str) -> None:
     before = guest.runs()
