@@ -9,8 +9,8 @@ MAKEFLAGS += --no-builtin-rules
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTEST_ARGS ?=
-# Two more processes than cores, because tests often wait; not more, because some tests measure time.
-WORKERS ?= $(shell echo $$(($$(nproc) + 2)))
+# One more process than cores, because tests wait now and then; not more, because some tests measure time.
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PYTEST := scripts/pytest.sh $(PYTHON) $(WORKERS)
 
 ENGINE_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
