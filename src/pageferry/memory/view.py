@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from pageferry._engine import MappedSegment, Mapping, PageSet, ProcessRange, Space
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.memory import bitmaps
-from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region, Segment
 
 
 class Extent(Protocol):
@@ -170,10 +170,21 @@ def _collapse(space: Space, address: int, length: int) -> None:
 def segments_of(regions: Sequence[Region]) -> list[MappedSegment]:
     """Return the segments of the regions. Raises ProcessLookupError if a process has exited, OSError."""
     spaces = {pid: Space(pid) for pid in {segment.pid for region in regions for segment in region.segments}}
+    return mapped(spaces, numbered(regions))
+
+
+def numbered(regions: Sequence[Region]) -> Iterator[tuple[int, Segment]]:
+    """Yield all segments of the regions, each with the number of its region."""
+    for number, region in enumerate(regions):
+        yield from ((number, segment) for segment in region.segments)
+
+
+def mapped(spaces: dict[int, Space], segments: Iterable[tuple[int, Segment]]) -> list[MappedSegment]:
+    """Return segments in the form that the engine takes. `spaces`: address spaces of their processes, by pid;
+    `segments`: each with the number of its region."""
     return [
         MappedSegment(spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
-        for number, region in enumerate(regions)
-        for segment in region.segments
+        for number, segment in segments
     ]
 
 

@@ -27,6 +27,7 @@ from pageferry.host.cgroups import join_groups_of
 from pageferry.host.fault_points import fault_point
 from pageferry.host.registry import Folder
 from pageferry.memory.regions import SMALL_PAGE, Region
+from pageferry.memory.view import mapped, numbered
 from pageferry.migration import events
 from pageferry.migration.engine_call import off_loop
 from pageferry.migration.incoming import ReceivingHost
@@ -109,11 +110,10 @@ class PostcopyMemory:
     def _make_pager(
         self, source: PeerSource, userfaults: dict[int, int], flags: int, begin: Literal["kept", "taken-over"]
     ) -> Pager:
-        segments = [(number, one) for number, region in enumerate(self.service.regions) for one in region.segments]
         return Pager(
             source,
             self._targets(),
-            self.service.mapped(segments),
+            mapped(self.service.spaces, numbered(self.service.regions)),
             userfaults,
             flags,
             begin=begin,

@@ -24,6 +24,7 @@ from pageferry.images import targets
 from pageferry.images.image import ImageFile, open_link
 from pageferry.images.working_set import WorkingSet
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Segment
+from pageferry.memory.view import mapped
 from pageferry.pager import records
 from pageferry.pager.fill_order import fill_order
 from pageferry.pager.records import Deferred, OwnImage
@@ -82,7 +83,7 @@ class ImagePager:
         return Pager(
             self.image.chain,
             targets.targets(self.image, self.regions),
-            self.service.mapped(self._watched()),
+            mapped(self.service.spaces, self._watched()),
             ours,
             flags,
             fill="none",

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from pageferry._engine import MappedSegment, Pager
+from pageferry._engine import Pager
 from pageferry.host import proc
 from pageferry.host.registry import Folder
 from pageferry.images.metadata import ImageIdentity
-from pageferry.memory.regions import SMALL_PAGE, Region, Segment
+from pageferry.memory.regions import SMALL_PAGE, Region
 from pageferry.pager import page_faults, records
 from pageferry.pager.server import PagerServer
 
@@ -78,15 +78,6 @@ class PagerService:
 
     def _descriptors(self, userfaults: Mapping[int, int]) -> dict[int, int]:
         return {pid: self.spaces[pid].descriptor(number) for pid, number in userfaults.items()}
-
-    def mapped(self, segments: Iterable[tuple[int, Segment]]) -> list[MappedSegment]:
-        """Return segments in the form that the engine takes. `segments`: each with the number of its region."""
-        return [
-            MappedSegment(
-                self.spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE
-            )
-            for number, segment in segments
-        ]
 
     def serve(self, origin: str, identity: ImageIdentity | None = None) -> None:
         """Start to serve requests on the socket in the workload's directory, if there is a directory. `origin`: origin
