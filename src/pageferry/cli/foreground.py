@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from typing import TYPE_CHECKING
 
 from pageferry.errors import WorkloadError
+from pageferry.host.processes import signal_name
 
 if TYPE_CHECKING:
     from pageferry.workloads.qemu.guest import QemuWorkload
@@ -25,14 +25,6 @@ async def run_in_foreground(workload: QemuWorkload, program: str) -> None:
         raise
     await workload.forget()
     if code:
-        raise WorkloadError(f"{workload.name}: {program} {_end(code)}; see its output for the cause")
-
-
-def _end(code: int) -> str:
-    """Describe a non-zero exit code as in `subprocess`: it is negative if a signal killed the process."""
-    if code > 0:
-        return f"exited with code {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
+        # As in `subprocess`, the code is negative if a signal killed the process.
+        how = f"exited with code {code}" if code > 0 else f"was killed by {signal_name(-code)}"
+        raise WorkloadError(f"{workload.name}: {program} {how}; see its output for the cause")

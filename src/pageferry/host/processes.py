@@ -21,6 +21,14 @@ class Outliving(subprocess.Popen[AnyStr]):
         """Do nothing; Popen would issue a ResourceWarning."""
 
 
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as SIGKILL, or `signal N` for a signal without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 async def wait_for_end(pid: int, started: int) -> None:
     """Wait until the process `pid` that started at `started` (see `proc.start_time`) has exited.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pageferry.errors import UsageError
+from pageferry.host.processes import signal_name
 from pageferry.report.event_log import Log
 from pageferry.report.events import FactRecord, FigureRecord, Outcome, RunRecord
 from pageferry.report.figures import checkpoint, large_pages, migration, restore, sharing
@@ -68,7 +68,7 @@ class Run:
         if not end.exit_code:
             return None
         if self.outcome == "interrupted":
-            return f"Ended by {_signal(end.exit_code - 128)}."
+            return f"Ended by {signal_name(end.exit_code - 128)}."
         named = f"{end.error}: {end.message}" if end.message else end.error or ""
         return f"{named} (exit code {end.exit_code})".strip()
 
@@ -103,13 +103,6 @@ class Run:
                 for figure in self.figures
             ],
         )
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def families(runs: Sequence[Run]) -> list[list[Run]]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from pageferry.host.processes import signal_name
+
 DEADLINE = 5.0
 """Time limit for all probes together, seconds. Normally, they take a fraction of a second."""
 
@@ -166,7 +168,7 @@ def _how_it_ended(in_time: bool, status: int | None, deadline: float) -> str:
     if not in_time:
         return f"the probe did not finish within {deadline:g} s"
     if status is not None and os.WIFSIGNALED(status):
-        return f"the probe was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+        return f"the probe was killed by {signal_name(os.WTERMSIG(status))}"
     return "the probe exited without a result"
 
 
