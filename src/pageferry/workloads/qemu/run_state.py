@@ -62,8 +62,8 @@ class LastSeen:
         """Events since `stop` that can show a resume or a reset of the guest."""
         self._resumed = False
         """Whether the guest was resumed after `stop`."""
-        self._interfered = False
-        """Whether the guest was resumed after `stop`, or reset after QEMU began to write the devices."""
+        self._reset = False
+        """Whether the guest was reset after QEMU began to write the devices."""
 
     async def stop(self, monitor: Monitor, stop: Stop) -> bool:
         """Stop the vCPUs, and read run state and machine. Return whether the guest ran until then.
@@ -72,7 +72,7 @@ class LastSeen:
         """
         ran = await stop(monitor)
         self._events = monitor.listen("RESUME", "RESET", "MIGRATION")
-        self._resumed = self._interfered = False
+        self._resumed = self._reset = False
         await self._look(monitor)
         if self.status in ("running", "suspended"):
             raise WorkloadError(
@@ -109,25 +109,25 @@ class LastSeen:
         before = self.status
         await self._check_machine(monitor)
         self._read_events()
-        if self.status != before or self._interfered:
+        if self.status != before or self._resumed or self._reset:
             raise WorkloadError(
                 f"{self.name} was resumed or reset while it was paused (run state {self.status}, before: "
                 f"{before}); keep other clients from controlling it until it has been migrated"
             )
 
     def _read_events(self) -> None:
-        """Update `_interfered`. A reset that was requested while the guest ran can be executed after the stop. It does
-        no harm before QEMU writes the devices, because the last pages are collected later."""
+        """Update `_resumed` and `_reset`. A reset that was requested while the guest ran can be executed after the
+        stop. It does no harm before QEMU writes the devices, because the last pages are collected later."""
         events: Any = self._events.clear() if self._events is not None else ()
         for event in events:
             match event["event"]:
                 case "MIGRATION":
                     if event["data"]["status"] == _WRITES_DEVICES:
-                        self._interfered = self._resumed
+                        self._reset = False
                 case "RESUME":
-                    self._interfered = self._resumed = True
+                    self._resumed = True
                 case _:
-                    self._interfered = True
+                    self._reset = True
 
     async def _check_machine(self, monitor: Monitor) -> None:
         before = self.machine
