@@ -23,7 +23,7 @@ from pageferry.images.image import ImageFile
 from pageferry.images.working_set import WorkingSet
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import page_faults, records
-from pageferry.pager.fill_order import fill_order
+from pageferry.pager.fill_order import FillOrder, fill_order
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.server import PagerServer
 from pageferry.workloads.arena.arena import Arena, memory_file
@@ -184,7 +184,7 @@ def _learn(working_set: WorkingSet, pager: Pager, prefetch: bool, pid: int) -> N
 def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], options: RestoredArenaOptions) -> Pager:
     mapping = Mapping(arena.descriptor, arena.length)
     target = TargetRegion(mapping, SMALL_PAGE, targets.large_units(image)[0])
-    order = fill_order(image, working_set if options.prefetch else [])
+    order = fill_order(image, working_set) if options.prefetch else FillOrder((), ())
     space = Space()
     userfaults, _ = page_faults.userfaults({os.getpid(): space})
     try:
