@@ -13,7 +13,7 @@ from pageferry.checkpoints.restore_guest import restore_guest
 from pageferry.host import proc, processes
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Folder, Registry
-from pageferry.pager import client
+from pageferry.pager import client, records
 from pageferry.pager.protocol import PagerStatus
 from tests.guest import booted
 from tests.guest.machines import GuestParts
@@ -81,6 +81,24 @@ class Restored:
         async with asyncio.timeout(30):
             while await self.status() is not None:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
+
+    async def logged(self, text: str) -> None:
+        """Wait until the log of the pager contains `text`, for at most 60 seconds."""
+        async with asyncio.timeout(60):
+            while text not in (self.folder.path / records.LOG).read_text():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+    async def idle(self) -> PagerStatus:
+        """Wait until the pager of a paused guest has loaded no page for a second. Return its status."""
+        before = None
+        async with asyncio.timeout(60):
+            while True:
+                status = await self.status()
+                assert status is not None
+                if before is not None and (status.loaded, status.bytes_read) == (before.loaded, before.bytes_read):
+                    return status
+                before = status
+                await asyncio.sleep(1)
 
     async def kill_pager(self) -> None:
         """Kill the pager with SIGKILL, and wait until it has exited."""

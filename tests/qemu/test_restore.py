@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from pageferry.checkpoints.restore_guest import completed, restore_guest
 from pageferry.errors import RestoreError, UsageError
 from pageferry.events import Event
 from pageferry.host import proc, processes
+from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
 from pageferry.pager import records
@@ -281,35 +281,57 @@ def test_guest_waits_while_its_pager_is_dead(guest: Make, image: Path) -> None:
     asyncio.run(run())
 
 
+async def damage(restored: Restored, image: Path, bad: Path) -> None:
+    """Overwrite all blocks of `bad`, the image from which the guest is being restored and a copy of `image`. Wait until
+    the guest accesses one of them."""
+    with bad.open("r+b") as file:
+        for offset, length in ImageFile(image).image.blocks:
+            file.seek(offset)
+            file.write(bytes(length))
+    async with asyncio.timeout(20):
+        while not (status := await restored.status()) or not status.accessed:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert "storage block" in status.failures[0]
+    assert str(bad) in status.failures[0]
+
+
 def test_guest_is_paused_by_a_damaged_image_and_continues_with_a_good_one(
     guest: Make, image: Path, tmp_path: Path
 ) -> None:
     async def run() -> None:
-        bad = tmp_path / "bad"
-        shutil.copy(image, bad)
         restored = guest("restored")
+        bad = Path(shutil.copy(image, tmp_path / "bad"))
         await restored.start(bad, prefetch=False)
-        blocks = ImageFile(image).image.blocks
-        with bad.open("r+b") as file:
-            for offset, length in blocks:
-                file.seek(offset)
-                file.write(bytes(length))
-        status = await restored.status()
-        deadline = time.monotonic() + 20
-        while status is not None and not status.accessed:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.05)
-            status = await restored.status()
-        assert status is not None
-        assert "storage block" in status.failures[0]
-        assert str(bad) in status.failures[0]
-        await asyncio.sleep(4)  # during this time, the pager sends QEMU the request to pause the guest
-        before = restored.serial.last
+        await damage(restored, image, bad)
+        await restored.logged("to continue with an intact copy")  # the pager has requested a pause of the guest
         await take_over(restored.folder, image)
+        assert not await restored.workload.running()
+        await restored.workload.resume()
+        await restored.serial.passes(2)
+        await restored.end()
+
+    asyncio.run(run())
+
+
+def test_guest_that_cannot_be_paused_at_once_is_paused_after_the_takeover(
+    guest: Make, image: Path, tmp_path: Path
+) -> None:
+    """QEMU serves another client, so the request of the pager stays open, and the next pager repeats it."""
+
+    async def run() -> None:
+        restored = guest("restored")
+        bad = Path(shutil.copy(image, tmp_path / "bad"))
+        await restored.start(bad, prefetch=False)
+        async with await Monitor.open(restored.workload.qmp_socket):
+            await damage(restored, image, bad)
+            await restored.logged("pauses when the page is loaded")
+            await take_over(restored.folder, image)
+            assert '"pausing":true' in (restored.folder.path / records.RECORD).read_text()
         async with asyncio.timeout(20):
             while await restored.workload.running():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        assert restored.serial.last == before
+            while '"pausing":true' in (restored.folder.path / records.RECORD).read_text():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
         await restored.workload.resume()
         await restored.serial.passes(2)
         await restored.end()

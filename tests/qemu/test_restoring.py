@@ -270,8 +270,7 @@ def test_duplicates_of_deferred_pages_are_found_by_signatures(restored: Restored
     async def run() -> None:
         await restored.start(image, prefetch=False)
         await execute("stop")
-        await asyncio.sleep(1)  # during this time, the pager loads the remaining pages of accessed storage blocks
-        before = await restored.status()
+        before = await restored.idle()
         early = await sharing.find_async(["restored"])
         after = await restored.status()
         assert before is not None

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -29,6 +29,9 @@ from pageferry.pager import records
 from pageferry.pager.fill_order import fill_order
 from pageferry.pager.records import Deferred, OwnImage
 from pageferry.pager.service import PagerService
+
+if TYPE_CHECKING:
+    from pageferry.pager.alarm import PauseRequest
 
 log = logging.getLogger("pageferry.pager")
 
@@ -59,14 +62,19 @@ class ImagePager:
         self.service = PagerService(self.regions, folder)
         self._filling = not work.prefetch
         self._evicting = evicting
+        self._pause: PauseRequest | None = None
         try:
+            if work.pausing:
+                self._request_pause()
             self._start(taken_over)
             fault_point("pager.registered")
             # Stored only after the pager has set the bitmap: a record with an empty bitmap would mean that all pages
-            # are present. Not synced: the guest waits for this write, and does not survive a crash of the host anyway.
-            self.work = msgspec.structs.replace(work, userfaults=self.service.userfaults)
-            folder.store(records.RECORD, self.work, synced=False)
+            # are present.
+            self._store(userfaults=self.service.userfaults)
             self.service.serve(str(image.path), image.identity)
+            if self._pause is not None:  # when the takeover has completed, a client of the guest may resume it
+                self._pause.wait()
+                self._check_pause()
         except BaseException:
             self.close()
             raise
@@ -134,6 +142,7 @@ class ImagePager:
             if len(failures) > known:
                 known = len(failures)
                 self._complain(server.describe(failures[known - 1]), accessed=failures[known - 1].accessed)
+            self._check_pause()
         self._finish()
 
     def close(self) -> None:
@@ -147,18 +156,32 @@ class ImagePager:
         """Log a page that cannot be read, and pause a guest that waits for it."""
         log.error("%s: %s", self.folder.name, description)
         if accessed and self.work.qmp_socket is not None:
-            from pageferry.pager.alarm import stop_guest
-
-            paused = stop_guest(self.work.qmp_socket)
-            log.error(
-                "%s %s",
-                self.folder.name,
-                "is paused" if paused else "does not respond to the request to pause: it waits at the access",
-            )
+            pause = self._pause or self._request_pause()
+            log.error("%s %s", self.folder.name, pause.wait())
             log.error(
                 "to continue with an intact copy of the image, run: pageferry restore --takeover %s IMAGE",
                 self.folder.name,
             )
+
+    def _request_pause(self) -> PauseRequest:
+        """Request a pause of the guest. The record keeps the request until QEMU has responded, for the next pager."""
+        from pageferry.pager.alarm import PauseRequest
+
+        assert self.work.qmp_socket is not None
+        self._pause = pause = PauseRequest(self.work.qmp_socket)
+        self._store(pausing=True)
+        return pause
+
+    def _check_pause(self) -> None:
+        if self._pause is not None and not self._pause.open:
+            self._pause = None
+            self._store(pausing=False)
+
+    def _store(self, **changes: object) -> None:
+        """Store the record with changes. It is not synced: a guest waits for this write, and does not survive a crash
+        of the host anyway."""
+        self.work = msgspec.structs.replace(self.work, **changes)
+        self.folder.store(records.RECORD, self.work, synced=False)
 
     # -- the end
 

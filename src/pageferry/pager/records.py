@@ -84,6 +84,8 @@ class Deferred(msgspec.Struct, frozen=True, kw_only=True):
     is present. Pages are loaded on demand only. When all are loaded, the images in `own` are removed."""
     own: list[OwnImage] = []
     """Images that reclaim has created for this cold store. A pager removes these and no other files."""
+    pausing: bool = False
+    """The guest has accessed an unreadable page, and QEMU has not responded to the request to pause yet."""
 
 
 class PostcopyRecord(msgspec.Struct, frozen=True, kw_only=True):
