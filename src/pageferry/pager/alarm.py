@@ -15,7 +15,7 @@ _TIMEOUT = 3.0
 
 
 class PauseRequest:
-    """Request to pause a guest by QMP, sent by a thread of its own.
+    """Request to pause a guest by QMP, sent by a separate thread.
 
     QEMU may not respond before the page is loaded: its main loop waits for the page itself, or for a lock that a vCPU
     holds during its access, or for a vCPU to return from its access. The request then stays open, and the guest pauses
