@@ -10,12 +10,14 @@ by ps(1).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import IO, Any
 
 TIMEOUT = 86400.0
@@ -26,6 +28,9 @@ ATTEMPTS = 200
 _MIGRATING = frozenset({"setup", "active", "device", "pre-switchover", "cancelling"})
 
 Action = dict[str, Any]
+
+_NUMBERS = itertools.count(1)
+"""Ids of QMP commands."""
 
 
 def main() -> int:
@@ -108,7 +113,7 @@ def _converse(path: str, commands: list[dict[str, Any]], deadline: float) -> Non
         connection.settimeout(max(deadline - time.monotonic(), 0.1))
         connection.connect(path)
         with connection.makefile("rw") as monitor:
-            _reply(monitor)  # the greeting
+            _await_message(monitor, lambda message: "QMP" in message)  # the greeting
             _command(monitor, {"execute": "qmp_capabilities"})
             # The parent may have exited while it was saving the device state.
             while (status := _command(monitor, {"execute": "query-migrate"}).get("status")) in _MIGRATING:
@@ -123,22 +128,25 @@ def _converse(path: str, commands: list[dict[str, Any]], deadline: float) -> Non
 
 def _command(monitor: IO[str], command: dict[str, Any]) -> dict[str, Any]:
     """Execute a command. Return its result, which is empty if QEMU refuses the command: the guardian cannot report
-    errors."""
-    monitor.write(json.dumps(command) + "\n")
+    errors.
+
+    QEMU also sends this connection the reply to a command of the previous connection that was closed too early, such as
+    a `stop` that waits for a disk. Such a reply has another id.
+    """
+    number = next(_NUMBERS)
+    monitor.write(json.dumps({**command, "id": number}) + "\n")
     monitor.flush()
-    reply = _reply(monitor)
-    while "event" in reply:
-        reply = _reply(monitor)
-    returned = reply.get("return")
+    returned = _await_message(monitor, lambda message: message.get("id") == number).get("return")
     return returned if isinstance(returned, dict) else {}
 
 
-def _reply(monitor: IO[str]) -> dict[str, Any]:
-    line = monitor.readline()
-    if not line:
-        raise ConnectionResetError("QEMU closed the monitor")
-    reply: dict[str, Any] = json.loads(line)
-    return reply
+def _await_message(monitor: IO[str], expected: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Return the next message that is expected. Ignore all others."""
+    while line := monitor.readline():
+        message: dict[str, Any] = json.loads(line)
+        if expected(message):
+            return message
+    raise ConnectionResetError("QEMU closed the monitor")
 
 
 def _write(path: str, text: str) -> None:
