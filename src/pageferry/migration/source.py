@@ -8,6 +8,7 @@ the rounds may end early.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from logging import getLogger
 from typing import Literal
@@ -94,9 +95,12 @@ class Source:
     async def _set_up(self, address: Address, memory: Memory) -> Session:
         """Connect to the destination, and install the write traces."""
         with self.statistics.times.measure("setup"):
-            session = await self._connect(address, memory)
             self.statistics.memory = memory.size
-            self.statistics.large = await off_loop(lambda: large_units(memory, self.job.hold))
+            reading = asyncio.ensure_future(off_loop(lambda: large_units(memory, self.job.hold)))
+            try:
+                session = await self._connect(address, memory)
+            finally:
+                self.statistics.large = await reading
             await self._observe(session)
             self._report_setup(memory)
             for number, units in enumerate(self.statistics.large):
@@ -145,7 +149,6 @@ class Source:
         return PrecopySwitchOver(session, rounds, rest, session.trace)
 
     async def _switch_over(self, switch_over: SwitchOver) -> None:
-        await self.job.workload.check_mappers()
         self.state.enter(SourceState.SWITCHING_OVER)
         self.statistics.ready = await switch_over.run()
         self.state.enter(SourceState.READY)

@@ -46,12 +46,14 @@ class SwitchOver(ABC):
             session.throttle.lift()
         await self._pause()
         state = await self._finish_memory()
+        self._check_identity()
         session.memory.check_files()
         await self._send_state(state[self._state_sent :])
         digest = blake2b(state, digest_size=32).digest()
         await session.channel.send(messages.StateEnd(length=len(state), digest=digest))
         fault_point("source.state-sent")
         times.phase("load")
+        await session.job.workload.prepare_commit()
         ready = await session.channel.receive(messages.Ready, session.job.options.timeout)
         session.memory.check_files()
         fault_point("source.ready")
@@ -65,6 +67,7 @@ class SwitchOver(ABC):
         workload = self._session.job.workload
         if self._sends_before_pause:
             await self._session.drain()
+        checking = asyncio.create_task(workload.check_mappers())
         preparing = asyncio.create_task(workload.prepare_pause())
         try:
             await self._load_deferred()
@@ -72,7 +75,7 @@ class SwitchOver(ABC):
                 await self._send(self._rest)
         finally:
             was_prepared = preparing.done()
-            await preparing
+            await asyncio.gather(preparing, checking)
         if was_prepared:  # before the pages were sent: repeat the checks now, not during the pause
             await workload.prepare_pause()
 
@@ -98,7 +101,6 @@ class SwitchOver(ABC):
         times.phase("last-pages")
         session.drains.due = False  # pausing has completed all I/O
         fault_point("source.paused")
-        self._check_identity()
 
     def _check_identity(self) -> None:
         """Raise WorkloadError if the configuration of the workload differs from the one in Hello, which the destination
@@ -173,13 +175,16 @@ class PrecopySwitchOver(SwitchOver):
         times, trace = self._session.statistics.times, self._trace
         with times.measure("save"):
             saving = asyncio.create_task(self._save_state())
+            sending = asyncio.create_task(self._send_last())
             try:
-                with times.measure("last pages"):
-                    await self._send(union(await trace.collect(), await self._pinned()))
-            finally:
                 state = await saving
-        # Saving the state may itself write to memory (devices flush their queues).
-        last = await trace.collect()
+                # Saving the state may itself write to memory (devices flush their queues).
+                last = await trace.collect()
+                await sending
+            except BaseException:
+                sending.cancel()
+                await asyncio.wait((saving, sending))
+                raise
         if any(last):
             with times.measure("last pages"):
                 await self._send(last)
@@ -187,6 +192,10 @@ class PrecopySwitchOver(SwitchOver):
         if self._session.job.options.populate == "hot":
             await self._send_hot()
         return state
+
+    async def _send_last(self) -> None:
+        with self._session.statistics.times.measure("last pages"):
+            await self._send(union(await self._trace.collect(), await self._pinned()))
 
     async def _send_hot(self) -> None:
         for number, hot in enumerate(self._trace.hot):

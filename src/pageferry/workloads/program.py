@@ -38,6 +38,9 @@ class ProgramWorkload:
     async def prepare_load(self) -> None:
         """Do nothing: a program has no callback for this."""
 
+    async def prepare_commit(self) -> None:
+        """Do nothing: only this program changes the workload."""
+
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
         """Do nothing and return 0: the threads of the workload use the page tables of their processes."""
         return 0

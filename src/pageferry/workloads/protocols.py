@@ -156,6 +156,9 @@ class Migratable(Saveable, Protocol):
         Raises UnsupportedError if a device keeps memory pinned.
         """
 
+    async def prepare_commit(self) -> None:
+        """Do the part of `commit` that is possible while the destination loads the state."""
+
     async def commit(self, record: OwnershipRecord | None = None) -> None:
         """Commit the workload: it may run at the destination from now on. It stays paused until `resume` or `discard`,
         even if the process that paused it exits.

@@ -36,8 +36,8 @@ RETRY = 0.1
 """Seconds between attempts to accept connections after a failure."""
 GREETING = 5.0
 """Seconds within which a connection has to identify its kind."""
-ACCEPTING = 0.005
-"""Interval in seconds at which to check whether the peer has accepted a connection."""
+ACCEPTING = (0.0003, 0.005)
+"""First and longest interval in seconds at which to check whether the peer has accepted a connection."""
 MAX_WAITING = 8
 """Maximum number of sources queued for the receiver; further ones are rejected."""
 
@@ -95,10 +95,12 @@ async def _authenticate(connection: socket.socket, owners: Collection[int], time
 
     The peer's socket belongs to a process only once the connection is accepted, so the check is repeated until then.
     """
+    interval, longest = ACCEPTING
     try:
         async with asyncio.timeout(timeout):
-            while not peer_users.check_peer(connection, owners):  # noqa: ASYNC110  # the kernel sends no event for it
-                await asyncio.sleep(ACCEPTING)
+            while not peer_users.check_peer(connection, owners):  # the kernel sends no event for it
+                await asyncio.sleep(interval)
+                interval = min(2 * interval, longest)
     except BaseException as error:
         connection.close()
         if isinstance(error, OSError | TimeoutError):

@@ -8,6 +8,7 @@ command line, the defaults of the machine type, and the features that accelerato
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,11 +44,13 @@ class Cpu:
     @classmethod
     async def ask(cls, monitor: Monitor, paths: list[str]) -> Self:
         """Read the CPU from the vCPUs at these QOM paths. Raises WorkloadError, WorkloadDied."""
-        kind = await _property(monitor, paths[0], "type")
-        signature = [str(await _property(monitor, paths[0], name)) for name in _SIGNATURE]
-        words = [_text(await _property(monitor, path, "feature-words")) for path in paths]
-        features = ";".join(dict.fromkeys(words))
-        return cls(str(kind).removesuffix("-x86_64-cpu"), "/".join(signature), features)
+        kind, *values = await asyncio.gather(
+            *(_property(monitor, paths[0], name) for name in ("type", *_SIGNATURE)),
+            *(_property(monitor, path, "feature-words") for path in paths),
+        )
+        signature, words = values[: len(_SIGNATURE)], values[len(_SIGNATURE) :]
+        features = ";".join(dict.fromkeys(map(_text, words)))
+        return cls(str(kind).removesuffix("-x86_64-cpu"), "/".join(map(str, signature)), features)
 
     @property
     def details(self) -> dict[str, Any]:

@@ -205,6 +205,7 @@ class QemuWorkload:
         Raises WorkloadError if the guest has shut down since the last check and cannot run without a reset.
         """
         await self._vcpus.pause()
+        await self._vcpus.check_machine()
 
     async def pause_to_save(self, sink: StateSink) -> float:
         """Like `pause`, but stop the vCPUs by QEMU's own migration of the device state, which `save_state` completes.
@@ -231,6 +232,10 @@ class QemuWorkload:
         """
         return await self._vcpus.drain()
 
+    async def prepare_commit(self) -> None:
+        """Start to read the machine, which `commit` checks. A device that is added later is not noticed."""
+        self._seen.look(await self._control.hold())
+
     async def commit(self, record: OwnershipRecord | None = None) -> None:
         """Commit the paused guest: it may run at the destination from now on, and stays paused at the source even if
         this process exits.
@@ -242,6 +247,7 @@ class QemuWorkload:
         monitor = await self._control.hold()
         if record is None:
             await self._seen.check_unchanged(monitor)
+            await self._seen.check_machine()
             self._control.plan([])
             if self._control.stays_paused:
                 # The destination opens the disks before this QEMU exits. The disks of a guest that ran have been
@@ -252,6 +258,7 @@ class QemuWorkload:
         self._control.plan_by_owner(record)
         # Also checks that QEMU runs: a process that is being killed is still visible in /proc, but does not reply.
         await self._seen.check_unchanged(monitor)
+        await self._seen.check_machine()
 
     async def resume(self) -> None:
         """Resume the vCPUs (QMP `cont`), unless the guest was already paused before `pause`. May be called after
@@ -295,7 +302,9 @@ class QemuWorkload:
 
         Raises WorkloadError with QEMU's message. The guest can be resumed in either case.
         """
-        return await self._state.save()
+        state = await self._state.save()
+        await self._vcpus.check_machine()
+        return state
 
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load_state`.

@@ -34,12 +34,14 @@ class Machine:
     @classmethod
     async def ask(cls, monitor: Monitor) -> Self:
         """Read the description of the machine from the monitor. Raises WorkloadError, WorkloadDied."""
-        kind = await monitor.execute("qom-get", path="/machine", property="type")
-        cpus = await monitor.execute("query-cpus-fast")
+        kind, cpus, devices = await asyncio.gather(
+            monitor.execute("qom-get", path="/machine", property="type"),
+            monitor.execute("query-cpus-fast"),
+            ram.devices(monitor),
+        )
         threads = tuple(cpu["thread-id"] for cpu in cpus)
-        devices = tuple(sorted(await ram.devices(monitor)))
         cpu = await Cpu.ask(monitor, [one["qom-path"] for one in cpus])
-        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu)
+        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, tuple(sorted(devices)), cpu)
 
     async def again(self, monitor: Monitor) -> Self:
         """Return the description with current vCPUs and devices, which other clients can add and remove."""

@@ -64,16 +64,20 @@ class LastSeen:
         """Whether the guest was resumed after `stop`."""
         self._reset = False
         """Whether the guest was reset after QEMU began to write the devices."""
+        self._looking: asyncio.Future[Machine] | None = None
+        """Description of the machine that is being read; None if `look` was not called since the last check."""
 
     async def stop(self, monitor: Monitor, stop: Stop) -> bool:
-        """Stop the vCPUs, and read run state and machine. Return whether the guest ran until then.
+        """Stop the vCPUs, read the run state, and start to read the machine: see `machine_changed`. Return whether the
+        guest ran until then.
 
         Raises WorkloadError if the guest cannot be stopped, WorkloadDied.
         """
         ran = await stop(monitor)
         self._events = monitor.listen("RESUME", "RESET", "MIGRATION")
         self._resumed = self._reset = False
-        await self._look(monitor)
+        self.status = await _status(monitor)
+        self.look(monitor)
         if self.status in ("running", "suspended"):
             raise WorkloadError(
                 f"cannot pause {self.name}: it is {self.status} after `stop`; wake it up, and keep other clients from "
@@ -91,29 +95,51 @@ class LastSeen:
                 "second attempt accepts this state"
             )
 
+    def look(self, monitor: Monitor) -> None:
+        """Start to read the description of the machine, while this process does other work. Each read takes about 1 ms,
+        which a paused guest need not wait for."""
+        self._looking = asyncio.ensure_future(self.machine.again(monitor))
+        self._looking.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    async def machine_changed(self) -> bool:
+        """Wait until `look` has completed, and update the machine. Return whether it differs from the last one. Raises
+        WorkloadError, WorkloadDied."""
+        if self._looking is None:
+            return False
+        looking, self._looking = self._looking, None
+        before, self.machine = self.machine, await looking
+        return before != self.machine
+
     async def saved(self, monitor: Monitor) -> None:
         """Update the run state, which saving the device state may have changed."""
         self.status = await _status(monitor)
 
     async def loaded(self, monitor: Monitor, *, was_running: bool) -> None:
-        """Update the run state after a device state was loaded. Raises WorkloadError if the machine has changed, if the
-        guest runs already, or if it could not run with this state."""
-        await self._check_machine(monitor)
+        """Update the run state after a device state was loaded. Raises WorkloadError if the machine has changed since
+        `look`, if the guest runs already, or if it could not run with this state."""
+        self.status = await _status(monitor)
+        await self.check_machine()
         if self.status == "running":
             raise WorkloadError(f"cannot hand over {self.name}: another client has resumed it already")
         if was_running and (how := _ENDED.get(self.status)) is not None:
             raise WorkloadError(f"cannot run {self.name} with this state: {how} (run state {self.status})")
+        self.look(monitor)  # for the check before the guest runs
 
     async def check_unchanged(self, monitor: Monitor) -> None:
-        """Raise WorkloadError if the guest or its machine has changed since the state was saved or loaded."""
-        before = self.status
-        await self._check_machine(monitor)
+        """Raise WorkloadError if the guest was resumed or reset since the state was saved or loaded."""
+        before, self.status = self.status, await _status(monitor)
         self._read_events()
         if self.status != before or self._resumed or self._reset:
             raise WorkloadError(
                 f"{self.name} was resumed or reset while it was paused (run state {self.status}, before: "
                 f"{before}); keep other clients from controlling it until it has been migrated"
             )
+
+    async def check_machine(self) -> None:
+        """Raise WorkloadError if the machine has changed at the last `look`."""
+        before = self.machine
+        if await self.machine_changed():
+            before.check_unchanged(self.machine, self.name)
 
     def _read_events(self) -> None:
         """Update `_resumed` and `_reset`. A reset that was requested while the guest ran can be executed after the
@@ -128,14 +154,6 @@ class LastSeen:
                     self._resumed = True
                 case _:
                     self._reset = True
-
-    async def _check_machine(self, monitor: Monitor) -> None:
-        before = self.machine
-        await self._look(monitor)
-        before.check_unchanged(self.machine, self.name)
-
-    async def _look(self, monitor: Monitor) -> None:
-        self.status, self.machine = await asyncio.gather(_status(monitor), self.machine.again(monitor))
 
 
 async def stop(monitor: Monitor) -> bool:

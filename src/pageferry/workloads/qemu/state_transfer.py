@@ -108,6 +108,7 @@ class StateTransfer:
             await self.prepare_load()
             assert self._loading is not None
             loading, self._loading = self._loading, None
+            self._seen.look(await self._control.hold())
             await loading.finish(saved.stream)
         except WorkloadDied as died:
             raise WorkloadDied(f"{self.name} could not load the device state and exited{self._last_words()}") from died

@@ -52,8 +52,8 @@ class Vcpus:
         self._prepared = time.monotonic()
 
     async def pause(self, stop: run_state.Stop = run_state.stop) -> None:
-        """Stop the vCPUs, and determine the run state and the machine. `stop`: function that stops them (default: QMP
-        `stop`).
+        """Stop the vCPUs, and determine the run state. The caller then calls `check_machine`. `stop`: function that
+        stops the vCPUs (default: QMP `stop`).
 
         If another client has already paused the guest, `resume` leaves it paused. Until `commit`, a guardian resumes
         the guest if this process exits.
@@ -62,15 +62,19 @@ class Vcpus:
         """
         if time.monotonic() - self._prepared > _RECENT:
             await self.prepare()
-        monitor, machine = await self._control.hold(), self._seen.machine
+        monitor = await self._control.hold()
         self._control.plan_to_restore()
         ran = await self._bounded(self._seen.stop(monitor, stop), PAUSE_TIMEOUT)
         self._control.stays_paused = not ran
         self._control.plan_to_restore()
         self._seen.check_not_ended(ran)
-        if self._seen.machine != machine:
-            await unsupported.refuse_running(monitor)
         direct_io.refuse_pinning(self.pid, self.name)  # a device may have been added
+
+    async def check_machine(self) -> None:
+        """Complete `pause`: determine the machine of the paused guest, and check devices that were added before the
+        pause. Raises UnsupportedError, WorkloadError."""
+        if await self._seen.machine_changed():
+            await unsupported.refuse_running(await self._control.hold())
 
     async def drain(self) -> float | None:
         """Wait for the disk requests that write to guest memory directly, in a short pause (`stop`, `cont`). Return the
