@@ -15,7 +15,20 @@ NEVER = {"numpy", "prometheus_client", "cryptography", "mkdocs", "hypothesis"}
 WORK = {"asyncio", "qemu.qmp", "ssl", "pageferry.workloads.qemu.guest", "pageferry.migration.api"}
 """Modules that no verb may import to print its help."""
 
-MAX_MODULES = {"list": 85, "top": 85, "check": 80, "report": 175, "peek": 80, "stop": 112, "image": 85}
+MAX_MODULES = {
+    "list": 85,
+    "top": 85,
+    "check": 80,
+    "report": 175,
+    "peek": 80,
+    "stop": 112,
+    "image": 85,
+    "migrate": 142,
+    "checkpoint": 122,
+    "restore": 152,
+    "large-pages": 134,
+    "sharing": 142,
+}
 """Maximum number of modules that each verb imports, without those of `import asyncio, msgspec`.
 
 Measured without workloads, and with `--output json`, which does not import rich.
@@ -28,6 +41,11 @@ COMMANDS = {
     "peek": ["peek", "none", "0", "1"],
     "stop": ["stop", "none"],
     "image": ["image", "info", "/none"],
+    "migrate": ["migrate", "none", "127.0.0.1:1"],
+    "checkpoint": ["checkpoint", "none", "/none"],
+    "restore": ["restore", "--output", "json", "/none", "--", "qemu-system-x86_64"],
+    "large-pages": ["large-pages", "none"],
+    "sharing": ["sharing", "none"],
 }
 
 

@@ -9,13 +9,9 @@ from typing import Any, Self
 
 import msgspec
 
-from pageferry.checkpoints import events as checkpoint
 from pageferry.events import Event
 from pageferry.host import jobs
 from pageferry.host.registry import Registry
-from pageferry.large_pages import events as large
-from pageferry.migration import events as migration
-from pageferry.sharing import events as sharing
 
 INTERVAL = 0.2
 """Minimum time between two updates of the record in the same phase, seconds."""
@@ -71,33 +67,63 @@ class Progress:
             jobs.write(folder, self.job)
 
     def _changes(self, event: Event) -> dict[str, Any]:
+        """Return the changes of the record. An event's module is imported here, where it has been imported already:
+        this module does not import the events of other commands."""
+        match type(event).__module__:
+            case "pageferry.migration.events":
+                changes = self._after_migration(event)
+            case "pageferry.checkpoints.events":
+                changes = self._after_checkpoint(event)
+            case "pageferry.large_pages.events" | "pageferry.sharing.events":
+                changes = self._after_scan(event)
+            case _:
+                changes = None
+        if changes is not None:
+            return changes
+        phase = PHASES.get(str(event.__struct_config__.tag))
+        return {"phase": phase, "fraction": None} if phase is not None else {}
+
+    def _after_migration(self, event: Event) -> dict[str, Any] | None:
+        from pageferry.migration import events
+
         match event:
-            case migration.ProgressEvent():
+            case events.ProgressEvent():
                 rate = round(event.mbps * 1e6 / 8)
                 return {"phase": f"round {event.round}", "fraction": _part(event.done, event.total), "rate": rate}
-            case migration.RoundEvent():
+            case events.RoundEvent():
                 return {"dirty_rate": event.dirty_rate, "rate": round(event.mbps * 1e6 / 8)}
-            case migration.PostcopyEvent():
+            case events.PostcopyEvent():
                 self._most = max(self._most, event.remaining)
                 part = 1 - _part(event.remaining, self._most)
                 return {"phase": event.status, "fraction": part, "rate": round(event.mbps * 1e6 / 8) or None}
-            case checkpoint.SavingEvent():
+        return None
+
+    def _after_checkpoint(self, event: Event) -> dict[str, Any] | None:
+        from pageferry.checkpoints import events
+
+        match event:
+            case events.SavingEvent():
                 return {"phase": "saving", "fraction": _part(event.done, event.total)}
-            case checkpoint.RunningEvent():
+            case events.RunningEvent():
                 self._most = event.deferred
                 return {"phase": "loading", "fraction": 0.0}
-            case checkpoint.ProgressEvent():
+            case events.ProgressEvent():
                 self._most = max(self._most, event.deferred)
                 return {"phase": "loading", "fraction": 1 - _part(event.deferred, self._most)}
-            case large.SampleEvent():
+        return None
+
+    def _after_scan(self, event: Event) -> dict[str, Any] | None:
+        from pageferry.large_pages.events import SampleEvent
+        from pageferry.sharing.events import ApplyEvent, ScanEvent
+
+        match event:
+            case SampleEvent():
                 return {"phase": f"sampling {event.round}"}
-            case sharing.ScanEvent():
+            case ScanEvent():
                 return {"phase": "scanning", "fraction": _part(event.done, event.total)}
-            case sharing.ApplyEvent():
+            case ApplyEvent():
                 return {"phase": event.step, "fraction": None}
-            case _:
-                phase = PHASES.get(str(event.__struct_config__.tag))
-                return {"phase": phase, "fraction": None} if phase is not None else {}
+        return None
 
 
 def _part(done: int, total: int) -> float:
