@@ -54,7 +54,7 @@ class Options:
     """Do not compress while the link is faster than `codec`."""
     bandwidth: Annotated[int, Rate(), "copying"] = 0
     """Limit for all page streams together, in bytes per second, such as 100M."""
-    streams: Annotated[int, Count(1, MAX_STREAMS), "copying"] = 1
+    streams: Annotated[int, Count(1, MAX_STREAMS), "copying"] = 2
     """Number of parallel page streams."""
     timeout: Annotated[float, TIMEOUT, "connection"] = 30.0
     """Fail when the peer has been silent for this time, such as 30s or 1m."""
