@@ -118,8 +118,7 @@ class QemuControl:
             # Set the plan first: if this process is killed between two commands, the guardian restores all settings.
             if self._undo and self._held is monitor:
                 self.plan(self._undo)
-            for command in settings.apply:
-                await monitor.run(command)
+            await asyncio.gather(*map(monitor.run, settings.apply))
 
     # -- cleanup plan
 

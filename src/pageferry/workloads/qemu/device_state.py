@@ -150,7 +150,9 @@ async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
 
     Raises UnsupportedError if QEMU lacks a required capability, WorkloadError.
     """
-    reported = await monitor.execute("query-migrate-capabilities")
+    reported, parameters = await asyncio.gather(
+        monitor.execute("query-migrate-capabilities"), monitor.execute("query-migrate-parameters")
+    )
     before = {item["capability"]: item["state"] for item in reported}
     required = [*_NEEDED] if incoming else [*_NEEDED, _TO_SAVE]
     if missing := [name for name in required if name not in before]:
@@ -164,7 +166,7 @@ async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
     if changed:
         settings.apply.append(_set_capabilities(changed))
         settings.undo.append(_set_capabilities({name: before[name] for name in changed}))
-    bandwidth = (await monitor.execute("query-migrate-parameters"))["max-bandwidth"]
+    bandwidth = parameters["max-bandwidth"]
     if bandwidth != _UNLIMITED:
         settings.apply.append(_set_bandwidth(_UNLIMITED))
         settings.undo.append(_set_bandwidth(bandwidth))
