@@ -34,6 +34,7 @@ from pageferry.migration.transport.connection import connect_control
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.deferred_access import large_units
 from pageferry.workloads.direct_io import Drains
+from pageferry.workloads.protocols import SHARED
 
 log = getLogger(__name__)
 
@@ -275,7 +276,7 @@ def hello_of(job: Job, memory: Memory) -> messages.Hello:
         migration=job.migration,
         kind=identity.kind,
         name=identity.name,
-        details=identity.details,
+        details=identity.details | ({SHARED: True} if options.disks == "shared" else {}),
         regions=[
             messages.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
             for region in memory.regions

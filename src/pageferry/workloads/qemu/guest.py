@@ -27,8 +27,26 @@ from pageferry.host.registry import Registry
 from pageferry.memory import mappers
 from pageferry.memory.regions import Identity, Region
 from pageferry.memory.view import Memory
-from pageferry.workloads.protocols import Condition, Faults, Migratable, OwnershipRecord, StateSink
-from pageferry.workloads.qemu import direct_io, disks, kvm_prefault, opening, process, run_state
+from pageferry.workloads.protocols import (
+    DISKS,
+    SHARED,
+    Condition,
+    Faults,
+    Migratable,
+    OwnershipRecord,
+    SnapshotDetails,
+    StateSink,
+)
+from pageferry.workloads.qemu import (
+    block_devices,
+    direct_io,
+    disk_comparison,
+    disks,
+    kvm_prefault,
+    opening,
+    process,
+    run_state,
+)
 from pageferry.workloads.qemu.control import QUIT, Changes, QemuControl
 from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
 from pageferry.workloads.qemu.opening import Opened, StartArguments, StartOptions
@@ -57,6 +75,7 @@ class QemuWorkload:
         self._folder = opened.folder
         self._entry = opened.entry
         self._regions = opened.regions
+        self._storage = opened.storage
         self._child = opened.child
         self._control = QemuControl(self.name, self._entry.qmp_socket)
         self._seen = LastSeen(self.name, opened.machine, ran=opened.ran)
@@ -121,16 +140,42 @@ class QemuWorkload:
     @property
     def identity(self) -> Identity:
         """Kind, name, and details: `qemu` (its version), `machine` (type with version), `cpus`, `devices`, `cpu`
-        (model), `cpu-signature`, `cpu-features`."""
-        return Identity("qemu", self.name, self._seen.machine.details)
+        (model), `cpu-signature`, `cpu-features`, `disks` (see `block_devices`)."""
+        machine = self._seen.machine
+        disks = self._storage.text(machine.block_devices)
+        return Identity("qemu", self.name, {**machine.details, DISKS: disks})
 
-    def check_source(self, details: Mapping[str, Any]) -> None:
-        """Raise WorkloadError, with the reason, if a guest with these details cannot be received on this host."""
-        self._seen.machine.check_source(details, "the source", f"{self.name} at the destination")
+    async def check_source(self, details: Mapping[str, Any]) -> None:
+        """Raise WorkloadError, with the reason, if a guest with these details cannot be received on this host.
 
-    def check_image(self, details: Mapping[str, Any], path: str) -> None:
-        """Raise WorkloadError, with the reason, if a guest with the details of an image cannot run on this host."""
-        self._seen.machine.check_source(details, path, self.name)
+        The disks of both sides must be the same, unless the source has set the detail `disks-shared`.
+        """
+        here = f"{self.name} at the destination"
+        self._seen.machine.check_source(details, "the source", here)
+        async with self._control.session() as monitor:
+            self._seen.machine = await self._seen.machine.again(monitor)
+            await self._storage.locate(monitor, self._seen.machine.block_devices)
+        disk_comparison.check_migration(
+            block_devices.decode(details),
+            self._storage.record(self._seen.machine.block_devices),
+            here,
+            shared=details.get(SHARED) is True,
+        )
+
+    def check_image(self, details: Mapping[str, Any], path: str, *, disks_as_is: bool = False) -> None:
+        """Raise WorkloadError, with the reason, if a guest with the details of an image cannot run on this host.
+
+        Raises DisksDiffer if the disks have changed since the image was written, or if this cannot be determined.
+        `disks_as_is`: accept any contents of the disks.
+        """
+        machine = self._seen.machine
+        machine.check_source(details, path, self.name)
+        recorded = block_devices.decode(details)
+        record = self._storage.record(machine.block_devices, generations=True)
+        if recorded is not None:
+            empty = self._storage.empty_overlays(machine.block_devices)
+            record = disk_comparison.without_overlays(record, empty, recorded)
+        disk_comparison.check_restore(recorded, record, path, self.name, as_is=disks_as_is)
 
     @property
     def pid(self) -> int:
@@ -296,6 +341,20 @@ class QemuWorkload:
         Raises WorkloadError with QEMU's message. The guest can be resumed in either case.
         """
         return await self._state.save()
+
+    async def snapshot_details(self) -> SnapshotDetails:
+        """Return the record of the disks as of the pause. Call this after `save_state`, in which QEMU may write to the
+        files of disks. Raises WorkloadError, WorkloadDied."""
+        devices = self._seen.machine.block_devices
+        if not devices:
+            return SnapshotDetails({})
+        async with self._control.session() as monitor:
+            await self._storage.locate(monitor, devices)
+        if self.stays_paused:
+            record = await self._storage.record_at_rest(devices)
+        else:
+            record = self._storage.record(devices, generations=True)
+        return SnapshotDetails({DISKS: block_devices.encode(record)}, disk_comparison.unsaved(record))
 
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load_state`.

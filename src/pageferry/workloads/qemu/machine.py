@@ -1,4 +1,4 @@
-"""Description of a running QEMU: its version, machine, CPU, number of vCPUs, and devices."""
+"""Description of a running QEMU: its version, machine, CPU, number of vCPUs, devices and block devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from pageferry.errors import WorkloadError
 from pageferry.host.qmp import Monitor
-from pageferry.workloads.qemu import ram
+from pageferry.workloads.qemu import block_devices, ram
+from pageferry.workloads.qemu.block_devices import BlockDevice
 from pageferry.workloads.qemu.cpu import Cpu
 
 log = getLogger(__name__)
@@ -30,6 +31,8 @@ class Machine:
     devices: tuple[tuple[str, str], ...]
     """Type and id of each device that the user has added."""
     cpu: Cpu
+    block_devices: tuple[BlockDevice, ...] = ()
+    """Disks and drives, without the files behind them: see `Storage`."""
 
     @classmethod
     async def ask(cls, monitor: Monitor) -> Self:
@@ -39,26 +42,39 @@ class Machine:
         threads = tuple(cpu["thread-id"] for cpu in cpus)
         devices = tuple(sorted(await ram.devices(monitor)))
         cpu = await Cpu.ask(monitor, [one["qom-path"] for one in cpus])
-        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu)
+        blocks = block_devices.parse(await monitor.execute("query-block"))
+        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu, blocks)
 
     async def again(self, monitor: Monitor) -> Self:
-        """Return the description with current vCPUs and devices, which other clients can add and remove."""
-        cpus, devices = await asyncio.gather(monitor.execute("query-cpus-fast"), ram.devices(monitor))
-        threads = tuple(cpu["thread-id"] for cpu in cpus)
-        return replace(self, vcpu_threads=threads, devices=tuple(sorted(devices)))
+        """Return the description with current vCPUs, devices and media, which other clients can add and remove."""
+        cpus, found, blocks = await asyncio.gather(
+            monitor.execute("query-cpus-fast"), ram.devices(monitor), self._blocks_again(monitor)
+        )
+        threads, devices = tuple(cpu["thread-id"] for cpu in cpus), tuple(sorted(found))
+        if devices != self.devices and not self.block_devices:
+            blocks = block_devices.parse(await monitor.execute("query-block"))
+        return replace(self, vcpu_threads=threads, devices=devices, block_devices=blocks)
+
+    async def _blocks_again(self, monitor: Monitor) -> tuple[BlockDevice, ...]:
+        """Return the current block devices. A guest that has none is not queried: it has none until a device is
+        added."""
+        return block_devices.parse(await monitor.execute("query-block")) if self.block_devices else ()
 
     def check_unchanged(self, now: Self, name: str) -> None:
         """Raise WorkloadError if the machine of `name` has changed to `now`."""
         if now != self:
             raise WorkloadError(
                 f"{name} was reconfigured during the operation: {self._described}, now {now._described}; do not "
-                "add or remove devices or vCPUs until it has been migrated or saved"
+                "add or remove devices, disks or vCPUs until it has been migrated or saved"
             )
 
     @property
     def _described(self) -> str:
         devices = ", ".join(f"{kind} {name}" for kind, name in self.devices)
-        return f"-smp {len(self.vcpu_threads)} -device {devices or 'none'}"
+        disks = ", ".join(
+            f"{disk.shown} {' over '.join(layer.path for layer in disk.layers)}" for disk in self.block_devices
+        )
+        return f"-smp {len(self.vcpu_threads)} -device {devices or 'none'}, disks {disks or 'none'}"
 
     @property
     def _device_types(self) -> str:

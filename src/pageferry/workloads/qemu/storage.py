@@ -1,0 +1,107 @@
+"""Disks of one guest: the record for the peer of a migration and for images."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import msgspec
+
+from pageferry.host.blocking import in_thread
+from pageferry.host.qmp import Monitor
+from pageferry.workloads.qemu import block_devices, disk_files
+from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, Layer
+from pageferry.workloads.qemu.disk_files import DiskFiles
+
+_SETTLING = 0.025
+"""Seconds after which the modification time of a file is settled (see `Generation`)."""
+
+_FDSET = "/dev/fdset/"
+
+
+class Storage:
+    """Disks of one guest, with the files that QEMU has open. Created by `open`."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._host = disk_files.host()
+        self._drivers: dict[str, str] = {}
+        """Block driver of each path or URI."""
+        self._tpms: tuple[BlockDevice, ...] = ()
+        self._files = DiskFiles(pid, {})
+        self._located: tuple[BlockDevice, ...] = ()
+        """Devices whose files have been found."""
+        self._text: tuple[tuple[BlockDevice, ...], str] | None = None
+        """Encoded record of `text`, with the devices that it describes."""
+
+    @classmethod
+    async def open(cls, monitor: Monitor, pid: int, devices: tuple[BlockDevice, ...], *, tpm: bool) -> Storage:
+        """Find the files of these devices. `tpm`: whether the guest has a TPM. Raises WorkloadError, WorkloadDied."""
+        self = cls(pid)
+        if tpm:
+            self._tpms = block_devices.parse_tpms(await monitor.execute("query-tpm"))
+        await self.locate(monitor, devices)
+        return self
+
+    async def locate(self, monitor: Monitor, devices: tuple[BlockDevice, ...]) -> None:
+        """Find the files of these devices, unless they have been found. Raises WorkloadError, WorkloadDied."""
+        if devices == self._located:
+            return
+        paths = [layer.path for device in devices for layer in device.layers]
+        if paths:
+            self._drivers = block_devices.drivers(await monitor.execute("query-named-block-nodes", flat=True))
+        fdsets = {}
+        if any(path.startswith(_FDSET) for path in paths):
+            found = await monitor.execute("query-fdsets")
+            fdsets = {one["fdset-id"]: one["fds"][0]["fd"] for one in found if one["fds"]}
+        self._files = await in_thread(DiskFiles.find, self._pid, paths, fdsets)
+        self._located, self._text = devices, None
+
+    def text(self, devices: tuple[BlockDevice, ...]) -> str:
+        """Return the encoded record of these devices, without generations."""
+        if self._text is None or self._text[0] != devices:
+            self._text = devices, block_devices.encode(self.record(devices))
+        return self._text[1]
+
+    def record(self, devices: tuple[BlockDevice, ...], *, generations: bool = False) -> DiskRecord:
+        """Return the record of these devices. `generations`: read the current state of each file.
+
+        The files of devices for which `locate` was not called are missing in the record.
+        """
+        return DiskRecord(
+            host=self._host,
+            devices=tuple(
+                msgspec.structs.replace(
+                    device, layers=tuple(self._layer(layer, generations=generations) for layer in device.layers)
+                )
+                for device in devices
+            )
+            + self._tpms,
+        )
+
+    async def record_at_rest(self, devices: tuple[BlockDevice, ...]) -> DiskRecord:
+        """Return the record, with generations, of a guest that stays paused. Wait until later writes are certain to
+        change them."""
+        record = self.record(devices, generations=True)
+        if not all(_settled(record)):
+            await asyncio.sleep(_SETTLING)
+            record = self.record(devices, generations=True)
+        return record
+
+    def empty_overlays(self, devices: tuple[BlockDevice, ...]) -> frozenset[str]:
+        """Return the paths of overlays that contain no data."""
+        paths = [layer.path for device in devices for layer in device.layers[:-1]]
+        return frozenset(path for path in paths if self._files.is_empty_overlay(path))
+
+    def _layer(self, layer: Layer, *, generations: bool) -> Layer:
+        file = self._files.get(layer.path)
+        if file is not None and generations:
+            file = msgspec.structs.replace(file, generation=self._files.generation(layer.path))
+        return msgspec.structs.replace(layer, driver=self._drivers.get(layer.path, ""), file=file)
+
+
+def _settled(record: DiskRecord) -> Iterator[bool]:
+    for device in record.devices:
+        for layer in device.layers:
+            if layer.file is not None and layer.file.generation is not None:
+                yield layer.file.generation.settled
