@@ -23,7 +23,7 @@ from pageferry.memory.bitmaps import pack_units
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import Migratable, SnapshotDetails, pause_to_save, snapshot_details
+from pageferry.workloads.protocols import Migratable, SnapshotDetails, pause_to_save, save_with_details
 
 log = getLogger(__name__)
 
@@ -152,8 +152,7 @@ class Attempt(ABC):
         # The state is saved before memory is protected, because saving it may write to memory: devices flush their
         # queues.
         self.statistics.enter(Phase.STATE)
-        state = await self.request.workload.save_state()
-        self._details = await snapshot_details(self.request.workload)
+        state, self._details = await save_with_details(self.request.workload)
         self.statistics.paused = self.request.workload.stays_paused
         self._created = time.time()
         return state

@@ -231,15 +231,15 @@ class SnapshotDetails:
 class HasSnapshotDetails(Protocol):
     """Workload with details that change while it runs, such as the modification times of its disks."""
 
-    async def snapshot_details(self) -> SnapshotDetails:
-        """Return the details of a paused workload. Called after `save_state`."""
+    async def save_with_details(self) -> tuple[bytes, SnapshotDetails]:
+        """Like `save_state`, but also return the details of the workload as of the snapshot point."""
 
 
-async def snapshot_details(workload: Saveable) -> SnapshotDetails:
-    """Return the details of a paused workload whose state has been saved."""
+async def save_with_details(workload: Saveable) -> tuple[bytes, SnapshotDetails]:
+    """Return the state of a paused workload, and its details as of the snapshot point."""
     if isinstance(workload, HasSnapshotDetails):
-        return await workload.snapshot_details()
-    return SnapshotDetails({})
+        return await workload.save_with_details()
+    return await workload.save_state(), SnapshotDetails({})
 
 
 async def _ignore(piece: bytes) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -96,6 +97,11 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     file: File | None = None
     """File of the image; None if it is on a server, or cannot be found among the files that QEMU has open."""
 
+    @property
+    def generation(self) -> Generation | None:
+        """State of the file when the record was made; None if it is not known."""
+        return self.file.generation if self.file is not None else None
+
 
 class BlockDevice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Disk, drive, flash device or TPM of a guest."""
@@ -140,6 +146,15 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
     def media(self) -> tuple[BlockDevice, ...]:
         """Devices with contents that are outside of the device state."""
         return tuple(device for device in self.devices if device.layers and not device.in_state)
+
+
+def time_text(nanoseconds: int) -> str:
+    """Return a time since 1970 as text: UTC, ISO 8601, with microseconds."""
+    seconds, rest = divmod(nanoseconds, 10**9)
+    try:
+        return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest // 1000:06}Z"
+    except (ValueError, OverflowError, OSError):  # the record may come from another host
+        return f"{seconds} s"
 
 
 # -- encoding ----------------------------------------------------------------------------------------------------------

@@ -13,14 +13,13 @@ disks are refused unless they are known to be the same:
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from enum import StrEnum
 
 import msgspec
 
 from pageferry.errors import DisksDiffer, WorkloadError
-from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, File, Generation, Host, Layer
+from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, File, Host, Layer, time_text
 
 _MAX_SHOWN = 200
 """Maximum number of characters of a path or a name in a message."""
@@ -232,24 +231,20 @@ def _check_unchanged(device: BlockDevice, before: Layer, now: Layer, there: Host
     image = f"{_cut(now.path)} ({_cut(device.shown)})"
     if sameness(before, now, there, here, restarted=True) is not Sameness.SAME:
         raise DisksDiffer(f"{image} cannot be shown to be {_cut(before.path)}, the disk of the checkpoint; {_AS_IS}")
-    was, current = _generation(before), _generation(now)
+    was, current = before.generation, now.generation
     if was is None or current is None:
         raise DisksDiffer(f"cannot determine whether {image} has changed since the checkpoint; {_AS_IS}")
     if (was.size, was.modified) != (current.size, current.modified):
         raise DisksDiffer(
-            f"{image} has changed since the checkpoint: it was last modified at {_time(current.modified)}, and before "
-            f"the checkpoint at {_time(was.modified)}; use a copy that was made while the guest was paused for the "
-            'checkpoint, and --disks as-is (in Python disks="as-is")'
+            f"{image} has changed since the checkpoint: it was last modified at {time_text(current.modified)}, and "
+            f"before the checkpoint at {time_text(was.modified)}; use a copy that was made while the guest was paused "
+            'for the checkpoint, and --disks as-is (in Python disks="as-is")'
         )
     if not was.settled:
         raise DisksDiffer(
             f"cannot determine whether {image} has changed since the checkpoint, because it had been written to "
             f"milliseconds before; {_AS_IS}"
         )
-
-
-def _generation(layer: Layer) -> Generation | None:
-    return layer.file.generation if layer.file is not None else None
 
 
 def unsaved(record: DiskRecord) -> str | None:
@@ -262,14 +257,6 @@ def unsaved(record: DiskRecord) -> str | None:
         f"the image does not contain the disks ({', '.join(names)}): a restore requires that they have not been "
         "written to since; to keep their contents, pause the guest, save it, and copy the disks before it resumes"
     )
-
-
-def _time(nanoseconds: int) -> str:
-    seconds, rest = divmod(nanoseconds, 10**9)
-    try:
-        return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest // 1000:06}Z"
-    except (ValueError, OverflowError):  # the record may come from another host
-        return f"{seconds} s"
 
 
 def _cut(text: str) -> str:

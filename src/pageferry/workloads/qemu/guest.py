@@ -142,8 +142,7 @@ class QemuWorkload:
         """Kind, name, and details: `qemu` (its version), `machine` (type with version), `cpus`, `devices`, `cpu`
         (model), `cpu-signature`, `cpu-features`, `disks` (see `block_devices`)."""
         machine = self._seen.machine
-        disks = self._storage.text(machine.block_devices)
-        return Identity("qemu", self.name, {**machine.details, DISKS: disks})
+        return Identity("qemu", self.name, machine.details | self._storage.details(machine.block_devices))
 
     async def check_source(self, details: Mapping[str, Any]) -> None:
         """Raise WorkloadError, with the reason, if a guest with these details cannot be received on this host.
@@ -153,7 +152,7 @@ class QemuWorkload:
         here = f"{self.name} at the destination"
         self._seen.machine.check_source(details, "the source", here)
         async with self._control.session() as monitor:
-            self._seen.machine = await self._seen.machine.again(monitor)
+            await self._seen.update_media(monitor)
             await self._storage.locate(monitor, self._seen.machine.block_devices)
         disk_comparison.check_migration(
             block_devices.decode(details),
@@ -171,7 +170,7 @@ class QemuWorkload:
         machine = self._seen.machine
         machine.check_source(details, path, self.name)
         recorded = block_devices.decode(details)
-        record = self._storage.record(machine.block_devices, generations=True)
+        record = self._storage.record_now(machine.block_devices)
         if recorded is not None:
             empty = self._storage.empty_overlays(machine.block_devices)
             record = disk_comparison.without_overlays(record, empty, recorded)
@@ -342,19 +341,19 @@ class QemuWorkload:
         """
         return await self._state.save()
 
-    async def snapshot_details(self) -> SnapshotDetails:
-        """Return the record of the disks as of the pause. Call this after `save_state`, in which QEMU may write to the
-        files of disks. Raises WorkloadError, WorkloadDied."""
-        devices = self._seen.machine.block_devices
-        if not devices:
-            return SnapshotDetails({})
+    async def save_with_details(self) -> tuple[bytes, SnapshotDetails]:
+        """Like `save_state`, but also return the record of the disks as of the pause. Raises the same errors.
+
+        The files of disks are examined last, because saving the state may write to them.
+        """
         async with self._control.session() as monitor:
+            state, _ = await asyncio.gather(self.save_state(), self._seen.update_media(monitor))
+            devices = self._seen.machine.block_devices
+            if not devices:
+                return state, SnapshotDetails({})
             await self._storage.locate(monitor, devices)
-        if self.stays_paused:
-            record = await self._storage.record_at_rest(devices)
-        else:
-            record = self._storage.record(devices, generations=True)
-        return SnapshotDetails({DISKS: block_devices.encode(record)}, disk_comparison.unsaved(record))
+        record = await self._storage.record_at_rest(devices) if self.stays_paused else self._storage.record_now(devices)
+        return state, SnapshotDetails({DISKS: block_devices.encode(record)}, disk_comparison.unsaved(record))
 
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load_state`.

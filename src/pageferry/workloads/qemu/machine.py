@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from logging import getLogger
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pageferry.errors import WorkloadError
 from pageferry.host.qmp import Monitor
@@ -15,6 +15,8 @@ from pageferry.workloads.qemu.block_devices import BlockDevice
 from pageferry.workloads.qemu.cpu import Cpu
 
 log = getLogger(__name__)
+
+M = TypeVar("M")
 
 MAX_SHOWN = 1000
 """Maximum number of characters that a message quotes from the description of a peer."""
@@ -45,20 +47,29 @@ class Machine:
         blocks = block_devices.parse(await monitor.execute("query-block"))
         return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu, blocks)
 
-    async def again(self, monitor: Monitor) -> Self:
-        """Return the description with current vCPUs, devices and media, which other clients can add and remove."""
-        cpus, found, blocks = await asyncio.gather(
-            monitor.execute("query-cpus-fast"), ram.devices(monitor), self._blocks_again(monitor)
+    async def again(self, monitor: Monitor, *, media: bool = False) -> Self:
+        """Return the description with current vCPUs and devices, which other clients can add and remove.
+
+        `media`: query block devices too. Otherwise, they are queried only if devices have been added or removed: each
+        query prolongs a pause.
+        """
+        cpus, found, changed = await asyncio.gather(
+            monitor.execute("query-cpus-fast"),
+            ram.devices(monitor),
+            self.with_media(monitor) if media else _unchanged(self),
         )
         threads, devices = tuple(cpu["thread-id"] for cpu in cpus), tuple(sorted(found))
-        if devices != self.devices and not self.block_devices:
+        if devices != self.devices:
             blocks = block_devices.parse(await monitor.execute("query-block"))
-        return replace(self, vcpu_threads=threads, devices=devices, block_devices=blocks)
+            changed = replace(changed, block_devices=blocks)
+        return replace(changed, vcpu_threads=threads, devices=devices)
 
-    async def _blocks_again(self, monitor: Monitor) -> tuple[BlockDevice, ...]:
-        """Return the current block devices. A guest that has none is not queried: it has none until a device is
-        added."""
-        return block_devices.parse(await monitor.execute("query-block")) if self.block_devices else ()
+    async def with_media(self, monitor: Monitor) -> Self:
+        """Return the description with current block devices. A guest without block devices has none until a device is
+        added, and is not queried."""
+        if not self.block_devices:
+            return self
+        return replace(self, block_devices=block_devices.parse(await monitor.execute("query-block")))
 
     def check_unchanged(self, now: Self, name: str) -> None:
         """Raise WorkloadError if the machine of `name` has changed to `now`."""
@@ -115,3 +126,7 @@ class Machine:
                 yield f"{option} {str(details[detail])[:MAX_SHOWN] or 'none'}", str(ours[detail] or "none")
         if (cpu := self.cpu.mismatch(details)) is not None:
             yield cpu
+
+
+async def _unchanged(machine: M) -> M:
+    return machine

@@ -107,7 +107,7 @@ class LastSeen:
     async def check_unchanged(self, monitor: Monitor) -> None:
         """Raise WorkloadError if the guest or its machine has changed since the state was saved or loaded."""
         before = self.status
-        await self._check_machine(monitor)
+        await self._check_machine(monitor, media=True)
         self._read_events()
         if self.status != before or self._resumed or self._reset:
             raise WorkloadError(
@@ -129,13 +129,17 @@ class LastSeen:
                 case _:
                     self._reset = True
 
-    async def _check_machine(self, monitor: Monitor) -> None:
+    async def update_media(self, monitor: Monitor) -> None:
+        """Update the block devices, whose media other clients can change."""
+        self.machine = await self.machine.with_media(monitor)
+
+    async def _check_machine(self, monitor: Monitor, *, media: bool = False) -> None:
         before = self.machine
-        await self._look(monitor)
+        await self._look(monitor, media=media)
         before.check_unchanged(self.machine, self.name)
 
-    async def _look(self, monitor: Monitor) -> None:
-        self.status, self.machine = await asyncio.gather(_status(monitor), self.machine.again(monitor))
+    async def _look(self, monitor: Monitor, *, media: bool = False) -> None:
+        self.status, self.machine = await asyncio.gather(_status(monitor), self.machine.again(monitor, media=media))
 
 
 async def stop(monitor: Monitor) -> bool:

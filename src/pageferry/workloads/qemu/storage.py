@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import msgspec
+from msgspec.structs import replace
 
 from pageferry.host.blocking import in_thread
 from pageferry.host.qmp import Monitor
+from pageferry.workloads.protocols import DISKS
 from pageferry.workloads.qemu import block_devices, disk_files
-from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, Layer
+from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, Generation, Layer
 from pageferry.workloads.qemu.disk_files import DiskFiles
 
 _SETTLING = 0.025
@@ -32,7 +33,7 @@ class Storage:
         self._located: tuple[BlockDevice, ...] = ()
         """Devices whose files have been found."""
         self._text: tuple[tuple[BlockDevice, ...], str] | None = None
-        """Encoded record of `text`, with the devices that it describes."""
+        """Encoded record of `details`, with the devices that it describes."""
 
     @classmethod
     async def open(cls, monitor: Monitor, pid: int, devices: tuple[BlockDevice, ...], *, tpm: bool) -> Storage:
@@ -57,35 +58,31 @@ class Storage:
         self._files = await in_thread(DiskFiles.find, self._pid, paths, fdsets)
         self._located, self._text = devices, None
 
-    def text(self, devices: tuple[BlockDevice, ...]) -> str:
-        """Return the encoded record of these devices, without generations."""
+    def details(self, devices: tuple[BlockDevice, ...]) -> dict[str, str]:
+        """Return the record of these devices, without generations, as a detail of the guest; no detail if the guest has
+        no such devices."""
+        if not devices and not self._tpms:
+            return {}
         if self._text is None or self._text[0] != devices:
             self._text = devices, block_devices.encode(self.record(devices))
-        return self._text[1]
+        return {DISKS: self._text[1]}
 
-    def record(self, devices: tuple[BlockDevice, ...], *, generations: bool = False) -> DiskRecord:
-        """Return the record of these devices. `generations`: read the current state of each file.
+    def record(self, devices: tuple[BlockDevice, ...]) -> DiskRecord:
+        """Return the record of these devices, without generations. The files of devices for which `locate` was not
+        called are missing."""
+        return self._record(devices, lambda path: None)
 
-        The files of devices for which `locate` was not called are missing in the record.
-        """
-        return DiskRecord(
-            host=self._host,
-            devices=tuple(
-                msgspec.structs.replace(
-                    device, layers=tuple(self._layer(layer, generations=generations) for layer in device.layers)
-                )
-                for device in devices
-            )
-            + self._tpms,
-        )
+    def record_now(self, devices: tuple[BlockDevice, ...]) -> DiskRecord:
+        """Like `record`, with the current generation of each file."""
+        return self._record(devices, self._files.generation)
 
     async def record_at_rest(self, devices: tuple[BlockDevice, ...]) -> DiskRecord:
-        """Return the record, with generations, of a guest that stays paused. Wait until later writes are certain to
-        change them."""
-        record = self.record(devices, generations=True)
+        """Like `record_now`, for a guest that stays paused: wait until later writes are certain to change the
+        generations."""
+        record = self.record_now(devices)
         if not all(_settled(record)):
             await asyncio.sleep(_SETTLING)
-            record = self.record(devices, generations=True)
+            record = self.record_now(devices)
         return record
 
     def empty_overlays(self, devices: tuple[BlockDevice, ...]) -> frozenset[str]:
@@ -93,15 +90,19 @@ class Storage:
         paths = [layer.path for device in devices for layer in device.layers[:-1]]
         return frozenset(path for path in paths if self._files.is_empty_overlay(path))
 
-    def _layer(self, layer: Layer, *, generations: bool) -> Layer:
-        file = self._files.get(layer.path)
-        if file is not None and generations:
-            file = msgspec.structs.replace(file, generation=self._files.generation(layer.path))
-        return msgspec.structs.replace(layer, driver=self._drivers.get(layer.path, ""), file=file)
+    def _record(self, devices: tuple[BlockDevice, ...], generation: Callable[[str], Generation | None]) -> DiskRecord:
+        def located(layer: Layer) -> Layer:
+            file = self._files.get(layer.path)
+            if file is not None:
+                file = replace(file, generation=generation(layer.path))
+            return replace(layer, driver=self._drivers.get(layer.path, ""), file=file)
+
+        found = tuple(replace(device, layers=tuple(map(located, device.layers))) for device in devices)
+        return DiskRecord(host=self._host, devices=found + self._tpms)
 
 
 def _settled(record: DiskRecord) -> Iterator[bool]:
     for device in record.devices:
         for layer in device.layers:
-            if layer.file is not None and layer.file.generation is not None:
-                yield layer.file.generation.settled
+            if layer.generation is not None:
+                yield layer.generation.settled
