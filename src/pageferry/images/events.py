@@ -36,7 +36,7 @@ class DiskSummary(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Size, bytes; 0 for a drive without a medium."""
     read_only: bool
     cache: str
-    """Cache mode, as in QEMU's option `cache`."""
+    """Use of the host's page cache: `buffered` or `direct`, with `,no-flush` if flushes are ignored."""
     in_state: bool
     """Whether the device state contains the contents, as for a TPM."""
     layers: list[LayerSummary]

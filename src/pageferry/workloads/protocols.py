@@ -7,6 +7,7 @@ workload are coroutines: they send requests to another process, or run callbacks
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,15 +232,19 @@ class SnapshotDetails:
 class HasSnapshotDetails(Protocol):
     """Workload with details that change while it runs, such as the modification times of its disks."""
 
-    async def save_with_details(self) -> tuple[bytes, SnapshotDetails]:
-        """Like `save_state`, but also return the details of the workload as of the snapshot point."""
+    async def update_details(self) -> None:
+        """Prepare `snapshot_details` for the paused workload. Called during `save_state`."""
+
+    async def snapshot_details(self) -> SnapshotDetails:
+        """Return the details of the paused workload. Called after `save_state` and `update_details`."""
 
 
 async def save_with_details(workload: Saveable) -> tuple[bytes, SnapshotDetails]:
     """Return the state of a paused workload, and its details as of the snapshot point."""
-    if isinstance(workload, HasSnapshotDetails):
-        return await workload.save_with_details()
-    return await workload.save_state(), SnapshotDetails({})
+    if not isinstance(workload, HasSnapshotDetails):
+        return await workload.save_state(), SnapshotDetails({})
+    state, _ = await asyncio.gather(workload.save_state(), workload.update_details())
+    return state, await workload.snapshot_details()
 
 
 async def _ignore(piece: bytes) -> None:

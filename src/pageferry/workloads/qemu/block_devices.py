@@ -40,15 +40,6 @@ _FORMATS = frozenset("bochs cloop dmg luks parallels qcow qcow2 qed raw replicat
 _ON_HOST = frozenset({"file", "host_device", "host_cdrom"})
 """Block drivers of images in a file or a device of the host."""
 
-_CACHES = {
-    (True, False, False): "writeback",
-    (True, True, False): "none",
-    (False, False, False): "writethrough",
-    (False, True, False): "directsync",
-    (True, False, True): "unsafe",
-}
-"""Names of cache modes, as in QEMU's option `cache`: (writeback, direct, no-flush)."""
-
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """State of a file at one moment. A write changes it."""
@@ -58,8 +49,8 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     modified: int
     """Time of the last modification, nanoseconds since 1970."""
     settled: bool = True
-    """Whether a write after that moment was certain to change `modified`. False if the file had been written shortly
-    before, because the kernel's clock for modification times has ticks of up to 10 ms."""
+    """Whether a write after that moment was certain to change `modified`. False if the file was written to in the same
+    tick of the clock for modification times."""
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -114,7 +105,8 @@ class BlockDevice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Name of the block node, which changes if the medium is replaced."""
     read_only: bool = False
     cache: str = ""
-    """Cache mode, as in QEMU's option `cache`."""
+    """Use of the host's page cache: `buffered`, or `direct` without it; `buffered,no-flush` if flushes are ignored. The
+    guest itself enables the write cache of the device, so that is not recorded."""
     layers: tuple[Layer, ...] = ()
     """Backing chain, the image that is written to first; empty for a drive without a medium."""
     in_state: bool = False
@@ -225,16 +217,19 @@ def drivers(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _device(block: Mapping[str, Any]) -> BlockDevice:
     qdev, drive = str(block["qdev"]), str(block.get("device", ""))
     inserted = block.get("inserted", {})
-    cache = inserted.get("cache", {})
     return BlockDevice(
         # The number of a device in `/machine/unattached` depends on the QEMU version.
         id=drive if drive and qdev.startswith("/machine/unattached/") else _short(qdev),
         name=drive or inserted.get("node-name", ""),
         node=inserted.get("node-name", ""),
         read_only=inserted.get("ro", False),
-        cache=_CACHES.get((cache.get("writeback"), cache.get("direct"), cache.get("no-flush")), ""),
+        cache=_cache(inserted["cache"]) if "cache" in inserted else "",
         layers=tuple(_layers(inserted.get("image"))),
     )
+
+
+def _cache(mode: Mapping[str, bool]) -> str:
+    return ("direct" if mode["direct"] else "buffered") + (",no-flush" if mode["no-flush"] else "")
 
 
 def _short(path: str) -> str:

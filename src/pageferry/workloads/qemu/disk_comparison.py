@@ -55,8 +55,8 @@ def check_migration(theirs: DiskRecord | None, ours: DiskRecord, here: str, *, s
     if theirs is None:
         if ours.media:
             raise WorkloadError(
-                f"the disks cannot be compared: {here} has disks, and the source does not describe its own; use the "
-                "same release of pageferry on both hosts"
+                f"the disks do not match: the source describes no disks, but {here} has disks; start the destination "
+                "with the options of the source, and use the same release of pageferry on both hosts"
             )
         return
     for difference in _structure(theirs, ours, ("the source", here), formats=True):

@@ -19,8 +19,16 @@ from pathlib import Path
 from pageferry.host import files, proc
 from pageferry.workloads.qemu.block_devices import File, Generation, Host
 
-_SETTLED = 20_000_000
-"""Age from which on a modification time distinguishes all later writes, nanoseconds: twice the longest tick."""
+_CLOCK_REALTIME_COARSE = 5
+"""Clock of the modification times that the kernel assigns, which advances by ticks of 1 to 10 ms (time.h)."""
+_SETTLED = 50_000_000
+"""Age from which on a modification time assigned by a server is considered to distinguish all later writes,
+nanoseconds."""
+
+_SECOND = 1_000_000_000
+
+_LOCAL = frozenset("bcachefs btrfs ext2 ext3 ext4 f2fs overlay ramfs tmpfs xfs".split())
+"""File systems whose modification times are assigned by this kernel."""
 
 _MAX_SERIAL = 256
 """Maximum number of bytes of a serial number in sysfs."""
@@ -55,9 +63,10 @@ def _digest(identifier: bytes) -> str:
 class DiskFiles:
     """Files of the images of one guest. Created by `find`."""
 
-    def __init__(self, pid: int, found: Mapping[str, tuple[int, File]]) -> None:
+    def __init__(self, pid: int, found: Mapping[str, tuple[str, File]], fdsets: Mapping[int, int]) -> None:
         self._pid = pid
         self._found = found
+        self._fdsets = fdsets
 
     @classmethod
     def find(cls, pid: int, paths: Iterable[str], fdsets: Mapping[int, int]) -> DiskFiles:
@@ -71,8 +80,10 @@ class DiskFiles:
         for path in paths:
             descriptor = opened.find(path, fdsets)
             if descriptor is not None:
-                found[path] = (descriptor, opened.describe(descriptor))
-        return cls(pid, found)
+                with suppress(OSError):  # closed since it was listed
+                    file = opened.describe(descriptor)
+                    found[path] = (opened.place(path, descriptor), file)
+        return cls(pid, found, fdsets)
 
     def get(self, path: str) -> File | None:
         """Return the file of an image, without its generation; None if it was not found."""
@@ -81,31 +92,49 @@ class DiskFiles:
 
     def generation(self, path: str) -> Generation | None:
         """Read the current state of a file. Return None for devices, and for files that QEMU has closed."""
-        descriptor, file = self._found.get(path, (-1, None))
+        place, file = self._found.get(path, ("", None))
         if file is None or file.kind != "file":
             return None
-        try:
-            now = os.stat(_link(self._pid, descriptor))
-        except OSError:
-            return None
-        if (now.st_dev, now.st_ino) != (file.device, file.inode):
-            return None
-        age = time.time_ns() - now.st_mtime_ns
-        return Generation(size=now.st_size, modified=now.st_mtime_ns, settled=age > _SETTLED)
+        now = _stat(place)
+        if now is None or not _is(now, file):
+            # QEMU may have opened the image again, under another number and by its path.
+            descriptor = _OpenFiles(self._pid).find(path, self._fdsets)
+            now = _stat(_link(self._pid, descriptor)) if descriptor is not None else None
+            if now is None or not _is(now, file):
+                return None
+        return Generation(size=now.st_size, modified=now.st_mtime_ns, settled=_is_settled(now.st_mtime_ns, file.fs))
 
     def is_empty_overlay(self, path: str) -> bool:
         """Return whether a file is a qcow2 image in which all clusters are those of its backing file."""
-        descriptor, file = self._found.get(path, (-1, None))
+        place, file = self._found.get(path, ("", None))
         if file is None or file.kind != "file":
             return False
         with suppress(OSError, struct.error):
-            opened = files.open_regular(_link(self._pid, descriptor))
+            opened = files.open_regular(place)
             try:
-                found = os.fstat(opened)
-                return (found.st_dev, found.st_ino) == (file.device, file.inode) and _is_empty(opened)
+                return _is(os.fstat(opened), file) and _is_empty(opened)
             finally:
                 os.close(opened)
         return False
+
+
+def _is_settled(modified: int, fs: str) -> bool:
+    """Return whether a write from now on is certain to change a modification time."""
+    now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+    if modified % _SECOND == 0:  # the file system stores times in seconds, or every two seconds
+        return now - modified > 2 * _SECOND
+    return now > modified if fs in _LOCAL else now - modified > _SETTLED
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def _is(found: os.stat_result, file: File) -> bool:
+    return (found.st_dev, found.st_ino) == (file.device, file.inode)
 
 
 def _is_empty(file: int) -> bool:
@@ -141,21 +170,29 @@ class _OpenFiles:
     def find(self, path: str, fdsets: Mapping[int, int]) -> int | None:
         """Return a descriptor of the file at a path, which may be relative to the directory of the process."""
         if (passed := _FDSET.fullmatch(path)) is not None:
-            return self._same(f"fd/{fdsets.get(int(passed[1]), -1)}")
-        with suppress(OSError):
-            path = os.path.normpath(os.path.join(os.readlink(f"/proc/{self._pid}/cwd"), path))
-        for name in (path, path + _DELETED):
+            return fdsets.get(int(passed[1]))
+        for name in (self._absolute(path), self._absolute(path) + _DELETED):
             if name in self._names:
                 return self._names[name]
-        return self._same(f"root{path}")
+        found = _stat(self._seen(path))
+        return self._inodes.get((found.st_dev, found.st_ino)) if found is not None else None
 
-    def _same(self, name: str) -> int | None:
-        """Return the descriptor of the file at a path below /proc/PID."""
-        try:
-            found = os.stat(f"/proc/{self._pid}/{name}")
-        except OSError:
-            return None
-        return self._inodes.get((found.st_dev, found.st_ino))
+    def place(self, path: str, descriptor: int) -> str:
+        """Return a path at which this process can examine an open file: that of the image, because descriptors of QEMU
+        change, or that of the descriptor if the image has been renamed or deleted."""
+        named, opened = _stat(self._seen(path)), os.stat(_link(self._pid, descriptor))
+        if named is not None and (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino):
+            return self._seen(path)
+        return _link(self._pid, descriptor)
+
+    def _absolute(self, path: str) -> str:
+        with suppress(OSError):
+            path = os.path.join(os.readlink(f"/proc/{self._pid}/cwd"), path)
+        return os.path.normpath(path)
+
+    def _seen(self, path: str) -> str:
+        """Return the path at which this process finds a file of the process."""
+        return f"/proc/{self._pid}/root{self._absolute(path)}"
 
     def describe(self, descriptor: int) -> File:
         """Return the description of an open file. Raises OSError if it has been closed since."""

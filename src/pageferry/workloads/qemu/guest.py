@@ -341,19 +341,21 @@ class QemuWorkload:
         """
         return await self._state.save()
 
-    async def save_with_details(self) -> tuple[bytes, SnapshotDetails]:
-        """Like `save_state`, but also return the record of the disks as of the pause. Raises the same errors.
-
-        The files of disks are examined last, because saving the state may write to them.
-        """
+    async def update_details(self) -> None:
+        """Query the block devices of the paused guest, while its state is being saved. Raises WorkloadError,
+        WorkloadDied."""
         async with self._control.session() as monitor:
-            state, _ = await asyncio.gather(self.save_state(), self._seen.update_media(monitor))
-            devices = self._seen.machine.block_devices
-            if not devices:
-                return state, SnapshotDetails({})
-            await self._storage.locate(monitor, devices)
+            await self._seen.update_media(monitor)
+            await self._storage.locate(monitor, self._seen.machine.block_devices)
+
+    async def snapshot_details(self) -> SnapshotDetails:
+        """Return the record of the disks as of the pause. Call this after `save_state`, which may write to the files of
+        disks, and after `update_details`."""
+        devices = self._seen.machine.block_devices
+        if not devices:
+            return SnapshotDetails({})
         record = await self._storage.record_at_rest(devices) if self.stays_paused else self._storage.record_now(devices)
-        return state, SnapshotDetails({DISKS: block_devices.encode(record)}, disk_comparison.unsaved(record))
+        return SnapshotDetails({DISKS: block_devices.encode(record)}, disk_comparison.unsaved(record))
 
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load_state`.

@@ -14,8 +14,9 @@ from pageferry.workloads.qemu import block_devices, disk_files
 from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, Generation, Layer
 from pageferry.workloads.qemu.disk_files import DiskFiles
 
-_SETTLING = 0.025
-"""Seconds after which the modification time of a file is settled (see `Generation`)."""
+_POLL = 0.01
+"""Interval of checks whether the modification times of files are settled (see `Generation`), seconds."""
+_MAX_POLLS = 250
 
 _FDSET = "/dev/fdset/"
 
@@ -29,7 +30,7 @@ class Storage:
         self._drivers: dict[str, str] = {}
         """Block driver of each path or URI."""
         self._tpms: tuple[BlockDevice, ...] = ()
-        self._files = DiskFiles(pid, {})
+        self._files = DiskFiles(pid, {}, {})
         self._located: tuple[BlockDevice, ...] = ()
         """Devices whose files have been found."""
         self._text: tuple[tuple[BlockDevice, ...], str] | None = None
@@ -80,8 +81,10 @@ class Storage:
         """Like `record_now`, for a guest that stays paused: wait until later writes are certain to change the
         generations."""
         record = self.record_now(devices)
-        if not all(_settled(record)):
-            await asyncio.sleep(_SETTLING)
+        for _ in range(_MAX_POLLS):
+            if all(_settled(record)):
+                break
+            await asyncio.sleep(_POLL)
             record = self.record_now(devices)
         return record
 
