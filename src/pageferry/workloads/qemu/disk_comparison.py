@@ -24,17 +24,14 @@ from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, File
 _MAX_SHOWN = 200
 """Maximum number of characters of a path or a name in a message."""
 
-_NETWORK = frozenset(
-    """afs beegfs ceph cifs fuse.ceph fuse.glusterfs fuse.sshfs glusterfs gpfs lustre nfs nfs4 smb3 smbfs
-    orangefs""".split()
-)
-"""File systems of servers. The source of such a mount names the server."""
+_NETWORK = frozenset("ceph fuse.glusterfs lustre nfs nfs4".split())
+"""File systems of servers on which inode numbers are those of the server, equal on all hosts."""
 _CLUSTER = frozenset({"gfs2", "ocfs2"})
 """File systems on a block device that several hosts share. `f_fsid` identifies them on all hosts."""
 
-_ONE_HOST = re.compile(r"localhost|\b127\.|\[::1\]|::1\b|unix|socket", re.IGNORECASE)
+_ONE_HOST = re.compile(r"localhost|\b127\.|(?<![\da-f:])::1(?![\da-f:])|unix|socket", re.IGNORECASE)
 """Part of a URI, or of the source of a mount, that names a different server on each host."""
-_SERVER = re.compile(r"//[^/]+/|[^/:]+:|\[[0-9a-fA-F:]+\]:")
+_SERVER = re.compile(r"[^/:]+:|\[[\da-fA-F:]+\]:|[^/=]+=/")
 """Beginning of the source of a mount that names a server."""
 
 
