@@ -25,7 +25,7 @@ from pageferry.workloads.protocols import DISKS
 VERSION = 1
 """Version of records. Later versions may add fields, which earlier versions ignore."""
 
-MAX_RECORD = 1 << 20
+MAX_RECORD = 256 << 10
 """Maximum size of a decompressed record, bytes."""
 
 _FILTERS = frozenset(
@@ -153,8 +153,12 @@ def time_text(nanoseconds: int) -> str:
 
 
 def encode(record: DiskRecord) -> str:
-    """Return a record as text for a detail: JSON, compressed by zlib, in base64."""
-    return base64.b64encode(zlib.compress(msgspec.json.encode(record))).decode()
+    """Return a record as text for a detail: JSON, compressed by zlib, in base64. Raises WorkloadError if the record is
+    too long."""
+    data = msgspec.json.encode(record)
+    if len(data) > MAX_RECORD:
+        raise WorkloadError(f"the description of the guest's disks is longer than {MAX_RECORD >> 10} KiB")
+    return base64.b64encode(zlib.compress(data)).decode()
 
 
 def decode(details: Mapping[str, Any]) -> DiskRecord | None:

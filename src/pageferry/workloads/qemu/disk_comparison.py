@@ -116,18 +116,17 @@ def _differences(one: BlockDevice, other: BlockDevice, *, formats: bool) -> Iter
     if one.read_only != other.read_only:
         yield "is read-only" if one.read_only else "is writable", "is read-only" if other.read_only else "is writable"
     if (formats or one.in_state) and (kinds := _formats(one)) != (others := _formats(other)):
-        yield f"has the format {kinds}", f"has the format {others}"
+        yield f"has the format {_cut(kinds)}", f"has the format {_cut(others)}"
 
 
 def _formats(device: BlockDevice) -> str:
-    return " over ".join(
-        layer.format + (f" at offset {layer.offset}" if layer.offset else "") for layer in device.layers
-    )
+    formats = [layer.format + (f" at offset {layer.offset}" if layer.offset else "") for layer in device.layers]
+    return " over ".join(formats)
 
 
 def _list(record: DiskRecord) -> str:
     names = [_cut(device.id) + ("" if device.layers else " (empty)") for device in record.devices]
-    return "the drives " + ", ".join(names) if names else "no drives"
+    return "the drives " + _cut(", ".join(names)) if names else "no drives"
 
 
 # -- identity ----------------------------------------------------------------------------------------------------------
