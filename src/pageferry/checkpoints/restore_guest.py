@@ -134,7 +134,7 @@ class GuestRestore:
 
     async def _prepare(self, workload: QemuWorkload, image: Opened) -> None:
         """Make the pager handle every access to missing memory; if it cannot, load all memory."""
-        self._check(workload, image)
+        await self._check(workload, image)
         work = Deferred(
             image=str(self.path.absolute()),
             identity=image.identity,
@@ -153,7 +153,7 @@ class GuestRestore:
             self._times.phase("load")
             self._loaded = str(refused), await self._load(work, str(refused), image)
 
-    def _check(self, workload: QemuWorkload, image: Opened) -> None:
+    async def _check(self, workload: QemuWorkload, image: Opened) -> None:
         """Raise UsageError if the image is not that of a guest, RestoreError if the machine does not match the image,
         DisksDiffer if its disks do not."""
         found = image.metadata
@@ -163,7 +163,7 @@ class GuestRestore:
                 f"workload of kind {found.kind}"
             )
         try:
-            workload.check_image(found.details, str(self.path), disks_as_is=self.options.disks == "as-is")
+            await workload.check_image(found.details, str(self.path), disks_as_is=self.options.disks == "as-is")
         except DisksDiffer as error:
             raise DisksDiffer(f"cannot restore {self.folder.name}: {error}") from error
         except WorkloadError as error:

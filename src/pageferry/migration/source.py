@@ -34,7 +34,7 @@ from pageferry.migration.transport.connection import connect_control
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.deferred_access import large_units
 from pageferry.workloads.direct_io import Drains
-from pageferry.workloads.protocols import DISKS, SHARED
+from pageferry.workloads.protocols import DISKS, SHARED, update_details
 
 log = getLogger(__name__)
 
@@ -113,6 +113,7 @@ class Source:
         control = await connect_control(address, job.options.timeout, job.trust, owners)
         self._control, self.statistics.peer = control, str(control.address)
         fault_point("source.connected")
+        await update_details(job.workload)
         hello = hello_of(job, memory)
         await control.send(hello)
         fault_point("source.greeted")

@@ -233,10 +233,17 @@ class HasSnapshotDetails(Protocol):
     """Workload with details that change while it runs, such as the modification times of its disks."""
 
     async def update_details(self) -> None:
-        """Prepare `snapshot_details` for the paused workload. Called during `save_state`."""
+        """Update the details of `identity`. Called before they are sent, and again in the pause, during
+        `save_state`."""
 
     async def snapshot_details(self) -> SnapshotDetails:
         """Return the details of the paused workload. Called after `save_state` and `update_details`."""
+
+
+async def update_details(workload: Saveable) -> None:
+    """Update the details of a workload that change while it runs."""
+    if isinstance(workload, HasSnapshotDetails):
+        await workload.update_details()
 
 
 async def save_with_details(workload: Saveable) -> tuple[bytes, SnapshotDetails]:

@@ -52,6 +52,7 @@ from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
 from pageferry.workloads.qemu.opening import Opened, StartArguments, StartOptions
 from pageferry.workloads.qemu.run_state import LastSeen
 from pageferry.workloads.qemu.state_transfer import StateTransfer
+from pageferry.workloads.qemu.storage import Storage
 from pageferry.workloads.qemu.vcpus import Vcpus
 
 _QUIT_TIMEOUT = 10.0
@@ -75,7 +76,7 @@ class QemuWorkload:
         self._folder = opened.folder
         self._entry = opened.entry
         self._regions = opened.regions
-        self._storage = opened.storage
+        self._storage = Storage(self._entry.pid)
         self._child = opened.child
         self._control = QemuControl(self.name, self._entry.qmp_socket)
         self._seen = LastSeen(self.name, opened.machine, ran=opened.ran)
@@ -142,7 +143,7 @@ class QemuWorkload:
         """Kind, name, and details: `qemu` (its version), `machine` (type with version), `cpus`, `devices`, `cpu`
         (model), `cpu-signature`, `cpu-features`, `disks` (see `block_devices`)."""
         machine = self._seen.machine
-        return Identity("qemu", self.name, machine.details | self._storage.details(machine.block_devices))
+        return Identity("qemu", self.name, machine.details | self._storage.details(machine.block_devices or ()))
 
     async def check_source(self, details: Mapping[str, Any]) -> None:
         """Raise WorkloadError, with the reason, if a guest with these details cannot be received on this host.
@@ -151,28 +152,26 @@ class QemuWorkload:
         """
         here = f"{self.name} at the destination"
         self._seen.machine.check_source(details, "the source", here)
-        async with self._control.session() as monitor:
-            await self._seen.update_media(monitor)
-            await self._storage.locate(monitor, self._seen.machine.block_devices)
+        await self.update_details()
         disk_comparison.check_migration(
             block_devices.decode(details),
-            self._storage.record(self._seen.machine.block_devices),
+            self._storage.record(self._seen.machine.block_devices or ()),
             here,
             shared=details.get(SHARED) is True,
         )
 
-    def check_image(self, details: Mapping[str, Any], path: str, *, disks_as_is: bool = False) -> None:
+    async def check_image(self, details: Mapping[str, Any], path: str, *, disks_as_is: bool = False) -> None:
         """Raise WorkloadError, with the reason, if a guest with the details of an image cannot run on this host.
 
         Raises DisksDiffer if the disks have changed since the image was written, or if this cannot be determined.
         `disks_as_is`: accept any contents of the disks.
         """
-        machine = self._seen.machine
-        machine.check_source(details, path, self.name)
-        recorded = block_devices.decode(details)
-        record = self._storage.record_now(machine.block_devices)
+        self._seen.machine.check_source(details, path, self.name)
+        await self.update_details()
+        devices, recorded = self._seen.machine.block_devices or (), block_devices.decode(details)
+        record = self._storage.record_now(devices)
         if recorded is not None:
-            empty = self._storage.empty_overlays(machine.block_devices)
+            empty = self._storage.empty_overlays(devices)
             record = disk_comparison.without_overlays(record, empty, recorded)
         disk_comparison.check_restore(recorded, record, path, self.name, as_is=disks_as_is)
 
@@ -237,6 +236,7 @@ class QemuWorkload:
         Raises UnsupportedError if QEMU cannot save its state alone, WorkloadError.
         """
         await self._vcpus.prepare()
+        await self.update_details()
         files = await in_thread(direct_io.direct_files, self.pid, self.name)
         await direct_io.await_requests(self.pid, files, self.name)
 
@@ -342,11 +342,12 @@ class QemuWorkload:
         return await self._state.save()
 
     async def update_details(self) -> None:
-        """Query the block devices of the paused guest, while its state is being saved. Raises WorkloadError,
-        WorkloadDied."""
+        """Query the block devices, and find their files. Raises WorkloadError, WorkloadDied."""
+        if self._seen.machine.block_devices == ():
+            return
         async with self._control.session() as monitor:
             await self._seen.update_media(monitor)
-            await self._storage.locate(monitor, self._seen.machine.block_devices)
+            await self._storage.locate(monitor, self._seen.machine)
 
     async def snapshot_details(self) -> SnapshotDetails:
         """Return the record of the disks as of the pause. Call this after `save_state`, which may write to the files of

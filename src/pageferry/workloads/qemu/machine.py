@@ -33,8 +33,8 @@ class Machine:
     devices: tuple[tuple[str, str], ...]
     """Type and id of each device that the user has added."""
     cpu: Cpu
-    block_devices: tuple[BlockDevice, ...] = ()
-    """Disks and drives, without the files behind them: see `Storage`."""
+    block_devices: tuple[BlockDevice, ...] | None = None
+    """Disks and drives, without the files behind them (see `Storage`); None before they are queried."""
 
     @classmethod
     async def ask(cls, monitor: Monitor) -> Self:
@@ -44,14 +44,13 @@ class Machine:
         threads = tuple(cpu["thread-id"] for cpu in cpus)
         devices = tuple(sorted(await ram.devices(monitor)))
         cpu = await Cpu.ask(monitor, [one["qom-path"] for one in cpus])
-        blocks = block_devices.parse(await monitor.execute("query-block"))
-        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu, blocks)
+        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, devices, cpu)
 
     async def again(self, monitor: Monitor, *, media: bool = False) -> Self:
         """Return the description with current vCPUs and devices, which other clients can add and remove.
 
-        `media`: query block devices too. Otherwise, they are queried only if devices have been added or removed: each
-        query prolongs a pause.
+        `media`: query known block devices too. Otherwise, they are queried only if devices have been added or removed:
+        each query prolongs a pause.
         """
         cpus, found, changed = await asyncio.gather(
             monitor.execute("query-cpus-fast"),
@@ -59,16 +58,17 @@ class Machine:
             self.with_media(monitor) if media else _unchanged(self),
         )
         threads, devices = tuple(cpu["thread-id"] for cpu in cpus), tuple(sorted(found))
-        if devices != self.devices:
-            blocks = block_devices.parse(await monitor.execute("query-block"))
-            changed = replace(changed, block_devices=blocks)
+        if devices != self.devices and self.block_devices is not None:
+            changed = await self.with_all_media(monitor)
         return replace(changed, vcpu_threads=threads, devices=devices)
 
     async def with_media(self, monitor: Monitor) -> Self:
         """Return the description with current block devices. A guest without block devices has none until a device is
         added, and is not queried."""
-        if not self.block_devices:
-            return self
+        return await self.with_all_media(monitor) if self.block_devices else self
+
+    async def with_all_media(self, monitor: Monitor) -> Self:
+        """Return the description with current block devices, even if none is known so far."""
         return replace(self, block_devices=block_devices.parse(await monitor.execute("query-block")))
 
     def check_unchanged(self, now: Self, name: str) -> None:
@@ -83,7 +83,7 @@ class Machine:
     def _described(self) -> str:
         devices = ", ".join(f"{kind} {name}" for kind, name in self.devices)
         disks = ", ".join(
-            f"{disk.shown} {' over '.join(layer.path for layer in disk.layers)}" for disk in self.block_devices
+            f"{disk.shown} {' over '.join(layer.path for layer in disk.layers)}" for disk in self.block_devices or ()
         )
         return f"-smp {len(self.vcpu_threads)} -device {devices or 'none'}, disks {disks or 'none'}"
 

@@ -19,7 +19,6 @@ from pageferry.memory.regions import Region
 from pageferry.workloads.qemu import command_line, process, ram, run_state, unsupported
 from pageferry.workloads.qemu.machine import Machine
 from pageferry.workloads.qemu.process import QemuProcess
-from pageferry.workloads.qemu.storage import Storage
 
 LOG = "log"
 """File name of the output of a detached QEMU, in the folder of the workload."""
@@ -61,7 +60,6 @@ class Opened:
     entry: QemuEntry
     machine: Machine
     regions: tuple[Region, ...]
-    storage: Storage
     ran: bool
     """Whether the guest ran when it was opened."""
     child: QemuProcess | None = None
@@ -123,7 +121,6 @@ async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -
     async with await opening as monitor:
         machine, pid = await _ask_machine(monitor)
         await unsupported.refuse_running(monitor)
-        storage = await _storage_of(monitor, pid, machine)
         ran = await run_state.runs(monitor)
         regions = await _regions_of(monitor, pid)
     for region in regions:
@@ -131,7 +128,7 @@ async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -
             log.warning("%s: huge pages are disabled; start QEMU with align=2M for this memory", region.name)
     entry = _entry(pid, qmp_socket, adopted=child is None)
     folder.publish(entry)
-    return Opened(folder, entry, machine, regions, storage, ran, child)
+    return Opened(folder, entry, machine, regions, ran, child)
 
 
 async def find(name: str, registry: Registry, timeout: float) -> Opened:
@@ -147,10 +144,9 @@ async def find(name: str, registry: Registry, timeout: float) -> Opened:
                 f"cannot attach to {name}: {entry.qmp_socket} is served by process {pid}, and the guest is "
                 f"process {entry.pid}; end the process that has taken the socket"
             )
-        storage = await _storage_of(monitor, pid, machine)
         ran = await run_state.runs(monitor)
         regions = await _regions_of(monitor, entry.pid)
-    return Opened(folder, entry, machine, regions, storage, ran)
+    return Opened(folder, entry, machine, regions, ran)
 
 
 def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
@@ -162,11 +158,6 @@ async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
     threads = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
     pid = await in_thread(qmp_peer.find_process, monitor.peer, threads, monitor.path)
     return await Machine.ask(monitor), pid
-
-
-async def _storage_of(monitor: Monitor, pid: int, machine: Machine) -> Storage:
-    tpm = any(kind.startswith("tpm-") for kind, _ in machine.devices)
-    return await Storage.open(monitor, pid, machine.block_devices, tpm=tpm)
 
 
 async def _regions_of(monitor: Monitor, pid: int) -> tuple[Region, ...]:

@@ -130,8 +130,10 @@ class LastSeen:
                     self._reset = True
 
     async def update_media(self, monitor: Monitor) -> None:
-        """Update the block devices, whose media other clients can change."""
-        self.machine = await self.machine.with_media(monitor)
+        """Update the block devices, whose media other clients can change. A guest that is known to have none is not
+        queried."""
+        if self.machine.block_devices != ():
+            self.machine = await self.machine.with_all_media(monitor)
 
     async def _check_machine(self, monitor: Monitor, *, media: bool = False) -> None:
         before = self.machine

@@ -1,4 +1,4 @@
-"""Disks of one guest: the record for the peer of a migration and for images."""
+"""Disks of one guest: the record for the peer of a migration and for images (see `block_devices`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pageferry.workloads.protocols import DISKS
 from pageferry.workloads.qemu import block_devices, disk_files
 from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, Generation, Layer
 from pageferry.workloads.qemu.disk_files import DiskFiles
+from pageferry.workloads.qemu.machine import Machine
 
 _POLL = 0.01
 """Interval of checks whether the modification times of files are settled (see `Generation`), seconds."""
@@ -22,7 +23,7 @@ _FDSET = "/dev/fdset/"
 
 
 class Storage:
-    """Disks of one guest, with the files that QEMU has open. Created by `open`."""
+    """Disks of one guest, with the files that QEMU has open. `pid`: process of QEMU."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -31,32 +32,28 @@ class Storage:
         """Block driver of each path or URI."""
         self._tpms: tuple[BlockDevice, ...] = ()
         self._files = DiskFiles(pid, {}, {})
-        self._located: tuple[BlockDevice, ...] = ()
-        """Devices whose files have been found."""
+        self._located: tuple[BlockDevice, ...] | None = None
+        """Devices whose files have been found; None before `locate`."""
         self._text: tuple[tuple[BlockDevice, ...], str] | None = None
         """Encoded record of `details`, with the devices that it describes."""
 
-    @classmethod
-    async def open(cls, monitor: Monitor, pid: int, devices: tuple[BlockDevice, ...], *, tpm: bool) -> Storage:
-        """Find the files of these devices. `tpm`: whether the guest has a TPM. Raises WorkloadError, WorkloadDied."""
-        self = cls(pid)
-        if tpm:
-            self._tpms = block_devices.parse_tpms(await monitor.execute("query-tpm"))
-        await self.locate(monitor, devices)
-        return self
-
-    async def locate(self, monitor: Monitor, devices: tuple[BlockDevice, ...]) -> None:
-        """Find the files of these devices, unless they have been found. Raises WorkloadError, WorkloadDied."""
+    async def locate(self, monitor: Monitor, machine: Machine) -> None:
+        """Find the files of the block devices of a machine, unless they have been found. Raises WorkloadError,
+        WorkloadDied."""
+        devices = machine.block_devices or ()
         if devices == self._located:
             return
+        if self._located is None and any(kind.startswith("tpm-") for kind, _ in machine.devices):
+            self._tpms = block_devices.parse_tpms(await monitor.execute("query-tpm"))
         paths = [layer.path for device in devices for layer in device.layers]
+        fdsets: dict[int, int] = {}
         if paths:
             self._drivers = block_devices.drivers(await monitor.execute("query-named-block-nodes", flat=True))
-        fdsets = {}
         if any(path.startswith(_FDSET) for path in paths):
             found = await monitor.execute("query-fdsets")
             fdsets = {one["fdset-id"]: one["fds"][0]["fd"] for one in found if one["fds"]}
-        self._files = await in_thread(DiskFiles.find, self._pid, paths, fdsets)
+        if paths:
+            self._files = await in_thread(DiskFiles.find, self._pid, paths, fdsets)
         self._located, self._text = devices, None
 
     def details(self, devices: tuple[BlockDevice, ...]) -> dict[str, str]:
