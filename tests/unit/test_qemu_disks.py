@@ -271,6 +271,13 @@ def test_files_on_servers_are_compared_by_server_and_inode(fs: str, source: str,
     assert compared(one, file(1, fs=fs, source=f"{source}2", fsid=6), THERE) is Sameness.UNKNOWN
 
 
+@pytest.mark.parametrize("host", [HERE, THERE])
+@pytest.mark.parametrize("driver", ["file", "host_device", ""])
+def test_files_that_were_not_found_are_unknown(driver: str, host: Host) -> None:
+    lost = Layer(format="raw", path="/d", size=MIB, driver=driver)
+    assert sameness(lost, lost, host, HERE) is Sameness.UNKNOWN
+
+
 def test_block_devices_are_compared_by_number_or_world_wide_name() -> None:
     one = File(kind="device", device=0x800)
     assert compared(one, one) is Sameness.SAME
@@ -356,6 +363,23 @@ def test_remark_names_the_disk_of_the_source_that_was_found() -> None:
     check_migration(source, swapped, "web", shared=True)
     with pytest.raises(WorkloadError, match=re.escape("/2 (a of web) is not /1 of the source, but b;")):
         check_migration(source, swapped, "web", shared=False)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        disk(in_state=True),
+        disk(layers=(*disk().layers, *disk().layers)),
+        disk(layers=(Layer(format="raw over raw", path="/1", size=MIB, driver="file", file=file(1)),)),
+    ],
+)
+def test_record_of_a_hostile_peer_is_refused(sent: BlockDevice) -> None:
+    own = record(disk())
+    for one, other in ((record(sent), own), (own, record(sent))):
+        with pytest.raises(WorkloadError, match="has the format"):
+            check_migration(one, other, "web", shared=False)
+        with pytest.raises(DisksDiffer, match="has the format"):
+            check_restore(one, other, "image", "web", as_is=False)
 
 
 def test_only_empty_overlays_of_the_same_size_are_removed() -> None:

@@ -24,6 +24,9 @@ from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, File
 _MAX_SHOWN = 200
 """Maximum number of characters of a path or a name in a message."""
 
+_EXPORTS = frozenset("ftp ftps gluster http https iscsi nbd nfs null-aio null-co rbd ssh".split())
+"""Block drivers of exports, whose URI identifies the contents, and of disks without contents."""
+
 _NETWORK = frozenset("ceph fuse.glusterfs lustre nfs nfs4".split())
 """File systems of servers on which inode numbers are those of the server, equal on all hosts."""
 _CLUSTER = frozenset({"gfs2", "ocfs2"})
@@ -115,13 +118,18 @@ def _differences(one: BlockDevice, other: BlockDevice, *, formats: bool) -> Iter
         yield f"has {one.layers[0].size} bytes", f"has {other.layers[0].size} bytes"
     if one.read_only != other.read_only:
         yield "is read-only" if one.read_only else "is writable", "is read-only" if other.read_only else "is writable"
-    if (formats or one.in_state) and (kinds := _formats(one)) != (others := _formats(other)):
-        yield f"has the format {_cut(kinds)}", f"has the format {_cut(others)}"
+    if (formats or one.in_state) and _formats(one) != _formats(other):
+        yield f"has the format {_chain(one)}", f"has the format {_chain(other)}"
 
 
-def _formats(device: BlockDevice) -> str:
+def _formats(device: BlockDevice) -> tuple[bool, list[tuple[str, int]]]:
+    """Return what has to be equal if formats are compared. The number of layers is equal, too."""
+    return device.in_state, [(layer.format, layer.offset) for layer in device.layers]
+
+
+def _chain(device: BlockDevice) -> str:
     formats = [layer.format + (f" at offset {layer.offset}" if layer.offset else "") for layer in device.layers]
-    return " over ".join(formats)
+    return _cut(" over ".join(formats)) + (" in the device state" if device.in_state else "")
 
 
 def _list(record: DiskRecord) -> str:
@@ -166,7 +174,7 @@ def sameness(one: Layer, other: Layer, there: Host, here: Host, *, restarted: bo
     """
     same_boot = bool(there.boot) and there.boot == here.boot
     if one.file is None or other.file is None:
-        exported = one.file is None and other.file is None and bool(one.driver) and one.driver == other.driver
+        exported = one.file is None and other.file is None and one.driver in _EXPORTS and one.driver == other.driver
         if exported and one.path == other.path and (same_boot or not _ONE_HOST.search(one.path)):
             return Sameness.SAME
         return Sameness.OTHER if exported and same_boot else Sameness.UNKNOWN
