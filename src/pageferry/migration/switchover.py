@@ -20,7 +20,7 @@ from pageferry.migration.session import Session
 from pageferry.migration.transport import messages
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import pause_to_save
+from pageferry.workloads.protocols import SHARED, pause_to_save
 
 MAX_SHOWN = 1000
 """Maximum number of characters of a detail that a message quotes."""
@@ -108,11 +108,12 @@ class SwitchOver(ABC):
         """Raise WorkloadError if the configuration of the workload differs from the one in Hello, which the destination
         matches."""
         workload = self._session.job.workload
-        told, now = self._session.hello.details, workload.identity.details
-        if changed := [key for key in now if told.get(key) != now[key]]:
+        sent, now = self._session.hello.details, workload.identity.details
+        told = {key: value for key, value in sent.items() if key != SHARED}
+        if changed := [key for key in told | now if told.get(key) != now.get(key)]:
             raise WorkloadError(
                 f"{workload.name} was reconfigured during its migration: "
-                + "; ".join(_change(key, told.get(key), now[key]) for key in changed)
+                + "; ".join(_change(key, told.get(key), now.get(key)) for key in changed)
                 + "; retry with a destination that has the same configuration"
             )
 
