@@ -223,6 +223,29 @@ def test_image_without_a_record_requires_the_users_word(parts: GuestParts, tmp_p
     asyncio.run(run())
 
 
+def test_medium_that_changes_during_a_checkpoint_leaves_disks_unknown(
+    parts: GuestParts, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another client of the monitor ejects a medium after the disks have been examined."""
+    note = QemuWorkload.note_details
+
+    async def note_and_eject(workload: QemuWorkload) -> None:
+        await note(workload)
+        await (await workload._control.hold()).execute("eject", device="cd", force=True)
+
+    async def run() -> None:
+        monkeypatch.setattr(QemuWorkload, "note_details", note_and_eject)
+        medium = f"file={raw(tmp_path / 'medium')},format=raw,if=none,id=cd,readonly=on"
+        options, image = disk_of_kind(tmp_path, "raw"), tmp_path / "image"
+        await saved(parts, image, [*options, "-drive", medium, "-device", "ide-cd,drive=cd"])
+        empty = [*options, "-drive", "if=none,id=cd", "-device", "ide-cd,drive=cd"]
+        assert "cannot determine whether" in await refused(parts, image, empty)
+        await restores(parts, image, empty, **AS_IS)
+
+    asyncio.run(run())
+    assert "disks or media were changed during the checkpoint" in caplog.text
+
+
 def test_commands_report_disks(parts: GuestParts, tmp_path: Path) -> None:
     def said(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pageferry", *words]

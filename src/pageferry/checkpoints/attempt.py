@@ -23,7 +23,7 @@ from pageferry.memory.bitmaps import pack_units
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import Migratable, SnapshotDetails, pause_to_save, save_with_details
+from pageferry.workloads.protocols import Migratable, SnapshotDetails, pause_to_save, save_and_note, snapshot_details
 
 log = getLogger(__name__)
 
@@ -113,8 +113,7 @@ class Attempt(ABC):
 
     async def _complete(self, state: bytes) -> None:
         """Save all remaining pages, then the sections and the index."""
-        if self._details.warning is not None:
-            log.warning("%s: %s", self.request.workload.name, self._details.warning)
+        await self._read_details()
         preparation = self.preparation
         self._saver.sweep()
         while not await preparation.engine(lambda: self._saver.wait(PROGRESS_INTERVAL)):
@@ -129,6 +128,11 @@ class Attempt(ABC):
         finished = await preparation.engine(lambda: self._saver.finish(sections))
         self.statistics.saved(self._saver, self.rounds, finished)
         self.covers_memory = self._saver.leaves_traces
+
+    async def _read_details(self) -> None:
+        self._details = await snapshot_details(self.request.workload)
+        if self._details.warning is not None:
+            log.warning("%s: %s", self.request.workload.name, self._details.warning)
 
     def _metadata(self) -> metadata.Metadata:
         workload, parent = self.request.workload, self.request.parent
@@ -152,7 +156,7 @@ class Attempt(ABC):
         # The state is saved before memory is protected, because saving it may write to memory: devices flush their
         # queues.
         self.statistics.enter(Phase.STATE)
-        state, self._details = await save_with_details(self.request.workload)
+        state = await save_and_note(self.request.workload)
         self.statistics.paused = self.request.workload.stays_paused
         self._created = time.time()
         return state

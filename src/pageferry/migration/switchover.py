@@ -20,7 +20,7 @@ from pageferry.migration.session import Session
 from pageferry.migration.transport import messages
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import SHARED, pause_to_save
+from pageferry.workloads.protocols import SHARED, pause_to_save, update_details
 
 MAX_SHOWN = 1000
 """Maximum number of characters of a detail that a message quotes."""
@@ -56,9 +56,22 @@ class SwitchOver(ABC):
         await session.channel.send(messages.StateEnd(length=len(state), digest=digest))
         fault_point("source.state-sent")
         times.phase("load")
-        ready = await session.channel.receive(messages.Ready, session.job.options.timeout)
+        ready = await self._ready()
         session.memory.check_files()
         fault_point("source.ready")
+        return ready
+
+    async def _ready(self) -> messages.Ready:
+        """Return the Ready message. Until it is received, check that the configuration has not changed in the pause."""
+        session = self._session
+        checking = asyncio.ensure_future(update_details(session.job.workload))
+        checking.add_done_callback(lambda done: done.cancelled() or done.exception())  # raised by `await` below, if any
+        try:
+            ready = await session.channel.receive(messages.Ready, session.job.options.timeout)
+            await checking
+        finally:
+            checking.cancel()
+        self._check_identity()
         return ready
 
     # -- before the pause

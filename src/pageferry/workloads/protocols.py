@@ -7,7 +7,6 @@ workload are coroutines: they send requests to another process, or run callbacks
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,25 +232,32 @@ class HasSnapshotDetails(Protocol):
     """Workload with details that change while it runs, such as the modification times of its disks."""
 
     async def update_details(self) -> None:
-        """Update the details of `identity`. Called before they are sent, and again in the pause, during
-        `save_state`."""
+        """Update the details of `identity`. Raises WorkloadError."""
+
+    async def note_details(self) -> None:
+        """Note the details of the paused workload. Called after `save_state`."""
 
     async def snapshot_details(self) -> SnapshotDetails:
-        """Return the details of the paused workload. Called after `save_state` and `update_details`."""
+        """Return the details that `note_details` has noted. The workload may run again."""
 
 
 async def update_details(workload: Saveable) -> None:
-    """Update the details of a workload that change while it runs."""
+    """Update the details of a workload that change while it runs. Raises WorkloadError."""
     if isinstance(workload, HasSnapshotDetails):
         await workload.update_details()
 
 
-async def save_with_details(workload: Saveable) -> tuple[bytes, SnapshotDetails]:
-    """Return the state of a paused workload, and its details as of the snapshot point."""
-    if not isinstance(workload, HasSnapshotDetails):
-        return await workload.save_state(), SnapshotDetails({})
-    state, _ = await asyncio.gather(workload.save_state(), workload.update_details())
-    return state, await workload.snapshot_details()
+async def save_and_note(workload: Saveable) -> bytes:
+    """Return the state of a paused workload, and note its details for `snapshot_details`."""
+    state = await workload.save_state()
+    if isinstance(workload, HasSnapshotDetails):
+        await workload.note_details()
+    return state
+
+
+async def snapshot_details(workload: Saveable) -> SnapshotDetails:
+    """Return the details of a workload as of its snapshot point, at which `save_and_note` was called."""
+    return await workload.snapshot_details() if isinstance(workload, HasSnapshotDetails) else SnapshotDetails({})
 
 
 async def _ignore(piece: bytes) -> None:

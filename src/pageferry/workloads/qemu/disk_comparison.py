@@ -38,6 +38,13 @@ _SERVER = re.compile(r"[^/:]+:|\[[\da-fA-F:]+\]:|[^/=]+=/")
 """Beginning of the source of a mount that names a server."""
 
 
+CHANGED = (
+    "the image does not describe the contents of disks, because disks or media were changed during the checkpoint; "
+    "save the guest again"
+)
+"""Warning for images of guests whose disks were changed."""
+
+
 class Sameness(StrEnum):
     """Result of the comparison of two images."""
 

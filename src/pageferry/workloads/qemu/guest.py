@@ -285,7 +285,7 @@ class QemuWorkload:
         """
         monitor = await self._control.hold()
         if record is None:
-            await self._seen.check_unchanged(monitor)
+            await self._seen.check_unchanged(monitor, media=False)  # the source has compared them in the pause
             self._control.plan([])
             if self._control.stays_paused:
                 # The destination opens the disks before this QEMU exits. The disks of a guest that ran have been
@@ -295,7 +295,7 @@ class QemuWorkload:
             return
         self._control.plan_by_owner(record)
         # Also checks that QEMU runs: a process that is being killed is still visible in /proc, but does not reply.
-        await self._seen.check_unchanged(monitor)
+        await self._seen.check_unchanged(monitor, media=True)
 
     async def resume(self) -> None:
         """Resume the vCPUs (QMP `cont`), unless the guest was already paused before `pause`. May be called after
@@ -349,14 +349,31 @@ class QemuWorkload:
             await self._seen.update_media(monitor)
             await self._storage.locate(monitor, self._seen.machine)
 
+    async def note_details(self) -> None:
+        """Note the state of the files of all disks, for `snapshot_details`. Call this after `save_state`, which may
+        write to these files.
+
+        A guest that stays paused is examined when later writes are certain to be detected.
+        """
+        await self._storage.note(self._seen.machine.block_devices or (), at_rest=self.stays_paused)
+
     async def snapshot_details(self) -> SnapshotDetails:
-        """Return the record of the disks as of the pause. Call this after `save_state`, which may write to the files of
-        disks, and after `update_details`."""
-        devices = self._seen.machine.block_devices
-        if not devices:
+        """Return the record of the disks as of `note_details`, which contains no query, to keep the pause short.
+
+        If another client has changed disks or media since the last query before the pause, the record states that
+        the contents of all disks are unknown. Raises WorkloadDied.
+        """
+        if (noted := self._storage.noted) is None:
             return SnapshotDetails({})
-        record = await self._storage.record_at_rest(devices) if self.stays_paused else self._storage.record_now(devices)
-        return SnapshotDetails({DISKS: block_devices.encode(record)}, disk_comparison.unsaved(record))
+        try:
+            await self.update_details()
+        except WorkloadDied:
+            raise
+        except WorkloadError as failed:
+            return SnapshotDetails({}, f"the image does not describe the contents of disks: {failed}")
+        if self._seen.machine.block_devices != noted.devices:
+            return SnapshotDetails({}, disk_comparison.CHANGED)
+        return SnapshotDetails({DISKS: block_devices.encode(noted.record)}, disk_comparison.unsaved(noted.record))
 
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load_state`.

@@ -104,10 +104,11 @@ class LastSeen:
         if was_running and (how := _ENDED.get(self.status)) is not None:
             raise WorkloadError(f"cannot run {self.name} with this state: {how} (run state {self.status})")
 
-    async def check_unchanged(self, monitor: Monitor) -> None:
-        """Raise WorkloadError if the guest or its machine has changed since the state was saved or loaded."""
+    async def check_unchanged(self, monitor: Monitor, *, media: bool) -> None:
+        """Raise WorkloadError if the guest or its machine has changed since the state was saved or loaded. `media`:
+        compare the block devices too."""
         before = self.status
-        await self._check_machine(monitor, media=True)
+        await self._check_machine(monitor, media=media)
         self._read_events()
         if self.status != before or self._resumed or self._reset:
             raise WorkloadError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -22,6 +23,13 @@ _MAX_POLLS = 250
 _FDSET = "/dev/fdset/"
 
 
+class Noted(NamedTuple):
+    """Record of devices in a pause."""
+
+    devices: tuple[BlockDevice, ...]
+    record: DiskRecord
+
+
 class Storage:
     """Disks of one guest, with the files that QEMU has open. `pid`: process of QEMU."""
 
@@ -36,6 +44,8 @@ class Storage:
         """Devices whose files have been found; None before `locate`."""
         self._text: tuple[tuple[BlockDevice, ...], str] | None = None
         """Encoded record of `details`, with the devices that it describes."""
+        self.noted: Noted | None = None
+        """Record that `note` has made; None if the guest had no devices."""
 
     async def locate(self, monitor: Monitor, machine: Machine) -> None:
         """Find the files of the block devices of a machine, unless they have been found. Raises WorkloadError,
@@ -74,16 +84,21 @@ class Storage:
         """Like `record`, with the current generation of each file."""
         return self._record(devices, self._files.generation)
 
-    async def record_at_rest(self, devices: tuple[BlockDevice, ...]) -> DiskRecord:
-        """Like `record_now`, for a guest that stays paused: wait until later writes are certain to change the
-        generations."""
+    async def note(self, devices: tuple[BlockDevice, ...], *, at_rest: bool) -> None:
+        """Note the record of these devices, with the current generation of each file, in `noted`.
+
+        `at_rest`: the guest stays paused, so wait until later writes are certain to change the generations.
+        """
+        if not devices:
+            self.noted = None
+            return
         record = self.record_now(devices)
-        for _ in range(_MAX_POLLS):
+        for _ in range(_MAX_POLLS if at_rest else 0):
             if all(_settled(record)):
                 break
             await asyncio.sleep(_POLL)
             record = self.record_now(devices)
-        return record
+        self.noted = Noted(devices, record)
 
     def empty_overlays(self, devices: tuple[BlockDevice, ...]) -> frozenset[str]:
         """Return the paths of overlays that contain no data."""
