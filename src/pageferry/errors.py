@@ -13,6 +13,7 @@
     ├── CheckpointError (30)        no image was written; the workload keeps running
     ├── ImageError (31)             an image is missing, damaged, incomplete or of an unsupported version
     ├── RestoreError (32)           a workload cannot be restored, or waits for contents that cannot be read
+    │   └── DisksDiffer (33)        disks are not known to be as they were at the checkpoint
     └── MigrationError (20)         the migration failed; the workload keeps running at the source
         ├── PeerRefused (21)        the peer rejected the request
         ├── ProtocolError (22)      the peer violated the protocol
@@ -177,3 +178,10 @@ class RestoreError(PageferryError):
     """A workload cannot be restored, or waits for contents that cannot be read."""
 
     exit_code = 32
+
+
+class DisksDiffer(RestoreError):
+    """The disks of a guest are not as they were at the checkpoint, or this cannot be determined. Nothing was
+    restored."""
+
+    exit_code = 33

@@ -47,6 +47,7 @@ OTHERS = {
     "cli/main.py": "/dev/null",
     "pager/process.py": "a descriptor",
     "large_pages/sampler.py": "/proc",
+    "workloads/qemu/disk_files.py": "/proc, /sys, and the machine id",
     "migration/transport/sockets.py": "sockets of the network",
     "host/files.py": "all other files",
     "host/registry.py": "its own folders, to sync them",

@@ -6,6 +6,8 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
+from logging import getLogger
 from typing import Any
 
 from pageferry._engine import Saver
@@ -21,7 +23,9 @@ from pageferry.memory.bitmaps import pack_units
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import Migratable, pause_to_save
+from pageferry.workloads.protocols import Migratable, SnapshotDetails, pause_to_save, save_and_note, snapshot_details
+
+log = getLogger(__name__)
 
 PROGRESS_INTERVAL = 0.2
 """Interval of progress events, seconds."""
@@ -41,6 +45,7 @@ class Attempt(ABC):
         self._paused = False
         self._created = 0.0
         """Time of the snapshot point, seconds since the epoch."""
+        self._details = SnapshotDetails({})
         self._open_saver: Saver | None = None
 
     async def run(self) -> None:
@@ -108,6 +113,7 @@ class Attempt(ABC):
 
     async def _complete(self, state: bytes) -> None:
         """Save all remaining pages, then the sections and the index."""
+        await self._read_details()
         preparation = self.preparation
         self._saver.sweep()
         while not await preparation.engine(lambda: self._saver.wait(PROGRESS_INTERVAL)):
@@ -123,10 +129,16 @@ class Attempt(ABC):
         self.statistics.saved(self._saver, self.rounds, finished)
         self.covers_memory = self._saver.leaves_traces
 
+    async def _read_details(self) -> None:
+        self._details = await snapshot_details(self.request.workload)
+        if self._details.warning is not None:
+            log.warning("%s: %s", self.request.workload.name, self._details.warning)
+
     def _metadata(self) -> metadata.Metadata:
         workload, parent = self.request.workload, self.request.parent
+        identity = workload.identity
         return metadata.describe(
-            workload.identity,
+            replace(identity, details=identity.details | self._details.details),
             self.preparation.memory.regions,
             created=self._created,
             codec=self.preparation.options.codec,
@@ -144,7 +156,7 @@ class Attempt(ABC):
         # The state is saved before memory is protected, because saving it may write to memory: devices flush their
         # queues.
         self.statistics.enter(Phase.STATE)
-        state = await self.request.workload.save_state()
+        state = await save_and_note(self.request.workload)
         self.statistics.paused = self.request.workload.stays_paused
         self._created = time.time()
         return state

@@ -20,7 +20,7 @@ from pageferry.checkpoints.events import (
     TouchedEvent,
 )
 from pageferry.checkpoints.restore_options import GuestOptions
-from pageferry.errors import PageferryError, RestoreError, UsageError, WorkloadError
+from pageferry.errors import DisksDiffer, PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Latency, Listener, ignore
 from pageferry.host.blocking import in_thread
 from pageferry.host.fault_points import fault_point
@@ -57,8 +57,9 @@ async def restore_guest(
     `pager`: pager process that the caller has already started, to save time.
 
     Raises ImageError, UsageError if the image is not that of a guest, RestoreError if the image does not match this
-    guest, and the errors of `QemuWorkload.start`. In these cases, QEMU and the pager are terminated. Raises
-    RestoreError if the pager exits after the guest was resumed; the guest then waits for its memory.
+    guest, DisksDiffer if disks are not known to be unchanged, and the errors of `QemuWorkload.start`. In these cases,
+    QEMU and the pager are terminated. Raises RestoreError if the pager exits after the guest was resumed; the guest
+    then waits for its memory.
     """
     chosen = values.options(GuestOptions, options)
     folder = Folder(registry or Registry(), name)
@@ -133,7 +134,7 @@ class GuestRestore:
 
     async def _prepare(self, workload: QemuWorkload, image: Opened) -> None:
         """Make the pager handle every access to missing memory; if it cannot, load all memory."""
-        self._check(workload, image)
+        await self._check(workload, image)
         work = Deferred(
             image=str(self.path.absolute()),
             identity=image.identity,
@@ -152,9 +153,9 @@ class GuestRestore:
             self._times.phase("load")
             self._loaded = str(refused), await self._load(work, str(refused), image)
 
-    def _check(self, workload: QemuWorkload, image: Opened) -> None:
-        """Raise UsageError if the image is not that of a guest, RestoreError if the machine does not match the
-        image."""
+    async def _check(self, workload: QemuWorkload, image: Opened) -> None:
+        """Raise UsageError if the image is not that of a guest, RestoreError if the machine does not match the image,
+        DisksDiffer if its disks do not."""
         found = image.metadata
         if found.kind != "qemu" or not found.restorable:
             raise UsageError(
@@ -162,7 +163,9 @@ class GuestRestore:
                 f"workload of kind {found.kind}"
             )
         try:
-            workload.check_image(found.details, str(self.path))
+            await workload.check_image(found.details, str(self.path), disks_as_is=self.options.disks == "as-is")
+        except DisksDiffer as error:
+            raise DisksDiffer(f"cannot restore {self.folder.name}: {error}") from error
         except WorkloadError as error:
             raise RestoreError(f"cannot restore {self.folder.name}: {error}") from error
 

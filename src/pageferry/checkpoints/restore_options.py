@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pageferry import values
 from pageferry.options import check
 from pageferry.workloads.arena.options import ArenaOptions
+
+Disks = Literal["checked", "as-is"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,8 @@ class GuestOptions:
     """Run QEMU in a separate session, with its output in a log; otherwise on the terminal of this process."""
     hugetlb: bool = False
     """Place guest memory in reserved 2 MiB pages (hugetlbfs)."""
+    disks: Disks = "checked"
+    """Require disks that are known to be unchanged since the checkpoint (docs/disks.md), or accept them as they are."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -7,13 +7,23 @@ import time
 from collections.abc import Callable
 
 from pageferry import report
-from pageferry.errors import ImageError
+from pageferry.errors import ImageError, WorkloadError
 from pageferry.events import Event
 from pageferry.host.blocking import in_thread
-from pageferry.images.events import Difference, Flattened, ImageSummary, RegionSummary, Verification
+from pageferry.images.events import (
+    Difference,
+    DiskSummary,
+    Flattened,
+    ImageSummary,
+    LayerSummary,
+    RegionSummary,
+    Verification,
+)
 from pageferry.images.image import ImageFile
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.report.reporter import open_reporter
+from pageferry.workloads.qemu import block_devices
+from pageferry.workloads.qemu.block_devices import Layer
 from pageferry.workloads.qemu.device_state import SavedState
 
 CLASSES = {
@@ -60,8 +70,36 @@ def _info(args: argparse.Namespace) -> tuple[Event, int]:
         state=len(file.state()),
         regions=regions,
         parents=[str(link.path) for link in file.links[1:]],
+        disks=_disks(file),
     )
     return summary, 0
+
+
+def _disks(file: ImageFile) -> list[DiskSummary] | None:
+    try:
+        record = block_devices.decode(file.metadata.details)
+    except WorkloadError as wrong:
+        raise ImageError(f"{file.path}: {wrong}") from wrong
+    if record is None:
+        return None
+    return [
+        DiskSummary(
+            id=disk.id,
+            name=disk.name,
+            size=disk.layers[0].size if disk.layers else 0,
+            read_only=disk.read_only,
+            cache=disk.cache,
+            in_state=disk.in_state,
+            layers=[_layer(layer) for layer in disk.layers],
+        )
+        for disk in record.devices
+    ]
+
+
+def _layer(layer: Layer) -> LayerSummary:
+    generation = layer.generation
+    modified = block_devices.time_text(generation.modified) if generation is not None else None
+    return LayerSummary(path=layer.path, format=layer.format, driver=layer.driver, modified=modified)
 
 
 def _verify(args: argparse.Namespace) -> tuple[Event, int]:

@@ -98,7 +98,7 @@ async def _receive_guest(
             raise UsageError(
                 f"cannot receive {hello.name}: its kind is {hello.kind}, and this receiver expects a QEMU guest"
             )
-        guest.check_source(hello.details)
+        await guest.check_source(hello.details)
         return guest
 
     destination = _destination(args, connections, prepare, out, guest)

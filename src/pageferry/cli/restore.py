@@ -51,6 +51,7 @@ async def _restore(args: argparse.Namespace, reporter: Reporter, pager: PagerPro
         prefetch=not args.no_prefetch,
         detach=args.detach,
         hugetlb=args.hugetlb,
+        disks=args.disks,
         listener=reporter.event,
         pager=pager,
     )

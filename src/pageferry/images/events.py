@@ -15,6 +15,34 @@ class RegionSummary(msgspec.Struct, frozen=True, rename="kebab"):
     pages: dict[str, int]
 
 
+class LayerSummary(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Image of a disk's backing chain."""
+
+    path: str
+    """Path, or URI of an export."""
+    format: str
+    driver: str
+    """Block driver that accesses the file, such as `file` or `nbd`."""
+    modified: str | None
+    """Time of the last modification before the snapshot point, UTC, ISO 8601; None if it is not known."""
+
+
+class DiskSummary(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Disk of a guest as of the snapshot point. Its contents are not part of the image."""
+
+    id: str
+    name: str
+    size: int
+    """Size, bytes; 0 for a drive without a medium."""
+    read_only: bool
+    cache: str
+    """Use of the host's page cache: `buffered` or `direct`, with `,no-flush` if flushes are ignored."""
+    in_state: bool
+    """Whether the device state contains the contents, as for a TPM."""
+    layers: list[LayerSummary]
+    """Backing chain, the image that is written to first; empty for a drive without a medium."""
+
+
 class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
     """Result of `pageferry image info`."""
 
@@ -37,6 +65,8 @@ class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
     """Size of the device state, bytes."""
     regions: list[RegionSummary]
     parents: list[str]
+    disks: list[DiskSummary] | None
+    """Disks of the guest; None if the image does not describe any."""
 
 
 class Verification(Event, frozen=True, tag="image-verify"):

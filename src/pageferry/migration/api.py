@@ -52,7 +52,7 @@ async def migrate_async(
 
     `options` are the fields of `pageferry.migration.options.Options`: mode, max_downtime (seconds), max_rounds,
     auto_converge, trace_granularity, large_pages, populate, codec, adaptive, bandwidth (bytes per second), streams,
-    timeout (seconds), insecure, tls, tls_hostname. `listener` is called with an event after every round.
+    disks, timeout (seconds), insecure, tls, tls_hostname. `listener` is called with an event after every round.
 
     Raises UsageError for invalid options, and MigrationError if the migration failed. The workload then keeps running
     at the source, with two exceptions. After OutcomeUnknown, it is paused until `recover` has learned the outcome.

@@ -30,11 +30,10 @@ from pageferry.migration.recovery_server import RecoveryServer
 from pageferry.migration.takeover import DestinationState, TakeOver, destination_states
 from pageferry.migration.transfer import Transfer
 from pageferry.migration.transport import messages
-from pageferry.migration.transport.channel import Channel
 from pageferry.migration.transport.connection import ConnectionListener, PageStream
 from pageferry.pager import page_faults
 from pageferry.pager.page_faults import CannotHandleFaults
-from pageferry.workloads.protocols import Migratable
+from pageferry.workloads.protocols import DISKS, Migratable
 
 log = getLogger(__name__)
 
@@ -212,7 +211,7 @@ class Destination:
         hello, count = incoming.hello, incoming.hello.streams
         memory = self._opened.enter_context(contextlib.closing(Memory(incoming.workload)))
         with contextlib.ExitStack() as opened:  # the engine has duplicated the descriptors
-            streams = await self._streams(incoming.channel, count if hello.mode == "precopy" else 2 * count + 1)
+            streams = await self._streams(incoming, count if hello.mode == "precopy" else 2 * count + 1)
             for stream in streams:
                 opened.enter_context(stream)
             placement = await Placement.open(incoming, memory, streams[:count], self.host.timeout)
@@ -227,10 +226,11 @@ class Destination:
         fault_point("destination.promised")
         return transfer
 
-    async def _streams(self, channel: Channel, count: int) -> list[PageStream]:
+    async def _streams(self, incoming: Incoming, count: int) -> list[PageStream]:
+        channel, details = incoming.channel, incoming.hello.details
         token = secrets.token_bytes(messages.TOKEN_BYTES)
         self.connections.expect(token, channel)
-        await channel.send(messages.Welcome(token=token))
+        await channel.send(messages.Welcome(token=token, disks=DISKS in details))
         return await channel.during(self.connections.streams(token, count, self.host.timeout))
 
     # -- failure and acknowledgement

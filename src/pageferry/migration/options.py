@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Granularity = Literal["4K", "2M", "auto"]
 LargePages = Literal["keep", "ignore"]
+Disks = Literal["checked", "shared"]
 TIMEOUT = Duration(0.1, 3600.0)
 """Type of a timeout: seconds of silence after which a peer counts as lost."""
 
@@ -56,6 +57,9 @@ class Options:
     """Limit for all page streams together, in bytes per second, such as 100M."""
     streams: Annotated[int, Count(1, MAX_STREAMS), "copying"] = 2
     """Number of parallel page streams."""
+    disks: Annotated[Disks, "disks of a guest"] = "checked"
+    """Require disks of a guest that are known to be the same at the destination (docs/disks.md), or accept files,
+    devices and exports that may be others (`shared`), because the storage is shared in a way that cannot be checked."""
     timeout: Annotated[float, TIMEOUT, "connection"] = 30.0
     """Fail when the peer has been silent for this time, such as 30s or 1m."""
     tls: Annotated[str | os.PathLike[str] | None, PathName(metavar="DIR"), "connection"] = None

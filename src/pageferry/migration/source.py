@@ -13,7 +13,7 @@ import contextlib
 from logging import getLogger
 from typing import Literal
 
-from pageferry.errors import MigrationError, PageferryError
+from pageferry.errors import MigrationError, PageferryError, ProtocolError, WorkloadError
 from pageferry.host.fault_points import fault_point
 from pageferry.memory.view import Memory
 from pageferry.migration import events
@@ -35,6 +35,7 @@ from pageferry.migration.transport.connection import connect_control
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.deferred_access import large_units
 from pageferry.workloads.direct_io import Drains
+from pageferry.workloads.protocols import DISKS, SHARED, update_details
 
 log = getLogger(__name__)
 
@@ -116,10 +117,16 @@ class Source:
         control = await connect_control(address, job.options.timeout, job.trust, owners)
         self._control, self.statistics.peer = control, str(control.address)
         fault_point("source.connected")
+        await update_details(job.workload)
         hello = hello_of(job, memory)
         await control.send(hello)
         fault_point("source.greeted")
         welcome = await control.receive(messages.Welcome)
+        if DISKS in hello.details and not welcome.disks and job.options.disks != "shared":
+            raise ProtocolError(
+                "the receiver does not compare the disks of the guest, because its release is older; use the same "
+                'release of pageferry on both hosts, or --disks shared (in Python disks="shared")'
+            )
         link = await open_link(job.options, control, address, welcome.token)
         self._session = Session(job, memory, link, hello, self.statistics)
         return self._session
@@ -271,14 +278,20 @@ class Source:
 
 
 def hello_of(job: Job, memory: Memory) -> messages.Hello:
-    """Return the first message of a migration, with the options of `job`."""
+    """Return the first message of a migration, with the options of `job`. Raises WorkloadError if it is too long."""
     identity, options = job.workload.identity, job.options
+    for key, value in identity.details.items():
+        if isinstance(value, str) and len(value) > messages.MAX_DETAIL:
+            raise WorkloadError(
+                f"cannot migrate {identity.name}: the description of its {key} is longer than "
+                f"{messages.MAX_DETAIL >> 10} KiB"
+            )
     return messages.Hello(
         version=messages.VERSION,
         migration=job.migration,
         kind=identity.kind,
         name=identity.name,
-        details=identity.details,
+        details=identity.details | ({SHARED: True} if options.disks == "shared" else {}),
         regions=[
             messages.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
             for region in memory.regions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from hashlib import blake2b
+from typing import Any
 
 from pageferry._engine import PageSet
 from pageferry.errors import WorkloadError
@@ -19,7 +20,10 @@ from pageferry.migration.session import Session
 from pageferry.migration.transport import messages
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import pause_to_save
+from pageferry.workloads.protocols import SHARED, pause_to_save
+
+MAX_SHOWN = 1000
+"""Maximum number of characters of a detail that a message quotes."""
 
 
 class SwitchOver(ABC):
@@ -106,11 +110,12 @@ class SwitchOver(ABC):
         """Raise WorkloadError if the configuration of the workload differs from the one in Hello, which the destination
         matches."""
         workload = self._session.job.workload
-        told, now = self._session.hello.details, workload.identity.details
-        if changed := [key for key in told if told[key] != now.get(key)]:
+        sent, now = self._session.hello.details, workload.identity.details
+        told = {key: value for key, value in sent.items() if key != SHARED}
+        if changed := [key for key in told | now if told.get(key) != now.get(key)]:
             raise WorkloadError(
                 f"{workload.name} was reconfigured during its migration: "
-                + "; ".join(f"{key} was {told[key] or 'none'}, is now {now.get(key) or 'none'}" for key in changed)
+                + "; ".join(_change(key, told.get(key), now.get(key)) for key in changed)
                 + "; retry with a destination that has the same configuration"
             )
 
@@ -235,3 +240,10 @@ class PostcopySwitchOver(SwitchOver):
         session.service = PageService(session.memory, missing, session.link.postcopy, options, options.timeout)
         session.service.start()
         return state
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    """Describe the change of a detail. Long texts are not quoted: they are for programs."""
+    if any(isinstance(value, str) and len(value) > MAX_SHOWN for value in (before, now)):
+        return f"{key} changed"
+    return f"{key} was {before or 'none'}, is now {now or 'none'}"

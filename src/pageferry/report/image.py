@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.images.events import Difference, Flattened, ImageSummary, Verification
+from pageferry.images.events import Difference, DiskSummary, Flattened, ImageSummary, Verification
 from pageferry.report.text import PlainView, named_values
 from pageferry.report.units import size
 
@@ -39,6 +39,7 @@ def _summary(image: ImageSummary) -> RenderableType:
         ("blocks", f"{image.blocks} storage blocks, page blocks of {size(image.page_block)}, {image.codec}"),
         ("parents", ", ".join(image.parents) or "none"),
     ]
+    rows += [("disk", _disk(disk)) for disk in image.disks or ()]
     if image.paused:
         rows.append(("note", "the guest was paused when it was saved, and will be paused when it is restored"))
     if not image.restorable:
@@ -47,6 +48,17 @@ def _summary(image: ImageSummary) -> RenderableType:
     for region in image.regions:
         table.add_row(region.name, size(region.length), *(str(count) for count in region.pages.values()))
     return Group(named_values(rows), table)
+
+
+def _disk(disk: DiskSummary) -> str:
+    if not disk.layers:
+        return f"{disk.name or disk.id}: empty"
+    chain = " over ".join(f"{layer.path} ({layer.format})" for layer in disk.layers)
+    if disk.in_state:
+        return f"{disk.name or disk.id}: {chain}, part of the state"
+    text = f"{disk.name or disk.id}: {chain}, {size(disk.size)}" + (", read-only" if disk.read_only else "")
+    modified = disk.layers[0].modified
+    return text + (f", modified {modified}" if modified is not None else "")
 
 
 def _difference(found: Difference) -> RenderableType:

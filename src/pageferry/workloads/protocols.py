@@ -17,6 +17,11 @@ from pageferry._engine import Pager
 from pageferry.memory.regions import Identity, Region
 from pageferry.memory.view import Extent, Readable
 
+DISKS = "disks"
+"""Detail of an identity: record of the disks of a guest (see `workloads.qemu.block_devices`)."""
+SHARED = "disks-shared"
+"""Detail with which the source of a migration asserts that both sides have the same disks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Faults:
@@ -213,6 +218,49 @@ class StateAhead(Protocol):
     async def load_ahead(self, piece: bytes) -> None:
         """Load a piece that was passed to the sink, before the memory is complete. `load_state` receives the whole
         state later."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDetails:
+    """Details of a workload as of its snapshot point, for an image."""
+
+    details: dict[str, Any]
+    """Details that replace those of `identity` with the same names."""
+    warning: str | None = None
+    """Warning for the user about state that the image does not contain; None if it contains all state."""
+
+
+@runtime_checkable
+class HasSnapshotDetails(Protocol):
+    """Workload with details that change while it runs, such as the modification times of its disks."""
+
+    async def update_details(self) -> None:
+        """Update the details of `identity`. Raises WorkloadError."""
+
+    async def note_details(self) -> None:
+        """Note the details of the paused workload. Called after `save_state`."""
+
+    async def snapshot_details(self) -> SnapshotDetails:
+        """Return the details that `note_details` has noted. The workload may run again."""
+
+
+async def update_details(workload: Saveable) -> None:
+    """Update the details of a workload that change while it runs. Raises WorkloadError."""
+    if isinstance(workload, HasSnapshotDetails):
+        await workload.update_details()
+
+
+async def save_and_note(workload: Saveable) -> bytes:
+    """Return the state of a paused workload, and note its details for `snapshot_details`."""
+    state = await workload.save_state()
+    if isinstance(workload, HasSnapshotDetails):
+        await workload.note_details()
+    return state
+
+
+async def snapshot_details(workload: Saveable) -> SnapshotDetails:
+    """Return the details of a workload as of its snapshot point, at which `save_and_note` was called."""
+    return await workload.snapshot_details() if isinstance(workload, HasSnapshotDetails) else SnapshotDetails({})
 
 
 async def _ignore(piece: bytes) -> None:

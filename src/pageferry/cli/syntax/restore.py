@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from pageferry.checkpoints.restore_options import Disks
 from pageferry.cli.options import add_options
 from pageferry.cli.syntax.guests import GuestOptions
 
@@ -20,6 +21,8 @@ class RestoreOptions(GuestOptions):
     """Load in the background without yielding to page faults."""
     no_prefetch: bool = False
     """Load pages only on demand."""
+    disks: Disks = "checked"
+    """Require disks that are known to be unchanged since the checkpoint (docs/disks.md), or accept them as they are."""
     takeover: bool = False
     """Start another pager for a guest whose pager has exited; give IMAGE if the image has been moved."""
 

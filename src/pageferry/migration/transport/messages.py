@@ -60,6 +60,8 @@ VERSION = 3
 
 MAX_MESSAGE = 4 << 20
 """Maximum length of a control message, bytes."""
+MAX_DETAIL = 16 << 10
+"""Maximum length of a detail in Hello, characters."""
 MAX_FIRST = 64 << 10
 """Maximum length of a connection's first message, bytes: bounds the memory used for peers not accepted yet."""
 MAX_STATE = 512 << 20
@@ -80,7 +82,7 @@ SECURE_CONTROL_MAGIC = b"PFTLSC1\n"
 SECURE_STREAM_MAGIC = b"PFTLSP1\n"
 
 Name = Annotated[str, Meta(pattern=r"\A[ -~]{1,256}\Z")]
-Detail = Annotated[str, Meta(max_length=16 << 10)] | int | bool
+Detail = Annotated[str, Meta(max_length=MAX_DETAIL)] | int | bool
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 """Time in seconds. NaN and infinity are rejected: the peer could neither compute with them nor print them."""
@@ -136,12 +138,15 @@ class Hello(Message, frozen=True):
     The first is for requests and their replies; one per page stream is for all other pages."""
 
 
-class Welcome(Message, frozen=True):
+class Welcome(Message, frozen=True, omit_defaults=True):
     """Acceptance of a Hello or Serve, sent by the destination. The page streams (after Serve: post-copy streams)
     follow."""
 
     token: Annotated[bytes, Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
     """Random bytes with which each of these streams begins, so that no other connection is mistaken for a stream."""
+    disks: bool = False
+    """Whether the destination has compared the disks in Hello with its own. Only sent if Hello describes disks: older
+    releases do not compare disks, and reject this field."""
 
 
 class LargePages(Message, frozen=True):

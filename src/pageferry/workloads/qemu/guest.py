@@ -27,13 +27,32 @@ from pageferry.host.registry import Registry
 from pageferry.memory import mappers
 from pageferry.memory.regions import Identity, Region
 from pageferry.memory.view import Memory
-from pageferry.workloads.protocols import Condition, Faults, Migratable, OwnershipRecord, StateSink
-from pageferry.workloads.qemu import direct_io, disks, kvm_prefault, opening, process, run_state
+from pageferry.workloads.protocols import (
+    DISKS,
+    SHARED,
+    Condition,
+    Faults,
+    Migratable,
+    OwnershipRecord,
+    SnapshotDetails,
+    StateSink,
+)
+from pageferry.workloads.qemu import (
+    block_devices,
+    direct_io,
+    disk_comparison,
+    disks,
+    kvm_prefault,
+    opening,
+    process,
+    run_state,
+)
 from pageferry.workloads.qemu.control import QUIT, Changes, QemuControl
 from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
 from pageferry.workloads.qemu.opening import Opened, StartArguments, StartOptions
 from pageferry.workloads.qemu.run_state import LastSeen
 from pageferry.workloads.qemu.state_transfer import StateTransfer
+from pageferry.workloads.qemu.storage import Storage
 from pageferry.workloads.qemu.vcpus import Vcpus
 
 _QUIT_TIMEOUT = 10.0
@@ -57,6 +76,7 @@ class QemuWorkload:
         self._folder = opened.folder
         self._entry = opened.entry
         self._regions = opened.regions
+        self._storage = Storage(self._entry.pid)
         self._child = opened.child
         self._control = QemuControl(self.name, self._entry.qmp_socket)
         self._seen = LastSeen(self.name, opened.machine, ran=opened.ran)
@@ -121,16 +141,39 @@ class QemuWorkload:
     @property
     def identity(self) -> Identity:
         """Kind, name, and details: `qemu` (its version), `machine` (type with version), `cpus`, `devices`, `cpu`
-        (model), `cpu-signature`, `cpu-features`."""
-        return Identity("qemu", self.name, self._seen.machine.details)
+        (model), `cpu-signature`, `cpu-features`, `disks` (see `block_devices`)."""
+        machine = self._seen.machine
+        return Identity("qemu", self.name, machine.details | self._storage.details(machine.block_devices or ()))
 
-    def check_source(self, details: Mapping[str, Any]) -> None:
-        """Raise WorkloadError, with the reason, if a guest with these details cannot be received on this host."""
-        self._seen.machine.check_source(details, "the source", f"{self.name} at the destination")
+    async def check_source(self, details: Mapping[str, Any]) -> None:
+        """Raise WorkloadError, with the reason, if a guest with these details cannot be received on this host.
 
-    def check_image(self, details: Mapping[str, Any], path: str) -> None:
-        """Raise WorkloadError, with the reason, if a guest with the details of an image cannot run on this host."""
+        The disks of both sides must be the same, unless the source has set the detail `disks-shared`.
+        """
+        here = f"{self.name} at the destination"
+        self._seen.machine.check_source(details, "the source", here)
+        await self.update_details()
+        disk_comparison.check_migration(
+            block_devices.decode(details),
+            self._storage.record(self._seen.machine.block_devices or ()),
+            here,
+            shared=details.get(SHARED) is True,
+        )
+
+    async def check_image(self, details: Mapping[str, Any], path: str, *, disks_as_is: bool = False) -> None:
+        """Raise WorkloadError, with the reason, if a guest with the details of an image cannot run on this host.
+
+        Raises DisksDiffer if the disks have changed since the image was written, or if this cannot be determined.
+        `disks_as_is`: accept any contents of the disks.
+        """
         self._seen.machine.check_source(details, path, self.name)
+        await self.update_details()
+        devices, recorded = self._seen.machine.block_devices or (), block_devices.decode(details)
+        record = self._storage.record_now(devices)
+        if recorded is not None:
+            empty = self._storage.empty_overlays(devices)
+            record = disk_comparison.without_overlays(record, empty, recorded)
+        disk_comparison.check_restore(recorded, record, path, self.name, as_is=disks_as_is)
 
     @property
     def pid(self) -> int:
@@ -193,6 +236,7 @@ class QemuWorkload:
         Raises UnsupportedError if QEMU cannot save its state alone, WorkloadError.
         """
         await self._vcpus.prepare()
+        await self.update_details()
         files = await in_thread(direct_io.direct_files, self.pid, self.name)
         await direct_io.await_requests(self.pid, files, self.name)
 
@@ -233,8 +277,8 @@ class QemuWorkload:
         return await self._vcpus.drain()
 
     async def prepare_commit(self) -> None:
-        """Start to read the machine, which `commit` checks. A device that is added later is not noticed."""
-        self._seen.look(await self._control.hold())
+        """Start to read the machine and its disks, which `commit` checks. Later changes are not noticed."""
+        self._seen.look(await self._control.hold(), media=True)
 
     async def commit(self, record: OwnershipRecord | None = None) -> None:
         """Commit the paused guest: it may run at the destination from now on, and stays paused at the source even if
@@ -305,6 +349,40 @@ class QemuWorkload:
         state = await self._state.save()
         await self._vcpus.check_machine()
         return state
+
+    async def update_details(self) -> None:
+        """Query the block devices, and find their files. Raises WorkloadError, WorkloadDied."""
+        if self._seen.machine.block_devices == ():
+            return
+        async with self._control.session() as monitor:
+            await self._seen.update_media(monitor)
+            await self._storage.locate(monitor, self._seen.machine)
+
+    async def note_details(self) -> None:
+        """Note the state of the files of all disks, for `snapshot_details`. Call this after `save_state`, which may
+        write to these files.
+
+        A guest that stays paused is examined when later writes are certain to be detected.
+        """
+        await self._storage.note(self._seen.machine.block_devices or (), at_rest=self.stays_paused)
+
+    async def snapshot_details(self) -> SnapshotDetails:
+        """Return the record of the disks as of `note_details`, which contains no query, to keep the pause short.
+
+        If another client has changed disks or media since the last query before the pause, the record states that
+        the contents of all disks are unknown. Raises WorkloadDied.
+        """
+        if (noted := self._storage.noted) is None:
+            return SnapshotDetails({})
+        try:
+            await self.update_details()
+        except WorkloadDied:
+            raise
+        except WorkloadError as failed:
+            return SnapshotDetails({}, f"the image does not describe the contents of disks: {failed}")
+        if self._seen.machine.block_devices != noted.devices:
+            return SnapshotDetails({}, disk_comparison.CHANGED)
+        return SnapshotDetails({DISKS: block_devices.encode(noted.record)}, disk_comparison.unsaved(noted.record))
 
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load_state`.

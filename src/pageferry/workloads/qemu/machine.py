@@ -1,4 +1,4 @@
-"""Description of a running QEMU: its version, machine, CPU, number of vCPUs, and devices."""
+"""Description of a running QEMU: its version, machine, CPU, number of vCPUs, devices and block devices."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from logging import getLogger
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pageferry.errors import WorkloadError
 from pageferry.host.qmp import Monitor
-from pageferry.workloads.qemu import ram
+from pageferry.workloads.qemu import block_devices, ram
+from pageferry.workloads.qemu.block_devices import BlockDevice
 from pageferry.workloads.qemu.cpu import Cpu
 
 log = getLogger(__name__)
+
+M = TypeVar("M")
 
 MAX_SHOWN = 1000
 """Maximum number of characters that a message quotes from the description of a peer."""
@@ -30,6 +33,8 @@ class Machine:
     devices: tuple[tuple[str, str], ...]
     """Type and id of each device that the user has added."""
     cpu: Cpu
+    block_devices: tuple[BlockDevice, ...] | None = None
+    """Disks and drives, without the files behind them (see `Storage`); None before they are queried."""
 
     @classmethod
     async def ask(cls, monitor: Monitor) -> Self:
@@ -43,24 +48,46 @@ class Machine:
         cpu = await Cpu.ask(monitor, [one["qom-path"] for one in cpus])
         return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, tuple(sorted(devices)), cpu)
 
-    async def again(self, monitor: Monitor) -> Self:
-        """Return the description with current vCPUs and devices, which other clients can add and remove."""
-        cpus, devices = await asyncio.gather(monitor.execute("query-cpus-fast"), ram.devices(monitor))
-        threads = tuple(cpu["thread-id"] for cpu in cpus)
-        return replace(self, vcpu_threads=threads, devices=tuple(sorted(devices)))
+    async def again(self, monitor: Monitor, *, media: bool = False) -> Self:
+        """Return the description with current vCPUs and devices, which other clients can add and remove.
+
+        `media`: query known block devices too. Otherwise, they are queried only if devices have been added or removed:
+        each query prolongs a pause.
+        """
+        cpus, found, changed = await asyncio.gather(
+            monitor.execute("query-cpus-fast"),
+            ram.devices(monitor),
+            self.with_media(monitor) if media else _unchanged(self),
+        )
+        threads, devices = tuple(cpu["thread-id"] for cpu in cpus), tuple(sorted(found))
+        if devices != self.devices and self.block_devices is not None:
+            changed = await self.with_all_media(monitor)
+        return replace(changed, vcpu_threads=threads, devices=devices)
+
+    async def with_media(self, monitor: Monitor) -> Self:
+        """Return the description with current block devices. A guest without block devices has none until a device is
+        added, and is not queried."""
+        return await self.with_all_media(monitor) if self.block_devices else self
+
+    async def with_all_media(self, monitor: Monitor) -> Self:
+        """Return the description with current block devices, even if none is known so far."""
+        return replace(self, block_devices=block_devices.parse(await monitor.execute("query-block")))
 
     def check_unchanged(self, now: Self, name: str) -> None:
         """Raise WorkloadError if the machine of `name` has changed to `now`."""
         if now != self:
             raise WorkloadError(
                 f"{name} was reconfigured during the operation: {self._described}, now {now._described}; do not "
-                "add or remove devices or vCPUs until it has been migrated or saved"
+                "add or remove devices, disks or vCPUs until it has been migrated or saved"
             )
 
     @property
     def _described(self) -> str:
         devices = ", ".join(f"{kind} {name}" for kind, name in self.devices)
-        return f"-smp {len(self.vcpu_threads)} -device {devices or 'none'}"
+        disks = ", ".join(
+            f"{disk.shown} {' over '.join(layer.path for layer in disk.layers)}" for disk in self.block_devices or ()
+        )
+        return f"-smp {len(self.vcpu_threads)} -device {devices or 'none'}, disks {disks or 'none'}"
 
     @property
     def _device_types(self) -> str:
@@ -101,3 +128,7 @@ class Machine:
                 yield f"{option} {str(details[detail])[:MAX_SHOWN] or 'none'}", str(ours[detail] or "none")
         if (cpu := self.cpu.mismatch(details)) is not None:
             yield cpu
+
+
+async def _unchanged(machine: M) -> M:
+    return machine

@@ -121,6 +121,7 @@ async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -
     async with await opening as monitor:
         machine, pid = await _ask_machine(monitor)
         await unsupported.refuse_running(monitor)
+        machine = await machine.with_all_media(monitor)
         ran = await run_state.runs(monitor)
         regions = await _regions_of(monitor, pid)
     for region in regions:

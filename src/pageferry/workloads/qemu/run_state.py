@@ -95,10 +95,10 @@ class LastSeen:
                 "second attempt accepts this state"
             )
 
-    def look(self, monitor: Monitor) -> None:
+    def look(self, monitor: Monitor, *, media: bool = False) -> None:
         """Start to read the description of the machine, while this process does other work. Each read takes about 1 ms,
-        which a paused guest need not wait for."""
-        self._looking = asyncio.ensure_future(self.machine.again(monitor))
+        which a paused guest need not wait for. `media`: read the block devices too."""
+        self._looking = asyncio.ensure_future(self.machine.again(monitor, media=media))
         self._looking.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def machine_changed(self) -> bool:
@@ -123,7 +123,7 @@ class LastSeen:
             raise WorkloadError(f"cannot hand over {self.name}: another client has resumed it already")
         if was_running and (how := _ENDED.get(self.status)) is not None:
             raise WorkloadError(f"cannot run {self.name} with this state: {how} (run state {self.status})")
-        self.look(monitor)  # for the check before the guest runs
+        self.look(monitor, media=True)  # for the check before the guest runs
 
     async def check_unchanged(self, monitor: Monitor) -> None:
         """Raise WorkloadError if the guest was resumed or reset since the state was saved or loaded."""
@@ -154,6 +154,12 @@ class LastSeen:
                     self._resumed = True
                 case _:
                     self._reset = True
+
+    async def update_media(self, monitor: Monitor) -> None:
+        """Update the block devices, whose media other clients can change. A guest that is known to have none is not
+        queried."""
+        if self.machine.block_devices != ():
+            self.machine = await self.machine.with_all_media(monitor)
 
 
 async def stop(monitor: Monitor) -> bool:
