@@ -200,7 +200,8 @@ class PrecopySwitchOver(SwitchOver):
 
     async def _send_last(self) -> None:
         with self._session.statistics.times.measure("last pages"):
-            await self._send(union(await self._trace.collect(), await self._pinned()))
+            collected, pinned = await asyncio.gather(self._trace.collect(), self._pinned())
+            await self._send(union(collected, pinned))
 
     async def _send_hot(self) -> None:
         for number, hot in enumerate(self._trace.hot):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from qemu.qmp import EventListener
 
@@ -44,8 +44,21 @@ def reason(state: str) -> str | None:
     return None if state in _RUNS_OR_WAITS | _PAUSED_BY_USER else f"QEMU state {state}"
 
 
-Stop = Callable[[Monitor], Awaitable[bool]]
-"""Function that stops the vCPUs of a guest, and returns whether the guest ran until then."""
+FINISHING = "finish-migrate"
+"""Run state of a guest that QEMU's own migration has stopped, until the migration has completed."""
+
+
+class Stopped(NamedTuple):
+    """Result of stopping the vCPUs of a guest."""
+
+    ran: bool
+    """Whether the guest ran until then."""
+    status: str | None = None
+    """Run state, if it is known; None if it has to be queried."""
+
+
+Stop = Callable[[Monitor], Awaitable[Stopped]]
+"""Function that stops the vCPUs of a guest."""
 
 
 class LastSeen:
@@ -73,10 +86,10 @@ class LastSeen:
 
         Raises WorkloadError if the guest cannot be stopped, WorkloadDied.
         """
-        ran = await stop(monitor)
+        ran, status = await stop(monitor)
         self._events = monitor.listen("RESUME", "RESET", "MIGRATION")
         self._resumed = self._reset = False
-        self.status = await _status(monitor)
+        self.status = await _status(monitor) if status is None else status
         self.look(monitor)
         if self.status in ("running", "suspended"):
             raise WorkloadError(
@@ -162,11 +175,11 @@ class LastSeen:
             self.machine = await self.machine.with_all_media(monitor)
 
 
-async def stop(monitor: Monitor) -> bool:
-    """Stop the vCPUs (QMP `stop`). Return whether the guest ran until then."""
+async def stop(monitor: Monitor) -> Stopped:
+    """Stop the vCPUs (QMP `stop`)."""
     with monitor.events("STOP") as stopped:
         await monitor.execute("stop")
-        return not stopped.empty()
+        return Stopped(not stopped.empty())
 
 
 async def runs(monitor: Monitor) -> bool:

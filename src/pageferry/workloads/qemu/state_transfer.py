@@ -10,7 +10,7 @@ from pageferry.host.qmp import Monitor
 from pageferry.workloads.protocols import StateSink
 from pageferry.workloads.qemu import device_state, run_state
 from pageferry.workloads.qemu.control import QUIT, QemuControl
-from pageferry.workloads.qemu.run_state import LastSeen
+from pageferry.workloads.qemu.run_state import LastSeen, Stopped
 from pageferry.workloads.qemu.snapshot import Snapshot
 
 
@@ -33,8 +33,8 @@ class StateTransfer:
         self._sent_ahead = False
         """Whether a sink has received the beginning of the state."""
 
-    async def stop_to_save(self, sink: StateSink, monitor: Monitor) -> bool:
-        """Stop the vCPUs by QEMU's migration of the device state. Return whether the vCPUs ran until then.
+    async def stop_to_save(self, sink: StateSink, monitor: Monitor) -> Stopped:
+        """Stop the vCPUs by QEMU's migration of the device state.
 
         `sink` receives the beginning of the result of `save`, except for a guest that is already paused.
         """
@@ -45,7 +45,7 @@ class StateTransfer:
         self._saving = await device_state.Saving.begin(monitor, sink)
         stopped_at = await self._saving.stopped()
         self.stopped_at = stopped_at or 0.0
-        return stopped_at is not None
+        return Stopped(False) if stopped_at is None else Stopped(True, run_state.FINISHING)
 
     async def save(self) -> bytes:
         """Return the device state of the paused guest, saved by QEMU's own migration or by a snapshot without memory.
