@@ -13,11 +13,11 @@
 //! length has an upper bound, so a peer cannot cause large allocations.
 
 use thiserror::Error;
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::SMALL_PAGE;
+use crate::checksum::{Checksum, checksum};
 
 /// Magic number of a storage block.
 pub const MAGIC: [u8; 4] = *b"PFBK";
@@ -439,15 +439,10 @@ fn decode_page_blocks(header: &Header, codec: Codec, table: &[u8]) -> Result<Vec
 }
 
 fn header_checksum(header: &Header, table: &[u8]) -> u64 {
-    let mut hash = Xxh3Default::new();
+    let mut hash = Checksum::new();
     hash.update(Header { checksum: U64::ZERO, ..*header }.as_bytes());
     hash.update(table);
     hash.digest()
-}
-
-/// Returns the checksum (xxh3-64) of the stored bytes of a page block.
-fn checksum(bytes: &[u8]) -> u64 {
-    xxh3_64(bytes)
 }
 
 /// Decompresses a verified page block into `out`, whose length is the raw length.

@@ -16,6 +16,7 @@
 //! * [`probing`]: memory accesses and system calls of feature probes.
 //! * [`truncated`]: memory files truncated during an operation.
 //! * [`activity`]: accessed base pages of huge pages (S3).
+//! * [`checksum`]: checksums and signatures.
 //! * [`block`]: storage blocks, the unit in which pages are sent and stored.
 //! * [`image`]: files of storage blocks with an index of all pages.
 //! * [`placer`]: placement of received pages, and population of page tables (S1, S5, S6, S7).
@@ -26,6 +27,7 @@
 
 pub mod activity;
 pub mod block;
+pub mod checksum;
 pub mod closed;
 pub mod faults;
 pub mod file_systems;

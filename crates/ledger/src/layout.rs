@@ -1,11 +1,11 @@
 //! Layout of a ledger's memory, and access to it.
 
+use pageferry_engine::checksum::checksum;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::IntoBytes;
 
 use super::LedgerError;
@@ -68,7 +68,7 @@ impl Layout {
         for (word, value) in words[1..].iter().zip(&header[1..]) {
             word.store(*value, Ordering::Relaxed);
         }
-        words[HEADER].store(xxh3_64(header.as_bytes()), Ordering::Relaxed);
+        words[HEADER].store(checksum(header.as_bytes()), Ordering::Relaxed);
         words[0].store(MAGIC, Ordering::Release);
     }
 
@@ -238,7 +238,7 @@ fn header(mapping: &Mapping) -> Result<[u64; HEADER], LedgerError> {
     let header: [u64; HEADER] = std::array::from_fn(|word| words[word].load(Ordering::Acquire));
     if header[0] != MAGIC {
         Err(LedgerError::NoLedger("invalid magic"))
-    } else if words[HEADER].load(Ordering::Relaxed) != xxh3_64(header.as_bytes()) {
+    } else if words[HEADER].load(Ordering::Relaxed) != checksum(header.as_bytes()) {
         Err(LedgerError::NoLedger("invalid header checksum"))
     } else if header[1] != VERSION {
         Err(LedgerError::NoLedger("unsupported layout version"))

@@ -1,6 +1,5 @@
 //! Body pages: generation and verification of their contents.
 
-use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::IntoBytes;
 
 use super::options::part;
@@ -65,7 +64,7 @@ pub(super) fn compose(words: &mut Words, seed: u64, number: u64, version: u64, c
 }
 
 fn checksum(words: &Words) -> u64 {
-    xxh3_64(words[1..].as_bytes())
+    pageferry_engine::checksum::checksum(words[1..].as_bytes())
 }
 
 /// Result of checking a body page.

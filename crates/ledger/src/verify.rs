@@ -1,9 +1,9 @@
 //! Verification and hashing of a paused ledger.
 
+use pageferry_engine::checksum::{checksum, checksum_with_seed};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 use zerocopy::IntoBytes;
 
 use super::LedgerError;
@@ -107,20 +107,20 @@ pub(super) fn digest(layout: &Layout, threads: usize, cancel: &AtomicBool) -> Re
     let hash_pages = |sum: &mut u64, numbers: Range<usize>, words: &mut Words| {
         for number in numbers {
             load(layout.body(number), words);
-            *sum = sum.wrapping_add(xxh3_64_with_seed(words.as_bytes(), number as u64));
+            *sum = sum.wrapping_add(checksum_with_seed(words.as_bytes(), number as u64));
         }
     };
     let parts = over_written_pages(layout, threads, cancel, hash_pages)?;
     let pages = parts.into_iter().fold(0, u64::wrapping_add);
     let tables = (0..layout.options.threads).map(|partition| Table::of(layout, partition).hash);
-    Ok(xxh3_64([fingerprint(layout), tables.fold(0, u64::wrapping_add), pages].as_bytes()))
+    Ok(checksum([fingerprint(layout), tables.fold(0, u64::wrapping_add), pages].as_bytes()))
 }
 
 pub(super) fn fingerprint(layout: &Layout) -> u64 {
     let mut parts = vec![u64::from(layout.header_intact())];
     parts.extend(layout.options.to_words());
     parts.extend((0..layout.options.threads).flat_map(|partition| layout.counters(partition).content()));
-    xxh3_64(parts.as_bytes())
+    checksum(parts.as_bytes())
 }
 
 pub(super) fn table_agrees(layout: &Layout) -> bool {

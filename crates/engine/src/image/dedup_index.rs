@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 
-use xxhash_rust::xxh3::xxh3_128_with_secret;
+use twox_hash::XxHash3_128;
 
 use crate::uapi::check;
 
@@ -30,7 +30,7 @@ impl DedupIndex {
 
     /// Returns the hash of the contents of a page.
     pub fn hash(&self, contents: &[u8]) -> u128 {
-        xxh3_128_with_secret(contents, &self.secret)
+        XxHash3_128::oneshot_with_secret(&self.secret, contents).expect("the secret is long enough")
     }
 
     /// Returns the storage block (or the ticket for it) and the slot of the contents with this hash, or `None` if the

@@ -5,8 +5,6 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use xxhash_rust::xxh3::xxh3_64;
-
 use super::dedup_index::DedupIndex;
 use super::flatten::Copier;
 use super::format::{FLAG_IN_PARENT, ImageError, PageEntry};
@@ -15,6 +13,7 @@ use super::reader::Chain;
 use super::writer::{Finished, ImageWriter, Sizes};
 use crate::SMALL_PAGE;
 use crate::block::{Builder, Class, Codec};
+use crate::checksum::checksum;
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
 
@@ -85,7 +84,7 @@ impl PageAppender {
             Some(0) => Ok(PageEntry::plain(Class::Zero, 0)),
             Some(word) => Ok(PageEntry::plain(Class::Pattern, word)),
             None => {
-                let (signature, hash) = (xxh3_64(contents), self.known.hash(contents));
+                let (signature, hash) = (checksum(contents), self.known.hash(contents));
                 if let Some((block, slot)) = self.known.place(hash) {
                     return Ok(PageEntry::stored(Class::SameAs, signature, block, slot));
                 }

@@ -6,7 +6,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 use zerocopy::byteorder::little_endian::U64;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -16,6 +15,7 @@ use super::format::{
 };
 use crate::SMALL_PAGE;
 use crate::block::{self, BlockError, Class, Header};
+use crate::checksum::{Checksum, checksum};
 use crate::mapping::prefer_large;
 
 /// Maximum size of a section other than the page map, bytes.
@@ -150,7 +150,7 @@ impl Image {
         self.check_exists(entry, HOLES)?;
         let mut contents = vec![0; len];
         self.read_at(&mut contents, entry.offset.get())?;
-        if xxh3_64(&contents) != entry.checksum.get() {
+        if checksum(&contents) != entry.checksum.get() {
             return Err(ImageError::Checksum(format!("section {kind}")));
         }
         Ok(Some(contents))
@@ -227,7 +227,7 @@ impl Image {
         prefer_large(&records);
         let zeros =
             T::new_vec_zeroed(CHUNK.min(records.len())).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        let (mut hash, mut offset, mut finding) = (Xxh3Default::new(), entry.offset.get(), Ok(()));
+        let (mut hash, mut offset, mut finding) = (Checksum::new(), entry.offset.get(), Ok(()));
         let mut data = offset;
         for (number, chunk) in records.chunks_mut(CHUNK).enumerate() {
             if number % CHUNKS_PER_CHECK == 0 && !wanted() {
@@ -442,7 +442,7 @@ fn read_header(file: &File, len: u64) -> Result<FileHeader, ImageError> {
     if header.version.get() != VERSION {
         return Err(ImageError::Version(header.version.get()));
     }
-    if xxh3_64(FileHeader { checksum: U64::ZERO, ..header }.as_bytes()) != header.checksum.get() {
+    if checksum(FileHeader { checksum: U64::ZERO, ..header }.as_bytes()) != header.checksum.get() {
         return Err(ImageError::Checksum("header".to_owned()));
     }
     let unknown = header.features.get() & !KNOWN_FEATURES;
@@ -469,7 +469,7 @@ fn read_footer(file: &File, len: u64) -> Result<Footer, ImageError> {
     if footer.magic != FOOTER_MAGIC || footer.file_len.get() != len {
         return Err(ImageError::NoFooter);
     }
-    if xxh3_64(Footer { checksum: U64::ZERO, ..footer }.as_bytes()) != footer.checksum.get() {
+    if checksum(Footer { checksum: U64::ZERO, ..footer }.as_bytes()) != footer.checksum.get() {
         return Err(ImageError::Checksum("index".to_owned()));
     }
     Ok(footer)

@@ -1,11 +1,10 @@
 //! Verification of an image: every storage block, and every page against its signature.
 
-use xxhash_rust::xxh3::xxh3_64;
-
 use super::format::{ImageError, PageEntry};
 use super::page_reader::PageReader;
 use super::reader::{Chain, Image};
 use crate::block::Class;
+use crate::checksum::checksum;
 
 /// Damage found in an image.
 #[derive(Debug, PartialEq, Eq)]
@@ -45,7 +44,7 @@ pub fn verify(chain: &Chain, part: &[(PageEntry, usize)], max: usize) -> Vec<Fin
             continue;
         }
         match reader.stored(0, entry) {
-            Ok(contents) if xxh3_64(contents) == entry.signature.get() => {}
+            Ok(contents) if checksum(contents) == entry.signature.get() => {}
             Ok(_) => {
                 findings.push(Finding { page: Some(*page), message: "contents do not match the signature".into() })
             }

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 
-use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 
@@ -14,6 +13,7 @@ use super::format::{
 };
 use crate::SMALL_PAGE;
 use crate::block::Built;
+use crate::checksum::checksum;
 
 /// Number of bytes that are buffered before a write.
 pub const WRITE_LEN: usize = 1 << 20;
@@ -60,7 +60,7 @@ impl ImageWriter {
             reserved2: [0; 8],
             checksum: U64::ZERO,
         };
-        header.checksum = U64::new(xxh3_64(header.as_bytes()));
+        header.checksum = U64::new(checksum(header.as_bytes()));
         let buffer = Vec::with_capacity(2 * WRITE_LEN);
         let file = File::from(file);
         let mut new = Self { file, id, buffer, len: 0, blocks: Vec::new(), sections: Vec::new(), writes: 0 };
@@ -99,7 +99,7 @@ impl ImageWriter {
             reserved: U32::ZERO,
             offset: U64::new(self.len),
             len: U64::new(contents.len() as u64),
-            checksum: U64::new(xxh3_64(contents)),
+            checksum: U64::new(checksum(contents)),
         });
         self.push(contents)
     }
@@ -125,7 +125,7 @@ impl ImageWriter {
             reserved: [0; 1024 - 8 - 4 - 4 - 16 - 8 - 32 * MAX_SECTIONS - 8],
             checksum: U64::ZERO,
         };
-        footer.checksum = U64::new(xxh3_64(footer.as_bytes()));
+        footer.checksum = U64::new(checksum(footer.as_bytes()));
         self.push(footer.as_bytes())?;
         self.flush()?;
         self.file.sync_all()?;

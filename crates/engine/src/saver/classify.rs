@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crossbeam_channel::{Receiver, Sender};
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::SaveError;
 use super::output::Full;
@@ -16,6 +15,7 @@ use super::state::SaverState;
 use super::trap_blocks::Copied;
 use crate::SMALL_PAGE;
 use crate::block::{Builder, Class, is_zero};
+use crate::checksum::checksum;
 use crate::image::{Chain, DedupIndex, FLAG_IN_PARENT, PageEntry, PageReader, pattern};
 
 /// Classifier of all copied blocks, in the order in which they were copied.
@@ -156,7 +156,7 @@ impl Classifier {
         if let Some(word) = pattern(bytes) {
             return Some(PageEntry::plain(Class::Pattern, word));
         }
-        let signature = xxh3_64(bytes);
+        let signature = checksum(bytes);
         let global = self.shared.areas[block.region].first_page + page;
         if parents.is_some_and(|parents| parents.hold(global, signature, bytes)) {
             return Some(in_parent(signature));

@@ -1,9 +1,9 @@
 //! Classification of the contents of a base page for sharing.
 
-use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::IntoBytes;
 
 use crate::SMALL_PAGE;
+use crate::checksum::checksum;
 
 /// Number of words of a base page.
 pub const WORDS: usize = SMALL_PAGE / size_of::<u64>();
@@ -26,7 +26,7 @@ impl Content {
         let first = words[0];
         // For most data pages, the second word differs from the first.
         if words.iter().any(|&word| word != first) {
-            return Self::Data(xxh3_64(words.as_bytes()));
+            return Self::Data(checksum(words.as_bytes()));
         }
         if first == 0 { Self::Zero } else { Self::Pattern(first) }
     }

@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use xxhash_rust::xxh3::Xxh3Default;
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::socket::{Endpoint, Socket};
 use super::{Progress, WireError, at_least_one, on_all};
 use crate::SMALL_PAGE;
 use crate::block::{self, Class, Codec, Head, Header, Kind, Run};
+use crate::checksum::Checksum;
 use crate::placer::Placer;
 
 /// Number of pages without data that are placed between two checks for cancellation: about 1 ms of work.
@@ -185,7 +185,7 @@ fn read_in_place(socket: &Socket, head: &Head, slots: Vec<libc::iovec>) -> Resul
     unsafe { socket.read_into(&mut buffers) }?;
     let mut rest = SlotCursor::new(&slots);
     for (index, record) in head.page_blocks.iter().enumerate() {
-        let mut hash = Xxh3Default::new();
+        let mut hash = Checksum::new();
         rest.take(record.raw_len.get() as usize, |chunk, len| {
             // SAFETY: the chunk lies in a slot that the placer has allocated. A valid source sends a page once per
             // round, so no other stream writes to it. If an invalid source sends a page over two streams, the worst

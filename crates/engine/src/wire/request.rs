@@ -1,10 +1,10 @@
 //! Page requests, the only messages from destination to source on the page connections of a post-copy migration.
 
-use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::WireError;
+use crate::checksum::checksum;
 
 const MAGIC: [u8; 4] = *b"PFRQ";
 /// Maximum number of pages per request: the base pages of one huge page.
@@ -48,14 +48,14 @@ impl Request {
         let (region, count) = (number(region), number(end - first));
         let mut request =
             Self { magic: MAGIC, region, first: U64::new(first as u64), count, page, checksum: U64::ZERO };
-        request.checksum = U64::new(xxh3_64(&request.as_bytes()[..CHECKED]));
+        request.checksum = U64::new(checksum(&request.as_bytes()[..CHECKED]));
         request
     }
 
     /// Validates the request against the regions, given by their numbers of pages.
     pub(super) fn check(&self, regions: &[usize]) -> Result<PageRequest, WireError> {
         let wrong = |what: &str| Err(WireError::Order(format!("a request {what}")));
-        if self.magic != MAGIC || self.checksum.get() != xxh3_64(&self.as_bytes()[..CHECKED]) {
+        if self.magic != MAGIC || self.checksum.get() != checksum(&self.as_bytes()[..CHECKED]) {
             return wrong("with an invalid magic number or checksum");
         }
         let (region, count, first) = (self.region.get() as usize, self.count.get() as usize, self.first.get());
