@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,27 @@ def test_backing_chains_are_compared(parts: GuestParts, tmp_path: Path) -> None:
         guest.move()
         said = refused(guest, drive(tmp_path / "overlay", "a", f"backing.file.filename={other}", kind="qcow2"))
         assert f"{other} (a of guest-2 at the destination) is not {base} of the source" in said
+
+
+def nodes(kind: str, path: Path) -> tuple[str, ...]:
+    """Return the options of a disk that consists of block nodes, as libvirt and other programs attach it."""
+    file = {"driver": "file", "filename": str(path)}
+    tops: dict[str, dict[str, Any]] = {
+        "throttled": {"driver": "throttle", "throttle-group": "group", "file": {"driver": "raw", "file": file}},
+        "part": {"driver": "raw", "offset": 65536, "size": MIB - 65536, "file": file},
+        "file": file,
+    }
+    group = ("-object", "throttle-group,id=group,x-iops-total=1000")
+    device = ("-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=top,id=system")
+    return (*group, "-blockdev", json.dumps(tops[kind] | {"node-name": "top"}), *device)
+
+
+@pytest.mark.parametrize("kind", ["throttled", "part", "file"])
+def test_block_nodes_are_compared(parts: GuestParts, tmp_path: Path, kind: str) -> None:
+    disk, other = raw(tmp_path / "disk"), raw(tmp_path / "other")
+    with bare(parts, tmp_path, *nodes(kind, disk)) as guest:
+        guest.move()
+        assert f"{other} (top of guest-2 at the destination) is not {disk}" in refused(guest, nodes(kind, other))
 
 
 def test_disk_with_a_temporary_overlay_is_refused(parts: GuestParts, tmp_path: Path) -> None:
