@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,22 @@ def test_another_file_is_refused_unless_the_user_insists(parts: GuestParts, tmp_
         moves_to(guest, drive(copy, "a"), "--disks", "shared")
 
 
+def test_local_file_of_another_host_is_unknown(parts: GuestParts, tmp_path: Path) -> None:
+    """Another boot id stands for another host, where the same path and inode may be another file."""
+    boot = tmp_path / "boot"
+    boot.write_text("2f1c9a52-8c3c-4d0c-9e51-5a0f6f6f9a10\n")
+    other = f'mount --bind {boot} /proc/sys/kernel/random/boot_id && exec "$@"'
+    options = drive(raw(tmp_path / "disk"), "a")
+    with bare(parts, tmp_path, *options) as guest:
+        with guest.receiver(within=["unshare", "--mount", "sh", "-c", other, "sh"]) as there:
+            said = fails(guest, moving.address_of(there), 21)
+            there.process.terminate()
+            there.wait()
+        assert "cannot be shown to be" in said
+        assert "use storage that both hosts mount from one server" in said
+        guest.untouched()
+
+
 def test_replaced_file_at_the_same_path_is_refused(parts: GuestParts, tmp_path: Path) -> None:
     disk = raw(tmp_path / "disk")
     with bare(parts, tmp_path, *drive(disk, "a")) as guest:
@@ -104,6 +121,35 @@ def test_backing_chains_are_compared(parts: GuestParts, tmp_path: Path) -> None:
         guest.move()
         said = refused(guest, drive(tmp_path / "overlay", "a", f"backing.file.filename={other}", kind="qcow2"))
         assert f"{other} (a of guest-2 at the destination) is not {base} of the source" in said
+
+
+def nodes(kind: str, path: Path) -> tuple[str, ...]:
+    """Return the options of a disk that consists of block nodes, as libvirt and other programs attach it."""
+    file = {"driver": "file", "filename": str(path)}
+    tops: dict[str, dict[str, Any]] = {
+        "throttled": {"driver": "throttle", "throttle-group": "group", "file": {"driver": "raw", "file": file}},
+        "part": {"driver": "raw", "offset": 65536, "size": MIB - 65536, "file": file},
+        "file": file,
+    }
+    group = ("-object", "throttle-group,id=group,x-iops-total=1000")
+    device = ("-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=top,id=system")
+    return (*group, "-blockdev", json.dumps(tops[kind] | {"node-name": "top"}), *device)
+
+
+@pytest.mark.parametrize("kind", ["throttled", "part", "file"])
+def test_block_nodes_are_compared(parts: GuestParts, tmp_path: Path, kind: str) -> None:
+    disk, other = raw(tmp_path / "disk"), raw(tmp_path / "other")
+    with bare(parts, tmp_path, *nodes(kind, disk)) as guest:
+        guest.move()
+        assert f"{other} (top of guest-2 at the destination) is not {disk}" in refused(guest, nodes(kind, other))
+
+
+@pytest.mark.parametrize("mode", ["postcopy", "hybrid"])
+def test_disks_are_compared_in_every_mode(parts: GuestParts, tmp_path: Path, mode: str) -> None:
+    options, other = drive(raw(tmp_path / "disk"), "a"), drive(raw(tmp_path / "other"), "a")
+    with bare(parts, tmp_path, *options) as guest:
+        assert "is not" in refused(guest, other, "--mode", mode)
+        guest.move("--mode", mode)
 
 
 def test_disk_with_a_temporary_overlay_is_refused(parts: GuestParts, tmp_path: Path) -> None:
