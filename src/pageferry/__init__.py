@@ -12,6 +12,8 @@ After a migration whose outcome is unknown (`errors.OutcomeUnknown`), `recover` 
 and `take_back` resumes the arena at the source. `large_pages` estimates how much of each huge page of a process is
 used, and reclaims cold memory; `sharing` finds duplicate pages, and merges them where it pays off. `errors` defines the
 exceptions. The command `pageferry` provides the same operations for QEMU guests.
+
+`pause`, `resume`, `shutdown` and `stop` control the guests of this host by their names.
 """
 
 from typing import TYPE_CHECKING
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from pageferry import errors, large_pages, sharing
     from pageferry.checkpoints.restore_arena import restore, restore_async
     from pageferry.checkpoints.save import checkpoint, checkpoint_async
+    from pageferry.control.pausing import pause, pause_async, resume, resume_async
+    from pageferry.control.stopping import shutdown, shutdown_async, stop, stop_async
     from pageferry.migration.api import (
         migrate,
         migrate_async,
@@ -41,13 +45,21 @@ __all__ = [
     "large_pages",
     "migrate",
     "migrate_async",
+    "pause",
+    "pause_async",
     "receive",
     "receive_async",
     "recover",
     "recover_async",
     "restore",
     "restore_async",
+    "resume",
+    "resume_async",
     "sharing",
+    "shutdown",
+    "shutdown_async",
+    "stop",
+    "stop_async",
     "take_back",
     "take_back_async",
 ]
@@ -62,13 +74,21 @@ __getattr__, __dir__ = lazily(
         "large_pages": "pageferry.large_pages",
         "migrate": "pageferry.migration.api",
         "migrate_async": "pageferry.migration.api",
+        "pause": "pageferry.control.pausing",
+        "pause_async": "pageferry.control.pausing",
         "receive": "pageferry.migration.receiving",
         "receive_async": "pageferry.migration.receiving",
         "recover": "pageferry.migration.api",
         "recover_async": "pageferry.migration.api",
         "restore": "pageferry.checkpoints.restore_arena",
         "restore_async": "pageferry.checkpoints.restore_arena",
+        "resume": "pageferry.control.pausing",
+        "resume_async": "pageferry.control.pausing",
         "sharing": "pageferry.sharing",
+        "shutdown": "pageferry.control.stopping",
+        "shutdown_async": "pageferry.control.stopping",
+        "stop": "pageferry.control.stopping",
+        "stop_async": "pageferry.control.stopping",
         "take_back": "pageferry.migration.api",
         "take_back_async": "pageferry.migration.api",
     },

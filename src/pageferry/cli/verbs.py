@@ -53,6 +53,9 @@ VERBS: dict[str, Verb] = {
     "list": _verb("list", "List the workloads of this host."),
     "top": _verb("top", "Show workloads and running operations, refreshed periodically."),
     "peek": _verb("peek", "Print memory of a workload."),
+    "pause": _verb("pause", "Pause QEMU guests."),
+    "resume": Verb("pageferry.cli.syntax.resume", "Resume paused QEMU guests.", "pageferry.cli.pause"),
+    "shutdown": _verb("shutdown", "Ask a QEMU guest to shut down, and wait until it has."),
     "stop": _verb("stop", "Stop a workload."),
 }
 """Verbs by their name on the command line, in the order of `--help`."""

@@ -298,6 +298,12 @@ class Registry:
         check_name(name)
         Folder(self, name).release()
 
+    def remove_exited(self, name: str) -> None:
+        """Remove the directory of a workload that has exited. Does nothing if another workload has taken the name."""
+        if self.path.is_dir():
+            with self.locked():
+                self._read_living(Folder(self, name))
+
     def _read_living(self, folder: Folder) -> AnyEntry | None:
         """Return the entry of a workload that runs or may run; otherwise remove its directory and return None.
 

@@ -28,7 +28,7 @@ from pageferry.memory import mappers
 from pageferry.memory.regions import Identity, Region
 from pageferry.memory.view import Memory
 from pageferry.workloads.protocols import Condition, Faults, Migratable, OwnershipRecord, StateSink
-from pageferry.workloads.qemu import direct_io, disks, kvm_prefault, opening, process, run_state
+from pageferry.workloads.qemu import awaiting, direct_io, disks, kvm_prefault, opening, process, run_state
 from pageferry.workloads.qemu.control import QUIT, Changes, QemuControl
 from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
 from pageferry.workloads.qemu.opening import Opened, StartArguments, StartOptions
@@ -86,6 +86,8 @@ class QemuWorkload:
         command = opening.parse(name, arguments, chosen)
         folder = (registry or Registry()).claim(name)
         with opening.released_on_error(folder):
+            if chosen.incoming:
+                awaiting.begin(folder)
             child, path = opening.launch(folder, command, chosen)
             try:
                 workload = cls(await opening.register(folder, path, child))
@@ -249,7 +251,7 @@ class QemuWorkload:
                 self._control.disks_released = True
                 await disks.release(await self._control.hold())
             return
-        self._control.plan_by_owner(record)
+        self._control.plan_by_owner(record, awaiting.release(self._folder))
         # Also checks that QEMU runs: a process that is being killed is still visible in /proc, but does not reply.
         await self._seen.check_unchanged(monitor)
 
@@ -262,6 +264,7 @@ class QemuWorkload:
         """
         await self._state.cancel_save()
         await self._vcpus.resume()
+        awaiting.end(self._folder)
 
     @property
     def stays_paused(self) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -119,7 +119,7 @@ async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -
     """Check the QEMU that serves a monitor, and register it. Raises UnsupportedError, WorkloadError."""
     opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
     async with await opening as monitor:
-        machine, pid = await _ask_machine(monitor)
+        pid, machine = await _pid_of(monitor), await Machine.ask(monitor)
         await unsupported.refuse_running(monitor)
         ran = await run_state.runs(monitor)
         regions = await _regions_of(monitor, pid)
@@ -133,31 +133,41 @@ async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -
 
 async def find(name: str, registry: Registry, timeout: float) -> Opened:
     """Open the registered guest with this name. Raises NoSuchWorkload, WorkloadError, WorkloadDied."""
+    async with session(name, registry, timeout) as (folder, entry, monitor):
+        machine = await Machine.ask(monitor)
+        ran = await run_state.runs(monitor)
+        regions = await _regions_of(monitor, entry.pid)
+    return Opened(folder, entry, machine, regions, ran)
+
+
+@contextlib.asynccontextmanager
+async def session(name: str, registry: Registry, timeout: float) -> AsyncIterator[tuple[Folder, QemuEntry, Monitor]]:
+    """Open a session of the monitor of the registered guest with this name, for the block.
+
+    Raises NoSuchWorkload, WorkloadDied, and WorkloadError if another client has the monitor for `timeout` seconds, or
+    another process serves its socket.
+    """
     folder = registry.folder(name)
     entry = registry.lookup(name)
     if not isinstance(entry, QemuEntry):
         raise NoSuchWorkload(f"{name} is not a QEMU guest, or is still being started; see `pageferry list`")
     async with await Monitor.open(entry.qmp_socket, timeout=timeout) as monitor:
-        machine, pid = await _ask_machine(monitor)
-        if pid != entry.pid:
+        if (pid := await _pid_of(monitor)) != entry.pid:
             raise WorkloadError(
                 f"cannot attach to {name}: {entry.qmp_socket} is served by process {pid}, and the guest is "
                 f"process {entry.pid}; end the process that has taken the socket"
             )
-        ran = await run_state.runs(monitor)
-        regions = await _regions_of(monitor, entry.pid)
-    return Opened(folder, entry, machine, regions, ran)
+        yield folder, entry, monitor
 
 
 def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
     return QemuEntry(**identify(pid), qmp_socket=qmp_socket, adopted=adopted)
 
 
-async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
-    """Return the machine and the process id of the QEMU that serves a monitor."""
+async def _pid_of(monitor: Monitor) -> int:
+    """Return the process id of the QEMU that serves a monitor."""
     threads = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
-    pid = await in_thread(qmp_peer.find_process, monitor.peer, threads, monitor.path)
-    return await Machine.ask(monitor), pid
+    return await in_thread(qmp_peer.find_process, monitor.peer, threads, monitor.path)
 
 
 async def _regions_of(monitor: Monitor, pid: int) -> tuple[Region, ...]:

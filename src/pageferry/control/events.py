@@ -1,0 +1,32 @@
+"""Results of the verbs that control a workload."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pageferry.events import Event
+
+
+class RunStateResult(Event, frozen=True, kw_only=True, tag="run-state"):
+    """Result of `pause` or `resume` for one guest."""
+
+    workload: str
+    status: Literal["running", "paused"]
+    changed: bool
+    """Whether the command has changed the status; False if the guest had it before."""
+
+
+class RunStateResults(Event, frozen=True, tag="run-states"):
+    """Results of `pause` or `resume` for several guests."""
+
+    results: list[RunStateResult]
+
+
+class StopResult(Event, frozen=True, kw_only=True, tag="stopped"):
+    """Result of `shutdown`: QEMU has exited, and the name is free."""
+
+    workload: str
+    forced: bool
+    """Whether QEMU was ended by `quit`, because the guest did not shut down; this acts like a power cut."""
+    duration_ms: float
+    """Time from the request until QEMU had exited, milliseconds."""
