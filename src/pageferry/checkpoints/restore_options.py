@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pageferry import values
+from pageferry.errors import UsageError
 from pageferry.options import check
 from pageferry.workloads.arena.options import ArenaOptions
 
@@ -21,9 +22,16 @@ class GuestOptions:
     """Run QEMU in a separate session, with its output in a log; otherwise on the terminal of this process."""
     hugetlb: bool = False
     """Place guest memory in reserved 2 MiB pages (hugetlbfs)."""
+    paused: bool = False
+    """Leave the guest paused, even if it ran when it was saved."""
+    resume: bool = False
+    """Run the guest, even if it was paused when it was saved. Without `paused` and `resume`, the guest is in the state
+    in which it was saved."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.paused and self.resume:
+            raise UsageError("`paused` cannot be combined with `resume`: remove one of them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,13 +59,14 @@ async def stop_async(name: str, *, kill: bool = False) -> None:
 
     Raises NoSuchWorkload, WorkloadDied, and WorkloadError if the workload does not exit.
     """
+    values.flag("kill", kill)
     registry = Registry()
     entry = registry.lookup(name)
     if isinstance(entry, Claim):
         raise NoSuchWorkload(
             f"cannot stop {name}: process {entry.pid} is still starting it; wait, or terminate that process"
         )
-    if isinstance(entry, QemuEntry) and not values.flag("kill", kill):
+    if isinstance(entry, QemuEntry) and not kill:
         await _quit(name, entry, registry)
     else:
         await _signal(name, entry, signal.SIGKILL if kill else signal.SIGTERM)

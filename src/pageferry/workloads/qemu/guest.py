@@ -323,6 +323,13 @@ class QemuWorkload:
         """
         await self._state.load(state)
 
+    def choose_paused(self, paused: bool) -> None:
+        """Choose, after `load_state`, whether `resume` leaves the guest paused. The default is the state in which the
+        guest was saved. Raises WorkloadError if the guest is to run, and cannot run with its state."""
+        if not paused:
+            self._seen.check_can_run()
+        self._control.stays_paused = self._control.disks_released = paused
+
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
         """Populate the second-stage page tables of a KVM guest, if the kernel supports it (see `kvm_prefault`). Return
         the number of bytes mapped.

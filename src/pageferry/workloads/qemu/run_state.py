@@ -101,7 +101,12 @@ class LastSeen:
         await self._check_machine(monitor)
         if self.status == "running":
             raise WorkloadError(f"cannot hand over {self.name}: another client has resumed it already")
-        if was_running and (how := _ENDED.get(self.status)) is not None:
+        if was_running:
+            self.check_can_run()
+
+    def check_can_run(self) -> None:
+        """Raise WorkloadError if the guest has shut down or failed, so that it cannot run with this state."""
+        if (how := _ENDED.get(self.status)) is not None:
             raise WorkloadError(f"cannot run {self.name} with this state: {how} (run state {self.status})")
 
     async def check_unchanged(self, monitor: Monitor) -> None:
