@@ -13,7 +13,8 @@ and `take_back` resumes the arena at the source. `large_pages` estimates how muc
 used, and reclaims cold memory; `sharing` finds duplicate pages, and merges them where it pays off. `errors` defines the
 exceptions. The command `pageferry` provides the same operations for QEMU guests.
 
-`pause`, `resume`, `shutdown` and `stop` control the guests of this host by their names.
+`pause`, `resume`, `shutdown` and `stop` control the guests of this host by their names, and `logs` returns
+their output.
 """
 
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pageferry import errors, large_pages, sharing
     from pageferry.checkpoints.restore_arena import restore, restore_async
     from pageferry.checkpoints.save import checkpoint, checkpoint_async
+    from pageferry.control.logs import logs, logs_async
     from pageferry.control.pausing import pause, pause_async, resume, resume_async
     from pageferry.control.stopping import shutdown, shutdown_async, stop, stop_async
     from pageferry.migration.api import (
@@ -43,6 +45,8 @@ __all__ = [
     "checkpoint_async",
     "errors",
     "large_pages",
+    "logs",
+    "logs_async",
     "migrate",
     "migrate_async",
     "pause",
@@ -72,6 +76,8 @@ __getattr__, __dir__ = lazily(
         "checkpoint_async": "pageferry.checkpoints.save",
         "errors": "pageferry.errors",
         "large_pages": "pageferry.large_pages",
+        "logs": "pageferry.control.logs",
+        "logs_async": "pageferry.control.logs",
         "migrate": "pageferry.migration.api",
         "migrate_async": "pageferry.migration.api",
         "pause": "pageferry.control.pausing",

@@ -22,7 +22,7 @@ from pageferry.cli.parser import parse
 from pageferry.cli.syntax.guests import GuestOptions
 from pageferry.cli.syntax.receive import ReceiveOptions
 from pageferry.cli.syntax.restore import RestoreOptions
-from pageferry.control.options import ShutdownOptions
+from pageferry.control.options import LogOptions, ShutdownOptions
 from pageferry.demo.options import DemoOptions
 from pageferry.docstrings import field_docstrings
 from pageferry.errors import MigrationError, PageferryError, UsageError, WorkloadError
@@ -70,6 +70,7 @@ OPTIONS: dict[str, Any] = {
     "large_pages": large_pages.Options,
     "sharing": sharing.Options,
     "shutdown": ShutdownOptions,
+    "logs": LogOptions,
 }
 PATHS = ("tls", "store", "tls_hostname")
 FLAGS = ("auto_converge", "adaptive", "insecure", "track", "direct_io", "eager", "prefetch", "force")
@@ -130,6 +131,7 @@ def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "pause": (pageferry.pause, {"name": "no-such-workload"}),
         "resume": (pageferry.resume, {"name": "no-such-workload"}),
         "shutdown": (pageferry.shutdown, {"name": "no-such-workload"}),
+        "logs": (pageferry.logs, {"name": "no-such-workload"}),
         "stop": (pageferry.stop, {"name": "no-such-workload"}),
         "open_target": (large_pages.open_target, {"text": "no-such-workload"}),
         "process_target": (large_pages.process_target, {"pid": (1 << 22) + 1}),
@@ -222,6 +224,7 @@ VERB_OPTIONS: dict[str, type] = {
     "run": GuestOptions,
     "demo": DemoOptions,
     "shutdown": ShutdownOptions,
+    "logs": LogOptions,
 }
 
 

@@ -22,6 +22,14 @@ class RunStateResults(Event, frozen=True, tag="run-states"):
     results: list[RunStateResult]
 
 
+class GuestLog(Event, frozen=True, kw_only=True, tag="guest-log"):
+    """Log of a guest, or the next part of a log that is followed."""
+
+    workload: str
+    text: str
+    """Output of QEMU. Bytes that are not UTF-8 are replaced."""
+
+
 class StopResult(Event, frozen=True, kw_only=True, tag="stopped"):
     """Result of `shutdown`: QEMU has exited, and the name is free."""
 

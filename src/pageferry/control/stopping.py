@@ -12,7 +12,7 @@ from pageferry.control.events import StopResult
 from pageferry.control.options import ShutdownOptions
 from pageferry.control.session import guest_entry, guest_session
 from pageferry.errors import NoSuchWorkload, ShutdownTimeout, WorkloadDied, WorkloadError
-from pageferry.host import processes
+from pageferry.host import endings, processes
 from pageferry.host.blocking import synchronous
 from pageferry.host.registry import AnyEntry, Claim, Entry, QemuEntry, Registry
 from pageferry.workloads.qemu import run_control
@@ -41,12 +41,12 @@ async def shutdown_async(name: str, **options: Any) -> StopResult:
     entry, forced = guest_entry(name, "shut down", registry), False
     try:
         await _shut_down(name, entry, chosen.timeout, registry)
+        registry.remove_ended(name, entry, endings.now(name, entry.kind, entry.pid, "exited", exact=True))
     except WorkloadError:
         if not chosen.force or not entry.alive:
             raise
         await stop_async(name)
         forced = True
-    registry.remove_exited(name)
     return StopResult(workload=name, forced=forced, duration_ms=(time.monotonic() - started) * 1e3)
 
 
@@ -70,13 +70,13 @@ async def stop_async(name: str, *, kill: bool = False) -> None:
         await _quit(name, entry, registry)
     else:
         await _signal(name, entry, signal.SIGKILL if kill else signal.SIGTERM)
-        registry.remove(name)
+        registry.remove(name, endings.now(name, entry.kind, entry.pid, "stopped", exact=True))
 
 
 stop = synchronous(stop_async)
 
 
-async def _shut_down(name: str, entry: Entry, timeout: float, registry: Registry) -> None:
+async def _shut_down(name: str, entry: QemuEntry, timeout: float, registry: Registry) -> None:
     """Press the power button, and wait for the exit of QEMU. Raises WorkloadError, ShutdownTimeout."""
     async with guest_session(name, "shut down", registry=registry) as (_, monitor):
         pressed = await run_control.power_down(monitor, name)
@@ -133,7 +133,7 @@ async def _quit(name: str, entry: QemuEntry, registry: Registry) -> None:
             f"cannot stop {name}: process {entry.pid} has not exited {STOP_TIMEOUT:g} s after `quit`; to send SIGKILL, "
             f"run `pageferry stop --kill {name}`"
         )
-    await guest.forget()
+    await guest.forget("stopped")
 
 
 async def _signal(name: str, entry: AnyEntry, number: signal.Signals) -> None:

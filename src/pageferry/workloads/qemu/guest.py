@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Self, Unpack
 import msgspec
 
 from pageferry.errors import WorkloadDied, WorkloadError
-from pageferry.host import proc, processes
+from pageferry.host import endings, proc, processes
 from pageferry.host.blocking import in_thread
 from pageferry.host.qmp import TIMEOUT
 from pageferry.host.registry import Registry
@@ -420,10 +420,12 @@ class QemuWorkload:
             f"{self.name} (process {self.pid}) exited while it waited for its source{self._last_words()}"
         )
 
-    async def forget(self) -> None:
+    async def forget(self, cause: endings.Cause | None = None) -> None:
         """Close the files of this object, and remove the name, log and records of the workload. QEMU must have
-        exited."""
-        if self._child is not None:
-            await self._child.wait()
+        exited. With a `cause`, keep the log and the exit code, for `pageferry logs` and `pageferry list --all`."""
+        code = await self._child.wait() if self._child is not None else None
         self.close()
-        self._folder.release()
+        record = None
+        if cause is not None:
+            record = endings.now(self.name, self._entry.kind, self.pid, cause, exact=True, code=code)
+        self._folder.release(record)
