@@ -15,6 +15,7 @@ import pytest
 import pageferry
 from pageferry.cli.main import main
 from pageferry.control import logs
+from pageferry.control.options import LogOptions
 from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError
 from pageferry.host import endings
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
@@ -115,7 +116,7 @@ def test_followed_log_ends_with_the_guest(registry: Registry) -> None:
 
     async def followed() -> bytes:
         found = b""
-        async for data in logs.follow("web", 1):
+        async for data in logs.follow("web", LogOptions(lines=1)):
             found += data
             if found == b"two\n":
                 with (folder.path / "log").open("ab") as file:

@@ -73,7 +73,7 @@ OPTIONS: dict[str, Any] = {
     "logs": LogOptions,
 }
 PATHS = ("tls", "store", "tls_hostname")
-FLAGS = ("auto_converge", "adaptive", "insecure", "track", "direct_io", "eager", "prefetch", "force")
+FLAGS = ("auto_converge", "adaptive", "insecure", "track", "direct_io", "eager", "prefetch", "force", "console")
 
 
 def _name(wrong: object) -> str:
@@ -131,6 +131,9 @@ def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "pause": (pageferry.pause, {"name": "no-such-workload"}),
         "resume": (pageferry.resume, {"name": "no-such-workload"}),
         "shutdown": (pageferry.shutdown, {"name": "no-such-workload"}),
+        "console": (pageferry.console, {"name": "no-such-workload"}),
+        "monitor": (pageferry.monitor, {"name": "no-such-workload", "command": "info status"}),
+        "qmp": (pageferry.qmp, {"name": "no-such-workload", "command": "query-status"}),
         "logs": (pageferry.logs, {"name": "no-such-workload"}),
         "stop": (pageferry.stop, {"name": "no-such-workload"}),
         "open_target": (large_pages.open_target, {"text": "no-such-workload"}),

@@ -25,7 +25,7 @@ async def run(args: argparse.Namespace) -> int:
         await _emit(args, options)
     else:
         write = _terminal() if sys.stdout.isatty() else _write
-        async for data in logs.follow(args.name, options.lines, once=not args.follow):
+        async for data in logs.follow(args.name, options, once=not args.follow):
             await in_thread(write, data)
     return 0
 
@@ -33,11 +33,11 @@ async def run(args: argparse.Namespace) -> int:
 async def _emit(args: argparse.Namespace, options: LogOptions) -> None:
     with open_reporter(args.output) as reporter:
         if not args.follow:
-            text = await logs.logs_async(args.name, lines=options.lines)
+            text = await logs.logs_async(args.name, lines=options.lines, console=options.console)
             reporter.final(GuestLog(workload=args.name, text=text))
             return
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        async for data in logs.follow(args.name, options.lines):
+        async for data in logs.follow(args.name, options):
             if text := decoder.decode(data):
                 reporter.event(GuestLog(workload=args.name, text=text))
 

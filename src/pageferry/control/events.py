@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pageferry.events import Event
 
@@ -28,6 +28,18 @@ class GuestLog(Event, frozen=True, kw_only=True, tag="guest-log"):
     workload: str
     text: str
     """Output of QEMU. Bytes that are not UTF-8 are replaced."""
+
+
+class MonitorReply(Event, frozen=True, kw_only=True, tag="monitor-reply"):
+    """Result of a command of QEMU's monitor."""
+
+    workload: str
+    command: str
+    """Name of the command, without its arguments."""
+    output: str | None
+    """Output of an HMP command; None for QMP."""
+    result: Any
+    """Result of a QMP command; None for HMP."""
 
 
 class StopResult(Event, frozen=True, kw_only=True, tag="stopped"):

@@ -4,7 +4,8 @@
 
     /run/pageferry/.ended/web/
     ├── ended.json      an `Ended`
-    └── log             end of QEMU's log, if it had one
+    ├── log             end of QEMU's log, if it had one
+    └── console.log     end of the output of its serial port, likewise
 
 Records are a help for the user, and no operation depends on them. They are written when a pageferry command finds that
 the process of a workload has exited, or ends it. An error in writing them, such as a full file system, is ignored.
@@ -24,7 +25,7 @@ import msgspec
 
 from pageferry.host import files
 
-LOGS = ("log",)
+LOGS = ("log", "console.log")
 """Names of the files that are kept from the directory of a workload."""
 
 MAX_RECORDS = 16

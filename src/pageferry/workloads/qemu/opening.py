@@ -23,6 +23,9 @@ from pageferry.workloads.qemu.process import QemuProcess
 LOG = "log"
 """File name of the output of a detached QEMU, in the folder of the workload."""
 
+CONSOLE_LOG = "console.log"
+"""File name of the output of the serial port that pageferry has connected to a socket."""
+
 _NO_PREALLOC = "remove -mem-prealloc and prealloc=on"
 
 log = logging.getLogger(__name__)
@@ -104,7 +107,12 @@ def launch(folder: Folder, command: command_line.CommandLine, options: StartOpti
             if file.warning:
                 log.warning("%s", file.warning)
         path = file.inherited_path if file is not None else None
-        words = command.managed(ram_path=path, qmp_socket=qmp_socket, incoming=options.incoming)
+        words = command.managed(
+            ram_path=path,
+            qmp_socket=qmp_socket,
+            incoming=options.incoming,
+            console=_console(folder) if options.detach and command.has_free_serial else None,
+        )
         descriptors = [file.fd] if file is not None else []
         child = process.launch(words, descriptors, folder.path / LOG if options.detach else None)
     finally:
@@ -113,6 +121,10 @@ def launch(folder: Folder, command: command_line.CommandLine, options: StartOpti
     with contextlib.suppress(WorkloadDied):  # the caller waits for the monitor, and reports why QEMU has exited
         folder.publish(_entry(child.pid, qmp_socket, adopted=False))
     return child, qmp_socket
+
+
+def _console(folder: Folder) -> command_line.ConsolePaths:
+    return command_line.ConsolePaths(folder.socket_path("tty.sock"), str(folder.path / CONSOLE_LOG))
 
 
 async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -> Opened:
