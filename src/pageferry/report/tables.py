@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable
 
 from rich.console import Group, RenderableType
+from rich.constrain import Constrain
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -18,22 +19,32 @@ MAX_NAME = 32
 """Maximum width of a column of names. Longer names are folded."""
 
 
-def table(names: Iterable[str], *, right: Iterable[str], gap: int = 1) -> Table:
-    """Return an empty table. The first column contains names, and is folded if they are long. `right`: columns that are
-    aligned to the right. `gap`: columns between two columns of the table."""
+def table(names: Iterable[str], *, right: Iterable[str], gap: int = 1, max_name: int = MAX_NAME) -> Table:
+    """Return an empty table. The first column contains names, and is folded if they are longer than `max_name`.
+    `right`: columns that are aligned to the right. `gap`: spaces between two columns."""
     right = set(right)
     columns = [Column(name, justify="right" if name in right else "left", no_wrap=True) for name in names]
-    columns[0].no_wrap, columns[0].overflow, columns[0].max_width = False, "fold", MAX_NAME
+    columns[0].no_wrap, columns[0].overflow, columns[0].max_width = False, "fold", max_name
     return Table(*columns, box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
 
 
 def with_notes(table: RenderableType, notes: Iterable[tuple[str, str]], style: str = "bold red") -> RenderableType:
     """Return a table, and below it a paragraph for each name and text."""
-    paragraphs = [Text(wrapped(f"{name}: {message(text)}"), style=style) for name, text in notes]
-    return Group(table, Text(), *paragraphs) if paragraphs else table
+    lines = [note(f"{name}: {text}", style) for name, text in notes]
+    return Group(table, Text(), *lines) if lines else table
 
 
-def wrapped(text: str) -> str:
+def note(text: str, style: str = "") -> Text:
+    """Return a paragraph of at most `WIDTH` columns."""
+    return Text(_wrapped(message(text)), style=style)
+
+
+def narrow(content: RenderableType) -> RenderableType:
+    """Limit the width of a table whose columns can be folded."""
+    return Constrain(content, WIDTH)
+
+
+def _wrapped(text: str) -> str:
     """Return a text in lines of at most `WIDTH` columns, of which all but the first are indented."""
     lines = textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines)
