@@ -1,28 +1,34 @@
-"""Tests of the verbs that control guests: pause, resume, shutdown."""
+"""Tests of the verbs that control guests: pause, resume, shutdown, console, monitor, logs."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import pty
+import select
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import termios
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import pageferry
+from pageferry.control.console import Console
 from pageferry.errors import ShutdownTimeout, UnsupportedError, WorkloadError
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Registry
-from tests.guest import travel
+from tests.guest import boot_sector, travel
 from tests.guest.machines import GuestParts
 from tests.guest.travel import Traveller, travelling
 from tests.kernel import moving
-from tests.kernel.programs import DEADLINE, wait_until
+from tests.kernel.programs import DEADLINE, Program, wait_until
 
 pytestmark = [pytest.mark.usefixtures("root")]
 
@@ -210,3 +216,223 @@ def test_paused_guest_is_not_shut_down(newest_parts: GuestParts, tmp_path: Path)
         with pytest.raises(WorkloadError, match="cannot react to a shutdown: it is paused"):
             pageferry.shutdown(guest.name)
         assert pageferry.shutdown(guest.name, force=True).forced
+
+
+# -- a guest that reacts: see tests/guest/boot_sector.py
+
+
+@contextmanager
+def reacting(parts: GuestParts, folder: Path, *more: str) -> Iterator[str]:
+    """Start a detached guest that reacts to the power button and has a console that pageferry has added. Yield its
+    name, and kill the guest after the block."""
+    name = "reacting"
+    machine = [str(parts.qemu), "-accel", parts.accel, "-display", "none", "-nic", "none", "-m", "64M"]
+    run("run", name, "--detach", "--", *machine, *boot_sector.options(folder), *more)
+    try:
+        yield name
+    finally:
+        if name in Registry().entries():
+            run("stop", "--kill", name)
+
+
+def until(output: Callable[[], bytes], expected: bytes) -> None:
+    wait_until(lambda: expected in output(), f"{expected!r} in the output")
+
+
+def console_log(name: str) -> bytes:
+    return (Registry().path / name / "console.log").read_bytes()
+
+
+@pytest.mark.every_qemu
+def test_guest_shuts_down(parts: GuestParts, tmp_path: Path) -> None:
+    with reacting(parts, tmp_path) as name:
+        until(lambda: console_log(name), boot_sector.PROMPT)
+        assert run("shutdown", name).stdout.startswith(f"{name}: shut down (")
+        assert name not in Registry().entries()
+        listed = [json.loads(line) for line in run("list", "--all", "--output", "json").stdout.splitlines()]
+        (ended,) = (one for one in listed if one["name"] == name)
+        assert (ended["type"], ended["cause"], ended["exact"]) == ("ended-workload", "exited", True)
+        assert run("logs", name, "--console").stdout == boot_sector.PROMPT.decode()
+
+
+def test_guest_without_shutdown_of_qemu_is_ended(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with reacting(newest_parts, tmp_path, "-no-shutdown") as name:
+        until(lambda: console_log(name), boot_sector.PROMPT)
+        assert not pageferry.shutdown(name).forced
+        assert name not in Registry().entries()
+
+
+def test_other_commands_use_a_guest_that_is_shutting_down(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with bare(newest_parts, tmp_path) as guest, Program("-m", "pageferry", "shutdown", guest.name) as shutdown:
+        wait_until(lambda: not connections(travel.entry(guest.name).qmp_socket), "the monitor to be free")
+        assert travel.listed()[guest.name] == "running"
+        run("stop", guest.name)
+        assert shutdown.wait() == 0
+
+
+# -- console
+
+
+@contextmanager
+def terminal(*words: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Start a pageferry command on a pseudo-terminal. Yield the process and the terminal."""
+    outer, inner = pty.openpty()
+    before = termios.tcgetattr(inner)
+    command = [sys.executable, "-m", "pageferry", *words]
+    with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, start_new_session=True) as child:
+        try:
+            yield child, outer
+            assert termios.tcgetattr(inner) == before
+        finally:
+            child.kill()
+    os.close(outer)
+    os.close(inner)
+
+
+def read_until(descriptor: int, expected: bytes) -> bytes:
+    found = b""
+    while expected not in found:
+        ready, _, _ = select.select([descriptor], [], [], DEADLINE)
+        assert ready, found
+        found += os.read(descriptor, 1 << 16)
+    return found
+
+
+@pytest.mark.every_qemu
+def test_console_of_a_guest_is_attached_and_detached(parts: GuestParts, tmp_path: Path) -> None:
+    with reacting(parts, tmp_path) as name:
+        until(lambda: console_log(name), boot_sector.PROMPT)
+        for _ in range(2):
+            with terminal("console", name) as (child, outer):
+                read_until(outer, b"Ctrl-] detaches")
+                os.write(outer, b"a")
+                assert b"b" in read_until(outer, b"b")
+                refused = run("console", name, code=10)
+                assert f"process {child.pid} has opened it" in refused.stderr
+                os.write(outer, b"\x1d")
+                read_until(outer, b"detached")
+                assert child.wait(DEADLINE) == 0
+        assert travel.listed()[name] == "running"
+        assert run("logs", name, "--console").stdout == ">bb"
+
+
+def test_console_of_another_client_is_not_opened(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with reacting(newest_parts, tmp_path) as name:
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
+            client.connect(str(Registry().path / name / "tty.sock"))
+            wait_until(
+                lambda: "disconnected" not in str(pageferry.qmp(name, "query-chardev")), "QEMU to accept the client"
+            )
+            with pytest.raises(WorkloadError, match="another client has opened"):
+                pageferry.console(name)
+        wait_until(lambda: "disconnected" in str(pageferry.qmp(name, "query-chardev")), "the end of the client")
+        with pageferry.console(name) as console:
+            console.write(b"ab")
+            assert console.read(1) + console.read(1) == b"bc"
+
+
+def test_console_ends_with_the_guest(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with reacting(newest_parts, tmp_path) as name, terminal("console", name) as (child, outer):
+        read_until(outer, b"Ctrl-] detaches")
+        run("stop", name)
+        read_until(outer, b"the guest has closed its console")
+        assert child.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize("serial", ["pty", "unix:{}/own.sock,server=on,wait=off"])
+def test_console_of_the_users_serial_option_is_opened(newest_parts: GuestParts, tmp_path: Path, serial: str) -> None:
+    with reacting(newest_parts, tmp_path, "-serial", serial.format(tmp_path)) as name:
+        assert not (Registry().path / name / "console.log").exists()
+        with pageferry.console(name) as console:
+            wait_until(lambda: echoed(console), "the echo of the guest")
+
+
+def echoed(console: Console) -> bool:
+    """Send a byte, which a guest that is still booting does not echo. Return whether the guest has replied."""
+    console.write(b"a")
+    ready, _, _ = select.select([console], [], [], 0.5)
+    return bool(ready) and b"b" in console.read()
+
+
+def test_received_and_restored_guests_have_a_console(newest_parts: GuestParts, tmp_path: Path) -> None:
+    machine = [str(newest_parts.qemu), "-accel", "tcg", "-display", "none", "-nic", "none", "-m", "64M"]
+    with reacting(newest_parts, tmp_path) as name:
+        until(lambda: console_log(name), boot_sector.PROMPT)
+        run("checkpoint", name, str(tmp_path / "image"))
+        run("stop", name)
+        disk = boot_sector.options(tmp_path)
+        run("restore", name, str(tmp_path / "image"), "--detach", "--", *machine, *disk)
+        with pageferry.console(name) as console:
+            console.write(b"x")
+            assert console.read(1) == b"y"
+
+
+def test_guest_without_a_serial_port_has_no_console(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with bare(newest_parts, tmp_path) as guest:
+        assert "its serial port is not connected" in run("console", guest.name, code=3).stderr
+
+
+# -- monitor
+
+
+def test_monitor_executes_commands(parts: GuestParts, tmp_path: Path) -> None:
+    with bare(parts, tmp_path) as guest:
+        assert "VM status: running" in run("monitor", guest.name, "info", "status").stdout
+        reply = json.loads(run("monitor", guest.name, "--qmp", "query-status", "--output", "json").stdout)
+        assert (reply["type"], reply["command"], reply["result"]["status"]) == (
+            "monitor-reply",
+            "query-status",
+            "running",
+        )
+        script = '{"execute": "stop"}\nquery-status\n\nno-such-command\ncont\n'
+        done = subprocess.run(
+            [sys.executable, "-m", "pageferry", "monitor", guest.name, "--qmp"],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert done.returncode == 10
+        assert [json.loads(line) for line in done.stdout.splitlines()][1]["status"] == "paused"
+        assert "no-such-command" in done.stderr
+        assert pageferry.monitor(guest.name, "info status").strip() == "VM status: paused"
+        run("monitor", guest.name, "quit")
+        wait_until(lambda: guest.name not in Registry().entries(), "the exit of QEMU")
+
+
+def test_monitor_on_a_terminal_is_a_shell(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with bare(newest_parts, tmp_path) as guest, terminal("monitor", guest.name) as (child, outer):
+        read_until(outer, f"({guest.name}) ".encode())
+        os.write(outer, b"info status\r")
+        read_until(outer, b"VM status: running")
+        assert travel.listed()[guest.name] == "running"  # the monitor is free in between
+        os.write(outer, b"\x04")
+        assert child.wait(DEADLINE) == 0
+        read_until(outer, b"\n")
+
+
+def test_monitor_does_not_continue_a_guest_that_was_committed(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with bare(newest_parts, tmp_path) as guest, guest.receiver() as there:
+        with guest.migrating(moving.address_of(there), fault="source.committed=kill") as migration:
+            assert migration.wait() == -signal.SIGKILL
+        for words in (["cont"], ["c"], ["--qmp", "cont"]):
+            assert "--recover" in run("monitor", guest.name, *words, code=10).stderr
+        with moving.migrating(guest.name, "--recover") as recovery:
+            assert recovery.wait() == 0
+        there.wait()
+
+
+# -- logs
+
+
+def test_log_of_a_crashed_guest_is_kept(newest_parts: GuestParts, tmp_path: Path) -> None:
+    with reacting(newest_parts, tmp_path, "-d", "guest_errors", "-msg", "timestamp=on") as name:
+        with Program("-m", "pageferry", "logs", name, "--follow") as following:
+            os.kill(travel.entry(name).pid, signal.SIGTERM)
+            assert "terminating on signal 15" in following.line()
+            assert following.wait() == 0
+        assert name not in travel.listed()
+        assert "terminating on signal 15" in run("logs", name).stdout
+        assert "terminating on signal 15" in " ".join(run("list", "--all").stdout.split())
+        run("logs", name, "--remove")
+        assert name not in run("list", "--all").stdout

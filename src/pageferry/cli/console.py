@@ -46,7 +46,8 @@ async def run(args: argparse.Namespace) -> int:
         log.info("attached to %s; Ctrl-] detaches", args.name)
         with _raw(STDIN):
             detached = await _copy_terminal(console)
-    log.info("\n%s: %s", args.name, "detached" if detached else "the guest has closed its console")
+    sys.stderr.write("\n")  # the guest may have left the cursor within a line
+    log.info("%s: %s", args.name, "detached" if detached else "the guest has closed its console")
     return 0
 
 
