@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_guest_of_another_program_is_paused_in_python(newest_parts: GuestParts, 
 def test_process_and_arena_are_refused(registry: Registry) -> None:
     with pytest.raises(UnsupportedError, match="is a process"):
         pageferry.pause(f"pid:{os.getpid()}")
-    with pageferry.Arena(1 << 20, name="table"):
+    with pageferry.Arena(1 << 20, name="table", on_pause=threading.Lock()):
         for verb in (pageferry.pause, pageferry.resume, pageferry.shutdown):
             with pytest.raises(UnsupportedError, match="is an arena"):
                 verb("table")
@@ -429,7 +430,8 @@ def test_log_of_a_crashed_guest_is_kept(newest_parts: GuestParts, tmp_path: Path
     with reacting(newest_parts, tmp_path, "-d", "guest_errors", "-msg", "timestamp=on") as name:
         with Program("-m", "pageferry", "logs", name, "--follow") as following:
             os.kill(travel.entry(name).pid, signal.SIGTERM)
-            assert "terminating on signal 15" in following.line()
+            while "terminating on signal 15" not in following.line():
+                pass
             assert following.wait() == 0
         assert name not in travel.listed()
         assert "terminating on signal 15" in run("logs", name).stdout

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import socket
@@ -110,15 +111,16 @@ console = synchronous(console_async)
 def _serial_label(name: str, entry: QemuEntry) -> str:
     """Return the label of the character device of the first serial port on QEMU's command line. Raises UnsupportedError
     if there is none."""
-    given = list(option_syntax.options(proc.arguments(entry.pid)))
-    for option, value in given:
-        if option == "serial":
+    # The program may be a loader or a wrapper, whose own options precede those of QEMU, so the syntax is not checked.
+    words = proc.arguments(entry.pid)
+    for word, value in itertools.pairwise(words):
+        if word in ("-serial", "--serial"):
             return value.removeprefix("chardev:") if value.startswith("chardev:") else _DEFAULT
-        if option == "device":
+        if word in ("-device", "--device"):
             device = option_syntax.properties(value, "driver")
             if device.get("driver", "").endswith("-serial") and "chardev" in device:
                 return device["chardev"]
-    if ("nographic", "") in given:
+    if not {"-nographic", "--nographic"}.isdisjoint(words):
         raise UnsupportedError(
             f"cannot open the console of {name}: -nographic connects its serial port to its output, which `pageferry "
             f"logs {name}` prints; {_HOW}"

@@ -21,7 +21,7 @@ from pageferry.errors import UsageError, WorkloadDied
 from pageferry.host.blocking import synchronous
 from pageferry.host.qmp import Command, Monitor
 from pageferry.host.registry import Folder
-from pageferry.workloads.qemu import run_control
+from pageferry.workloads.qemu import run_state
 
 _HMP = "human-monitor-command"
 _CONT = frozenset(("c", "cont"))
@@ -76,7 +76,7 @@ def parse_qmp(line: str) -> tuple[str, dict[str, Any] | None]:
 
 async def _check(folder: Folder, session: Monitor, command: Command) -> None:
     """Raise WorkloadError if a command would resume a guest that may belong to another host."""
-    if _name(command) in _CONT and await run_control.is_paused(session):
+    if _name(command) in _CONT and not await run_state.runs(session):
         check_owner(folder)
 
 
