@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import pty
@@ -222,13 +223,28 @@ def test_paused_guest_is_not_shut_down(newest_parts: GuestParts, tmp_path: Path)
 # -- a guest that reacts: see tests/guest/boot_sector.py
 
 
+@pytest.fixture
+def binary(qemu_system: Path, guest_kernel: Path) -> GuestParts:
+    """Return the parts of a guest whose QEMU is a binary: pageferry adds no console if the program is a script."""
+    return GuestParts(qemu_system, guest_kernel)
+
+
+def machine(parts: GuestParts, folder: Path) -> list[str]:
+    words = [str(parts.qemu), "-accel", parts.accel, "-display", "none", "-nic", "none", "-m", "64M"]
+    return [*words, *boot_sector.options(folder)]
+
+
+def own_console(folder: Path) -> list[str]:
+    """Return the options of a console of the user, whose output is in `own.log`."""
+    device = f"socket,id=own,path={folder}/own.sock,server=on,wait=off,logfile={folder}/own.log"
+    return ["-chardev", device, "-serial", "chardev:own"]
+
+
 @contextmanager
 def reacting(parts: GuestParts, folder: Path, *more: str) -> Iterator[str]:
-    """Start a detached guest that reacts to the power button and has a console that pageferry has added. Yield its
-    name, and kill the guest after the block."""
+    """Start a detached guest that reacts to the power button. Yield its name, and kill the guest after the block."""
     name = "reacting"
-    machine = [str(parts.qemu), "-accel", parts.accel, "-display", "none", "-nic", "none", "-m", "64M"]
-    run("run", name, "--detach", "--", *machine, *boot_sector.options(folder), *more)
+    run("run", name, "--detach", "--", *machine(parts, folder), *more)
     try:
         yield name
     finally:
@@ -246,21 +262,21 @@ def console_log(name: str) -> bytes:
 
 @pytest.mark.every_qemu
 def test_guest_shuts_down(parts: GuestParts, tmp_path: Path) -> None:
-    with reacting(parts, tmp_path) as name:
-        until(lambda: console_log(name), boot_sector.PROMPT)
+    with reacting(parts, tmp_path, *own_console(tmp_path)) as name:
+        until((tmp_path / "own.log").read_bytes, boot_sector.PROMPT)
         assert run("shutdown", name).stdout.startswith(f"{name}: shut down (")
         assert name not in Registry().entries()
         listed = [json.loads(line) for line in run("list", "--all", "--output", "json").stdout.splitlines()]
         (ended,) = (one for one in listed if one["name"] == name)
         assert (ended["type"], ended["cause"], ended["exact"]) == ("ended-workload", "exited", True)
-        assert run("logs", name, "--console").stdout == boot_sector.PROMPT.decode()
 
 
-def test_guest_without_shutdown_of_qemu_is_ended(newest_parts: GuestParts, tmp_path: Path) -> None:
-    with reacting(newest_parts, tmp_path, "-no-shutdown") as name:
+def test_guest_without_shutdown_of_qemu_is_ended(binary: GuestParts, tmp_path: Path) -> None:
+    with reacting(binary, tmp_path, "-no-shutdown") as name:
         until(lambda: console_log(name), boot_sector.PROMPT)
         assert not pageferry.shutdown(name).forced
         assert name not in Registry().entries()
+        assert run("logs", name, "--console").stdout == boot_sector.PROMPT.decode()
 
 
 def test_other_commands_use_a_guest_that_is_shutting_down(newest_parts: GuestParts, tmp_path: Path) -> None:
@@ -301,8 +317,8 @@ def read_until(descriptor: int, expected: bytes) -> bytes:
 
 @pytest.mark.every_qemu
 def test_console_of_a_guest_is_attached_and_detached(parts: GuestParts, tmp_path: Path) -> None:
-    with reacting(parts, tmp_path) as name:
-        until(lambda: console_log(name), boot_sector.PROMPT)
+    with reacting(parts, tmp_path, *own_console(tmp_path)) as name:
+        until((tmp_path / "own.log").read_bytes, boot_sector.PROMPT)
         for _ in range(2):
             with terminal("console", name) as (child, outer):
                 read_until(outer, b"Ctrl-] detaches")
@@ -314,11 +330,11 @@ def test_console_of_a_guest_is_attached_and_detached(parts: GuestParts, tmp_path
                 read_until(outer, b"detached")
                 assert child.wait(DEADLINE) == 0
         assert travel.listed()[name] == "running"
-        assert run("logs", name, "--console").stdout == ">bb"
+        assert (tmp_path / "own.log").read_bytes() == b">bb"
 
 
-def test_console_of_another_client_is_not_opened(newest_parts: GuestParts, tmp_path: Path) -> None:
-    with reacting(newest_parts, tmp_path) as name:
+def test_console_of_another_client_is_not_opened(binary: GuestParts, tmp_path: Path) -> None:
+    with reacting(binary, tmp_path) as name:
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
             client.connect(str(Registry().path / name / "tty.sock"))
             wait_until(
@@ -332,8 +348,8 @@ def test_console_of_another_client_is_not_opened(newest_parts: GuestParts, tmp_p
             assert console.read(1) + console.read(1) == b"bc"
 
 
-def test_console_ends_with_the_guest(newest_parts: GuestParts, tmp_path: Path) -> None:
-    with reacting(newest_parts, tmp_path) as name, terminal("console", name) as (child, outer):
+def test_console_ends_with_the_guest(binary: GuestParts, tmp_path: Path) -> None:
+    with reacting(binary, tmp_path) as name, terminal("console", name) as (child, outer):
         read_until(outer, b"Ctrl-] detaches")
         run("stop", name)
         read_until(outer, b"the guest has closed its console")
@@ -341,8 +357,8 @@ def test_console_ends_with_the_guest(newest_parts: GuestParts, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("serial", ["pty", "unix:{}/own.sock,server=on,wait=off"])
-def test_console_of_the_users_serial_option_is_opened(newest_parts: GuestParts, tmp_path: Path, serial: str) -> None:
-    with reacting(newest_parts, tmp_path, "-serial", serial.format(tmp_path)) as name:
+def test_console_of_the_users_serial_option_is_opened(binary: GuestParts, tmp_path: Path, serial: str) -> None:
+    with reacting(binary, tmp_path, "-serial", serial.format(tmp_path)) as name:
         assert not (Registry().path / name / "console.log").exists()
         with pageferry.console(name) as console:
             wait_until(lambda: echoed(console), "the echo of the guest")
@@ -355,17 +371,35 @@ def echoed(console: Console) -> bool:
     return bool(ready) and b"b" in console.read()
 
 
-def test_received_and_restored_guests_have_a_console(newest_parts: GuestParts, tmp_path: Path) -> None:
-    machine = [str(newest_parts.qemu), "-accel", "tcg", "-display", "none", "-nic", "none", "-m", "64M"]
-    with reacting(newest_parts, tmp_path) as name:
+def test_restored_guest_has_a_console(binary: GuestParts, tmp_path: Path) -> None:
+    with reacting(binary, tmp_path) as name:
         until(lambda: console_log(name), boot_sector.PROMPT)
         run("checkpoint", name, str(tmp_path / "image"))
         run("stop", name)
-        disk = boot_sector.options(tmp_path)
-        run("restore", name, str(tmp_path / "image"), "--detach", "--", *machine, *disk)
+        run("restore", name, str(tmp_path / "image"), "--detach", "--", *machine(binary, tmp_path))
         with pageferry.console(name) as console:
             console.write(b"x")
             assert console.read(1) == b"y"
+
+
+def test_guest_with_an_added_console_is_received_without_one(binary: GuestParts, tmp_path: Path) -> None:
+    """The console does not change the machine: a receiver in the foreground adds none."""
+    words = ["receive", "received", "--output", "json", "--", *machine(binary, tmp_path)]
+    with reacting(binary, tmp_path) as name, Program("-m", "pageferry", *words) as receiver:
+        until(lambda: console_log(name), boot_sector.PROMPT)
+        run("migrate", name, moving.address_of(receiver))
+        assert pageferry.qmp("received", "query-status")["status"] == "running"
+        assert "its serial port is not connected" in run("console", "received", code=3).stderr
+        run("stop", "received")
+        assert receiver.wait() == 0
+
+
+def test_script_that_starts_qemu_gets_no_console(binary: GuestParts, tmp_path: Path) -> None:
+    script = tmp_path / "qemu-system-x86_64"
+    script.write_text(f'#!/bin/sh\nexec {binary.qemu} "$@" -nodefaults\n')
+    script.chmod(0o755)
+    with reacting(dataclasses.replace(binary, qemu=script), tmp_path) as name:
+        assert "its serial port is not connected" in run("console", name, code=3).stderr
 
 
 def test_guest_without_a_serial_port_has_no_console(newest_parts: GuestParts, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
-from pageferry.host import memory_file, qmp_peer
+from pageferry.host import memory_file, qemus, qmp_peer
 from pageferry.host.blocking import in_thread
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
@@ -111,7 +111,7 @@ def launch(folder: Folder, command: command_line.CommandLine, options: StartOpti
             ram_path=path,
             qmp_socket=qmp_socket,
             incoming=options.incoming,
-            console=_console(folder) if options.detach and command.has_free_serial else None,
+            console=_console(folder, command) if options.detach else None,
         )
         descriptors = [file.fd] if file is not None else []
         child = process.launch(words, descriptors, folder.path / LOG if options.detach else None)
@@ -123,7 +123,14 @@ def launch(folder: Folder, command: command_line.CommandLine, options: StartOpti
     return child, qmp_socket
 
 
-def _console(folder: Folder) -> command_line.ConsolePaths:
+def _console(folder: Folder, command: command_line.CommandLine) -> command_line.ConsolePaths | None:
+    """Return the files of a console to add; None if the command line uses the serial port.
+
+    A script that starts QEMU can have options of its own, such as -nodefaults. With these, a detached guest would have
+    another machine than its destination in the foreground.
+    """
+    if not command.has_free_serial or not qemus.is_binary(command.arguments[0]):
+        return None
     return command_line.ConsolePaths(folder.socket_path("tty.sock"), str(folder.path / CONSOLE_LOG))
 
 
