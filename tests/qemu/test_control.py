@@ -279,12 +279,37 @@ def test_guest_without_shutdown_of_qemu_is_ended(binary: GuestParts, tmp_path: P
         assert run("logs", name, "--console").stdout == boot_sector.PROMPT.decode()
 
 
+def used_once(guest: Traveller) -> None:
+    """Wait until a command has used the monitor of a guest. A shutdown uses the monitor every second."""
+    socket_path = travel.entry(guest.name).qmp_socket
+    wait_until(lambda: connections(socket_path), "the command to use the monitor")
+    wait_until(lambda: not connections(socket_path), "the monitor to be free")
+
+
 def test_other_commands_use_a_guest_that_is_shutting_down(newest_parts: GuestParts, tmp_path: Path) -> None:
     with bare(newest_parts, tmp_path) as guest, Program("-m", "pageferry", "shutdown", guest.name) as shutdown:
-        wait_until(lambda: not connections(travel.entry(guest.name).qmp_socket), "the monitor to be free")
+        used_once(guest)
         assert travel.listed()[guest.name] == "running"
         run("stop", guest.name)
         assert shutdown.wait() == 0
+
+
+def test_guest_that_is_migrated_during_its_shutdown_is_not_reported_as_shut_down(
+    newest_parts: GuestParts, tmp_path: Path
+) -> None:
+    with bare(newest_parts, tmp_path) as guest, guest.receiver() as there:
+        command = [sys.executable, "-m", "pageferry", "shutdown", guest.name]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as shutdown:
+            used_once(guest)
+            with guest.migrating(moving.address_of(there)) as migration:
+                assert migration.wait() == 0
+            assert there.wait() == 0
+            _, output = shutdown.communicate(timeout=DEADLINE)
+        assert shutdown.returncode == 10, output
+        assert "may run at the destination" in output
+        source = guest.name
+        guest.arrived()
+        assert f"{source}: migrated to another host at " in " ".join(run("list", "--all").stdout.split())
 
 
 # -- console
@@ -472,3 +497,13 @@ def test_log_of_a_crashed_guest_is_kept(newest_parts: GuestParts, tmp_path: Path
         assert "terminating on signal 15" in " ".join(run("list", "--all").stdout.split())
         run("logs", name, "--remove")
         assert name not in run("list", "--all").stdout
+
+
+def test_end_of_a_guest_in_the_foreground_is_recorded(newest_parts: GuestParts) -> None:
+    name = "foreground"
+    with Program("-m", "pageferry", "run", name, "--", *newest_parts.bare("-m", "64M")) as program:
+        wait_until(lambda: name in travel.listed(), "the guest to run")
+        os.kill(travel.entry(name).pid, signal.SIGKILL)
+        assert program.wait() == 10
+    assert f"{name}: killed by SIGKILL at " in " ".join(run("list", "--all").stdout.split())
+    assert "it wrote to a terminal" in run("logs", name, code=3).stderr

@@ -14,7 +14,8 @@ from pageferry.control.session import guest_entry, guest_session
 from pageferry.errors import NoSuchWorkload, ShutdownTimeout, WorkloadDied, WorkloadError
 from pageferry.host import endings, processes
 from pageferry.host.blocking import synchronous
-from pageferry.host.registry import AnyEntry, Claim, Entry, QemuEntry, Registry
+from pageferry.host.registry import AnyEntry, Claim, Folder, QemuEntry, Registry
+from pageferry.migration.ownership import committed
 from pageferry.workloads.qemu import run_control
 from pageferry.workloads.qemu.guest import QemuWorkload
 
@@ -24,6 +25,9 @@ STOP_TIMEOUT = 10.0
 _POLL = 1.0
 """Interval at which the run state is queried during a shutdown, seconds. QEMU exits when its guest has shut down,
 unless it was started with -no-shutdown."""
+
+_RELEASE_TIMEOUT = 5.0
+"""Seconds to wait until a migration releases the name of the guest that it has ended."""
 
 
 async def shutdown_async(name: str, **options: Any) -> StopResult:
@@ -93,8 +97,9 @@ async def _shut_down(name: str, entry: QemuEntry, timeout: float, registry: Regi
         ) from late
 
 
-async def _wait_for_exit(name: str, entry: Entry, registry: Registry) -> None:
-    """Wait until QEMU has exited, or end it when the guest has shut down. Raises WorkloadError if the guest fails."""
+async def _wait_for_exit(name: str, entry: QemuEntry, registry: Registry) -> None:
+    """Wait until QEMU has exited, or end it when the guest has shut down. Raises WorkloadError if the guest fails, or
+    has been migrated to another host."""
     ended = asyncio.ensure_future(processes.wait_for_end(entry.pid, entry.started))
     try:
         while not (await asyncio.wait({ended}, timeout=_POLL))[0]:
@@ -105,8 +110,23 @@ async def _wait_for_exit(name: str, entry: Entry, registry: Registry) -> None:
                 raise WorkloadError(
                     f"{name} has failed during its shutdown (run state {state}); end it with `pageferry stop {name}`"
                 )
+        if await _was_migrated(Folder(registry, name)):
+            raise WorkloadError(
+                f"{name} ended on this host during a migration, and may run at the destination; shut it down there"
+            )
     finally:
         ended.cancel()
+
+
+async def _was_migrated(folder: Folder) -> bool:
+    """Return whether a migration has ended the QEMU of a guest: it may run at the destination."""
+    deadline = time.monotonic() + _RELEASE_TIMEOUT
+    while committed(folder) is not None:  # the source is about to release the name
+        if time.monotonic() > deadline:
+            return True
+        await asyncio.sleep(0.05)
+    record = endings.find(folder.registry.path, folder.name)
+    return record is not None and record.cause == "migrated"
 
 
 async def _run_state(name: str, registry: Registry) -> str:

@@ -34,7 +34,7 @@ MAX_LOG = 1 << 20
 """Maximum length of a log that is kept, bytes. Of a longer log, the end is kept."""
 VERSION = 1
 
-Cause = Literal["exited", "stopped"]
+Cause = Literal["exited", "stopped", "migrated"]
 _FOLDER, _FILE = ".ended", "ended.json"
 _MAX_RECORD = 64 << 10
 
@@ -48,7 +48,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """Kind of the workload, `qemu` or `arena`."""
     pid: int
     cause: Cause
-    """`exited`: the process has exited or was killed; `stopped`: a command of pageferry has ended it."""
+    """`exited`: the process has exited or was killed; `stopped`: a command of pageferry has ended it;
+    `migrated`: it was ended after its migration to another host."""
     exact: bool
     """Whether the process was seen to end at `time`. Otherwise it had ended before."""
     time: float

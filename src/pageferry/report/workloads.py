@@ -46,6 +46,8 @@ def _end(one: EndedWorkload) -> str:
     """Return how and when a workload ended, and the end of its log."""
     if one.cause == "stopped":
         how = "stopped by pageferry"
+    elif one.cause == "migrated":
+        how = "migrated to another host"
     elif one.signal is not None:
         how = f"killed by {one.signal}"
     elif one.exit_code is not None:

@@ -41,8 +41,9 @@ class EndedWorkload(Event, frozen=True, kw_only=True, tag="ended-workload"):
     kind: str
     """`qemu` or `arena`."""
     pid: int
-    cause: Literal["exited", "stopped"]
-    """`exited`: the process has exited, or was killed by another program; `stopped`: pageferry has ended it."""
+    cause: Literal["exited", "stopped", "migrated"]
+    """`exited`: the process has exited, or was killed by another program; `stopped`: pageferry has ended it;
+    `migrated`: it was migrated to another host."""
     time: float
     """Time at which pageferry found that the process had exited, seconds since 1970."""
     exact: bool

@@ -58,6 +58,8 @@ class QemuWorkload:
         self._entry = opened.entry
         self._regions = opened.regions
         self._child = opened.child
+        self._handed_over = False
+        """Whether this process has committed the guest to a destination."""
         self._control = QemuControl(self.name, self._entry.qmp_socket)
         self._seen = LastSeen(self.name, opened.machine, ran=opened.ran)
         self._last_words = functools.partial(process.quoted, self._folder.path / opening.LOG)
@@ -245,6 +247,7 @@ class QemuWorkload:
         if record is None:
             await self._seen.check_unchanged(monitor)
             self._control.plan([])
+            self._handed_over = True
             if self._control.stays_paused:
                 # The destination opens the disks before this QEMU exits. The disks of a guest that ran have been
                 # released by `save_state`.
@@ -262,6 +265,7 @@ class QemuWorkload:
         Raises WorkloadError if the guest does not run afterwards; WorkloadDied, with `never_ran` if QEMU cannot have
         received `cont`.
         """
+        self._handed_over = False
         await self._state.cancel_save()
         await self._vcpus.resume()
         awaiting.end(self._folder)
@@ -368,7 +372,7 @@ class QemuWorkload:
             self._control.abandon()
             processes.send_signal(self.pid, self._entry.started, signal.SIGKILL)
             await processes.wait_for_end(self.pid, self._entry.started)
-        await self.forget()
+        await self.forget("migrated" if self._handed_over else None)
 
     async def running(self) -> bool:
         """Return whether the vCPUs run. Raises WorkloadDied if QEMU has exited."""
