@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from pageferry.control.logs import logs, logs_async
     from pageferry.control.monitor import monitor, monitor_async, qmp, qmp_async
     from pageferry.control.pausing import pause, pause_async, resume, resume_async
-    from pageferry.control.stopping import shutdown, shutdown_async, stop, stop_async
+    from pageferry.control.shutdown import shutdown, shutdown_async
+    from pageferry.control.stopping import stop, stop_async
     from pageferry.migration.api import (
         migrate,
         migrate_async,
@@ -105,8 +106,8 @@ __getattr__, __dir__ = lazily(
         "resume": "pageferry.control.pausing",
         "resume_async": "pageferry.control.pausing",
         "sharing": "pageferry.sharing",
-        "shutdown": "pageferry.control.stopping",
-        "shutdown_async": "pageferry.control.stopping",
+        "shutdown": "pageferry.control.shutdown",
+        "shutdown_async": "pageferry.control.shutdown",
         "stop": "pageferry.control.stopping",
         "stop_async": "pageferry.control.stopping",
         "take_back": "pageferry.migration.api",

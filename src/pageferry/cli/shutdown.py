@@ -7,7 +7,7 @@ import argparse
 from pageferry import report
 from pageferry.cli.options import given
 from pageferry.control.options import ShutdownOptions
-from pageferry.control.stopping import shutdown_async
+from pageferry.control.shutdown import shutdown_async
 from pageferry.report.reporter import open_reporter
 
 

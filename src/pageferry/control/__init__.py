@@ -1,1 +1,1 @@
-"""Commands for the operator of a workload: pausing, resuming, shutting down and stopping it by its name."""
+"""Commands for the user of a workload: pausing, resuming and ending it by its name; logs, consoles and monitors."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import msgspec
-
-from pageferry.host import files
 
 PROGRAM = "qemu-system-x86_64"
 
@@ -22,18 +19,6 @@ _VERSION = re.compile(r"version (\S+)")
 _OPTION = re.compile(r"(?:-h or )?--?([A-Za-z][A-Za-z0-9_-]*)(?=\s|$)")
 _DESCRIPTION = 16
 """Column of `-help` in which descriptions start."""
-
-
-def is_binary(program: str) -> bool:
-    """Return whether a program, found in PATH, is an ELF binary and not a script."""
-    path = shutil.which(program)
-    if path is None:
-        return False
-    try:
-        with open(files.open_regular(path), "rb") as file:
-            return file.read(4) == b"\x7fELF"
-    except OSError:
-        return False
 
 
 class Qemu(msgspec.Struct, frozen=True, rename="kebab"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
-from pageferry.host import memory_file, qemus, qmp_peer
+from pageferry.host import memory_file, qmp_peer
 from pageferry.host.blocking import in_thread
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
@@ -129,7 +129,7 @@ def _console(folder: Folder, command: command_line.CommandLine) -> command_line.
     A script that starts QEMU can have options of its own, such as -nodefaults. With these, a detached guest would have
     another machine than its destination in the foreground.
     """
-    if not command.has_free_serial or not qemus.is_binary(command.arguments[0]):
+    if not command.has_free_serial or not process.is_binary(command.arguments[0]):
         return None
     return command_line.ConsolePaths(folder.socket_path("tty.sock"), str(folder.path / CONSOLE_LOG))
 
