@@ -12,6 +12,9 @@ After a migration whose outcome is unknown (`errors.OutcomeUnknown`), `recover` 
 and `take_back` resumes the arena at the source. `large_pages` estimates how much of each huge page of a process is
 used, and reclaims cold memory; `sharing` finds duplicate pages, and merges them where it pays off. `errors` defines the
 exceptions. The command `pageferry` provides the same operations for QEMU guests.
+
+`pause`, `resume`, `shutdown` and `stop` control the guests of this host by their names, `logs` returns
+their output, `console` opens their serial console, and `monitor` and `qmp` execute commands of QEMU's monitor.
 """
 
 from typing import TYPE_CHECKING
@@ -22,6 +25,12 @@ if TYPE_CHECKING:
     from pageferry import errors, large_pages, sharing
     from pageferry.checkpoints.restore_arena import restore, restore_async
     from pageferry.checkpoints.save import checkpoint, checkpoint_async
+    from pageferry.control.console import console, console_async
+    from pageferry.control.logs import logs, logs_async
+    from pageferry.control.monitor import monitor, monitor_async, qmp, qmp_async
+    from pageferry.control.pausing import pause, pause_async, resume, resume_async
+    from pageferry.control.shutdown import shutdown, shutdown_async
+    from pageferry.control.stopping import stop, stop_async
     from pageferry.migration.api import (
         migrate,
         migrate_async,
@@ -37,17 +46,33 @@ __all__ = [
     "Arena",
     "checkpoint",
     "checkpoint_async",
+    "console",
+    "console_async",
     "errors",
     "large_pages",
+    "logs",
+    "logs_async",
     "migrate",
     "migrate_async",
+    "monitor",
+    "monitor_async",
+    "pause",
+    "pause_async",
+    "qmp",
+    "qmp_async",
     "receive",
     "receive_async",
     "recover",
     "recover_async",
     "restore",
     "restore_async",
+    "resume",
+    "resume_async",
     "sharing",
+    "shutdown",
+    "shutdown_async",
+    "stop",
+    "stop_async",
     "take_back",
     "take_back_async",
 ]
@@ -58,17 +83,33 @@ __getattr__, __dir__ = lazily(
         "Arena": "pageferry.workloads.arena.arena",
         "checkpoint": "pageferry.checkpoints.save",
         "checkpoint_async": "pageferry.checkpoints.save",
+        "console": "pageferry.control.console",
+        "console_async": "pageferry.control.console",
         "errors": "pageferry.errors",
         "large_pages": "pageferry.large_pages",
+        "logs": "pageferry.control.logs",
+        "logs_async": "pageferry.control.logs",
         "migrate": "pageferry.migration.api",
         "migrate_async": "pageferry.migration.api",
+        "monitor": "pageferry.control.monitor",
+        "monitor_async": "pageferry.control.monitor",
+        "pause": "pageferry.control.pausing",
+        "pause_async": "pageferry.control.pausing",
+        "qmp": "pageferry.control.monitor",
+        "qmp_async": "pageferry.control.monitor",
         "receive": "pageferry.migration.receiving",
         "receive_async": "pageferry.migration.receiving",
         "recover": "pageferry.migration.api",
         "recover_async": "pageferry.migration.api",
         "restore": "pageferry.checkpoints.restore_arena",
         "restore_async": "pageferry.checkpoints.restore_arena",
+        "resume": "pageferry.control.pausing",
+        "resume_async": "pageferry.control.pausing",
         "sharing": "pageferry.sharing",
+        "shutdown": "pageferry.control.shutdown",
+        "shutdown_async": "pageferry.control.shutdown",
+        "stop": "pageferry.control.stopping",
+        "stop_async": "pageferry.control.stopping",
         "take_back": "pageferry.migration.api",
         "take_back_async": "pageferry.migration.api",
     },

@@ -9,7 +9,8 @@
     ├── WorkloadError (10)          a workload cannot be managed, or did not respond as required
     │   ├── NoSuchWorkload (11)     no workload of this name is registered on this host
     │   ├── NameInUse (12)          a workload of this name is already registered
-    │   └── WorkloadDied (13)       the workload exited during the operation
+    │   ├── WorkloadDied (13)       the workload exited during the operation
+    │   └── ShutdownTimeout (14)    the guest did not shut down in time, and keeps running
     ├── CheckpointError (30)        no image was written; the workload keeps running
     ├── ImageError (31)             an image is missing, damaged, incomplete or of an unsupported version
     ├── RestoreError (32)           a workload cannot be restored, or waits for contents that cannot be read
@@ -92,6 +93,12 @@ class WorkloadDied(WorkloadError):
     def __init__(self, message: str, *, never_ran: bool = False) -> None:
         super().__init__(message)
         self.never_ran = never_ran
+
+
+class ShutdownTimeout(WorkloadError):
+    """The guest did not react to a shutdown (ACPI) in time. It keeps running."""
+
+    exit_code = 14
 
 
 class MigrationError(PageferryError):

@@ -271,7 +271,7 @@ def nothing_left(host: Host, *expected: str) -> None:
 
     wait_until(lambda: not strangers(), f"the end of {strangers()} on {host.address}")
     if registry.path.exists():
-        names = {path.name for path in registry.path.iterdir()} - {".lock", ".verdicts", *expected}
+        names = {path.name for path in registry.path.iterdir()} - {".lock", ".verdicts", ".ended", *expected}
         assert not names, names
     for name in expected:
         pid = registry.lookup(name).pid

@@ -259,6 +259,31 @@ def test_restored_paused_guest_has_its_disks_locked(parts: GuestParts, tmp_path:
         writes(guest, tmp_path / "disk")
 
 
+@pytest.mark.parametrize(
+    ("saved", "option", "state"),
+    [
+        ("paused", "--resume", "running, although it was saved paused,"),
+        ("running", "--paused", "paused, as requested,"),
+    ],
+)
+def test_restore_chooses_the_run_state(parts: GuestParts, tmp_path: Path, saved: str, option: str, state: str) -> None:
+    with bare(parts, tmp_path) as guest:
+        if saved == "paused":
+            guest.qmp("stop")
+        before = settings(guest)
+        checkpoint(guest, tmp_path / "image")
+        guest.qmp("quit")
+        wait_until(lambda: not locked(tmp_path / "disk"), "the exit of the first QEMU")
+        guest.journeys += 1
+        words = ["restore", guest.name, str(tmp_path / "image"), option, "--detach", "--", *guest.command(guest.name)]
+        assert state in said(*words)
+        assert guest.qmp("query-status")["status"] == state.split(",")[0]
+        assert locked(tmp_path / "disk")
+        assert settings(guest) == before
+        guest.qmp("cont")
+        writes(guest, tmp_path / "disk")
+
+
 KILLED_IN_SAVE = """
 import asyncio, os, signal, sys
 from pageferry.workloads.qemu import snapshot

@@ -45,10 +45,13 @@ KERNEL_FILES = {
 """Modules that open only kernel interfaces (/proc, /sys, pidfds) and unnamed files."""
 OTHERS = {
     "cli/main.py": "/dev/null",
+    "control/console.py": "a pseudo-terminal of QEMU",
+    "control/logs.py": "a descriptor",
     "pager/process.py": "a descriptor",
     "large_pages/sampler.py": "/proc",
     "workloads/qemu/disk_files.py": "/proc, /sys, and the machine id",
     "migration/transport/sockets.py": "sockets of the network",
+    "host/endings.py": "a descriptor",
     "host/files.py": "all other files",
     "host/registry.py": "its own folders, to sync them",
     "migration/ownership.py": "a descriptor, its own folder, and a record in it",

@@ -15,6 +15,7 @@ import pageferry
 from pageferry import large_pages, sharing
 from pageferry.checkpoints import options as checkpoints
 from pageferry.checkpoints import restore_options
+from pageferry.control import options as control
 from pageferry.migration import options as migration
 from pageferry.migration import receiving
 
@@ -41,6 +42,7 @@ def test_other_names_are_refused(part: ModuleType) -> None:
         (pageferry.recover, migration.RecoverOptions),
         (pageferry.receive, receiving.ReceiveOptions),
         (pageferry.checkpoint, checkpoints.Options),
+        (pageferry.shutdown, control.ShutdownOptions),
         (pageferry.restore, restore_options.RestoredArenaOptions),
     ],
 )

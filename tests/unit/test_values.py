@@ -22,6 +22,7 @@ from pageferry.cli.parser import parse
 from pageferry.cli.syntax.guests import GuestOptions
 from pageferry.cli.syntax.receive import ReceiveOptions
 from pageferry.cli.syntax.restore import RestoreOptions
+from pageferry.control.options import LogOptions, ShutdownOptions
 from pageferry.demo.options import DemoOptions
 from pageferry.docstrings import field_docstrings
 from pageferry.errors import MigrationError, PageferryError, UsageError, WorkloadError
@@ -68,9 +69,11 @@ OPTIONS: dict[str, Any] = {
     "checkpoint": CheckpointOptions,
     "large_pages": large_pages.Options,
     "sharing": sharing.Options,
+    "shutdown": ShutdownOptions,
+    "logs": LogOptions,
 }
 PATHS = ("tls", "store", "tls_hostname")
-FLAGS = ("auto_converge", "adaptive", "insecure", "track", "direct_io", "eager", "prefetch")
+FLAGS = ("auto_converge", "adaptive", "insecure", "track", "direct_io", "eager", "prefetch", "force", "console")
 
 
 def _name(wrong: object) -> str:
@@ -125,6 +128,14 @@ def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "take_back": (pageferry.take_back, {"workload": arena}),
         "checkpoint": (pageferry.checkpoint, {"workload": arena, "path": path / "none" / "image"}),
         "restore": (pageferry.restore, {"path": path / "none"}),
+        "pause": (pageferry.pause, {"name": "no-such-workload"}),
+        "resume": (pageferry.resume, {"name": "no-such-workload"}),
+        "shutdown": (pageferry.shutdown, {"name": "no-such-workload"}),
+        "console": (pageferry.console, {"name": "no-such-workload"}),
+        "monitor": (pageferry.monitor, {"name": "no-such-workload", "command": "info status"}),
+        "qmp": (pageferry.qmp, {"name": "no-such-workload", "command": "query-status"}),
+        "logs": (pageferry.logs, {"name": "no-such-workload"}),
+        "stop": (pageferry.stop, {"name": "no-such-workload"}),
         "open_target": (large_pages.open_target, {"text": "no-such-workload"}),
         "process_target": (large_pages.process_target, {"pid": (1 << 22) + 1}),
         "workload_target": (large_pages.workload_target, {"workload": None}),
@@ -215,6 +226,8 @@ VERB_OPTIONS: dict[str, type] = {
     "restore": RestoreOptions,
     "run": GuestOptions,
     "demo": DemoOptions,
+    "shutdown": ShutdownOptions,
+    "logs": LogOptions,
 }
 
 
@@ -306,3 +319,8 @@ def test_error_classes_distinguish_failures() -> None:
     assert not issubclass(WorkloadError, MigrationError)
     assert issubclass(WorkloadError, PageferryError)
     assert "the party that failed, not the operation" in (pageferry.errors.__doc__ or "")
+
+
+def test_restore_refuses_contradictory_run_states(capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(["restore", "web", "web.img", "--paused", "--resume", "--", "qemu-system-x86_64"], capsys)
+    assert "--paused cannot be combined with --resume" in said

@@ -24,7 +24,7 @@ PAGES = ["README.md", "docs/guide/qemu.md", "docs/guide/python.md", "docs/guide/
 ANOTHER_HOST = "other host"
 OURS = {"make demo", "make test"}
 """Commands in the pages that this test does not run."""
-VERBS = {"migrate", "checkpoint", "large-pages", "sharing", "peek"}
+VERBS = {"migrate", "checkpoint", "pause", "resume", "monitor", "logs", "large-pages", "sharing", "peek"}
 """Verbs whose arguments are names of workloads that must exist."""
 NAME = re.compile(r"[a-z]+[0-9]*")
 
@@ -101,7 +101,7 @@ def needed(command: str) -> list[str]:
     program, verb, *words = command.split()
     if program != "pageferry" or verb not in VERBS:
         return []
-    return list(itertools.takewhile(NAME.fullmatch, words))
+    return list(itertools.takewhile(NAME.fullmatch, words[:1] if verb == "monitor" else words))
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:

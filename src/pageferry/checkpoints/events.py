@@ -147,7 +147,8 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
 
 
 class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
-    """The guest runs, or is paused if it was paused when it was saved. Its deferred memory is being loaded."""
+    """The guest runs, or is paused because it was saved paused or was to be left paused. Its deferred memory is being
+    loaded."""
 
     workload: str
     time_to_running: float
@@ -155,6 +156,8 @@ class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
     deferred: int
     """Deferred memory, bytes."""
     paused: bool = False
+    was_paused: bool = False
+    """Whether the guest was paused when it was saved."""
 
 
 class EagerEvent(Event, frozen=True, kw_only=True, tag="restore-eager"):
@@ -218,7 +221,9 @@ class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     workload: str
     image: str
     paused: bool = False
-    """Whether the user had paused the guest when it was saved. It stays paused until the user resumes it."""
+    """Whether the guest is paused, until its user resumes it."""
+    was_paused: bool = False
+    """Whether the guest was paused when it was saved."""
     time_to_running: float
     """Time from the start of the command until the guest ran, without the start of QEMU."""
     time_parts: TimeToRunning

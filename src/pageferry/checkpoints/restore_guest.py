@@ -82,6 +82,8 @@ class GuestRestore:
         self._loaded: tuple[str, Loading] | None = None
         """Reason why all contents were loaded before the guest ran, and the final progress; None if they are loaded on
         demand."""
+        self._was_paused = False
+        """Whether the guest was paused when it was saved."""
 
     async def run(self, arguments: Sequence[str]) -> tuple[QemuWorkload, RestoreResult]:
         """Restore the guest with the given command line of QEMU."""
@@ -99,6 +101,8 @@ class GuestRestore:
             fault_point("restore.adopted")
             self._times.phase("device_state")
             await self._pager.during(workload.load_state(image.state))
+            self._was_paused = workload.stays_paused
+            self._choose_run_state(workload)
             paused = workload.stays_paused
             self._times.phase("resume")
             await self._pager.during(workload.resume())
@@ -169,6 +173,17 @@ class GuestRestore:
         except WorkloadError as error:
             raise RestoreError(f"cannot restore {self.folder.name}: {error}") from error
 
+    def _choose_run_state(self, workload: QemuWorkload) -> None:
+        """Choose whether `resume` leaves the guest paused. Raises RestoreError if the guest cannot run with its
+        state."""
+        if self.options.paused:
+            workload.choose_paused(True)
+        elif self.options.resume:
+            try:
+                workload.choose_paused(False)
+            except WorkloadError as error:
+                raise RestoreError(f"cannot resume {self.folder.name} from {self.path}: {error}") from error
+
     async def _load(self, work: Deferred, reason: str, image: Opened) -> Loading:
         self.listener(EagerEvent(image=str(self.path), length=image.pages * SMALL_PAGE, reason=reason))
         report = reporter(self.listener)
@@ -206,6 +221,7 @@ class GuestRestore:
                 time_to_running=result.time_to_running,
                 deferred=result.deferred,
                 paused=result.paused,
+                was_paused=result.was_paused,
             )
         )
 
@@ -221,6 +237,7 @@ class GuestRestore:
             workload=self.folder.name,
             image=str(self.path.absolute()),
             paused=paused,
+            was_paused=self._was_paused,
             time_to_running=times.total - times.qemu_start,
             time_parts=times,
             memory=sum(region.length for region in image.metadata.regions),

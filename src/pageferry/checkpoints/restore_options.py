@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pageferry import values
+from pageferry.errors import UsageError
 from pageferry.options import check
 from pageferry.workloads.arena.options import ArenaOptions
 
@@ -26,9 +27,16 @@ class GuestOptions:
     """Place guest memory in reserved 2 MiB pages (hugetlbfs)."""
     disks: Disks = "checked"
     """Require disks that are known to be unchanged since the checkpoint (docs/disks.md), or accept them as they are."""
+    paused: bool = False
+    """Leave the guest paused, even if it ran when it was saved."""
+    resume: bool = False
+    """Run the guest, even if it was paused when it was saved. Without `paused` and `resume`, the guest is in the state
+    in which it was saved."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.paused and self.resume:
+            raise UsageError("`paused` cannot be combined with `resume`: remove one of them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ async def run_in_foreground(workload: QemuWorkload, program: str) -> None:
     except asyncio.CancelledError:
         await asyncio.shield(workload.discard())
         raise
-    await workload.forget()
+    await workload.forget("exited")
     if code:
         # As in `subprocess`, the code is negative if a signal killed the process.
         how = f"exited with code {code}" if code > 0 else f"was killed by {signal_name(-code)}"

@@ -11,18 +11,19 @@ from pageferry.host.registry import Folder, Registry
 from pageferry.migration.ownership import committed
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.events import Listing, WorkloadInfo
-from pageferry.workloads.inventory import describe_all
+from pageferry.workloads.inventory import describe_all, describe_ended
 
 
 async def run(args: argparse.Namespace) -> int:
     """Query all registered workloads concurrently, and print them."""
     registry = Registry()
     found = [_with_reason(registry, info) for info in await describe_all(registry)]
+    ended = describe_ended(registry) if args.all else []
     with open_reporter(args.output, lambda: report.WorkloadsView()) as reporter:
         if args.output == "human":
-            reporter.final(Listing(found))
+            reporter.final(Listing(found, ended))
         else:
-            for info in found:
+            for info in [*found, *ended]:
                 reporter.event(info)
     return 0
 

@@ -64,6 +64,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     head, command = _split(words)
     args, unknown = parser.parse_known_args(head, defaults)
     _check_separator(args, words)
+    if hasattr(args, "words") and not any(word.startswith("-") for word in unknown):
+        # argparse fills an argument of any number of words (`words`) only from those before the next option.
+        args.words, unknown = [*args.words, *unknown], []
     if unknown:
         args.usage_error(f"unrecognized arguments: {' '.join(unknown)}{_meant(args, unknown)}")
     if command and not args.takes_command:

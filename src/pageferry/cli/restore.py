@@ -30,6 +30,8 @@ async def run(args: argparse.Namespace) -> int:
     with open_reporter(args.output, lambda: report.RestoreView()) as reporter:
         if args.takeover:
             return await _take_over(args, reporter)
+        if args.paused and args.resume:
+            raise UsageError("--paused cannot be combined with --resume: remove one of them")
         if args.image is None or not args.command:
             raise UsageError("IMAGE or the command line is missing: give NAME IMAGE -- QEMU ARGS...")
         pager = PagerProcess()
@@ -52,6 +54,8 @@ async def _restore(args: argparse.Namespace, reporter: Reporter, pager: PagerPro
         detach=args.detach,
         hugetlb=args.hugetlb,
         disks=args.disks,
+        paused=args.paused,
+        resume=args.resume,
         listener=reporter.event,
         pager=pager,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
-from collections.abc import Callable, Coroutine
+import socket
+from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -45,7 +47,8 @@ class Interruption:
         # Among the calls that a signal handler can make, only this one is guaranteed to wake the loop.
         self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
         try:
-            return await coroutine
+            with _woken_by_signals(loop):
+                return await coroutine
         finally:
             self._cancel = None
 
@@ -63,6 +66,26 @@ class Interruption:
                 # If the exception were raised here, it could interrupt the loop between two steps and discard a
                 # callback. The task that needs this callback would then wait for ever.
                 self._loop.call_soon_threadsafe(_interrupt)
+
+
+@contextlib.contextmanager
+def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Wake the loop at every signal during the block.
+
+    The interpreter calls a handler in the main thread, between two instructions. A signal that another thread receives,
+    or that arrives just before the loop waits, would otherwise be handled only when the loop is woken by an event.
+    """
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        for end in (reader, writer):
+            end.setblocking(False)
+        loop.add_reader(reader, reader.recv, 4096)
+        previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous)
+            loop.remove_reader(reader)
 
 
 def _interrupt() -> None:

@@ -52,7 +52,13 @@ VERBS: dict[str, Verb] = {
     "report": _verb("report", "Summarise event logs as text, JSON or one HTML page."),
     "list": _verb("list", "List the workloads of this host."),
     "top": _verb("top", "Show workloads and running operations, refreshed periodically."),
+    "console": _verb("console", "Connect the terminal to the serial console of a QEMU guest."),
+    "monitor": _verb("monitor", "Execute commands of the monitor of a QEMU guest."),
+    "logs": Verb("pageferry.cli.syntax.logs", "Print the log of a QEMU guest.", "pageferry.cli.guest_log"),
     "peek": _verb("peek", "Print memory of a workload."),
+    "pause": _verb("pause", "Pause QEMU guests."),
+    "resume": Verb("pageferry.cli.syntax.resume", "Resume paused QEMU guests.", "pageferry.cli.pause"),
+    "shutdown": _verb("shutdown", "Ask a QEMU guest to shut down, and wait until it has."),
     "stop": _verb("stop", "Stop a workload."),
 }
 """Verbs by their name on the command line, in the order of `--help`."""

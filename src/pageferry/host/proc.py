@@ -212,6 +212,11 @@ def command(pid: int) -> str:
     return printable(read(pid, "comm").removesuffix(b"\n"))
 
 
+def arguments(pid: int) -> list[str]:
+    """Return the command line of a process (/proc/PID/cmdline), the program first. Raises WorkloadDied."""
+    return [os.fsdecode(word) for word in read(pid, "cmdline").split(b"\0")[:-1]]
+
+
 def kernel_thread(name: bytes, pid: int) -> bool:
     """Return whether `pid` is a kernel thread whose name begins with `name`; False for a user process of that name."""
     fields = _stat_fields(f"{pid}")

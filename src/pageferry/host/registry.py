@@ -5,16 +5,18 @@ durable records::
 
     /run/pageferry/             (or $XDG_RUNTIME_DIR/pageferry, or $PAGEFERRY_RUN_DIR)
     ├── .lock                   held while names are claimed, published, pruned or removed
+    ├── .ended/web/             record and log of a workload that has ended (pageferry.host.endings)
     └── web/
         ├── workload.json       an `Entry`
         ├── migration.json      ownership of the workload (pageferry.migration)
         ├── qmp.sock
+        ├── tty.sock            serial port of a detached QEMU, and its output in console.log
         └── log                 output of a detached QEMU
 
 A name is *claimed* by the process that is about to start the workload, and *published* when the workload exists. An
 entry is valid while its process runs. Pid and start time identify the process, within one PID namespace and one boot.
-The first command that finds that the process has exited removes the directory. Entries of other PID namespaces, whose
-state a command cannot determine, are left unchanged.
+The first command that finds that the process has exited removes the directory, and keeps the log. Entries of other PID
+namespaces, whose state a command cannot determine, are left unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ from pageferry.errors import (
     WorkloadError,
     WrongType,
 )
-from pageferry.host import files, proc
+from pageferry.host import endings, files, proc
 
 VERSION = 1
 """Version of the entries; other versions are rejected."""
@@ -171,10 +173,17 @@ class Folder:
         with self.registry.locked():
             self.store(_ENTRY_FILE, entry)
 
-    def release(self) -> None:
-        """Release the name, and remove the directory."""
+    def release(self, record: endings.Ended | None = None) -> None:
+        """Release the name, and remove the directory. With a `record`, keep it and the log of the workload."""
         with self.registry.locked():
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._remove(record)
+
+    def _remove(self, record: endings.Ended | None) -> None:
+        """Remove the directory. The caller holds the lock of the registry."""
+        # Another command may have found before that the process has exited, and removed the directory.
+        if record is not None and self.path.exists():
+            endings.keep(self.registry.path, record, self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def exclusively(self, purpose: str) -> Iterator[None]:
@@ -245,6 +254,7 @@ class Registry:
                     f"cannot use the name {name}: it {doing} process {entry.pid}; use another name, or run `pageferry "
                     f"stop {name}`"
                 )
+            endings.remove(self.path, name)
             folder.path.mkdir(mode=0o700)
             folder.store(_ENTRY_FILE, Claim(**identify(os.getpid())))
         return folder
@@ -261,7 +271,7 @@ class Registry:
             with self.locked():
                 entry = self._read_living(Folder(self, name))
         if entry is None:
-            raise NoSuchWorkload(f"no workload named {name} in {self.path}; see `pageferry list`")
+            raise NoSuchWorkload(_missing(self, name))
         if entry.liveness() is None:
             raise WorkloadError(_unknown(Folder(self, name), "run pageferry where it was started"))
         return entry
@@ -293,16 +303,37 @@ class Registry:
             found = {name: self._read_living(Folder(self, name)) for name in names}
         return {name: entry for name, entry in found.items() if entry is not None and not isinstance(entry, Claim)}
 
-    def remove(self, name: str) -> None:
-        """Remove the directory of a workload, whether the workload runs or not. Does nothing if there is none."""
+    def remove(self, name: str, record: endings.Ended | None = None) -> None:
+        """Remove the directory of a workload, whether the workload runs or not. Does nothing if there is none. With a
+        `record`, keep it and the log of the workload."""
         check_name(name)
-        Folder(self, name).release()
+        Folder(self, name).release(record)
+
+    def remove_ended(self, name: str, entry: AnyEntry, record: endings.Ended) -> None:
+        """Like `remove`, but only if the name still belongs to the process of `entry`, which has exited."""
+        with self.locked():
+            current = self._read_entry(Folder(self, name))
+            if current is not None and (current.pid, current.started) == (entry.pid, entry.started):
+                Folder(self, name)._remove(record)
+
+    def ended_workloads(self) -> Sequence[endings.Ended]:
+        """Return the records of workloads that have ended, in the order of their end."""
+        self.entries()  # workloads that have ended since the last command
+        return [one for one in endings.records(self.path) if not (self.path / one.name).exists()]
 
     def _read_living(self, folder: Folder) -> AnyEntry | None:
         """Return the entry of a workload that runs or may run; otherwise remove its directory and return None.
 
         The caller holds the lock.
         """
+        entry = self._read_entry(folder)
+        if entry is not None and entry.liveness() is not False:
+            return entry
+        folder._remove(_record_of(folder.name, entry))
+        return None
+
+    def _read_entry(self, folder: Folder) -> AnyEntry | None:
+        """Return the entry in the directory of a workload; None if there is none."""
         try:
             written = files.read_regular(folder.path / _ENTRY_FILE, MAX_RECORD, follow=False)
             entry: AnyEntry | None = msgspec.json.decode(written, type=AnyEntry)
@@ -315,10 +346,7 @@ class Registry:
                 f"cannot read {folder.path / _ENTRY_FILE}: unsupported version {entry.version}, this pageferry "
                 f"supports {VERSION}; use the version that has written it"
             )
-        if entry is not None and entry.liveness() is not False:
-            return entry
-        shutil.rmtree(folder.path, ignore_errors=True)
-        return None
+        return entry
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -365,6 +393,20 @@ def check_name(name: str) -> None:
             f"invalid workload name {name!r}: expected 1 to 64 letters, digits, dots, underscores or hyphens, "
             "starting with a letter or digit"
         )
+
+
+def _record_of(name: str, entry: AnyEntry | None) -> endings.Ended | None:
+    """Return the record of a workload whose process is found to have exited; None if the workload never existed."""
+    if entry is None or isinstance(entry, Claim):
+        return None
+    return endings.now(name, entry.kind, entry.pid, "exited", exact=False)
+
+
+def _missing(registry: Registry, name: str) -> str:
+    advice = "see `pageferry list`"
+    if endings.find(registry.path, name) is not None:
+        advice = f"it has ended, see `pageferry list --all` and `pageferry logs {name}`"
+    return f"no workload named {name} in {registry.path}; {advice}"
 
 
 def _unknown(folder: Folder, advice: str) -> str:

@@ -10,6 +10,7 @@ from pageferry.lazy import lazily
 if TYPE_CHECKING:
     from pageferry.report.check import CheckView
     from pageferry.report.checkpoint import CheckpointView
+    from pageferry.report.control import ControlView
     from pageferry.report.image import ImageView
     from pageferry.report.large_pages import LargePagesView
     from pageferry.report.migration import DemoView, MigrationView, ReceiveView
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckView",
     "CheckpointView",
+    "ControlView",
     "DemoView",
     "ImageView",
     "LargePagesView",
@@ -39,6 +41,7 @@ __getattr__, __dir__ = lazily(
     {
         "CheckView": "pageferry.report.check",
         "CheckpointView": "pageferry.report.checkpoint",
+        "ControlView": "pageferry.report.control",
         "DemoView": "pageferry.report.migration",
         "ImageView": "pageferry.report.image",
         "LargePagesView": "pageferry.report.large_pages",

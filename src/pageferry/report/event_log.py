@@ -67,9 +67,9 @@ def header(verb: str, arguments: Mapping[str, Any]) -> LogHeader:
 def _shown(name: str, value: Any) -> Any:
     if value is not None and any(word in name.lower() for word in HIDDEN):
         return "(hidden)"
-    if name == "command" and value:
-        # The command line of a guest can contain passwords in many places. Only the program and the number of arguments
-        # are recorded.
+    if name in ("command", "words") and value:
+        # The command line of a guest, and a command of its monitor, can contain passwords in many places. Only the
+        # program and the number of arguments are recorded.
         return [value[0], f"({len(value) - 1} arguments)"]
     return value if isinstance(value, (str, int, float, list, type(None))) else str(value)
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from pageferry.large_pages.events import BroughtBack, LargePagesResult, Sample, SampleEvent
 from pageferry.report.figures.base import thinned
+from pageferry.report.tables import narrow, note
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, size
 
@@ -51,18 +52,19 @@ class LargePagesView(PlainView):
             return Text(self.line(result) or "")
         if not isinstance(result, LargePagesResult):
             return super().result(result)
-        parts: list[RenderableType] = [_regions(result)]
+        parts: list[RenderableType] = [narrow(_regions(result))]
         if result.samples:
-            parts += [Text(), _histogram(result.histogram), Text(), _heat_map(result.samples)]
-        parts += [Text(), *(Text(line) for line in _summary(result))]
-        parts += [Text(f"skipped: {reason}", style="yellow") for reason in result.skipped]
+            parts += [Text(), _histogram(result.histogram), Text(), narrow(_heat_map(result.samples))]
+        parts += [Text(), *(note(line) for line in _summary(result))]
+        parts += [note(f"skipped: {reason}", "yellow") for reason in result.skipped]
         return Group(*parts)
 
 
 def _regions(result: LargePagesResult) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("region", "kind", "size", "huge pages", "sampled", "idle", "accessed of 512"):
-        table.add_column(name, justify="left" if name in ("region", "kind") else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in ("region", "kind") else "right", no_wrap=name != "region")
+    table.columns[0].overflow = "fold"
     for region in result.regions:
         table.add_row(
             Text(region.name or "(anonymous)"),

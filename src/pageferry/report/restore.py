@@ -28,8 +28,8 @@ class RestoreView(PlainView):
         """Return a line when the guest runs, and a line for each page that cannot be loaded."""
         match event:
             case RunningEvent():
-                ran = duration(event.time_to_running / 1e3)
-                state = "paused, as it was saved," if event.paused else "running"
+                ran, state = duration(event.time_to_running / 1e3), _run_state(event)
+                state += "," if "," in state else ""
                 return f"{event.workload}: {state} after {ran}; {size(event.deferred)} deferred"
             case ProgressEvent():
                 new = [failure for failure in event.failures if failure not in self._reported]
@@ -68,6 +68,12 @@ class RestoreView(PlainView):
                 return super().result(result)
 
 
+def _run_state(restored: RunningEvent | RestoreResult) -> str:
+    if restored.paused:
+        return "paused, as it was saved" if restored.was_paused else "paused, as requested"
+    return "running, although it was saved paused" if restored.was_paused else "running"
+
+
 def _rows(result: RestoreResult) -> list[tuple[str, str]]:
     parts = result.time_parts
     filled = f"load {ms(parts.load)}, " if result.eager_reason is not None else ""
@@ -84,7 +90,7 @@ def _rows(result: RestoreResult) -> list[tuple[str, str]]:
     )
     rows = [("loaded in advance", result.eager_reason)] if result.eager_reason is not None else []
     return [
-        ("restore", f"{result.workload} {'paused, as it was saved' if result.paused else 'running'}, {state}"),
+        ("restore", f"{result.workload} {_run_state(result)}, {state}"),
         *rows,
         ("time to running" if not result.paused else "time to ready", ran),
         ("faults", faults),

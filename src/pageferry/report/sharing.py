@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pageferry.report.figures.base import thinned
+from pageferry.report.tables import narrow, note
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, rate, size
 from pageferry.sharing.events import ApplyEvent, ScanEvent, SharingResult
@@ -54,10 +55,10 @@ class SharingView(PlainView):
         """Return the estimate as tables, followed by the results of merging, if any."""
         if not isinstance(result, SharingResult):
             return super().result(result)
-        parts: list[RenderableType] = [_classes(result), Text(), _curve(result), Text(), Text(_scan(result))]
-        parts += [Text(f"note: {note}", style="dim") for note in result.not_shareable]
+        parts: list[RenderableType] = [narrow(_classes(result)), Text(), narrow(_curve(result)), Text()]
+        parts += [note(_scan(result)), *(note(f"note: {reason}", "dim") for reason in result.not_shareable)]
         if result.freed is not None:
-            parts += [Text(), Text(_done(result), style="bold")]
+            parts += [Text(), note(_done(result), "bold")]
         return Group(*parts)
 
 

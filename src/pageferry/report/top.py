@@ -7,16 +7,20 @@ import time
 import msgspec
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pageferry.host.jobs import Job
+from pageferry.report.tables import narrow, table, with_notes
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, rate, size
 from pageferry.workloads.events import HostMemory, Overview, WorkloadMemory
 
 BAR = 16
 """Width of a bar, columns."""
+MAX_NAME = 24
+"""Maximum width of a name in the tables, columns."""
+COLUMNS = ("NAME", "KIND", "PID", "MAPPED", "HUGE", "DEFERRED", "DIRTIED", "OPERATION")
 
 
 class TopView(PlainView):
@@ -37,7 +41,10 @@ class TopView(PlainView):
         """Return the complete display: a line for the host, and the table of workloads."""
         if not isinstance(result, Overview):
             return super().result(result)
-        return Group(_host(result.host), Text(), _table(result))
+        operations = _operations(result)
+        stalled = [(one.name, one.stall_reason) for one in result.workloads if one.stall_reason is not None]
+        parts = [_host(result.host), Text(), with_notes(_table(result), stalled)]
+        return Group(*parts, *([Text(), operations] if operations is not None else []))
 
 
 def _host(host: HostMemory) -> RenderableType:
@@ -52,11 +59,10 @@ def _host(host: HostMemory) -> RenderableType:
 def _table(now: Overview) -> RenderableType:
     if not now.workloads:
         return Text("no workloads: start one with `pageferry run`, `receive`, `restore` or `adopt`")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("NAME", "KIND", "PID", "MAPPED", "HUGE", "DEFERRED", "DIRTIED", "OPERATION"):
-        table.add_column(name, justify="left" if name in ("NAME", "KIND", "OPERATION") else "right", no_wrap=True)
+    rows = table(COLUMNS, right=COLUMNS[2:7], gap=2, max_name=MAX_NAME)
+    rows.columns[-1].no_wrap = False
     for one in now.workloads:
-        table.add_row(
+        rows.add_row(
             Text(one.name),
             one.kind,
             str(one.pid),
@@ -64,23 +70,24 @@ def _table(now: Overview) -> RenderableType:
             f"{one.large / one.memory:.0%}" if one.memory and one.large is not None else "-",
             size(one.deferred) if one.deferred else "-",
             rate(one.dirty_rate) if one.dirty_rate is not None else "-",
-            _jobs(one.jobs, now.time),
+            Text(", ".join(job.verb for job in one.jobs) or "-"),
         )
-        if one.stall_reason is not None:
-            table.add_row("", "", "", "", "", "", "", Text(one.stall_reason, style="bold red"))
-    return table
+    return narrow(rows)
+
+
+def _operations(now: Overview) -> RenderableType | None:
+    """Return a row for each running operation; None if there are none."""
+    rows = Table.grid(Column(max_width=MAX_NAME, overflow="fold"), padding=(0, 1))
+    for one in now.workloads:
+        for job in one.jobs:
+            done = ProgressBar(total=1.0, completed=job.fraction, width=BAR) if job.fraction is not None else Text()
+            words = Text(_words_of(job, now.time), style="dim")
+            rows.add_row(Text(one.name, style="bold"), Text(job.verb, style="cyan"), Text(job.phase), done, words)
+    return narrow(rows) if rows.rows else None
 
 
 def _or_dash(count: int | None) -> str:
     return "-" if count is None else size(count)
-
-
-def _jobs(jobs: list[Job], now: float) -> RenderableType:
-    rows = Table.grid(padding=(0, 1))
-    for job in jobs:
-        done = ProgressBar(total=1.0, completed=job.fraction, width=BAR) if job.fraction is not None else Text()
-        rows.add_row(Text(job.verb, style="cyan"), Text(job.phase), done, Text(_words_of(job, now), style="dim"))
-    return rows if jobs else Text("-")
 
 
 def _words_of(job: Job, now: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from pageferry.events import Event
@@ -32,10 +34,36 @@ class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
     """Reason why deferred contents cannot be loaded: no pager, no connection, or unreadable pages; None if they can."""
 
 
+class EndedWorkload(Event, frozen=True, kw_only=True, tag="ended-workload"):
+    """Workload that has ended, and whose name no other workload has taken."""
+
+    name: str
+    kind: str
+    """`qemu` or `arena`."""
+    pid: int
+    cause: Literal["exited", "stopped", "migrated"]
+    """`exited`: the process has exited, or was killed by another program; `stopped`: pageferry has ended it;
+    `migrated`: it was migrated to another host."""
+    time: float
+    """Time at which pageferry found that the process had exited, seconds since 1970."""
+    exact: bool
+    """Whether the process exited at that time. Otherwise it had exited before."""
+    exit_code: int | None
+    """Exit code; None if the process was killed by a signal, or if the code is unknown."""
+    signal: str | None
+    """Signal that killed the process, such as SIGSEGV; None if unknown."""
+    log: bool
+    """Whether `pageferry logs` prints a log."""
+    last_line: str | None
+    """Last line of the log; None if it is empty."""
+
+
 class Listing(Event, frozen=True, tag="workloads"):
     """All workloads of a host."""
 
     workloads: list[WorkloadInfo]
+    ended: list[EndedWorkload] = msgspec.field(default_factory=list)
+    """Workloads that have ended, if they were requested."""
 
 
 class HostMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):

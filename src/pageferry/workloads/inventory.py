@@ -15,13 +15,14 @@ import time
 import msgspec
 
 from pageferry.errors import NoSuchWorkload, RestoreError, UnsupportedError, WorkloadDied, WorkloadError
-from pageferry.host import jobs, smaps
+from pageferry.host import endings, jobs, smaps
 from pageferry.host.blocking import in_thread
 from pageferry.host.proc import meminfo
+from pageferry.host.processes import signal_name
 from pageferry.host.registry import AnyEntry, Folder, Registry
 from pageferry.memory.regions import Region
 from pageferry.pager import client
-from pageferry.workloads.events import HostMemory, Overview, WorkloadInfo, WorkloadMemory
+from pageferry.workloads.events import EndedWorkload, HostMemory, Overview, WorkloadInfo, WorkloadMemory
 from pageferry.workloads.open import open_workload
 from pageferry.workloads.protocols import Migratable
 
@@ -36,6 +37,12 @@ async def describe_all(registry: Registry | None = None) -> list[WorkloadInfo]:
     registry = registry or Registry()
     queries = [_query(registry, name, entry) for name, entry in registry.entries().items()]
     return [info for info in await asyncio.gather(*queries) if info is not None]
+
+
+def describe_ended(registry: Registry | None = None) -> list[EndedWorkload]:
+    """Return descriptions of the workloads that have ended, in the order of their end."""
+    registry = registry or Registry()
+    return [_ended(registry, record) for record in registry.ended_workloads()]
 
 
 async def describe(workload: Migratable) -> WorkloadInfo:
@@ -93,6 +100,23 @@ def _deferred(registry: Registry, name: str) -> tuple[int, str | None]:
     except RestoreError as error:
         return 0, str(error)
     return (0, None) if status is None else (status.deferred, status.stall_reason)
+
+
+def _ended(registry: Registry, record: endings.Ended) -> EndedWorkload:
+    path, code = endings.log_path(registry.path, record.name), record.code
+    lines = endings.tail(path).decode(errors="replace").split("\n")
+    return EndedWorkload(
+        name=record.name,
+        kind=record.kind,
+        pid=record.pid,
+        cause=record.cause,
+        time=record.time,
+        exact=record.exact,
+        exit_code=code if code is not None and code >= 0 else None,
+        signal=signal_name(-code) if code is not None and code < 0 else None,
+        log=path.exists(),
+        last_line=next((line.strip() for line in reversed(lines) if line.strip()), None),
+    )
 
 
 def _memory_use(registry: Registry, name: str, entry: AnyEntry) -> WorkloadMemory | None:

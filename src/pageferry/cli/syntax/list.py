@@ -6,8 +6,13 @@ import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Set the description; the verb has no arguments."""
+    """Add the arguments of the verb."""
     parser.description = (
         "List the workloads of this host: guests started by `pageferry run`, `receive` or `restore`, adopted guests, "
         "and named arenas of Python programs. With --output json, print one object of type `workload` per line."
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also list workloads that have ended, whose logs `pageferry logs` prints (JSON type `ended-workload`)",
     )

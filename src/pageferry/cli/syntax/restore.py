@@ -23,6 +23,10 @@ class RestoreOptions(GuestOptions):
     """Load pages only on demand."""
     disks: Disks = "checked"
     """Require disks that are known to be unchanged since the checkpoint (docs/disks.md), or accept them as they are."""
+    paused: bool = False
+    """Leave the guest paused, even if it ran when it was saved."""
+    resume: bool = False
+    """Run the guest, even if it was paused when it was saved."""
     takeover: bool = False
     """Start another pager for a guest whose pager has exited; give IMAGE if the image has been moved."""
 
@@ -31,7 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb; the command line of QEMU follows `--`."""
     parser.description = (
         "Start a QEMU guest that continues from the snapshot point of an image. It runs immediately; its memory is "
-        "loaded on demand and in the background. Without --detach, the guest stays attached to the terminal, and "
+        "loaded on demand and in the background. A guest that was paused when it was saved stays paused, unless "
+        "--resume is given. Without --detach, the guest stays attached to the terminal, and "
         "Ctrl-C terminates it. The image is opened read-only, and must stay in place until `pageferry list` shows no "
         "deferred memory."
     )

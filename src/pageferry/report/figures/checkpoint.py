@@ -19,6 +19,7 @@ def facts(log: Log) -> list[Fact]:
     if not results:
         return [Fact("present", armed[0][1].present, "bytes", lead=True)] if armed else []
     result = results[-1][1]
+    paused = [Fact("workload", "paused", note="as its user had left it")] if result.paused else []
     return [
         Fact("downtime", result.downtime, "ms", lead=True, note="the workload was paused"),
         Fact("total time", result.total_time, "ms", lead=True),
@@ -26,6 +27,7 @@ def facts(log: Log) -> list[Fact]:
         Fact("trapped writes", result.traps, "count", lead=True, note="waited for a copy of their block"),
         Fact("maximum wait", result.trap_details.longest_us, "us"),
         Fact("compression", f"{result.compression:.2f} : 1"),
+        *paused,
         Fact("codec", result.codec),
         Fact("mode", result.mode),
         Fact("parent", result.parent),

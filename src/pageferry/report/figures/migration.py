@@ -42,6 +42,7 @@ def facts(log: Log) -> list[Fact]:
         Fact("write trace", result.trace.granularity, note=f"installed in {duration(result.trace.install_ms / 1e3)}"),
         Fact("pages sent", result.normal, "count"),
         Fact("zero pages", result.duplicate, "count"),
+        *([Fact("workload", "paused", note="as its user had left it")] if result.paused else []),
     ]
     if (late := result.postcopy) is not None:
         after = f"{late.pages:,} pages after the switch-over"

@@ -35,6 +35,8 @@ def facts(log: Log) -> list[Fact]:
         Fact("read from the image", result.bytes_read, "bytes"),
         Fact("image", result.image),
     ]
+    if result.paused:
+        facts.append(Fact("guest", "paused", note="as it was saved" if result.was_paused else "as requested"))
     if result.status == "completed":
         facts.insert(1, Fact("all memory loaded", at, "ms", lead=True, note="since the start of the command"))
     else:

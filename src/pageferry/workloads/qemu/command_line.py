@@ -8,6 +8,12 @@ of the guest. The user's ``qemu-system-x86_64 -m 4G ...`` therefore becomes::
         -machine memory-backend=pageferry-ram
         -qmp unix:RUN/NAME/qmp.sock,server=on,wait=off
 
+A detached guest whose command line does not use the first serial port also gets a socket for this port, for `pageferry
+console`::
+
+        -chardev socket,id=pageferry-console,path=RUN/NAME/tty.sock,server=on,wait=off,logfile=RUN/NAME/console.log
+        -serial chardev:pageferry-console
+
 QEMU merges repeated `-machine` options. A memory backend of the user is used unchanged if it is a shared file.
 Configurations that cannot be managed (private memory, memory that is written to without a trace, hotplug, `-incoming`)
 are refused with an error that names the option.
@@ -27,6 +33,9 @@ from pageferry.workloads.qemu.option_syntax import block_properties, options, pr
 
 BACKEND = "pageferry-ram"
 """Id of the memory backend that pageferry adds. The region and QEMU's ramblock have the same name."""
+
+CONSOLE = "pageferry-console"
+"""Id of the character device that pageferry adds for the first serial port."""
 
 DEFAULT_RAM = 128 << 20
 """QEMU's default memory size for PC machines, bytes."""
@@ -50,6 +59,18 @@ _UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGT]?)", re.IGNORECASE)
 
 
+_NO_CONSOLE = frozenset(("serial", "nographic", "nodefaults", "curses"))
+"""Options with which the first serial port is used by the user, or does not exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConsolePaths:
+    """Files of the character device that pageferry adds for the first serial port."""
+
+    socket: str
+    log: str
+
+
 @dataclass(frozen=True, slots=True)
 class CommandLine:
     """Parsed QEMU command line of a user. It has passed the checks for management."""
@@ -71,19 +92,41 @@ class CommandLine:
             for name, value in options(self.arguments)
         )
 
-    def managed(self, *, ram_path: str | None, qmp_socket: str, incoming: bool) -> list[str]:
+    @property
+    def has_free_serial(self) -> bool:
+        """Whether QEMU creates its default serial port, and would connect it to a window of its display only.
+
+        Connecting another character device does not change the machine. With -nodefaults, or with a device of the
+        user, there is no default serial port; adding one would change the machine.
+        """
+        return not any(
+            name in _NO_CONSOLE or (name == "device" and "serial" in properties(value, "driver").get("driver", ""))
+            for name, value in options(self.arguments)
+        )
+
+    def managed(
+        self, *, ram_path: str | None, qmp_socket: str, incoming: bool, console: ConsolePaths | None = None
+    ) -> list[str]:
         """Return the command line to start: with guest memory in the file at `ram_path`, and a monitor on `qmp_socket`.
-        `incoming`: QEMU waits, paused, for a device state.
+        `incoming`: QEMU waits, paused, for a device state. `console`: files for the first serial port; None to leave
+        the port unchanged.
         """
         result = list(self.arguments)
         if self.needs_ram_file:
             assert ram_path is not None
             backend = f"memory-backend-file,id={BACKEND},size={self.ram_size},share=on,align=2M,mem-path={ram_path}"
             result += ["-object", backend, "-machine", f"memory-backend={BACKEND}"]
-        result += ["-qmp", f"unix:{qmp_socket.replace(',', ',,')},server=on,wait=off"]
+        result += ["-qmp", f"unix:{_escaped(qmp_socket)},server=on,wait=off"]
+        if console is not None:
+            files = f"path={_escaped(console.socket)},server=on,wait=off,logfile={_escaped(console.log)}"
+            result += ["-chardev", f"socket,id={CONSOLE},{files}", "-serial", f"chardev:{CONSOLE}"]
         if incoming:
             result += ["-incoming", "defer", "-S"]
         return result
+
+
+def _escaped(path: str) -> str:
+    return path.replace(",", ",,")
 
 
 def parse(arguments: Sequence[str]) -> CommandLine:

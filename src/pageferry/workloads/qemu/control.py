@@ -136,11 +136,11 @@ class QemuControl:
         """Replace the cleanup plan with `first` and the commands that restore the guest as it was before the pause."""
         self.plan([*first, *self._as_before()])
 
-    def plan_by_owner(self, record: OwnershipRecord) -> None:
-        """Replace the cleanup plan with a decision: restore the guest if the file of `record` assigns it to this host,
-        otherwise end it."""
+    def plan_by_owner(self, record: OwnershipRecord, first: Action) -> None:
+        """Replace the cleanup plan with a decision: execute `first` and restore the guest if the file of `record`
+        assigns the guest to this host, otherwise end it."""
         if self._guardian is not None:
-            restore, end = self._actions(self._as_before()), self._actions([QUIT])
+            restore, end = [first, *self._actions(self._as_before())], self._actions([QUIT])
             self._guardian.plan([Decide(str(record.path), record.contents, restore, end)])
 
     def _actions(self, commands: Sequence[Command]) -> list[Action]:

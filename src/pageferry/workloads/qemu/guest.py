@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Self, Unpack
 import msgspec
 
 from pageferry.errors import WorkloadDied, WorkloadError
-from pageferry.host import proc, processes
+from pageferry.host import endings, proc, processes
 from pageferry.host.blocking import in_thread
 from pageferry.host.qmp import TIMEOUT
 from pageferry.host.registry import Registry
@@ -38,6 +38,7 @@ from pageferry.workloads.protocols import (
     StateSink,
 )
 from pageferry.workloads.qemu import (
+    awaiting,
     block_devices,
     direct_io,
     disk_comparison,
@@ -78,6 +79,8 @@ class QemuWorkload:
         self._regions = opened.regions
         self._storage = Storage(self._entry.pid)
         self._child = opened.child
+        self._handed_over = False
+        """Whether this process has committed the guest to a destination."""
         self._control = QemuControl(self.name, self._entry.qmp_socket)
         self._seen = LastSeen(self.name, opened.machine, ran=opened.ran)
         self._last_words = functools.partial(process.quoted, self._folder.path / opening.LOG)
@@ -106,6 +109,8 @@ class QemuWorkload:
         command = opening.parse(name, arguments, chosen)
         folder = (registry or Registry()).claim(name)
         with opening.released_on_error(folder):
+            if chosen.incoming:
+                awaiting.begin(folder)
             child, path = opening.launch(folder, command, chosen)
             try:
                 workload = cls(await opening.register(folder, path, child))
@@ -293,13 +298,14 @@ class QemuWorkload:
             await self._seen.check_unchanged(monitor)
             await self._seen.check_machine()
             self._control.plan([])
+            self._handed_over = True
             if self._control.stays_paused:
                 # The destination opens the disks before this QEMU exits. The disks of a guest that ran have been
                 # released by `save_state`.
                 self._control.disks_released = True
                 await disks.release(await self._control.hold())
             return
-        self._control.plan_by_owner(record)
+        self._control.plan_by_owner(record, awaiting.release(self._folder))
         # Also checks that QEMU runs: a process that is being killed is still visible in /proc, but does not reply.
         await self._seen.check_unchanged(monitor)
         await self._seen.check_machine()
@@ -311,8 +317,10 @@ class QemuWorkload:
         Raises WorkloadError if the guest does not run afterwards; WorkloadDied, with `never_ran` if QEMU cannot have
         received `cont`.
         """
+        self._handed_over = False
         await self._state.cancel_save()
         await self._vcpus.resume()
+        awaiting.end(self._folder)
 
     @property
     def stays_paused(self) -> bool:
@@ -407,6 +415,13 @@ class QemuWorkload:
         """
         await self._state.load(state)
 
+    def choose_paused(self, paused: bool) -> None:
+        """Choose, after `load_state`, whether `resume` leaves the guest paused. The default is the state in which the
+        guest was saved. Raises WorkloadError if the guest is to run, and cannot run with its state."""
+        if not paused:
+            self._seen.check_can_run()
+        self._control.stays_paused = self._control.disks_released = paused
+
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
         """Populate the second-stage page tables of a KVM guest, if the kernel supports it (see `kvm_prefault`). Return
         the number of bytes mapped.
@@ -445,7 +460,7 @@ class QemuWorkload:
             self._control.abandon()
             processes.send_signal(self.pid, self._entry.started, signal.SIGKILL)
             await processes.wait_for_end(self.pid, self._entry.started)
-        await self.forget()
+        await self.forget("migrated" if self._handed_over else None)
 
     async def running(self) -> bool:
         """Return whether the vCPUs run. Raises WorkloadDied if QEMU has exited."""
@@ -497,10 +512,12 @@ class QemuWorkload:
             f"{self.name} (process {self.pid}) exited while it waited for its source{self._last_words()}"
         )
 
-    async def forget(self) -> None:
+    async def forget(self, cause: endings.Cause | None = None) -> None:
         """Close the files of this object, and remove the name, log and records of the workload. QEMU must have
-        exited."""
-        if self._child is not None:
-            await self._child.wait()
+        exited. With a `cause`, keep the log and the exit code, for `pageferry logs` and `pageferry list --all`."""
+        code = await self._child.wait() if self._child is not None else None
         self.close()
-        self._folder.release()
+        record = None
+        if cause is not None:
+            record = endings.now(self.name, self._entry.kind, self.pid, cause, exact=True, code=code)
+        self._folder.release(record)

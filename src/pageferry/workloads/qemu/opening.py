@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -22,6 +22,9 @@ from pageferry.workloads.qemu.process import QemuProcess
 
 LOG = "log"
 """File name of the output of a detached QEMU, in the folder of the workload."""
+
+CONSOLE_LOG = "console.log"
+"""File name of the output of the serial port that pageferry has connected to a socket."""
 
 _NO_PREALLOC = "remove -mem-prealloc and prealloc=on"
 
@@ -104,7 +107,12 @@ def launch(folder: Folder, command: command_line.CommandLine, options: StartOpti
             if file.warning:
                 log.warning("%s", file.warning)
         path = file.inherited_path if file is not None else None
-        words = command.managed(ram_path=path, qmp_socket=qmp_socket, incoming=options.incoming)
+        words = command.managed(
+            ram_path=path,
+            qmp_socket=qmp_socket,
+            incoming=options.incoming,
+            console=_console(folder, command) if options.detach else None,
+        )
         descriptors = [file.fd] if file is not None else []
         child = process.launch(words, descriptors, folder.path / LOG if options.detach else None)
     finally:
@@ -115,11 +123,22 @@ def launch(folder: Folder, command: command_line.CommandLine, options: StartOpti
     return child, qmp_socket
 
 
+def _console(folder: Folder, command: command_line.CommandLine) -> command_line.ConsolePaths | None:
+    """Return the files of a console to add; None if the command line uses the serial port.
+
+    A script that starts QEMU can have options of its own, such as -nodefaults. With these, a detached guest would have
+    another machine than its destination in the foreground.
+    """
+    if not command.has_free_serial or not process.is_binary(command.arguments[0]):
+        return None
+    return command_line.ConsolePaths(folder.socket_path("tty.sock"), str(folder.path / CONSOLE_LOG))
+
+
 async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -> Opened:
     """Check the QEMU that serves a monitor, and register it. Raises UnsupportedError, WorkloadError."""
     opening = child.monitor(qmp_socket) if child is not None else Monitor.open(qmp_socket)
     async with await opening as monitor:
-        machine, pid = await _ask_machine(monitor)
+        pid, machine = await _pid_of(monitor), await Machine.ask(monitor)
         await unsupported.refuse_running(monitor)
         machine = await machine.with_all_media(monitor)
         ran = await run_state.runs(monitor)
@@ -134,31 +153,41 @@ async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -
 
 async def find(name: str, registry: Registry, timeout: float) -> Opened:
     """Open the registered guest with this name. Raises NoSuchWorkload, WorkloadError, WorkloadDied."""
+    async with session(name, registry, timeout) as (folder, entry, monitor):
+        machine = await Machine.ask(monitor)
+        ran = await run_state.runs(monitor)
+        regions = await _regions_of(monitor, entry.pid)
+    return Opened(folder, entry, machine, regions, ran)
+
+
+@contextlib.asynccontextmanager
+async def session(name: str, registry: Registry, timeout: float) -> AsyncIterator[tuple[Folder, QemuEntry, Monitor]]:
+    """Open a session of the monitor of the registered guest with this name, for the block.
+
+    Raises NoSuchWorkload, WorkloadDied, and WorkloadError if another client has the monitor for `timeout` seconds, or
+    another process serves its socket.
+    """
     folder = registry.folder(name)
     entry = registry.lookup(name)
     if not isinstance(entry, QemuEntry):
         raise NoSuchWorkload(f"{name} is not a QEMU guest, or is still being started; see `pageferry list`")
     async with await Monitor.open(entry.qmp_socket, timeout=timeout) as monitor:
-        machine, pid = await _ask_machine(monitor)
-        if pid != entry.pid:
+        if (pid := await _pid_of(monitor)) != entry.pid:
             raise WorkloadError(
                 f"cannot attach to {name}: {entry.qmp_socket} is served by process {pid}, and the guest is "
                 f"process {entry.pid}; end the process that has taken the socket"
             )
-        ran = await run_state.runs(monitor)
-        regions = await _regions_of(monitor, entry.pid)
-    return Opened(folder, entry, machine, regions, ran)
+        yield folder, entry, monitor
 
 
 def _entry(pid: int, qmp_socket: str, *, adopted: bool) -> QemuEntry:
     return QemuEntry(**identify(pid), qmp_socket=qmp_socket, adopted=adopted)
 
 
-async def _ask_machine(monitor: Monitor) -> tuple[Machine, int]:
-    """Return the machine and the process id of the QEMU that serves a monitor."""
+async def _pid_of(monitor: Monitor) -> int:
+    """Return the process id of the QEMU that serves a monitor."""
     threads = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
-    pid = await in_thread(qmp_peer.find_process, monitor.peer, threads, monitor.path)
-    return await Machine.ask(monitor), pid
+    return await in_thread(qmp_peer.find_process, monitor.peer, threads, monitor.path)
 
 
 async def _regions_of(monitor: Monitor, pid: int) -> tuple[Region, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,18 @@ def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -
         if output is not None:
             output.close()
     return QemuProcess(popen, command[0], log)
+
+
+def is_binary(program: str) -> bool:
+    """Return whether a program, found in PATH, is an ELF binary and not a script."""
+    path = shutil.which(program)
+    if path is None:
+        return False
+    try:
+        with open(files.open_regular(path), "rb") as file:
+            return file.read(4) == b"\x7fELF"
+    except OSError:
+        return False
 
 
 def quoted(log: Path) -> str:

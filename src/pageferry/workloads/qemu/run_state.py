@@ -134,9 +134,14 @@ class LastSeen:
         await self.check_machine()
         if self.status == "running":
             raise WorkloadError(f"cannot hand over {self.name}: another client has resumed it already")
-        if was_running and (how := _ENDED.get(self.status)) is not None:
-            raise WorkloadError(f"cannot run {self.name} with this state: {how} (run state {self.status})")
+        if was_running:
+            self.check_can_run()
         self.look(monitor, media=True)  # for the check before the guest runs
+
+    def check_can_run(self) -> None:
+        """Raise WorkloadError if the guest has shut down or failed, so that it cannot run with this state."""
+        if (how := _ENDED.get(self.status)) is not None:
+            raise WorkloadError(f"cannot run {self.name} with this state: {how} (run state {self.status})")
 
     async def check_unchanged(self, monitor: Monitor) -> None:
         """Raise WorkloadError if the guest was resumed or reset since the state was saved or loaded."""
