@@ -50,9 +50,13 @@ class Restored:
         self.pager: tuple[int, int] | None = None
         """Pid and start time of the pager; None until `status` has found a pager."""
 
-    async def start(self, image: Path, *, prefetch: bool = True, eager: bool = False) -> RestoreResult:
+    async def start(
+        self, image: Path, *, prefetch: bool = True, eager: bool = False, paused: bool = False
+    ) -> RestoreResult:
         """Restore the guest from an image. Return the result."""
-        started = await restore_guest(self.folder.name, image, self.command, prefetch=prefetch, eager=eager)
+        started = await restore_guest(
+            self.folder.name, image, self.command, prefetch=prefetch, eager=eager, paused=paused
+        )
         self.workload, result = started
         await self.status()
         return result

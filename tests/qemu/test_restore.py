@@ -281,18 +281,32 @@ def test_guest_waits_while_its_pager_is_dead(guest: Make, image: Path) -> None:
     asyncio.run(run())
 
 
-async def damage(restored: Restored, image: Path, bad: Path) -> None:
-    """Overwrite all blocks of `bad`, the image from which the guest is being restored and a copy of `image`. Wait until
-    the guest accesses one of them."""
+async def paused_over_a_damaged_image(restored: Restored, image: Path, bad: Path) -> None:
+    """Restore the guest, paused, from `bad`, a copy of `image`. Then overwrite all blocks of the copy."""
+    shutil.copy(image, bad)
+    await restored.start(bad, prefetch=False, paused=True)
     with bad.open("r+b") as file:
         for offset, length in ImageFile(image).image.blocks:
             file.seek(offset)
             file.write(bytes(length))
-    async with asyncio.timeout(20):
+
+
+async def access_fails(restored: Restored, bad: Path) -> None:
+    """Wait until the guest has accessed a damaged block, and the pager has requested a pause."""
+    async with asyncio.timeout(30):
         while not (status := await restored.status()) or not status.accessed:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert "storage block" in status.failures[0]
     assert str(bad) in status.failures[0]
+    await restored.logged("to continue with an intact copy")
+
+
+async def paused_by_the_pager(restored: Restored) -> None:
+    """Wait until QEMU has responded to the pager's request, and check that the guest is paused."""
+    async with asyncio.timeout(30):
+        while '"pausing":true' in (restored.folder.path / records.RECORD).read_text():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert not await restored.workload.running()
 
 
 def test_guest_is_paused_by_a_damaged_image_and_continues_with_a_good_one(
@@ -300,13 +314,13 @@ def test_guest_is_paused_by_a_damaged_image_and_continues_with_a_good_one(
 ) -> None:
     async def run() -> None:
         restored = guest("restored")
-        bad = Path(shutil.copy(image, tmp_path / "bad"))
-        await restored.start(bad, prefetch=False)
-        await damage(restored, image, bad)
-        await restored.logged("to continue with an intact copy")  # the pager has requested a pause of the guest
+        await paused_over_a_damaged_image(restored, image, tmp_path / "bad")
+        resuming = asyncio.create_task(restored.run())  # QEMU replies after the access if `cont` itself accesses memory
+        await access_fails(restored, tmp_path / "bad")
         await take_over(restored.folder, image)
-        assert not await restored.workload.running()
-        await restored.workload.resume()
+        await resuming
+        await paused_by_the_pager(restored)
+        await restored.run()
         await restored.serial.passes(2)
         await restored.end()
 
@@ -320,19 +334,16 @@ def test_guest_that_cannot_be_paused_at_once_is_paused_after_the_takeover(
 
     async def run() -> None:
         restored = guest("restored")
-        bad = Path(shutil.copy(image, tmp_path / "bad"))
-        await restored.start(bad, prefetch=False)
-        async with await Monitor.open(restored.workload.qmp_socket):
-            await damage(restored, image, bad)
+        await paused_over_a_damaged_image(restored, image, tmp_path / "bad")
+        async with await Monitor.open(restored.workload.qmp_socket) as monitor:
+            resuming = asyncio.create_task(monitor.execute("cont"))
+            await access_fails(restored, tmp_path / "bad")
             await restored.logged("pauses when the page is loaded")
             await take_over(restored.folder, image)
             assert '"pausing":true' in (restored.folder.path / records.RECORD).read_text()
-        async with asyncio.timeout(20):
-            while await restored.workload.running():  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-            while '"pausing":true' in (restored.folder.path / records.RECORD).read_text():  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-        await restored.workload.resume()
+            await resuming
+        await paused_by_the_pager(restored)
+        await restored.run()
         await restored.serial.passes(2)
         await restored.end()
 
