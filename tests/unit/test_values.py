@@ -73,7 +73,7 @@ OPTIONS: dict[str, Any] = {
     "logs": LogOptions,
 }
 PATHS = ("tls", "store", "tls_hostname")
-FLAGS = ("auto_converge", "adaptive", "insecure", "track", "direct_io", "eager", "prefetch", "force", "console")
+FLAGS = ("auto_converge", "adaptive", "insecure", "track", "direct_io", "eager", "prefetch", "force")
 
 
 def _name(wrong: object) -> str:

@@ -33,7 +33,7 @@ async def run(args: argparse.Namespace) -> int:
 async def _emit(args: argparse.Namespace, options: LogOptions) -> None:
     with open_reporter(args.output) as reporter:
         if not args.follow:
-            text = await logs.logs_async(args.name, lines=options.lines, console=options.console)
+            text = await logs.logs_async(args.name, lines=options.lines)
             reporter.final(GuestLog(workload=args.name, text=text))
             return
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -14,27 +14,21 @@ from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError
 from pageferry.host import endings, files
 from pageferry.host.blocking import in_thread, synchronous
 from pageferry.host.registry import ArenaEntry, Folder, QemuEntry, Registry, check_name
-from pageferry.workloads.qemu.opening import CONSOLE_LOG, LOG
 
 _POLL = 0.2
 """Interval at which a followed log is read, seconds."""
 _CHUNK = 1 << 16
-_NO_CONSOLE = (
-    "pageferry records a serial port only of guests that were started with --detach, and whose command line has no "
-    "-serial, -nographic or -nodefaults"
-)
 
 
 async def logs_async(name: str, **options: Any) -> str:
     """Return the output of a detached guest, also of a guest that has ended. Bytes that are not UTF-8 are replaced.
 
-    `options` are the fields of `pageferry.control.options.LogOptions`: lines (number of last lines), console
-    (whether to return the output of the serial port).
+    `options` are the fields of `pageferry.control.options.LogOptions`: lines (number of last lines).
 
     Raises NoSuchWorkload if no workload of this name runs or is known to have ended, UnsupportedError if it has no log.
     """
     chosen = values.options(LogOptions, options)
-    with opened(name, console=chosen.console) as (file, _):
+    with opened(name) as (file, _):
         return (await in_thread(_read, file, chosen.lines)).decode(errors="replace")
 
 
@@ -44,7 +38,7 @@ logs = synchronous(logs_async)
 async def follow(name: str, options: LogOptions, *, once: bool = False) -> AsyncIterator[bytes]:
     """Yield the log of a guest as `logs_async`, and unless `once`, all further output until the guest ends. Raises the
     same errors."""
-    with opened(name, console=options.console) as (file, entry):
+    with opened(name) as (file, entry):
         await in_thread(_seek, file, options.lines)
         alive = True
         while alive:
@@ -68,23 +62,22 @@ def forget(name: str) -> None:
 
 
 @contextmanager
-def opened(name: str, *, console: bool = False) -> Iterator[tuple[IO[bytes], QemuEntry | None]]:
+def opened(name: str) -> Iterator[tuple[IO[bytes], QemuEntry | None]]:
     """Open the log of a guest for the block. Yields the file and the entry of the guest; None if the guest has ended.
     Raises the same errors as `logs_async`."""
-    registry, log = Registry(), CONSOLE_LOG if console else LOG
+    registry = Registry()
     try:
         entry = registry.lookup(name)
     except NoSuchWorkload as missing:
         if endings.find(registry.path, name) is None:
             raise NoSuchWorkload(f"{missing}; `pageferry list --all` shows the workloads that have ended") from missing
-        path, entry = endings.log_path(registry.path, name, log), None
+        path, entry = endings.log_path(registry.path, name), None
     else:
-        path = Folder(registry, name).path / log
+        path = Folder(registry, name).path / endings.LOG
     try:
         descriptor = files.open_regular(path, follow=False)
     except FileNotFoundError as missing:
-        why = _NO_CONSOLE if console else _why(entry)
-        raise UnsupportedError(f"{name} has no {'console log' if console else 'log'}: {why}") from missing
+        raise UnsupportedError(f"{name} has no log: {_why(entry)}") from missing
     with open(descriptor, "rb", buffering=0) as file:
         yield file, entry if isinstance(entry, QemuEntry) else None
 

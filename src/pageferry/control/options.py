@@ -27,8 +27,6 @@ class LogOptions:
 
     lines: Annotated[int | None, Count(0, 1 << 30, metavar="N", unset="the whole log")] = None
     """Start at the last N lines."""
-    console: bool = False
-    """Read the output of the serial port, if pageferry has connected it to a socket (see `pageferry console`)."""
 
     def __post_init__(self) -> None:
         check(self)

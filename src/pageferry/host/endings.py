@@ -4,8 +4,7 @@
 
     /run/pageferry/.ended/web/
     ├── ended.json      an `Ended`
-    ├── log             end of QEMU's log, if it had one
-    └── console.log     end of the output of its serial port, likewise
+    └── log             end of QEMU's log, if it had one
 
 Records are a help for the user, and no operation depends on them. They are written when a pageferry command finds that
 the process of a workload has exited, or ends it. An error in writing them, such as a full file system, is ignored.
@@ -25,8 +24,8 @@ import msgspec
 
 from pageferry.host import files
 
-LOGS = ("log", "console.log")
-"""Names of the files that are kept from the directory of a workload."""
+LOG = "log"
+"""File name of the output of a detached QEMU, in the directory of its workload and in that of its record."""
 
 MAX_RECORDS = 16
 """Maximum number of ended workloads. The oldest records are removed."""
@@ -60,20 +59,19 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def keep(run_directory: Path, record: Ended, files_of: Path) -> None:
-    """Store the record of an ended workload, and move the logs from its directory, `files_of`. Replaces an older record
+    """Store the record of an ended workload, and move the log from its directory, `files_of`. Replaces an older record
     of the same name. The caller holds the lock of the run directory."""
     target = _path(run_directory, record.name)
     with contextlib.suppress(OSError):
         remove(run_directory, record.name)
         target.mkdir(mode=0o700, parents=True)
-        for name in LOGS:
-            _move_end(files_of / name, target / name)
+        _move_end(files_of / LOG, target / LOG)
         files.replace_file(target / _FILE, msgspec.json.encode(record))
         _remove_oldest(run_directory)
 
 
 def remove(run_directory: Path, name: str) -> bool:
-    """Remove the record and the logs of an ended workload. Return whether there was a record."""
+    """Remove the record and the log of an ended workload. Return whether there was a record."""
     folder = _path(run_directory, name)
     existed = folder.exists()
     shutil.rmtree(folder, ignore_errors=True)
@@ -89,9 +87,9 @@ def find(run_directory: Path, name: str) -> Ended | None:
         return None
 
 
-def log_path(run_directory: Path, name: str, log: str = LOGS[0]) -> Path:
-    """Return the path of a log of the ended workload of this name, which may not exist."""
-    return _path(run_directory, name) / log
+def log_path(run_directory: Path, name: str) -> Path:
+    """Return the path of the log of the ended workload of this name, which may not exist."""
+    return _path(run_directory, name) / LOG
 
 
 def tail(log: Path, length: int = 2000) -> bytes:

@@ -10,7 +10,7 @@ durable records::
         ├── workload.json       an `Entry`
         ├── migration.json      ownership of the workload (pageferry.migration)
         ├── qmp.sock
-        ├── tty.sock            serial port of a detached QEMU, and its output in console.log
+        ├── tty.sock            serial port of a detached QEMU
         └── log                 output of a detached QEMU
 
 A name is *claimed* by the process that is about to start the workload, and *published* when the workload exists. An

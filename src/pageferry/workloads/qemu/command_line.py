@@ -11,7 +11,7 @@ of the guest. The user's ``qemu-system-x86_64 -m 4G ...`` therefore becomes::
 A detached guest whose command line does not use the first serial port also gets a socket for this port, for `pageferry
 console`::
 
-        -chardev socket,id=pageferry-console,path=RUN/NAME/tty.sock,server=on,wait=off,logfile=RUN/NAME/console.log
+        -chardev socket,id=pageferry-console,path=RUN/NAME/tty.sock,server=on,wait=off
         -serial chardev:pageferry-console
 
 QEMU merges repeated `-machine` options. A memory backend of the user is used unchanged if it is a shared file.
@@ -64,14 +64,6 @@ _NO_CONSOLE = frozenset(("serial", "nographic", "nodefaults", "curses"))
 
 
 @dataclass(frozen=True, slots=True)
-class ConsolePaths:
-    """Files of the character device that pageferry adds for the first serial port."""
-
-    socket: str
-    log: str
-
-
-@dataclass(frozen=True, slots=True)
 class CommandLine:
     """Parsed QEMU command line of a user. It has passed the checks for management."""
 
@@ -105,11 +97,11 @@ class CommandLine:
         )
 
     def managed(
-        self, *, ram_path: str | None, qmp_socket: str, incoming: bool, console: ConsolePaths | None = None
+        self, *, ram_path: str | None, qmp_socket: str, incoming: bool, console: str | None = None
     ) -> list[str]:
         """Return the command line to start: with guest memory in the file at `ram_path`, and a monitor on `qmp_socket`.
-        `incoming`: QEMU waits, paused, for a device state. `console`: files for the first serial port; None to leave
-        the port unchanged.
+        `incoming`: QEMU waits, paused, for a device state. `console`: path of a socket for the first serial port; None
+        to leave the port unchanged.
         """
         result = list(self.arguments)
         if self.needs_ram_file:
@@ -118,8 +110,9 @@ class CommandLine:
             result += ["-object", backend, "-machine", f"memory-backend={BACKEND}"]
         result += ["-qmp", f"unix:{_escaped(qmp_socket)},server=on,wait=off"]
         if console is not None:
-            files = f"path={_escaped(console.socket)},server=on,wait=off,logfile={_escaped(console.log)}"
-            result += ["-chardev", f"socket,id={CONSOLE},{files}", "-serial", f"chardev:{CONSOLE}"]
+            # Without a log, which a guest could make arbitrarily long.
+            device = f"socket,id={CONSOLE},path={_escaped(console)},server=on,wait=off"
+            result += ["-chardev", device, "-serial", f"chardev:{CONSOLE}"]
         if incoming:
             result += ["-incoming", "defer", "-S"]
         return result

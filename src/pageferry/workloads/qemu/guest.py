@@ -83,7 +83,7 @@ class QemuWorkload:
         """Whether this process has committed the guest to a destination."""
         self._control = QemuControl(self.name, self._entry.qmp_socket)
         self._seen = LastSeen(self.name, opened.machine, ran=opened.ran)
-        self._last_words = functools.partial(process.quoted, self._folder.path / opening.LOG)
+        self._last_words = functools.partial(process.quoted, self._folder.path / endings.LOG)
         self._vcpus = Vcpus(self.pid, self._control, self._seen, self._last_words)
         self._state = StateTransfer(self._control, self._seen, self._last_words)
 
@@ -199,7 +199,7 @@ class QemuWorkload:
     @property
     def log(self) -> Path | None:
         """Path of the log of a detached QEMU; None if QEMU uses a terminal, or was adopted."""
-        path = self._folder.path / opening.LOG
+        path = self._folder.path / endings.LOG
         return path if path.exists() else None
 
     @property

@@ -13,18 +13,13 @@ from typing import TypedDict
 from pageferry.errors import NoSuchWorkload, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import memory_file, qmp_peer
 from pageferry.host.blocking import in_thread
+from pageferry.host.endings import LOG
 from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Folder, QemuEntry, Registry, identify
 from pageferry.memory.regions import Region
 from pageferry.workloads.qemu import command_line, process, ram, run_state, unsupported
 from pageferry.workloads.qemu.machine import Machine
 from pageferry.workloads.qemu.process import QemuProcess
-
-LOG = "log"
-"""File name of the output of a detached QEMU, in the folder of the workload."""
-
-CONSOLE_LOG = "console.log"
-"""File name of the output of the serial port that pageferry has connected to a socket."""
 
 _NO_PREALLOC = "remove -mem-prealloc and prealloc=on"
 
@@ -123,15 +118,15 @@ def launch(folder: Folder, command: command_line.CommandLine, options: StartOpti
     return child, qmp_socket
 
 
-def _console(folder: Folder, command: command_line.CommandLine) -> command_line.ConsolePaths | None:
-    """Return the files of a console to add; None if the command line uses the serial port.
+def _console(folder: Folder, command: command_line.CommandLine) -> str | None:
+    """Return the path of the socket of a console to add; None if the command line uses the serial port.
 
     A script that starts QEMU can have options of its own, such as -nodefaults. With these, a detached guest would have
     another machine than its destination in the foreground.
     """
     if not command.has_free_serial or not process.is_binary(command.arguments[0]):
         return None
-    return command_line.ConsolePaths(folder.socket_path("tty.sock"), str(folder.path / CONSOLE_LOG))
+    return folder.socket_path("tty.sock")
 
 
 async def register(folder: Folder, qmp_socket: str, child: QemuProcess | None) -> Opened:
