@@ -21,7 +21,7 @@ MAX_MODULES = {
     "check": 80,
     "report": 175,
     "peek": 80,
-    "stop": 112,
+    "stop": 116,
     "image": 85,
     "migrate": 142,
     "checkpoint": 122,

@@ -11,6 +11,7 @@ from pageferry.images.metadata import Codec
 from pageferry.options import API_ONLY, Count, Rate, Size, check
 
 Mode = Literal["lazy", "stop"]
+Disks = Literal["checked", "as-is"]
 
 KIB, MIB = 1 << 10, 1 << 20
 

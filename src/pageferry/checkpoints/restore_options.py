@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from pageferry import values
+from pageferry.checkpoints.options import Disks
 from pageferry.errors import UsageError
 from pageferry.options import check
 from pageferry.workloads.arena.options import ArenaOptions
-
-Disks = Literal["checked", "as-is"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from pageferry.checkpoints.restore_options import Disks
+from pageferry.checkpoints.options import Disks
 from pageferry.cli.options import add_options
 from pageferry.cli.syntax.guests import GuestOptions
 
