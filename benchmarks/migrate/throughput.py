@@ -33,7 +33,8 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
 def _move(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
     ledger.prepare()
     ballast.release()
-    sender: Process = pageferry("migrate", ledger.name, ledger.address, "--output", "json")
+    words = ("migrate", ledger.name, ledger.address, "--streams", "1", "--output", "json")
+    sender: Process = pageferry(*words)
     assert sender.stdout is not None
     first = expect(sender, "round")
     told = expect(sender, "migration")
