@@ -74,8 +74,10 @@ class Progress:
                 changes = self._after_migration(event)
             case "pageferry.checkpoints.events":
                 changes = self._after_checkpoint(event)
-            case "pageferry.large_pages.events" | "pageferry.sharing.events":
-                changes = self._after_scan(event)
+            case "pageferry.large_pages.events":
+                changes = _while_sampling(event)
+            case "pageferry.sharing.events":
+                changes = _while_scanning(event)
             case _:
                 changes = None
         if changes is not None:
@@ -112,18 +114,22 @@ class Progress:
                 return {"phase": "loading", "fraction": 1 - _part(event.deferred, self._most)}
         return None
 
-    def _after_scan(self, event: Event) -> dict[str, Any] | None:
-        from pageferry.large_pages.events import SampleEvent
-        from pageferry.sharing.events import ApplyEvent, ScanEvent
 
-        match event:
-            case SampleEvent():
-                return {"phase": f"sampling {event.round}"}
-            case ScanEvent():
-                return {"phase": "scanning", "fraction": _part(event.done, event.total)}
-            case ApplyEvent():
-                return {"phase": event.step, "fraction": None}
-        return None
+def _while_sampling(event: Event) -> dict[str, Any] | None:
+    from pageferry.large_pages.events import SampleEvent
+
+    return {"phase": f"sampling {event.round}"} if isinstance(event, SampleEvent) else None
+
+
+def _while_scanning(event: Event) -> dict[str, Any] | None:
+    from pageferry.sharing.events import ApplyEvent, ScanEvent
+
+    match event:
+        case ScanEvent():
+            return {"phase": "scanning", "fraction": _part(event.done, event.total)}
+        case ApplyEvent():
+            return {"phase": event.step, "fraction": None}
+    return None
 
 
 def _part(done: int, total: int) -> float:
