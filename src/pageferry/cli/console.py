@@ -17,6 +17,7 @@ from types import FrameType
 from pageferry.control.console import Console, console_async
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.host.blocking import in_thread
+from pageferry.host.files import write_all
 
 ESCAPE = b"\x1d"
 """Byte of Ctrl-], which detaches. It is the escape character of telnet(1) and of `virsh console`."""
@@ -84,7 +85,7 @@ async def _copy_terminal(console: Console) -> bool:
 
 async def _copy_output(console: Console) -> None:
     while data := await in_thread(console.read):
-        await in_thread(_write_all, sys.stdout.fileno(), data)
+        await in_thread(write_all, sys.stdout.fileno(), data)
 
 
 async def _read_keys(pending: asyncio.Queue[bytes]) -> None:
@@ -107,12 +108,6 @@ async def _write_input(console: Console, pending: asyncio.Queue[bytes]) -> None:
         while True:
             await in_thread(console.write, await pending.get())
             pending.task_done()
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 @contextlib.contextmanager

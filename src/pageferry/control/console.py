@@ -59,12 +59,10 @@ class Console:
     def write(self, data: bytes) -> None:
         """Send input to the guest. Blocks while the guest does not read. Raises WorkloadError if QEMU has closed the
         console."""
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[os.write(self._descriptor, view) :]
-            except OSError as closed:
-                raise WorkloadError(f"{self.name} has closed its console: {closed.strerror}") from closed
+        try:
+            files.write_all(self._descriptor, data)
+        except OSError as closed:
+            raise WorkloadError(f"{self.name} has closed its console: {closed.strerror}") from closed
 
     def close(self) -> None:
         """Close the console. Another client can then open it."""

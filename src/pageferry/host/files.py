@@ -82,6 +82,13 @@ def create_hidden(folder: Path, name: str) -> tuple[int, Path]:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE), path
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all bytes to an open file, pipe or socket. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 def replace_file(path: Path, contents: bytes, *, mode: int = PRIVATE, synced: bool = False) -> None:
     """Replace a file atomically: readers see the old or the new contents. After OSError the old file is unchanged."""
     with new_file(path, mode=mode, synced=synced) as descriptor, open(os.dup(descriptor), "wb") as file:

@@ -51,12 +51,13 @@ def _summary(image: ImageSummary) -> RenderableType:
 
 
 def _disk(disk: DiskSummary) -> str:
+    name = disk.name or disk.id
     if not disk.layers:
-        return f"{disk.name or disk.id}: empty"
+        return f"{name}: empty"
     chain = " over ".join(f"{layer.path} ({layer.format})" for layer in disk.layers)
     if disk.in_state:
-        return f"{disk.name or disk.id}: {chain}, part of the state"
-    text = f"{disk.name or disk.id}: {chain}, {size(disk.size)}" + (", read-only" if disk.read_only else "")
+        return f"{name}: {chain}, part of the state"
+    text = f"{name}: {chain}, {size(disk.size)}" + (", read-only" if disk.read_only else "")
     modified = disk.layers[0].modified
     return text + (f", modified {modified}" if modified is not None else "")
 
