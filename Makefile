@@ -37,6 +37,7 @@ test-package: build system ## Run the tests of the package: in parallel (WORKERS
 
 .PHONY: test-full
 test-full: test-engine system ## Run the tests with every QEMU, on TCG and on KVM (two hours)
+	$(PYTHON) -m pip install --quiet --require-hashes --only-binary :all: -r requirements-full.lock
 	GUESTS=all $(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: faults
@@ -79,12 +80,16 @@ docs: build ## Build the documentation into site/; warnings are errors
 manual: build ## Generate man pages and shell completions from the parser
 	$(PYTHON) scripts/manual.py
 
+.PHONY: release
+release: build ## Build and test the packages of a release in dist/: source, wheel, checksums
+	$(PYTHON) scripts/release.py
+
 .PHONY: pictures
 pictures: build system ## Create the pictures of the documentation from the import contract and a run of the demo
 	$(PYTHON) scripts/pictures.py
 
 .PHONY: system
-system: ## Install or fetch programs for guests (QEMU, busybox, iperf3, a guest kernel) and tests (Chromium, Prometheus)
+system: ## Install or fetch programs for guests (QEMU, busybox, iperf3, fio, a guest kernel) and tests (Chromium, Prometheus)
 	@scripts/system.sh
 
 .PHONY: clean

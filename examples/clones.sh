@@ -1,10 +1,11 @@
 #!/bin/sh
 # Start two clones of a running guest from one image. They run at once, and load the image on demand. Both open the
-# image read-only, so it occupies the page cache only once.
+# image read-only, so it occupies the page cache only once. Each has separate memory, so that `sharing` can examine it;
+# `pageferry clone` starts guests that share the memory of the image.
 #
 #     examples/clones.sh qemu-system-x86_64 -accel kvm -m 1G ...
 #
-# Disks are not copied: give the guest none, or one with -snapshot. Requires `pageferry` in PATH.
+# The script does not save disks: give the guest no disk, or one with -snapshot. Requires `pageferry` in PATH.
 set -eu
 
 folder=$(mktemp -d)

@@ -3,10 +3,10 @@
     python examples/counters_processes.py receive 127.0.0.1:7070
     python examples/counters_processes.py send 127.0.0.1:7070 counters.img     # checkpoints first, then migrates
 
-Every worker maps the memory through the descriptor of the arena, and acquires a lock of multiprocessing for each step.
-`on_pause` acquires that lock, so that no worker is within a step. The workers are traced like the program itself. After
-a migration, their mappings are read-only. Therefore `on_moved` sets an event that ends the workers before it releases
-the lock.
+Every worker maps the memory through the descriptor of the arena, and acquires a multiprocessing lock for each step.
+`on_pause` acquires that lock, so that no worker is within a step during a pause. Pageferry traces the writes of the
+workers as it traces those of the program. After a migration, the mappings of the workers are read-only. Therefore
+`on_moved` sets an event that ends the workers before it releases the lock.
 
 Requires numpy.
 """

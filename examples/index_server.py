@@ -64,7 +64,7 @@ class Server:
                     self.answer_one()
 
     def answer_one(self) -> None:
-        """Serve one request, unless another process has taken over or accepted it."""
+        """Serve one request, unless another process has taken over or has accepted the request."""
         if self.gone:
             return
         try:

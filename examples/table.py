@@ -18,7 +18,7 @@ import pageferry
 
 ROWS, COLUMNS = 64_000, 256
 SIZE = ROWS * COLUMNS * 8
-"""Size of the table, bytes (125 MiB)."""
+"""Size of the table in bytes (125 MiB)."""
 
 
 class Counter:

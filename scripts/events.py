@@ -23,7 +23,7 @@ With `--log FILE` each command writes its events to FILE as JSON lines. With `--
 written to stdout, without `at-ms`. `pageferry report FILE` draws a log. This page is generated from the code.
 
 A log consists of a `log` line, events (in most cases with a result), and an `end` line. Each line has a `type` and
-`at-ms`, the milliseconds since the first line by a monotonic clock. If a log has no `end`, its command was killed or is
+`at-ms`, the milliseconds since the first line on a monotonic clock. If a log has no `end`, its command was killed or is
 still running; only the last line may be incomplete. Secret arguments and the command line of a guest are not recorded.
 
 The schema number is {SCHEMA}. Fields and types may be added at any time: ignore those that you do not know. The number
@@ -47,7 +47,7 @@ def events() -> dict[str, type[Event]]:
         if not event.__module__.startswith("pageferry."):
             continue
         if tag in found:
-            raise ValueError(f"{event} and {found[tag]} have the same tag {tag!r}")
+            raise ValueError(f"invalid tag {tag!r} of {event}: {found[tag]} has the same tag")
         found[tag] = event
     return found
 

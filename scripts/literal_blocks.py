@@ -11,7 +11,7 @@ class LiteralBlocks(griffe.Extension):
     """Extension that removes the marks of literal blocks from all docstrings."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Remove the marks from one docstring. griffe calls this method for each object with a docstring."""
+        """Remove the marks from the docstring of an object, if it has one. griffe calls this method for each object."""
         if obj.docstring is not None:
             lines = obj.docstring.value.splitlines()
             obj.docstring.value = "\n".join(_shown(line) for line in lines if line.strip() != "::")

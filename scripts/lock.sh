@@ -1,7 +1,9 @@
 #!/bin/sh
-# Write requirements.lock and requirements-source.lock: the version and hashes of each package for development and CI,
-# for Python 3.11 to 3.14. The second file lists packages that are built from source with the tools of the first. Locked
-# versions stay while pyproject.toml allows them; `scripts/lock.sh --upgrade` selects the newest ones.
+# Write requirements.lock, requirements-source.lock, requirements-full.lock and requirements-release.lock: the version
+# and hashes of each package for Python 3.11 to 3.14. The first is for development and CI. The second lists packages that
+# are built from source with the tools of the first, the third further packages of `make test-full`, and the last the
+# tools of `make release`. Locked versions stay while pyproject.toml allows them; `scripts/lock.sh --upgrade` selects the
+# newest ones.
 set -eu
 cd "$(dirname "$0")/.."
 tools=$(mktemp -d)
@@ -21,3 +23,7 @@ python3 scripts/packages.py >"$tools/packages.in"
 lock requirements.lock --only-binary :all: "$@"
 python3 scripts/packages.py source >"$tools/packages.in"
 lock requirements-source.lock --no-deps "$@"
+python3 scripts/packages.py full >"$tools/packages.in"
+lock requirements-full.lock --only-binary :all: "$@"
+python3 scripts/packages.py release >"$tools/packages.in"
+lock requirements-release.lock --only-binary :all: "$@"

@@ -1,6 +1,8 @@
-"""Print the build, runtime and development requirements of pyproject.toml, one per line: the input of `lock.sh`.
+"""Print requirements of pyproject.toml, one per line: the input of `lock.sh`.
 
-`packages.py source` prints only the packages of which the registry has no wheel; without `source`, these are left out.
+Without an argument: the requirements of build, runtime and development, except packages for which the registry has no
+wheel. `packages.py source`: only these packages. `packages.py full`: the packages that only the tests of `make
+test-full` use. `packages.py release`: the tools of `scripts/release.py`.
 """
 
 import sys
@@ -10,14 +12,15 @@ from pathlib import Path
 SOURCE_ONLY = ("argparse-manpage",)
 
 
-def requirements(source: bool) -> list[str]:
-    """Return the requirements, those of the build first. `source`: select the packages of `SOURCE_ONLY`, instead of all
-    others."""
+def requirements(kind: str) -> list[str]:
+    """Return the requirements of a kind (see above), those of the build first."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    development = project["project"]["optional-dependencies"]["dev"]
-    everything = [*project["build-system"]["requires"], *project["project"]["dependencies"], *development]
-    return [one for one in everything if one.startswith(SOURCE_ONLY) == source]
+    build, extras = project["build-system"]["requires"], project["project"]["optional-dependencies"]
+    if kind in ("release", "full"):
+        return [*build, *extras[kind]]
+    everything = [*build, *project["project"]["dependencies"], *extras["dev"]]
+    return [one for one in everything if one.startswith(SOURCE_ONLY) == (kind == "source")]
 
 
-for requirement in requirements("source" in sys.argv[1:]):
+for requirement in requirements(*sys.argv[1:] or [""]):
     print(requirement)

@@ -1,5 +1,6 @@
 #!/bin/sh
-# pytest.sh PYTHON WORKERS [ARGUMENT...]: run tests in parallel, then those that must run alone. Print the slowest 20.
+# pytest.sh PYTHON WORKERS [ARGUMENT...]: run tests in parallel, then those that must run alone. Print the slowest
+# 20 tests and 20 files.
 set -u
 python=$1
 workers=$2
@@ -15,4 +16,7 @@ together=$?
 alone=$?
 echo "slowest 20, seconds:"
 sort -rn "$TEST_DURATIONS" | head -n 20
+echo "slowest 20 files, seconds:"
+awk '{ split($3, id, "::"); sum[id[1]] += $1 } END { for (file in sum) printf "%8.2f %s\n", sum[file], file }' \
+    "$TEST_DURATIONS" | sort -rn | head -n 20
 [ "$together$alone" != 55 ] && { [ $together = 0 ] || [ $together = 5 ]; } && { [ $alone = 0 ] || [ $alone = 5 ]; }

@@ -2,19 +2,19 @@
 
     scripts/sample_texts.py [SEED] [COUNT]
 
-SEED is hexadecimal (default: the first 8 digits of the parent of HEAD). Texts are docstrings, comments, paragraphs of
-the documentation, error messages, and help of options. Each text is printed with its kind, file and line. Generated
-files are left out.
+SEED is hexadecimal (default: the first 8 digits of the parent of HEAD), COUNT the number of texts (default: 120). Texts
+are docstrings, comments, paragraphs of the documentation, error messages, and help of options. Each text is printed
+with its kind, file and line. Generated files are left out.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import random
 import re
 import subprocess
-import sys
 import textwrap
 import tokenize
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 GENERATED = ("docs/results.md", "packaging/")
 COUNT = 120
 MIN_WORDS = 3
-"""Minimum number of words of a text; excludes names and `# noqa`."""
+"""Minimum number of words of a text, which excludes names and `# noqa`."""
 
 _ERROR = re.compile(r"(Error|Refused|Lost|Exception|Warning|NotConverging|Unsupported)$")
 _DIRECTIVE = re.compile(r"#\s*(noqa|type:|pragma|!)")
@@ -123,12 +123,27 @@ def texts() -> list[Text]:
     )
 
 
+def _seed(text: str) -> str:
+    try:
+        int(text, 16)
+    except ValueError as wrong:
+        raise argparse.ArgumentTypeError(f"invalid seed {text!r}: expected a hexadecimal number") from wrong
+    return text
+
+
+def _seed_of_parent() -> str:
+    parent = ["git", "rev-parse", "--short=8", "HEAD^"]
+    return subprocess.check_output(parent, cwd=ROOT, text=True).strip()[:8]
+
+
 def main() -> None:
     """Print the sample."""
-    parent = ["git", "rev-parse", "--short=8", "HEAD^"]
-    seed = sys.argv[1] if len(sys.argv) > 1 else subprocess.check_output(parent, cwd=ROOT, text=True).strip()[:8]
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else COUNT
-    found = texts()
+    parser = argparse.ArgumentParser(description="Print a random sample of the texts of this project.")
+    parser.add_argument("seed", nargs="?", metavar="SEED", type=_seed, help="hexadecimal number (default: from HEAD^)")
+    parser.add_argument("count", nargs="?", metavar="COUNT", type=int, default=COUNT, help="number of texts (120)")
+    args = parser.parse_args()
+    seed, found = args.seed or _seed_of_parent(), texts()
+    count = min(args.count, len(found))
     print(f"{count} of {len(found)} texts, seed {seed}")
     for number, text in enumerate(random.Random(int(seed, 16)).sample(found, count), 1):
         print(f"\n[{number}] {text.kind}, {text.path}:{text.line}\n{textwrap.indent(text.words, '    ')}")

@@ -45,7 +45,7 @@ class Authority:
         self.certificate = builder.sign(self._key, hashes.SHA256())
 
     def folder(self, path: Path) -> Path:
-        """Create the folder `path` with the certificate of this authority, and return the folder."""
+        """Create the directory `path` with the certificate of this authority, and return `path`."""
         path.mkdir()
         (path / "ca-cert.pem").write_bytes(self.certificate.public_bytes(PEM))
         return path
@@ -116,7 +116,7 @@ def _general(name: str) -> x509.GeneralName:
 
 
 def hosts(path: Path, authority: Authority | None = None, *, source: str = "source.example") -> tuple[Path, Path]:
-    """Create the credential folders of a source and a receiver on this machine that authenticate each other.
+    """Create folders with certificates of a source and of a receiver that authenticate each other over loopback.
 
     Return the source's folder and the receiver's folder.
     """

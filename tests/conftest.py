@@ -14,9 +14,12 @@ import pytest
 
 from pageferry.host.compaction import compact_memory
 from pageferry.host.proc import meminfo
-from tests.guest import initrd, payload
+from tests.guest import initrd, libvirt, payload
+from tests.guest.libvirt import Libvirt
 from tests.guest.machines import GuestParts
 
+FULL = os.environ.get("GUESTS") == "all"
+"""Whether this run uses all QEMUs, all accelerators and all repetitions (`make test-full`)."""
 CACHE = Path(__file__).parent.parent / ".cache"
 """Folder with the programs and files that `make system` downloads."""
 QEMUS = ["system", "10", "11"]
@@ -26,11 +29,16 @@ ROOM = 96
 memory."""
 MIN_FREE = 2 << 30
 """Minimum free memory before a test, bytes. Compaction needs free pages, which builds turn into page cache."""
+UNPRIVILEGED = Path("/proc/sys/vm/unprivileged_userfaultfd")
+"""Whether processes without privileges can handle page faults in system calls."""
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-ORDER = ["test_benchmarks", "test_commands", "test_migration_hosts", "qemu", "faults", "use", "kernel"]
+ORDER = """
+    test_benchmarks test_migration_hosts test_copied_disks test_disks_saved test_disks test_restore test_commands
+    test_direct_io test_paused test_control test_migrate_failures test_migrate_arena qemu faults use kernel
+""".split()
 """Files and directories with the slowest tests, slowest first. One process runs all tests of a file, so a slow file
 that starts late would run alone at the end."""
-CHANGES_MACHINE = {"device", "huge_pages", "ksm_usable", "swap", "switches"}
+CHANGES_MACHINE = {"device", "huge_pages", "kernel_faults", "ksm_usable", "swap", "switches"}
 """Fixtures that change machine-wide settings, such as those of KSM, huge pages, swap and /dev/userfaultfd."""
 
 # Tests start thousands of Python programs. Without cached byte code, each program would compile the whole package.
@@ -41,11 +49,16 @@ sys.dont_write_bytecode = False
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark each test with the name of its directory (for `-m "not qemu"`), and sort slow files and directories first.
 
-    Tests that change machine-wide settings are marked `alone`.
+    Tests that change machine-wide settings are marked `alone`. Tests marked `only_full` are deselected without
+    GUESTS=all.
     """
+    if not FULL:
+        long = [item for item in items if item.get_closest_marker("only_full") is not None]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
     for item in items:
         if (directory := item.path.parent.name) in ("kernel", "qemu", "faults", "use"):
             item.add_marker(directory)
@@ -57,7 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Append the duration of each phase of a test to the file that the environment variable TEST_DURATIONS names.
 
-    `make test` prints the slowest 20 entries of this file.
+    `make test` prints the slowest 20 entries of this file, and the sums of the slowest 20 files.
     """
     if (path := os.environ.get("TEST_DURATIONS")) is not None and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(path, "a") as file:
@@ -72,17 +85,28 @@ def _rank(item: pytest.Item) -> int:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Select the QEMUs and accelerators of a test.
 
-    GUESTS=all selects all QEMUs and accelerators. Otherwise, a subset keeps the run short: tests of guests run with the
-    two oldest QEMUs, tests of the payload on KVM with the two newest. Tests marked `every_qemu` run with all QEMUs.
+    GUESTS=all selects all QEMUs and accelerators. Otherwise, a subset keeps the run short: tests of guests run with
+    QEMU 10, tests of the payload on KVM with the two newest QEMUs. Tests whose subject differs between versions of QEMU
+    are marked `oldest_qemu`, to run also with the oldest QEMU, or `every_qemu`, to run with all QEMUs.
     """
-    every = os.environ.get("GUESTS") == "all" or metafunc.definition.get_closest_marker("every_qemu") is not None
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    every = FULL or "every_qemu" in marks
     if "qemu" in metafunc.fixturenames:
-        metafunc.parametrize("qemu", QEMUS if every else QEMUS[:2], indirect=True, scope="session")
+        chosen = QEMUS if every else QEMUS[:2] if "oldest_qemu" in marks else [_usual_qemu()]
+        metafunc.parametrize("qemu", chosen, indirect=True, scope="session")
+    if "real_qemu" in metafunc.fixturenames:
+        chosen = QEMUS if FULL else QEMUS[1:2]
+        metafunc.parametrize("real_qemu", chosen, indirect=True, scope="session")
     if "payload_parts" in metafunc.fixturenames:
-        accels = ["tcg", "kvm"] if os.environ.get("GUESTS") == "all" else ["kvm"]
+        accels = ["tcg", "kvm"] if FULL else ["kvm"]
         kinds = [(accel, qemu) for accel in accels for qemu in (QEMUS if every else QEMUS[1:])]
         names = ["-".join(kind) for kind in kinds]
         metafunc.parametrize("payload_parts", kinds, ids=names, indirect=True, scope="session")
+
+
+def _usual_qemu() -> str:
+    """Return the name of QEMU 10, or of the QEMU in PATH if QEMU 10 has not been fetched."""
+    return "10" if (CACHE / "qemu-10").exists() else "system"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -120,6 +144,18 @@ def guest_kernel() -> Path:
 
 
 @pytest.fixture(scope="session")
+def generic_kernel() -> Path:
+    """Return the path of a Linux kernel image with a driver for vmgenid."""
+    return _fetched("debian/vmlinuz")
+
+
+@pytest.fixture(scope="session")
+def identity_modules() -> Path:
+    """Return the folder with the modules of `generic_kernel` for fw_cfg and CD-ROM drives."""
+    return _fetched("debian/identity")
+
+
+@pytest.fixture(scope="session")
 def guest_modules() -> Path:
     """Return the folder with the virtio modules (`virtio_balloon.ko` and its dependencies) of `guest_kernel`."""
     return _fetched("guest/modules")
@@ -154,6 +190,13 @@ def qemu(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_qemu(request: pytest.FixtureRequest) -> Path:
+    """Return the path of the selected QEMU for guests with real programs; see `pytest_generate_tests`."""
+    path: Path = request.getfixturevalue(f"qemu_{request.param}")
+    return path
+
+
+@pytest.fixture(scope="session")
 def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
     """Return the parts of a guest without an operating system, for the selected accelerator and QEMU.
 
@@ -166,6 +209,25 @@ def payload_parts(request: pytest.FixtureRequest) -> GuestParts:
         pytest.skip("no rustc, which builds the payload of the guest")
     qemu: Path = request.getfixturevalue(f"qemu_{version}")
     return GuestParts(qemu, payload.build(CACHE / "guest/payload"), accel=accel)
+
+
+@pytest.fixture(scope="module")
+def libvirt_daemon(qemu_system: Path) -> Iterator[Libvirt]:
+    """Yield a private libvirt daemon."""
+    libvirt.require()
+    with Libvirt() as running:
+        yield running
+
+
+@pytest.fixture
+def kernel_faults() -> Iterator[None]:
+    """Allow all users to handle page faults in system calls, as docs/guide/libvirt.md requires."""
+    before = UNPRIVILEGED.read_text()
+    UNPRIVILEGED.write_text("1")
+    try:
+        yield
+    finally:
+        UNPRIVILEGED.write_text(before)
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,19 @@ def postcopy(path: Path) -> None:
     written(path, "migrate", {"name": "web", "address": "[::1]:7070", "mode": "postcopy"}, told)
 
 
+def copied(path: Path) -> None:
+    """Write the log of a migration that copied two disks."""
+    told = _rounds()
+    for step in range(1, 9):
+        event = migration.DiskProgressEvent(
+            done=step * 256 * MIB, total=2048 * MIB, remaining=(8 - step) * 256 * MIB, ready=step == 8, sent=0, mbps=2e3
+        )
+        told.insert(1 + step, (0.05 + step * 0.01, event))
+    disks = [migration.DiskCopy(name=name, path=f"/images/{name}.raw", size=1024 * MIB) for name in ("root", "data")]
+    told.append((2.71, msgspec.structs.replace(_migrated(), disks=disks, disks_transferred=2048 * MIB)))
+    written(path, "migrate", {"name": "web", "address": "[::1]:7070", "copy_disks": True}, told)
+
+
 def failed(path: Path) -> None:
     """Write the log of a migration that did not converge."""
     error = NotConverging("web modifies 900 MiB/s and the link takes <400> MiB/s & no more")
@@ -310,6 +323,7 @@ def share(path: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "migrate": migrate,
+    "copied": copied,
     "postcopy": postcopy,
     "failed": failed,
     "checkpoint": save,

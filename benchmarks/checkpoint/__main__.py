@@ -1,7 +1,7 @@
 """Checkpoint benchmark of pageferry and QEMU: `make bench-checkpoint`, or `python -m benchmarks.checkpoint [--quick]`.
 
-Writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code is 0 unless an
-operation failed. Missed targets are printed, but are not errors.
+The benchmark writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code
+is 0 unless an operation failed. Missed targets are printed, but are not errors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints of a guest of 1 GiB that writes to all of its memory, by pageferry and by QEMU's own methods, in turn."""
+"""Checkpoints, by pageferry and by QEMU's own methods in turn, of a guest of 1 GiB that writes to all of its memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from benchmarks.migrate.pageferry_line import PageferryLine, expect, pageferry, 
 from benchmarks.migrate.side_by_side import booted
 from benchmarks.peers.monitor import Monitor
 from benchmarks.peers.qemu import QemuLine
-from tests.guest import initrd
 
-FULL, SMALL = 860, 64
+FULL, SMALL = 860, 32
 """Memory that the guest writes to, MiB: the maximum for a guest of 1 GiB, and a small size for --quick."""
 RATES = {"20 MiB/s": 5120, "as fast as it can": 1_000_000}
 """Rates of random writes, pages per second."""
@@ -39,24 +38,31 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
     """Measure each method under both loads."""
     runs = []
     image = setting.folder / "image"
-    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
+    usual = setting.period(USUAL)
     for load, rate in list(RATES.items())[: 1 if setting.quick else None]:
-        words = checker(SMALL if setting.quick else FULL, rate)
+        place, words = guest(setting, rate)
         with guests(place, words, load) as (ours, theirs):
             for _ in range(setting.repetitions):
                 for method, options in OURS.items():
-                    run = watched(ours, lambda: save(ours, image, *options))  # noqa: B023
+                    run = watched(ours, lambda: save(ours, image, *options), usual)  # noqa: B023
                     runs.append({"load": load, "line": "pageferry", "method": method} | run)
                 for method, (capabilities, stopped) in PEERS.items():
-                    run = watched(theirs, lambda: save_by_qemu(theirs, image, capabilities, stopped))  # noqa: B023
+                    run = watched(theirs, lambda: save_by_qemu(theirs, image, capabilities, stopped), usual)  # noqa: B023
                     image.unlink()
                     runs.append({"load": load, "line": "QEMU", "method": method} | run)
     return runs
 
 
-def checker(mebibytes: int, rate: int, hot: int = 100) -> str:
-    """Return the checker's options: memory in MiB, pages written per second, and percentage of it that is written."""
-    return f"ferry.mib={mebibytes} ferry.rate={rate} ferry.hot={hot} ferry.verify=0 ferry.tick=10 ferry.zero=10"
+def guest(setting: Setting, rate: int, hot: int = 100) -> tuple[Place, str]:
+    """Return the place of the guests, and the options of their program.
+
+    The program is the checker, which writes `rate` pages per second to `hot` percent of its memory. With --quick, it is
+    the payload, which needs no operating system.
+    """
+    if setting.quick:
+        return Place.of_payload(setting), f"ferry.mib={SMALL} ferry.writes=16"
+    words = f"ferry.mib={FULL} ferry.rate={rate} ferry.hot={hot} ferry.verify=0 ferry.tick=10 ferry.zero=10"
+    return Place.of_checker(setting), words
 
 
 @contextlib.contextmanager
@@ -99,7 +105,7 @@ def told_by(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_by_qemu(line: QemuLine, image: Path, capabilities: Sequence[str], stopped: bool = False) -> dict[str, Any]:
-    """Save the running guest to a file with QEMU's own migration. Return the figures, like `save`."""
+    """Save the running guest to a file with QEMU's own migration. Return the figures, as `save` does."""
     assert line.current is not None
     monitor = line.current.monitor
     line.set_up(line.current, {name: name in capabilities for name in CAPABILITIES})
@@ -140,26 +146,27 @@ def _go_on(monitor: Monitor) -> None:
             time.sleep(0.001)
 
 
-def watched(line: Line, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def watched(line: Line, save: Callable[[], dict[str, Any]], period: float = USUAL) -> dict[str, Any]:
     """Resume a guest, save it while it runs, and pause it again.
 
-    Return the figures of `save`, the pause according to QEMU's events, and the drop of its write rate. Raises
-    RuntimeError if the guest has found incorrect pages.
+    The usual write rate is measured for `period` seconds before the checkpoint. Return the figures of `save`, the pause
+    according to QEMU's events, and the drop of the write rate. Raises RuntimeError if the guest has found incorrect
+    pages.
     """
     assert line.current is not None
     monitor = line.current.monitor
     monitor.execute("cont")
     monitor.wait("RESUME")
-    time.sleep(USUAL + AFTER)
+    time.sleep(period + AFTER)
     seen = len(monitor.history)
     run = save()
     time.sleep(AFTER)
     monitor.execute("query-status")  # the reply follows all earlier events
     happened = dict(monitor.history[seen:])
     begin, end = run.pop("begin"), run.pop("end")
-    usual = line.serial.rate(begin - USUAL, begin)
+    usual = max(line.serial.rate(begin - period, begin), 1.0)
     if line.serial.errors:
-        raise RuntimeError(f"{line.label}: the guest has found incorrect pages")
+        raise RuntimeError(f"cannot measure {line.label}: the guest has found incorrect pages")
     line.rest()
     return run | {
         "pause-ms": (happened["RESUME"] - happened["STOP"]) * 1e3,

@@ -36,7 +36,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
         with Ledger("saved", SMALL if setting.quick else FULL, CONTENTS | options) as ledger:
             for _ in range(setting.repetitions):
                 for method, words in OURS.items():
-                    run = asyncio.run(save(ledger, setting.folder / "image", *words))
+                    run = asyncio.run(save(ledger, setting.folder / "image", *words, period=setting.period(USUAL)))
                     runs.append({"load": load, "method": method} | run)
     return runs
 
@@ -48,7 +48,9 @@ def measure_codecs(setting: Setting) -> list[dict[str, Any]]:
     with Ledger("coded", CODED if setting.quick else FULL, CONTENTS | LOADS["20 MiB/s"]) as ledger:
         for _ in range(setting.repetitions):
             for codec in CODECS:
-                run = {"codec": codec} | asyncio.run(save(ledger, image, "--codec", codec))
+                run = {"codec": codec} | asyncio.run(
+                    save(ledger, image, "--codec", codec, period=setting.period(USUAL))
+                )
                 alone = examples.codec_speed(image, codec, setting.quick)
                 runs.append(run | {"codec-mib-s": alone, "of-codec": run["saved-mib-s"] / alone})
     return runs
@@ -62,7 +64,7 @@ def measure_pause(setting: Setting) -> list[dict[str, Any]]:
         parts = size / (1 << 30)
         with Ledger("paused", size, CONTENTS | LOADS["20 MiB/s"]) as ledger:
             for _ in range(setting.repetitions):
-                run = asyncio.run(save(ledger, setting.folder / "image"))
+                run = asyncio.run(save(ledger, setting.folder / "image", period=setting.period(USUAL)))
                 runs.append({"GiB": parts, "pause-ms-per-gib": run["own-pause-ms"] / parts} | run)
     return runs
 
@@ -70,22 +72,26 @@ def measure_pause(setting: Setting) -> list[dict[str, Any]]:
 def measure_increments(setting: Setting) -> list[dict[str, Any]]:
     """Measure a checkpoint, and an incremental checkpoint a second later."""
     runs = []
+    period = setting.period(USUAL)
     parent, child = setting.folder / "parent", setting.folder / "child"
     with Ledger("chained", SMALL if setting.quick else FULL, CONTENTS | SPARSE) as ledger:
         for _ in range(setting.repetitions):
-            runs.append({"checkpoint": "first"} | asyncio.run(save(ledger, parent)))
+            runs.append({"checkpoint": "first"} | asyncio.run(save(ledger, parent, period=period)))
             time.sleep(1)
-            run = asyncio.run(save(ledger, child, "--parent", str(parent)))
+            run = asyncio.run(save(ledger, child, "--parent", str(parent), period=period))
             runs.append({"checkpoint": "second, with parent"} | run)
     return runs
 
 
-async def save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
-    """Take one checkpoint. Return its figures and the statistics of the writer."""
+async def save(ledger: Ledger, image: Path, *words: str, period: float = USUAL) -> dict[str, Any]:
+    """Take one checkpoint. Return its figures and the statistics of the writer.
+
+    The usual write rate is measured for `period` seconds before the checkpoint.
+    """
     workload = await open_workload(ledger.name)
     assert isinstance(workload, RemoteArena)
     try:
-        usual = await _rate(workload, asyncio.sleep(USUAL))
+        usual = await _rate(workload, asyncio.sleep(period))
         process = pageferry("checkpoint", ledger.name, str(image), "--output", "json", *words)
         await asyncio.to_thread(expect, process, "armed")
         saving = asyncio.to_thread(expect, process, "checkpoint")
@@ -100,10 +106,10 @@ async def save(ledger: Ledger, image: Path, *words: str) -> dict[str, Any]:
     }
 
 
-async def _rate(workload: RemoteArena, meanwhile: Any) -> dict[str, Any]:
-    """Await `meanwhile`. Return its result, the writes per second during it, and the longest write, microseconds."""
+async def _rate(workload: RemoteArena, work: Any) -> dict[str, Any]:
+    """Await `work`. Return its result, the writes per second during `work`, and the longest write, microseconds."""
     before, began = await workload.report(), time.perf_counter()
-    result = await meanwhile
+    result = await work
     after, ended = await workload.report(), time.perf_counter()
     return {
         "rate": (int(str(after["writes"])) - int(str(before["writes"]))) / (ended - began),

@@ -1,8 +1,8 @@
 """Size of pages that are sent again, whole or as deltas: `make bench-deltas` or `python -m benchmarks.deltas`.
 
-Compares the pages that a round would send again with their contents in the previous round. The pages are those of
-programs with different write patterns and of the built-in workload. `--quick` measures small workloads once. The
-results are discussed in docs/decisions/0011-pages-are-sent-again-whole.md.
+The benchmark compares the pages that a round would send again with their contents in the previous round. The pages are
+those of programs with different write patterns and of the built-in workload. `--quick` measures small workloads once.
+docs/decisions/0011-pages-are-sent-again-whole.md discusses the results.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _pages(pid: int) -> Iterator[tuple[int, bytes]]:
             memory.seek(start)
             try:
                 data = memory.read(end - start)
-            except OSError:  # the kernel does not let this mapping be read
+            except OSError:  # the kernel does not permit reads of this mapping
                 continue
             for at in range(0, len(data), SMALL_PAGE):
                 if (page := data[at : at + SMALL_PAGE]) != zeros:

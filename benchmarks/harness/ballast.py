@@ -1,7 +1,7 @@
 """Reserve of memory that the host has already allocated.
 
 On a hypervisor that reclaims freed memory, the first access to a page takes a hundred times longer than the kernel's
-own work. It would dominate every measurement. A ballast holds allocated memory, and frees it right before a
+own work. This time would dominate every measurement. A ballast holds allocated memory, and frees it right before a
 measurement. The hypervisor takes seconds to reclaim freed pages, so the kernel can reuse them. All compared methods get
 the same amount of memory in the same way.
 """

@@ -1,4 +1,4 @@
-"""Command of a benchmark: measures, compares the figures with the targets, and writes both to files."""
+"""Command of a benchmark: it measures, compares the figures with the targets, and writes both to files."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ class Setting:
         """Return the cases to measure: only the first with `quick`."""
         return cases[:1] if self.quick else cases
 
+    def period(self, seconds: float) -> float:
+        """Return the duration of an observation, seconds: half of it with `quick`."""
+        return seconds / 2 if self.quick else seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Bench:
@@ -46,6 +50,8 @@ class Bench:
     judge: Callable[[Results], list[Target]]
     tables: Callable[[Results], list[str]]
     """Function that returns headings and tables, alternating."""
+    repetitions: int = 3
+    """Default number of repetitions of each measurement."""
 
     def main(self) -> int:
         """Measure as the command line requests. Return the exit code, 0 unless an operation failed.
@@ -69,7 +75,10 @@ class Bench:
             description=f"Run the {self.name} benchmark of pageferry and of the programs that it is compared with."
         )
         parser.add_argument(
-            "--repetitions", type=int, default=3, help="repetitions of each measurement (default: %(default)s)"
+            "--repetitions",
+            type=int,
+            default=self.repetitions,
+            help="repetitions of each measurement (default: %(default)s)",
         )
         parser.add_argument("--quick", action="store_true", help="measure small workloads once; only print the results")
         parser.add_argument(
@@ -88,7 +97,9 @@ class Bench:
         try:
             for name in chosen:
                 print(f"{name}...", file=sys.stderr, flush=True)
+                began = time.monotonic()
                 results[name] = self.questions[name](setting)
+                print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return results

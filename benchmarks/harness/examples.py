@@ -24,6 +24,27 @@ def fault_loop(quick: bool) -> list[Run]:
     return [{"bare-us": int(bare), "pager-us": int(pager), "ratio": int(pager) / int(bare)} for bare, pager in found]
 
 
+def fault_threads(quick: bool) -> list[Run]:
+    """Return the cost of a fault with several threads that fault at the same time: CPU time of the pager in
+    nanoseconds, waits of the pager's threads for each other per 1000 faults, and faults per second."""
+    line = r"(\d+) threads: (\d+) faults, (\d+) per second, (\d+) ns of CPU, (\d+) waits per 1000, (\d+) ns waited"
+    keys = ("threads", "faults", "faults-s", "cpu-ns", "waits", "waited-ns")
+    found = re.findall(line, _output("fault_threads", quick, *(["1", "16"] if quick else [])))
+    return [dict(zip(keys, map(int, figures), strict=True)) for figures in found]
+
+
+def fill_speed(image: Path, quick: bool) -> Run:
+    """Return the time to load an image once by a bare loop and by the pager, milliseconds. The bare loop reads the page
+    cache; the pager reads the page cache (`warm-ms`), and before that the disk (`cold-ms`)."""
+    said = _output("fill_speed", quick, str(image), "1")
+    found = re.search(r"bare loop (\d+) ms, pager (\d+) ms cold, (\d+) ms warm", said)
+    assert found is not None
+    bare, cold, warm = map(int, found.groups())
+    stored = re.search(r"(\d+) MiB stored", said)
+    assert stored is not None
+    return {"bare-ms": bare, "cold-ms": cold, "warm-ms": warm, "stored-mib": int(stored[1])}
+
+
 def delta(before: Path, after: Path, codec: str, quick: bool) -> tuple[float, float, float, float]:
     """Return the compressed sizes of whole pages and of their deltas, bytes, and one thread's speed for each, MiB/s."""
     whole, differences, whole_speed, speed = map(float, _output("delta", quick, str(before), str(after), codec).split())

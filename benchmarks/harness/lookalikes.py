@@ -2,8 +2,8 @@
 
 `python -m benchmarks.harness.lookalikes MIB RICH PER_RICH SEED`: one of every RICH huge pages contains PER_RICH
 duplicate base pages (a quarter of them zeros, the others from a library of contents). Every other huge page contains
-one or two, such as a shared header or an empty table. Prints its pid and the address of the memory, and exits at
-the end of standard input.
+one or two, such as a shared header or an empty table. The process prints its pid and the address of the memory, and
+exits at the end of standard input.
 """
 
 from __future__ import annotations

@@ -15,15 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KERNEL = ROOT / ".cache" / "guest" / "vmlinuz"
 QEMU = ROOT / ".cache" / "qemu-10" / "bin" / "qemu-system-x86_64"
+NEWEST_QEMU = ROOT / ".cache" / "qemu-11" / "bin" / "qemu-system-x86_64"
+"""QEMU of a later Debian release, with the loader and libraries of that release."""
 OWN_QEMU = Path("/usr/bin/qemu-system-x86_64")
 """QEMU of the machine's distribution, whose version may differ from that of `QEMU`."""
 CHECKER = ROOT / ".cache" / "guest" / "checker"
 
 
 def require(target: str, *programs: str) -> None:
-    """Exit with a message unless all programs and files exist and the process runs as root."""
+    """Exit with a message unless all programs and files exist and the process runs as root. `programs`: names in PATH,
+    or paths."""
     missing = [str(path) for path in (KERNEL, QEMU) if not path.exists()]
-    missing += [program for program in programs if shutil.which(program) is None]
+    missing += [one for one in programs if not Path(one).exists() and shutil.which(one) is None]
     if missing or os.geteuid() != 0:
         what = ", ".join(missing) or "what `make system` installs"
         sys.exit(f"{target} requires {what}, and root: run `make system` as root, then repeat the command")
@@ -46,6 +49,12 @@ def about() -> dict[str, str]:
 def described(about: Mapping[str, object]) -> str:
     """Return one line about a run, from `about`, the number of repetitions and the duration in seconds."""
     return ", ".join(f"{'duration in seconds' if key == 'seconds' else key}: {value}" for key, value in about.items())
+
+
+def qemus() -> dict[str, Path]:
+    """Return the available QEMU binaries by version, such as `10.0`, oldest first."""
+    found = [path for path in (OWN_QEMU, QEMU, NEWEST_QEMU) if path.exists()]
+    return {".".join(qemu_version(path).split(".")[:2]): path for path in found}
 
 
 def qemu_version(program: Path) -> str:

@@ -20,7 +20,7 @@ def median_of(runs: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def having(runs: Sequence[dict[str, Any]], **wanted: object) -> list[dict[str, Any]]:
-    """Return the runs in which each of these keys has this value."""
+    """Return the runs that have the given value for each of the given keys."""
     return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
 
 

@@ -1,6 +1,6 @@
 """Benchmark of huge page sampling (S3): `make bench-large-pages`, or `python -m benchmarks.large_pages [--quick]`.
 
-Measures the cost of sampling for a workload, and the accuracy of its results:
+The benchmark measures the cost of sampling for a workload, and the accuracy of the results:
 
 - Cost: a process reads memory at random while 1, 5, 25 or 100 % of its huge pages are sampled per second, in windows of
   200 ms. Periods without and with sampling alternate. Each period with sampling is compared with the period before it,
@@ -8,8 +8,8 @@ Measures the cost of sampling for a workload, and the accuracy of its results:
 - Accuracy: another process reads known numbers of base pages.
 - Cold store: the cold memory of a workload that writes to a quarter of its memory is evicted and reloaded.
 
-Writes raw data and tables to benchmarks/results. The exit code is 0 unless an operation failed. Missed targets are
-printed, but are not errors.
+The benchmark writes raw data and tables to benchmarks/results. The exit code is 0 unless an operation failed. Missed
+targets are printed, but are not errors.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 - MODE: `random` reads words of three quarters of the huge pages at random, and never the last quarter; `pattern` reads
   known numbers of base pages in turn (see `truth`)
 
-Prints `{"address": ..., "counter": ...}`: the address of the memory, and the path of a file of 8 bytes with the number
-of accesses.
+The process prints `{"address": ..., "counter": ...}`: the address of the memory, and the path of a file of 8 bytes with
+the number of accesses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Migration benchmark of pageferry and QEMU: `make bench-migrate`, or `python -m benchmarks.migrate [--quick]`.
 
-Writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code is 0 unless an
-operation failed. Missed targets are printed, but are not errors.
+The benchmark writes raw data and tables to benchmarks/results. docs/benchmarks.md describes the method. The exit code
+is 0 unless an operation failed. Missed targets are printed, but are not errors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ BENCH = Bench(
     },
     judge=targets.judge,
     tables=tables.render,
+    repetitions=5,
 )
 
 if __name__ == "__main__":

@@ -9,16 +9,20 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import machine
 from benchmarks.harness.ballast import Ballast
+from benchmarks.harness.bench import Setting
 from benchmarks.harness.processes import Meter, faults, large_mappings
 from benchmarks.harness.serial import SerialLines
 from benchmarks.peers.monitor import Monitor
+from tests.guest import initrd, payload
 
-MEMORY = 1 << 30
+MEMORY, SMALL_MEMORY = 1 << 30, 256 << 20
+"""Memory of a guest, bytes; the second value is for --quick."""
 SETTLING = 0.7
 """Seconds that a guest runs before it is migrated."""
 WATCHED = 1.0
@@ -29,15 +33,39 @@ FIRST_WRITES = 1000
 BUSY = "ferry.mib=200 ferry.rate=2000 ferry.tick=10"
 """Options of the checker: 200 MiB of pages that are verified continuously, of which 2000 are written per second."""
 IDLE = "ferry.mib=200 ferry.rate=0 ferry.verify=0 ferry.tick=10"
+PAYLOAD_BUSY = "ferry.mib=200 ferry.writes=8"
+"""Options of the payload: 200 MiB of pages that are verified continuously, of which 8 are written per sweep."""
+PAYLOAD_IDLE = "ferry.mib=200 ferry.writes=0"
+"""As `PAYLOAD_BUSY`, without writes. The payload has no option to disable verification."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Directory and files of the guests."""
+    """Directory, files and accelerator of the guests."""
 
     folder: Path
     kernel: Path
-    initrd: Path
+    initrd: Path | None
+    """None for the payload, which has no operating system."""
+    accel: str = "tcg"
+    memory: int = MEMORY
+
+    @classmethod
+    def of_payload(cls, setting: Setting, accel: str = "tcg") -> Place:
+        """Return the place of guests that run the payload, which boots within a second."""
+        kernel = payload.build(machine.CHECKER.with_name("payload"))
+        return replace(cls.of_checker(setting), kernel=kernel, initrd=None, accel=accel)
+
+    @property
+    def reserve(self) -> int:
+        """Size of the ballast, bytes: a fully allocated guest, and a quarter more."""
+        return self.memory * 5 // 4
+
+    @classmethod
+    def of_checker(cls, setting: Setting) -> Place:
+        """Return the place of guests that run the checker."""
+        memory = SMALL_MEMORY if setting.quick else MEMORY
+        return cls(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER), memory=memory)
 
 
 @dataclass(slots=True)
@@ -78,10 +106,12 @@ class Line(ABC):
 
     def command(self, number: int) -> list[str]:
         """Return the command line of QEMU number `number`, without memory options."""
+        initrd = () if self.place.initrd is None else ("-initrd", str(self.place.initrd))
         return [
-            str(self.qemu),
-            *"-accel tcg -m 1G -smp 1 -nodefaults -display none".split(),
-            *("-kernel", str(self.place.kernel), "-initrd", str(self.place.initrd)),
+            *(str(self.qemu), "-accel", self.place.accel),
+            *("-m", f"{self.place.memory >> 20}M"),
+            *"-smp 1 -nodefaults -display none".split(),
+            *("-kernel", str(self.place.kernel), *initrd),
             *("-append", f"console=ttyS0 quiet {self.load}"),
             *("-serial", f"unix:{self.serial.path}"),
             *("-qmp", f"unix:{self.monitor_path(number)},server=on,wait=off"),
@@ -118,7 +148,7 @@ class Line(ABC):
     def _measure(
         self, source: Running, destination: Running, ballast: Ballast, options: dict[str, Any]
     ) -> dict[str, Any]:
-        large = large_mappings(source.pid, MEMORY)
+        large = large_mappings(source.pid, self.place.memory)
         before = faults(destination.pid, destination.threads)
         meter = Meter([source.pid, destination.pid])
         clock = time.monotonic() - time.time()
@@ -137,7 +167,7 @@ class Line(ABC):
             "stop-to-resume-ms": (resumed - stopped) * 1e3,
             "usual-silence-ms": self.serial.longest_silence(began + clock - 0.5, began + clock) * 1e3,
             "large-source": large,
-            "large-destination": large_mappings(destination.pid, MEMORY),
+            "large-destination": large_mappings(destination.pid, self.place.memory),
             "faults-first-second": faults(destination.pid, destination.threads) - before,
             "qemu-cpu-s": cpu,
         }
@@ -157,11 +187,11 @@ class Line(ABC):
         Only report a guest that QEMU has lost.
         """
         if self.serial.errors:
-            raise RuntimeError(f"{self.label}: the guest has found incorrect pages")
+            raise RuntimeError(f"cannot measure {self.label}: the guest has found incorrect pages")
         if not run["alive"]:
             said = "; ".join(self.serial.words[-5:])
             if not self.may_be_lost:
-                raise RuntimeError(f"{self.label}: no output from the guest: {said}")
+                raise RuntimeError(f"cannot measure {self.label}: no output from the guest: {said}")
             when = "during" if run["alive-before"] else "before"
             print(
                 f"{self.label}: the guest fell silent {when} migration {self.hops}, which is left out: {said}",

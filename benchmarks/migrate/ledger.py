@@ -31,17 +31,17 @@ class Ledger:
 
     @property
     def name(self) -> str:
-        """Return the name of the workload in its current process."""
+        """Name of the workload in its current process."""
         return f"{self._stem}-{self._number}"
 
     @property
     def pid(self) -> int:
-        """Return the pid of the current process."""
+        """Pid of the current process."""
         return self._owner.pid
 
     @property
     def next_name(self) -> str:
-        """Return the name of the workload in the next process."""
+        """Name of the workload in the next process."""
         return f"{self._stem}-{self._number + 1}"
 
     def prepare(self, through: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> None:
@@ -76,7 +76,7 @@ class Ledger:
         self._owner.stdout.close()
         self._owner.wait()
         if not said["intact"]:
-            raise RuntimeError(f"{self.name} has lost writes: {said}")
+            raise RuntimeError(f"cannot measure {self.name}: the ledger has lost writes: {said}")
 
     def __enter__(self) -> Self:
         return self

@@ -30,7 +30,7 @@ def expect(process: Process, kind: str) -> dict[str, Any]:
         said: dict[str, Any] = json.loads(line)
         if said["type"] == kind:
             return said
-    raise RuntimeError(f"{' '.join(map(str, process.args))} exited with {process.wait()}")  # type: ignore[arg-type]
+    raise RuntimeError(f"cannot run {process.args!r}: it exited with code {process.wait()}")
 
 
 def reap(process: Process) -> float:
@@ -40,7 +40,7 @@ def reap(process: Process) -> float:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{process.args!r} exited with {process.returncode}")
+        raise RuntimeError(f"cannot run {process.args!r}: it exited with code {process.returncode}")
     return usage.ru_utime + usage.ru_stime
 
 
@@ -52,7 +52,7 @@ class PageferryLine(Line):
 
     def start(self) -> None:
         if pageferry("run", self.name(0), "--detach", "--", *self.command(0)).wait():
-            raise RuntimeError("pageferry run failed")
+            raise RuntimeError(f"cannot start {self.name(0)}: pageferry run failed")
 
     def prepare(self, number: int, options: dict[str, Any]) -> None:
         words = ("receive", self.name(number), *LISTEN, "--detach", "--output", "json", "--", *self.command(number))
@@ -76,6 +76,7 @@ class PageferryLine(Line):
             "transferred": told["transferred"],
             "rounds": told["dirty-sync-count"],
             "agents-cpu-s": agents,
+            "agents": 2,
             "downtime-parts": told["downtime-parts"],
             "populated": told["populated"],
             "fallbacks": told["large-pages"]["fallbacks"],

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.harness import machine
 from benchmarks.harness.ballast import Ballast
 from benchmarks.harness.bench import Setting
 from benchmarks.migrate import side_by_side
-from benchmarks.migrate.guest import BUSY, Place
+from benchmarks.migrate.guest import BUSY, MEMORY, Place
 from benchmarks.migrate.ledger import Ledger
 from benchmarks.migrate.pageferry_line import PageferryLine, expect, pageferry
 from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.open import open_workload
-from tests.guest import initrd
 
 POPULATE = ("all", "hot", "none")
 LARGE_PAGES = ("keep", "ignore")
@@ -31,22 +30,22 @@ The migration converges, and every huge page is used.
 """
 
 
-def choices() -> list[tuple[str, str]]:
-    """Return all combinations of `--populate` and `--large-pages`.
+def choices(repetitions: int) -> list[tuple[str, str]]:
+    """Return all combinations of `--populate` and `--large-pages`, each `repetitions` times.
 
     Combinations with `--large-pages ignore` are last: the workload may lose its huge pages for all later migrations.
     """
-    return [(populate, large) for large, populate in itertools.product(LARGE_PAGES, POPULATE)]
+    return [(populate, large) for large in LARGE_PAGES for populate in POPULATE * repetitions]
 
 
 def measure_guest(setting: Setting) -> list[dict[str, Any]]:
     """Migrate a guest with each combination of `--populate` and `--large-pages`."""
     runs = []
-    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
+    place = replace(Place.of_checker(setting), memory=MEMORY)
     line = PageferryLine("populate", place, machine.QEMU, BUSY)
     with Ballast(side_by_side.BALLAST) as ballast, side_by_side.booted([(line, [])]):
         ballast.hold()
-        for populate, large in choices() * setting.repetitions:
+        for populate, large in choices(setting.repetitions):
             words = ("--populate", populate, "--large-pages", large)
             runs.append({"populate": populate, "large-pages-option": large} | line.move(ballast, words=words))
             line.rest()
@@ -56,7 +55,7 @@ def measure_guest(setting: Setting) -> list[dict[str, Any]]:
 def measure_ledger(setting: Setting) -> list[dict[str, Any]]:
     """Migrate the built-in workload with each combination of `--populate` and `--large-pages`."""
     with Ballast(BALLAST) as ballast, Ledger("ledger", SMALL if setting.quick else FULL, WRITER) as ledger:
-        return [move(ledger, ballast, *choice) for choice in choices() * setting.repetitions]
+        return [move(ledger, ballast, *choice) for choice in choices(setting.repetitions)]
 
 
 def move(ledger: Ledger, ballast: Ballast, populate: str, large: str, through: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def move(ledger: Ledger, ballast: Ballast, populate: str, large: str, through: t
     told = expect(sender, "migration")
     ledger.moved()
     if sender.wait():
-        raise RuntimeError("pageferry migrate failed")
+        raise RuntimeError(f"cannot migrate {ledger.name}: pageferry exited with code {sender.returncode}")
     # The command has observed the first second by now; the histogram covers all writes since the resume.
     stalls: dict[str, Any] = asyncio.run(_report(ledger.name))
     return {

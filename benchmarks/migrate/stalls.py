@@ -1,4 +1,4 @@
-"""Cost for the workload of a write trace (S2), by granularity, and of a pause during the copy."""
+"""Cost of a write trace (S2) for the workload, by granularity, and cost of a pause during the copy."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ GUEST: tuple[Column, ...] = (
     ("guest silent ms", "silence-ms", 0, 1),
     ("CPU s", "cpu-s", 2, 1),
     ("CPU s of QEMU", "qemu-cpu-s", 2, 1),
+    ("CPU s without starts of Python", "own-cpu-s", 2, 1),
     ("sent MiB", "transferred", 0, 1 << 20),
     ("2M source", "large-source", 0, 1),
     ("2M destination", "large-destination", 0, 1),
@@ -45,7 +46,7 @@ def render(results: Results) -> list[str]:
     """Return headings and tables."""
     return [
         "### One guest of 1 GiB, 200 MiB of it in use",
-        table([run for run in results["guests"] if run["alive"]], ("load", "line", "method"), GUEST),
+        table([run for run in results["guests"] if run["alive"]], ("accel", "load", "line", "method"), GUEST),
         "### An incompressible arena and iperf3",
         table([run | {"what": "1 GiB, one stream"} for run in results["throughput"]], ("what",), THROUGHPUT),
         "### Page tables and huge pages: the guest",

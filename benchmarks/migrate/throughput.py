@@ -40,7 +40,7 @@ def _move(ledger: Ledger, ballast: Ballast) -> dict[str, Any]:
     told = expect(sender, "migration")
     sender.stdout.close()
     if sender.wait():
-        raise RuntimeError("pageferry migrate failed")
+        raise RuntimeError(f"cannot migrate {ledger.name}: pageferry exited with code {sender.returncode}")
     ledger.moved()
     return {
         "first-round-mbps": first["mbps"],

@@ -26,7 +26,7 @@ class Monitor:
         self._rest = b""
         self._events: list[dict[str, Any]] = []
         self.history: list[tuple[str, float]] = []
-        """All events received, with their times in seconds since the epoch.
+        """All events received, with their times in seconds since 1970.
 
         `wait` does not remove events from this list.
         """
@@ -48,7 +48,7 @@ class Monitor:
     def wait(self, event: str, timeout: float = 60.0, **data: Any) -> float:
         """Wait for the next event with this name and data, and discard earlier events.
 
-        Return the time of the event, seconds since the epoch.
+        Return the time of the event, seconds since 1970.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -74,7 +74,7 @@ class Monitor:
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             data = self._socket.recv(65536)
             if not data:
-                raise EOFError("QEMU has closed the monitor")
+                raise EOFError("cannot read from the monitor: QEMU has closed it")
             self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")
         said: dict[str, Any] = json.loads(line)

@@ -1,7 +1,7 @@
 """Latency of accesses to missing pages: without other transfers, and while all other pages are pushed.
 
-Measures both sides of a post-copy migration without the migration itself: a process whose pages are all missing, its
-pager, and the page server of the source, with TCP connections over loopback.
+The benchmark runs both sides of a post-copy migration without the migration itself: a process whose pages are all
+missing, its pager, and the page server of the source, with TCP connections over loopback.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _waits(length: int, bandwidth: int | None, choice: random.Random) -> list[in
                 pushing.start()
             pushing.join()
             if not pager.wait(60):
-                raise RuntimeError(f"{source}: pages are still missing after 60 s")
+                raise RuntimeError(f"cannot fetch all pages from {source} within 60 s")
             del pager, server
     return [time for time in times if time >= WAITED]
 

@@ -1,4 +1,4 @@
-"""Post-copy and hybrid migration of a guest that writes faster than the link transfers, by QEMU and by pageferry."""
+"""Post-copy and hybrid migration, by QEMU and by pageferry, of a guest that writes faster than the link transfers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from benchmarks.migrate.guest import Line, Place, Running
 from benchmarks.migrate.pageferry_line import PageferryLine
 from benchmarks.migrate.side_by_side import booted
 from benchmarks.peers.qemu import QemuLine
-from tests.guest import initrd
 
 FULL, SMALL = 160, 24
 """Memory that the guest writes to, MiB; the second value is for --quick."""
@@ -77,13 +76,13 @@ class LateQemuLine(QemuLine):
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
     """Measure both lines in both modes, then QEMU's pre-copy."""
-    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
+    place = Place.of_checker(setting)
     mebibytes = SMALL if setting.quick else FULL
     words = f"ferry.mib={mebibytes} ferry.rate={RATE} ferry.verify=0 ferry.tick=10 ferry.zero=0"
     ours = PageferryLine("late ours", place, machine.QEMU, words)
     theirs = LateQemuLine("late theirs", place, machine.QEMU, words)
     runs = []
-    with booted([(ours, []), (theirs, [])]), Ballast(1280 << 20) as ballast:
+    with booted([(ours, []), (theirs, [])]), Ballast(place.reserve) as ballast:
         for _ in range(setting.repetitions):
             for mode in MODES:
                 ballast.hold()

@@ -1,4 +1,4 @@
-"""Migration of the built-in workload, which writes faster than the link transfers, in each mode."""
+"""Migration, in each mode, of the built-in workload, which writes faster than the link transfers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Process that reads pages of a mapped file and times each read: `python -m benchmarks.postcopy.toucher`.
 
-Arguments: an inherited descriptor, and the length in bytes. Prints the address of the mapping. For each line of
-standard input, a JSON list of page numbers, the process prints the list of read times in nanoseconds.
+Arguments: an inherited descriptor, and the length in bytes. The process prints the address of the mapping. For each
+line of standard input, a JSON list of page indices, the process prints the list of read times in nanoseconds.
 """
 
 from __future__ import annotations

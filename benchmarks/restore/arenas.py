@@ -45,6 +45,11 @@ def demanded(image: Path) -> dict[str, Any]:
     return {key: found[key] for key in ("access-us", "read-kib")}
 
 
+def measure_fault_threads(setting: Setting) -> list[dict[str, Any]]:
+    """Measure the pager with 1, 4, 16 and 64 faulting threads; the example program repeats the measurement itself."""
+    return examples.fault_threads(setting.quick)
+
+
 def measure_faults(setting: Setting) -> list[dict[str, Any]]:
     """Measure the bare loop and the pager; the example program repeats the measurement itself."""
     return examples.fault_loop(setting.quick)

@@ -1,4 +1,4 @@
-"""Restore of a guest of 1 GiB that has accessed all of its memory, by pageferry and by QEMU, in turn."""
+"""Restore, by pageferry and by QEMU, in turn, of a guest of 1 GiB that has accessed all of its memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoint.guests import FULL, SMALL, USUAL, checker, guests, save, save_by_qemu
-from benchmarks.harness import machine
+from benchmarks.checkpoint.guests import USUAL, guest, guests, save, save_by_qemu
 from benchmarks.harness.bench import Setting
 from benchmarks.harness.serial import SerialLines
-from benchmarks.migrate.guest import Line, Place, Running
+from benchmarks.migrate.guest import Line, Running
 from benchmarks.migrate.pageferry_line import PAGEFERRY, PageferryLine, Process, pageferry
 from benchmarks.peers.qemu import QemuLine
-from tests.guest import initrd
 
 RATE, HOT = 5120, 5
 """Load of the guest: 5120 pages (20 MiB) written per second, within 5 % of its memory."""
 WATCHED = 4.0
 """Minimum time for which a guest is observed after its resume, seconds; `HURRIED` with --quick."""
-HURRIED = 2.0
+HURRIED = 1.2
 TIMEOUT = 60.0
 """Maximum time until all memory is loaded, seconds."""
 WINDOW, UTILISATION = 1.0, 0.8
@@ -46,9 +44,8 @@ PEERS: dict[str, tuple[str, ...]] = {
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
     """Save the guest once with each method, and restore it repeatedly."""
-    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
-    words = checker(SMALL if setting.quick else FULL, RATE, HOT)
-    runs, watched = [], HURRIED if setting.quick else WATCHED
+    place, words = guest(setting, RATE, HOT)
+    runs, watched = [], period(setting)
     with guests(place, words, "to be restored") as (ours, theirs):
         image, mapped, stream = (setting.folder / name for name in ("image", "mapped", "stream"))
         usual = {ours.label: _save_ours(ours, image), theirs.label: _save_theirs(theirs, mapped, stream)}
@@ -65,6 +62,11 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
                 run = restore_by_qemu(theirs, file, usual[theirs.label], capabilities, watched=watched)
                 runs.append({"line": "QEMU", "method": method} | run)
     return runs
+
+
+def period(setting: Setting) -> float:
+    """Return the minimum time for which a guest is observed after its resume, seconds."""
+    return HURRIED if setting.quick else WATCHED
 
 
 def restore(line: PageferryLine, image: Path, usual: float, *options: str, watched: float = WATCHED) -> dict[str, Any]:
@@ -148,7 +150,7 @@ class Told:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.at: dict[str, float] = {}
-        """Time of the last event of each type, seconds since the epoch."""
+        """Time of the last event of each type, seconds since 1970."""
         self._last: dict[str, dict[str, Any]] = {}
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -203,17 +205,21 @@ def _usual(line: Line) -> float:
     line.current.monitor.execute("cont")
     time.sleep(2 * USUAL + 0.5)
     now = time.monotonic()
-    return line.serial.rate(now - 2 * USUAL, now - 0.1)
+    return max(line.serial.rate(now - 2 * USUAL, now - 0.1), 1.0)
 
 
 def _looked_at(line: Line, resumed: float, until_running: float, usual: float) -> dict[str, Any]:
-    """Check that the guest is intact. Return its activity since `resumed` (seconds since the epoch)."""
+    """Check that the guest is intact. Return its activity since `resumed` (seconds since 1970)."""
     if line.serial.errors:
-        raise RuntimeError(f"{line.label}: the guest has found incorrect pages")
+        raise RuntimeError(f"cannot measure {line.label}: the guest has found incorrect pages")
     clock = time.monotonic() - time.time()
-    ticks = list(line.serial.ticks)
+    deadline = time.monotonic() + TIMEOUT
+    while not (ticks := list(line.serial.ticks)) and time.monotonic() < deadline:
+        time.sleep(STEP)
     if not ticks:
-        raise RuntimeError(f"{line.label}: no output from the guest: {'; '.join(line.serial.words[-3:])}")
+        raise RuntimeError(
+            f"cannot measure {line.label}: no output from the guest: {'; '.join(line.serial.words[-3:])}"
+        )
     ttr = responsive(line.serial, resumed + clock, ticks[-1][0], usual)
     return {
         "usual-writes-s": usual,

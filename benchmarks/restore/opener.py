@@ -6,9 +6,9 @@
 - `peek`: read one page through the file
 - `whole`: read one page through the file after all memory has been loaded
 
-Prints JSON with the milliseconds until the arena is usable: `restore` has returned and one byte has been read. With the
-first three modes, the JSON also has the median latency of random accesses in microseconds, and the milliseconds until
-all memory is loaded. With the last two, it has the results of `peek`.
+The process prints JSON with the milliseconds until the arena is usable: `restore` has returned and one byte has been
+read. With the first three modes, the JSON also has the median latency of random accesses in microseconds, and the
+milliseconds until all memory is loaded. With the last two, the JSON has the results of `peek`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Benchmark of page sharing (S9): `make bench-sharing`, or `python -m benchmarks.sharing [--quick]`.
 
-Compares KSM on all memory with KSM on the huge pages that pageferry selects, and measures the scan rate. Each round
-starts new processes with the same contents for each line, in turn. The freed memory is the decrease of the processes'
-PSS. The number of split huge pages is the decrease of their AnonHugePages. The CPU time is that of ksmd and pageferry
-together.
+The benchmark compares KSM on all memory with KSM on the huge pages that pageferry selects, and measures the scan rate.
+Each round starts new processes with the same contents for each line, in turn. The freed memory is the decrease of the
+processes' PSS. The number of split huge pages is the decrease of their AnonHugePages. The CPU time is that of ksmd and
+pageferry together.
 
-Requires root, and a machine on which no other program uses KSM. Writes raw data and tables to benchmarks/results.
+The benchmark requires root, and a machine on which no other program uses KSM. It writes raw data and tables to
+benchmarks/results.
 """
 
 from __future__ import annotations

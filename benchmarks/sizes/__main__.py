@@ -1,7 +1,8 @@
 """Benchmark of checkpoint block sizes: `make bench-sizes`, or `python -m benchmarks.sizes [--quick]`.
 
-Varies the sizes of trap blocks, page blocks and storage blocks one at a time. Measures their effect on the workload,
-the checkpoint and a later restore. The defaults were chosen by these results (docs/format.md, docs/systems/s4.md).
+The benchmark varies the sizes of trap blocks, page blocks and storage blocks one at a time. It measures their effect on
+the workload, the checkpoint and a later restore. The defaults were chosen from these results (docs/format.md,
+docs/systems/s4.md).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
             for _ in range(setting.repetitions):
                 for name, size, sizes in setting.chosen(list(choices())):
                     words = [f"--{each}={value}" for each, value in sizes.items()]
-                    run = asyncio.run(ledgers.save(ledger, image, *words))
+                    run = asyncio.run(ledgers.save(ledger, image, *words, period=setting.period(ledgers.USUAL)))
                     mark = ", default" if size == DEFAULTS[name] else ""
                     runs.append({"load": load, "size": f"{name} {size // KIB}K{mark}"} | run | arenas.demanded(image))
     return runs

@@ -1,8 +1,8 @@
 """Table of all ten systems: `make systems`, or `python -m benchmarks.systems [--quick] [--without S7]`.
 
-Measures each system with and without its mechanism, and a comparable program if there is one. Compares the figure with
-the target in docs/benchmarks.md. `--without` disables a mechanism, to check that its row fails. Only a complete run at
-full size is written to benchmarks/results and into README.md.
+The benchmark measures each system with and without its mechanism, and a comparable program if there is one. It compares
+the figure with the target in docs/benchmarks.md. `--without` disables a mechanism, to check that its row fails. Only a
+complete run at full size is written to benchmarks/results and into README.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the ten systems, each with and without its mechanism.")
     parser.add_argument("--quick", action="store_true", help="measure small workloads, and only print the table")
     parser.add_argument(
-        "--only", choices=SYSTEMS, action="append", help="measure only this system, and only print the table"
+        "--only",
+        choices=(*SYSTEMS, *SHOWS),
+        action="append",
+        help="measure only this system or in this measurement, and only print the table",
     )
     parser.add_argument(
         "--without", choices=SYSTEMS, action="append", default=[], help="disable the mechanism of this system"
@@ -90,9 +93,11 @@ def _measure(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     try:
         for name, (systems, show) in SHOWS.items():
-            if wanted & set(systems):
+            if wanted & {name, *systems}:
                 print(f"{name}...", file=sys.stderr, flush=True)
+                began = time.monotonic()
                 rows += _shown(name, systems, partial(show, setting, switches))
+                print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return rows
@@ -112,7 +117,7 @@ def _shown(name: str, systems: tuple[str, ...], show: Callable[[], list[Row]]) -
 
 
 def _too_long(*_: object) -> None:
-    raise TimeoutError(f"the measurement took more than {MAX_SECONDS} s")
+    raise TimeoutError(f"cannot complete the measurement within {MAX_SECONDS} s")
 
 
 if __name__ == "__main__":

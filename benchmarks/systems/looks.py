@@ -20,7 +20,7 @@ WINDOW = 1.0
 
 
 def activity(setting: Setting, switches: Switches) -> list[Row]:
-    """Measure a process that uses a known part of each huge page (S3), by accessed bits and by sampling."""
+    """Measure, by accessed bits and by sampling, the memory in use of a process with a known access pattern (S3)."""
     mebibytes = 28 if setting.quick else 224
     with reader("shared", mebibytes, "pattern") as one:
         used = sum(truth(unit) for unit in range(one.size // LARGE_PAGE)) * 4096 / (1 << 20)

@@ -18,7 +18,6 @@ from pageferry._engine import LARGE_PAGE, Space
 from pageferry.memory.view import Memory
 from pageferry.workloads.arena.control_socket.client import RemoteArena
 from pageferry.workloads.open import open_workload
-from tests.guest import initrd
 
 FULL, SMALL = 512 << 20, 64 << 20
 WRITER = {"working_set": 0.1, "zero_fraction": 0.1, "rate": 40 << 20}
@@ -27,8 +26,8 @@ SCATTERED = WRITER | {"scatter": True}
 QUIET = {"working_set": 0.01, "zero_fraction": 0.5, "rate": 1 << 20}
 """Options of a workload half of whose pages are zero pages. Few of its pages are sent again."""
 NO_MOUNTS = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
-"""Command prefix that drops CAP_SYS_ADMIN. Without it, a receiver cannot mount a tmpfs with huge pages, so it has to
-create huge pages itself."""
+"""Command prefix that drops CAP_SYS_ADMIN. Without this capability, a receiver cannot mount a tmpfs with huge pages,
+and has to create huge pages itself."""
 
 
 def arena(setting: Setting, switches: Switches) -> list[Row]:
@@ -51,11 +50,11 @@ def guest(setting: Setting, switches: Switches) -> list[Row]:
 
     In further migrations (S7), the receiver has to create the huge pages itself.
     """
-    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
+    place = Place.of_checker(setting)
     load = "ferry.mib=48" if setting.quick else BUSY
     ours = PageferryLine("moved", place, machine.QEMU, load)
     theirs = QemuLine("moved by QEMU", place, machine.QEMU, load)
-    with side_by_side.booted([(ours, []), (theirs, [])]), Ballast(1280 << 20) as ballast:
+    with side_by_side.booted([(ours, []), (theirs, [])]), Ballast(place.reserve) as ballast:
         none, every = (
             _moved(ours, ballast, words=("--populate", choice))
             for choice in ("none", switches.choose("S1", "all", "none"))

@@ -9,14 +9,11 @@ from typing import Any
 
 from benchmarks.checkpoint import guests as saving
 from benchmarks.checkpoint import ledgers
-from benchmarks.harness import machine
 from benchmarks.harness.bench import Setting
-from benchmarks.migrate.guest import Place
 from benchmarks.migrate.ledger import Ledger
 from benchmarks.restore import arenas
 from benchmarks.restore import guests as restoring
 from benchmarks.systems.row import Row, Switches
-from tests.guest import initrd
 
 FULL, SMALL = 1 << 30, 64 << 20
 LAZY, STOPPED = "--mode=lazy", "--mode=stop"
@@ -24,22 +21,22 @@ LAZY, STOPPED = "--mode=lazy", "--mode=stop"
 
 def guest(setting: Setting, switches: Switches) -> list[Row]:
     """Save and restore a guest by pageferry and by QEMU."""
-    place = Place(setting.folder, machine.KERNEL, initrd.build(machine.CHECKER))
+    place, words = saving.guest(setting, restoring.RATE, restoring.HOT)
     mebibytes = saving.SMALL if setting.quick else saving.FULL
-    words = saving.checker(mebibytes, restoring.RATE, restoring.HOT)
     image, other, mapped = (setting.folder / name for name in ("image", "other", "mapped"))
     with saving.guests(place, words, "shown") as (ours, theirs):
-        stopped = saving.watched(ours, lambda: saving.save(ours, other, STOPPED))
+        period, watched = setting.period(saving.USUAL), restoring.period(setting)
+        stopped = saving.watched(ours, lambda: saving.save(ours, other, STOPPED), period)
         mode = switches.choose("S4", LAZY, STOPPED)
-        saves = [saving.watched(ours, lambda: saving.save(ours, image, mode)) for _ in range(_times(setting))]
-        snapshot = saving.watched(theirs, lambda: saving.save_by_qemu(theirs, other, ("background-snapshot",)))
-        saving.watched(theirs, lambda: saving.save_by_qemu(theirs, mapped, ("mapped-ram", "multifd")))
+        saves = [saving.watched(ours, lambda: saving.save(ours, image, mode), period) for _ in range(_times(setting))]
+        snapshot = saving.watched(theirs, lambda: saving.save_by_qemu(theirs, other, ("background-snapshot",)), period)
+        saving.watched(theirs, lambda: saving.save_by_qemu(theirs, mapped, ("mapped-ram", "multifd")), period)
         ours.end()
         theirs.end()
         usual = saves[-1]["usual-writes-s"]
-        first = restoring.restore(ours, image, usual)
-        second = restoring.restore(ours, image, usual, "--eager") if "S10" in switches.off else first
-        incoming = restoring.restore_by_qemu(theirs, mapped, usual, ("mapped-ram", "multifd"))
+        first = restoring.restore(ours, image, usual, watched=watched)
+        second = restoring.restore(ours, image, usual, "--eager", watched=watched) if "S10" in switches.off else first
+        incoming = restoring.restore_by_qemu(theirs, mapped, usual, ("mapped-ram", "multifd"), watched=watched)
     what = f"QEMU guest, {mebibytes} MiB accessed"
     peer = incoming["running-ms"]
     complete = _until_complete(first)

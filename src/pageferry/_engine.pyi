@@ -1,29 +1,40 @@
 """Rust engine: per-page and per-fault mechanisms. This stub is the reference of its interface.
 
 Lengths, offsets and addresses are in bytes unless stated otherwise. Calls that take longer than 50 us release the GIL,
-and long calls check for signals. Errors of system calls are raised as OSError with their errno.
+and long calls check for signals. The deallocation of an object that frees much memory or joins threads releases the
+GIL too. Operations of `PageSet`, and the conversion of results to objects of Python, keep the GIL. Errors of system
+calls are raised as OSError with their errno.
 """
 
 from collections.abc import Sequence
 from typing import Final, Literal, Self, TypedDict, Unpack, final
 
-from typing_extensions import disjoint_base
+from typing_extensions import Buffer, disjoint_base
 
 SMALL_PAGE: int
-"""Size of a base page, bytes: 4096."""
+"""Size of a base page in bytes: 4096."""
 LARGE_PAGE: int
-"""Size of a 2 MiB unit, the memory of a huge page, bytes: 2097152."""
+"""Size in bytes of a huge page, and of a 2 MiB unit: 2097152."""
 
 @disjoint_base
 class Mapping:
-    """Shared mapping of a file, or of a part of a file, aligned to 2 MiB in our address space. Supports the buffer
-    protocol.
+    """Shared mapping of a file, or of a part of a file, aligned to 2 MiB in our address space. The mapping supports the
+    buffer protocol.
 
     `memoryview(m)` and `numpy.frombuffer(m, ...)` return writable views without a copy. The constructor duplicates the
-    descriptor.
+    descriptor. `room`: number of bytes of address space to reserve, up to which the mapping can grow.
     """
 
-    def __new__(cls, fd: int, length: int, offset: int = 0) -> Self: ...
+    def __new__(cls, fd: int, length: int, offset: int = 0, room: int = 0) -> Self: ...
+    def grow(self, length: int) -> None:
+        """Extend the mapping to `length` bytes of the file, at the same address. Existing buffers keep their length."""
+    def replace(self, fd: int) -> None:
+        """Replace the memory by a private mapping of a file. The mapping permits no access before `permit` is
+        called."""
+    def permit(self) -> None:
+        """Permit reads and writes after `replace`."""
+    def keep(self, fd: int) -> int:
+        """Duplicate a descriptor, and return the duplicate, which is closed after the memory has been unmapped."""
     @property
     def address(self) -> int:
         """Address of the first byte."""
@@ -37,15 +48,20 @@ class Mapping:
         allocates a page."""
     def large_units(self) -> list[bool]:
         """Return, for each 2 MiB unit, whether it is backed by a huge page. Holes are not filled."""
+    def copy_in(self, offset: int, contents: Buffer) -> None:
+        """Copy contiguous bytes into the mapping, from a buffer of format `B`. Raises OSError if they do not fit."""
+    def discard(self, start: int, length: int) -> None:
+        """Free a range of whole pages, which reads as zeros from then on (FALLOC_FL_PUNCH_HOLE). Raises ValueError if
+        the range does not consist of whole pages of the mapping."""
     def close_memory(self) -> None:
         """Make the mapping read-only. New buffers are read-only. A write through an existing buffer prints a message
-        and terminates this process by SIGSEGV."""
+        and terminates this process with SIGSEGV."""
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class PageSet:
-    """Set of base pages of a region of `pages` pages. Page numbers start at 0."""
+    """Set of base pages of a region of `pages` pages. The first page has index 0."""
 
     def __new__(cls, pages: int) -> PageSet: ...
     @staticmethod
@@ -69,18 +85,19 @@ class PageSet:
         """Return the set as a compressed bitmap."""
     @staticmethod
     def unpack(data: bytes, pages: int) -> PageSet:
-        """Return the set that `pack` has serialised to `data`, for a region of `pages` pages. Allocates at most the
-        memory of one bitmap for the region. Raises ValueError if `data` is not a set of pages of such a region."""
+        """Return the set that `pack` has serialised to `data`, for a region of `pages` pages. The call allocates at
+        most the memory of one bitmap for the region. Raises ValueError if `data` is not a set of pages of such a
+        region."""
     def copy(self) -> PageSet: ...
 
 @final
 class Advice:
-    """Advice of madvise(2) about a range of memory. `Advice.COLD` stands for MADV_COLD; the other values are named
-    likewise."""
+    """Advice of madvise(2) about a range of memory. `Advice.COLD` stands for MADV_COLD, and so on."""
 
     COLD: Final[Advice]
     COLLAPSE: Final[Advice]
     DOFORK: Final[Advice]
+    DONTDUMP: Final[Advice]
     DONTFORK: Final[Advice]
     HUGEPAGE: Final[Advice]
     MERGEABLE: Final[Advice]
@@ -92,23 +109,88 @@ class Advice:
     def __hash__(self) -> int: ...
 
 @final
+class BaseFailure:
+    """Failure to load a unit of a base."""
+
+    @property
+    def unit(self) -> int: ...
+    @property
+    def message(self) -> str: ...
+
+@final
+class CloneCounters:
+    """Counters of a clone of a base; times in seconds."""
+
+    @property
+    def faults(self) -> int: ...
+    @property
+    def missed(self) -> int:
+        """Number of faults for which a unit was loaded."""
+    @property
+    def zeros(self) -> int:
+        """Number of faults on units of zeros."""
+    @property
+    def service(self) -> float: ...
+    @property
+    def longest(self) -> float: ...
+
+@final
+class BasePager:
+    """Pager of a base: fills a file with the contents of an image on demand, and resolves the faults of all processes
+    that map the file privately.
+
+    `regions`: number of pages of each region. The pages that the file contains are kept. Raises ValueError if the file
+    or the regions do not match the image, and OSError for other errors.
+    """
+
+    def __new__(cls, chain: ImageChain, descriptor: int, regions: list[int]) -> BasePager: ...
+    @staticmethod
+    def file_length(regions: list[int]) -> int:
+        """Return the length of the file in bytes, for regions with these numbers of pages."""
+    @staticmethod
+    def register(userfault: int, address: int, length: int) -> None:
+        """Register a range for faults on pages that the file does not contain."""
+    def add(self, userfault: int, segments: list[MappedSegment]) -> int:
+        """Resolve the faults of a process from now on, and wake its waiting threads. Return the number of the clone."""
+    def remove(self, number: int) -> None:
+        """Stop resolving the faults of a clone."""
+    def fill(self, windows: list[int], eager: bool) -> None:
+        """Start loading all units in the background, those of the given windows of 16 pages first."""
+    def ensure(self, first: int, end: int) -> BaseFailure | None:
+        """Load the units from `first` to `end`, unless they are loaded. Return the first unit that cannot be loaded;
+        None if all are loaded."""
+    def counters(self, number: int) -> CloneCounters:
+        """Return the counters of a clone. Raises ValueError if there is no such clone."""
+    @property
+    def holes(self) -> int:
+        """Number of units of 2 MiB that are not loaded yet."""
+    @property
+    def prefetched(self) -> int:
+        """Number of units loaded in the background."""
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def failures(self) -> list[BaseFailure]: ...
+    def stop(self) -> None:
+        """Stop all threads. Accesses to missing pages wait until another pager takes over."""
+
+@final
 class KeptUserfault:
-    """Userfaultfd of another process, or of our own. Another process keeps its descriptor open, so that its blocked
-    threads stay blocked if this process exits."""
+    """Userfaultfd of another process, or of this one. The other process keeps a descriptor of the userfaultfd open, so
+    that its blocked threads stay blocked if this process exits."""
 
     @property
     def descriptor(self) -> int:
         """Descriptor in this process. The caller must close it."""
     @property
     def number(self) -> int | None:
-        """Number of the descriptor in the other process; None for our own process."""
+        """Number of the descriptor in the other process; None for this process."""
 
 @final
 class Space:
-    """Address space of the process `pid`, by default of our own process. Creating the object does not affect the
-    process.
+    """Address space of the process `pid`, by default of this process. Creating the object does not affect the process.
 
-    A system call in another process is injected by ptrace, which stops the process for less than a millisecond. A
+    A system call in another process is injected with ptrace, which stops the process for less than a millisecond. A
     method that makes such a call raises OSError with the errno of the call, or PermissionError or ProcessLookupError if
     the call cannot be injected.
     """
@@ -120,8 +202,8 @@ class Space:
         """Create a userfaultfd for a `Pager`. With `discards`, the userfaultfd reports memory that the process
         discards, for example through a balloon."""
     def write_traces(self) -> KeptUserfault:
-        """Create a userfaultfd for the write traces that a `Saver` leaves installed or takes over (see its option
-        `traces`)."""
+        """Create a userfaultfd for the write traces that a `Saver` leaves installed or takes over (see the option
+        `traces` of `Saver`)."""
     def descriptor(self, number: int) -> int:
         """Return a duplicate of descriptor `number` of the process (pidfd_getfd)."""
     def collapse(self, address: int, length: int) -> None:
@@ -132,6 +214,14 @@ class Space:
         any other advice, the process itself calls madvise(2)."""
     def make_read_only(self, address: int, length: int) -> None:
         """Make a range of the process read-only (mprotect)."""
+    def map_private(self, address: int, length: int, number: int, offset: int) -> None:
+        """Replace the mappings of a range by a private mapping of the file behind descriptor `number` of the process,
+        from byte `offset` on. The mapping permits no access before `make_writable`."""
+    def make_writable(self, address: int, length: int) -> None:
+        """Make a range of the process readable and writable (mprotect)."""
+    def lock_on_fault(self, address: int, length: int) -> None:
+        """Lock the pages of a range when they are accessed (mlock2, MLOCK_ONFAULT). The process then cannot discard
+        them."""
     def mmap(self, length: int) -> int:
         """Map private memory in the process, readable and writable, at an address that the kernel chooses. Return the
         address."""
@@ -170,16 +260,17 @@ class MappedSegment:
         """Index of the region."""
     @property
     def first_page(self) -> int:
-        """Number of the page of the region that is mapped at `address`."""
+        """Index, within the region, of the page that is mapped at `address`."""
 
 @final
 class Trace:
-    """Write traces over segments (S2): userfaultfd write protection in asynchronous mode, collected by PAGEMAP_SCAN.
+    """Write traces over segments (S2): userfaultfd write protection in asynchronous mode. PAGEMAP_SCAN collects the
+    written pages.
 
     With `release_after` = 0, each base page is traced. With n > 0, a huge page is unprotected after n of its base pages
-    were written. It is then mapped as a huge page again, and all of its base pages count as written. `large` lists the
-    2 MiB units of each region that are backed by huge pages; an omitted region has none. The traces are removed when
-    the object is destroyed or when this process exits.
+    were written. It is then mapped as a huge page again, and all of its base pages count as written. `large` states,
+    for each 2 MiB unit of each region, whether the unit is backed by a huge page; an omitted region has no huge pages.
+    The traces are removed when the object is destroyed or when this process exits.
     """
 
     def __new__(
@@ -188,9 +279,15 @@ class Trace:
         release_after: int = 0,
         large: Sequence[Sequence[bool]] | None = None,
         userfaults: dict[int, int] | None = None,
+        *,
+        private: bool = False,
     ) -> Trace:
         """Install the traces. `userfaults` are the userfaultfds of an acquired pager (`Pager.hold`). With them, the
-        traces cover base pages, and stay installed until the pager is released."""
+        traces cover base pages, and stay installed until the pager is released.
+
+        With `private`, the segments are private mappings of a base, and `userfaults` those that clones keep. The traces
+        report private pages that are written, and pages that become private.
+        """
     @property
     def install_seconds(self) -> float: ...
     @property
@@ -199,7 +296,7 @@ class Trace:
         """Add the pages written since the last call to `dirty` (one set per region), and protect them again.
 
         Raises ProcessLookupError if a process has exited, because its last writes are then unknown. Pages found before
-        the error are added even so.
+        the error are added nevertheless.
         """
     def peek(self, dirty: Sequence[PageSet]) -> None:
         """Add the pages written since the last `collect` to `dirty`, without protecting them: the next `collect`
@@ -221,9 +318,9 @@ class _ImageFormat(TypedDict, total=False):
     codec: str
     """Codec of the page blocks: `none`, `lz4` (default) or `zstd`."""
     page_block: int
-    """Size of a page block, the unit of compression, bytes (default: 64 KiB)."""
+    """Size in bytes of a page block, the unit of compression (default: 64 KiB)."""
     storage_block: int
-    """Maximum size of a storage block, the unit of reading, bytes (default: 1 MiB)."""
+    """Maximum size in bytes of a storage block, the unit of reading (default: 1 MiB)."""
 
 @final
 class WrittenImage:
@@ -234,7 +331,7 @@ class WrittenImage:
         """Checksum of the footer (`Image.digest`)."""
     @property
     def length(self) -> int:
-        """Size of the file, bytes."""
+        """Size of the file in bytes."""
 
 @final
 class ImageWriter:
@@ -242,8 +339,8 @@ class ImageWriter:
 
     def __new__(cls, fd: int, id: bytes, **format: Unpack[_ImageFormat]) -> ImageWriter: ...
     def append(self, region: int, pages: Sequence[tuple[int, bytes]]) -> int:
-        """Write `pages`, pairs of page number in the region and contents, as one storage block. Return the number of
-        the block."""
+        """Write one storage block. `pages` contains pairs: index of a page in the region, and contents of the page.
+        Return the number of the block."""
     def section(self, kind: int, contents: bytes) -> None: ...
     def finish(self, regions: int, entries: Sequence[tuple[int, bool, int, int, int]]) -> WrittenImage:
         """Write the page map and the index. `entries` contains a tuple for each page: (class, in parent, signature,
@@ -266,18 +363,19 @@ class PageStore:
 
 class _PagerOptions(TypedDict, total=False):
     windows: Sequence[int]
-    """Numbers of the windows that are loaded first (default: none). A window is 16 pages; windows are counted over all
+    """Indices of the windows that are loaded first (default: none). A window is 16 pages; windows are counted over all
     regions."""
     blocks: Sequence[tuple[int, int]]
-    """Storage blocks that are loaded next (default: none), each as the number of its image in the chain and its number.
-    Pages of no such block are loaded last, one after the other. Raises OSError if a block does not exist."""
+    """Storage blocks that are loaded next (default: none), each as (index of the image in the chain, number of the
+    block). Pages that no such block contains are loaded last, one after the other. Raises OSError if a block does not
+    exist."""
     begin: Literal["empty", "kept", "taken-over"]
     """Initial state. `empty` (default): the files of the targets are emptied, and all contents are deferred. `kept`:
-    the bitmap contains the deferred pages, and the files contain all other pages. `taken-over`: like `kept`, but
-    another pager has served this memory before."""
+    the bitmap contains the deferred pages, and the files contain all other pages. `taken-over`: as `kept`, for memory
+    that another pager has served."""
     fill: Literal["none", "gentle", "eager"]
-    """Loading of pages that have not been accessed: not at all (`none`), in the background with pauses while faults
-    occur (`gentle`, default), or at full speed (`eager`)."""
+    """Background loading of pages that have not been accessed: `none`, `gentle` (default; pauses while faults occur) or
+    `eager` (at full speed)."""
     on_failure: Literal["block", "sigbus"]
     """Effect of an access to a page that cannot be loaded: the thread waits (`block`, default) or receives SIGBUS
     (`sigbus`)."""
@@ -286,8 +384,8 @@ class _PagerOptions(TypedDict, total=False):
     evicting: bool
     """Whether `evict` may be called (default: False)."""
     checks_removals: bool
-    """Whether a removal event of a userfaultfd counts as a discard only if the file has a hole there. If False
-    (default), every removal event counts as a discard."""
+    """Whether a removal event of a userfaultfd counts as a discard only if the file system reports a punched hole. If
+    False (default), every removal event counts as a discard."""
 
 @final
 class TargetRegion:
@@ -300,7 +398,20 @@ class TargetRegion:
         """Mapping of the file in this process."""
     @property
     def page_size(self) -> int:
-        """Page size of the file, bytes."""
+        """Page size of the file in bytes."""
+
+@final
+class PrivateRegion:
+    """Region of private memory, whose contents a `Pager` installs by UFFDIO_COPY: the memory of a process that has sent
+    its userfaultfd. `pages` is its number of base pages. `page_size` is 4096, or 2097152 for memory of hugetlbfs."""
+
+    def __new__(cls, pages: int, page_size: int) -> PrivateRegion: ...
+    @property
+    def pages(self) -> int:
+        """Number of base pages."""
+    @property
+    def page_size(self) -> int:
+        """Page size, bytes."""
 
 @final
 class PagerCounters:
@@ -323,10 +434,10 @@ class PagerCounters:
         """Number of bytes read from the image chain or received from the peer."""
     @property
     def service(self) -> float:
-        """Total service time of the faults, seconds."""
+        """Total service time of the faults in seconds."""
     @property
     def longest(self) -> float:
-        """Longest service time of a fault, seconds."""
+        """Longest service time of a fault in seconds."""
 
 @final
 class Failure:
@@ -334,10 +445,10 @@ class Failure:
 
     @property
     def region(self) -> int:
-        """Index of the region."""
+        """Index of the region; the number of regions for a fault outside all of them."""
     @property
     def page(self) -> int:
-        """Number of the page within the region."""
+        """Index of the page within the region; for a fault outside all regions, within the address space."""
     @property
     def accessed(self) -> bool:
         """Whether a thread has accessed the page and waits for it."""
@@ -354,8 +465,11 @@ class Pager:
     descriptor of the deferred bitmap, a file of `flags_length` bytes. Bit n (little-endian) belongs to page n, counted
     over all regions. Another pager can use this file to take over.
 
-    With `begin` = `empty`, only the processes of `segments` may map the files. With any other `begin`, deferred pages
-    that are mapped are unmapped first. Raises OSError if a running workload maps them again.
+    With `begin` = `empty`, only the processes of `segments` may map the files. With `kept`, deferred pages that are
+    mapped are unmapped first; OSError is raised if a running workload maps them again.
+
+    The process of `PrivateRegion` targets has registered their memory for MISSING faults with the userfaultfd, and has
+    not accessed it. `begin` must be `empty`; only `evict`, `hold` and `populate` do not apply.
 
     After the pager has been destroyed, the workload blocks at its next access to a deferred page.
     """
@@ -363,7 +477,7 @@ class Pager:
     def __new__(
         cls,
         source: ImageChain | PeerSource,
-        targets: Sequence[TargetRegion],
+        targets: Sequence[TargetRegion] | Sequence[PrivateRegion],
         segments: Sequence[MappedSegment],
         userfaults: dict[int, int],
         flags: int,
@@ -387,11 +501,12 @@ class Pager:
     def counters(self) -> PagerCounters: ...
     @property
     def histogram(self) -> list[int]:
-        """Number of faults by service time. Bin 0 counts service times of less than 1 us; bin k, of at least 2**(k - 1)
-        us and less than 2**k us. The last bin has no upper limit."""
+        """Number of faults by service time. Bin 0 counts service times of less than 1 us; bin k counts service times of
+        at least 2**(k - 1) us and less than 2**k us. The last bin has no upper limit."""
     @property
     def touched(self) -> list[int]:
-        """Numbers of the windows of 16 pages with faults on deferred pages, in the order of their first fault."""
+        """Indices of the windows of 16 pages with faults on deferred pages, in the order of the first fault in each
+        window."""
     @property
     def failures(self) -> list[Failure]:
         """Pages that could not be loaded."""
@@ -399,13 +514,13 @@ class Pager:
         """Wait until the pager has finished or has more than `known` failures, for at most `timeout` seconds. Return
         whether the pager has finished."""
     def fill(self, windows: Sequence[int], blocks: Sequence[tuple[int, int]], eager: bool = False) -> None:
-        """Start to load all pages: these windows first, then these storage blocks, then the other pages; with `eager`,
-        at full speed. Requires a pager that was created with `fill` = `none`. Call this once.
+        """Start loading all pages: these windows first, then these storage blocks, then the other pages; with `eager`,
+        at full speed. The pager must have been created with `fill` = `none`. Call this once.
 
         Raises OSError if a block does not exist."""
     def ensure(self, region: int, first: int, count: int) -> None:
-        """Load `count` pages of a region from page `first` on, and return when they are present. Required before any
-        read that bypasses the workload's page tables.
+        """Load `count` pages of a region from page `first` on, and return when they are present. This is required
+        before any read that bypasses the workload's page tables.
 
         Raises ValueError if a page is damaged, ConnectionResetError if the connection to the peer is lost, or OSError
         if the pager has been stopped.
@@ -421,8 +536,7 @@ class Pager:
     def release(self) -> None:
         """Remove the traces and release the pager, which then finishes when all pages are loaded."""
     def large(self, region: int) -> list[bool]:
-        """Return, for each 2 MiB unit of a region, whether it is backed by a huge page once its contents are
-        present."""
+        """Return, for each 2 MiB unit of a region, whether a huge page will back it when its contents are present."""
     def populate(self) -> None:
         """Map all present pages into the workload's page tables (S1), huge pages by PMD mappings. Call this before the
         workload resumes on existing memory."""
@@ -433,9 +547,9 @@ class Pager:
         """Evict pages whose contents are in the image chain. A later access loads them again. Return the number of
         evicted pages.
 
-        Requires `evicting`. The workload must be paused, and must not have written to the pages since they were stored.
-        Raises OSError if the workload maps the memory nevertheless, or if its mappings cannot be changed. Pages that
-        were evicted before the error stay evicted; all other pages are unchanged.
+        The pager must have been created with `evicting`. The workload must be paused, and must not have written to the
+        pages since they were stored. Raises OSError if the workload maps the memory nevertheless, or if its mappings
+        cannot be changed. Pages that were evicted before the error stay evicted; all other pages are unchanged.
         """
     def evicted(self) -> None:
         """Declare that no more pages will be evicted: the pager finishes when all pages are loaded."""
@@ -466,8 +580,8 @@ class Sampler:
 
     def __new__(cls, space: Space) -> Sampler: ...
     def hold(self, pages: Sequence[int]) -> list[int]:
-        """Register each huge page with a userfaultfd, which makes it a separate mapping. Return the huge pages that are
-        no longer mapped.
+        """Register each huge page with a userfaultfd, so that the huge page becomes a separate mapping. Return the huge
+        pages that are no longer mapped.
 
         Raises OSError EBUSY if a huge page is registered with another userfaultfd.
         """
@@ -497,7 +611,7 @@ class Populated:
         """Number of huge pages that could not be mapped; their first access maps them."""
     @property
     def seconds(self) -> float:
-        """Total time that the threads have spent on mapping, seconds."""
+        """Total time in seconds that the threads have spent on mapping."""
 
 @final
 class Placer:
@@ -515,7 +629,17 @@ class Placer:
         *,
         keep_large: bool = True,
         workers: int = 0,
-    ) -> Placer: ...
+        private: dict[int, int] | None = None,
+    ) -> Placer:
+        """`private`: for a clone, the userfaultfds with which `segments`, its private mappings of a base, are
+        registered, by process id. The targets are then staging files, and an absent page is a page of the base.
+        `keep_large` and `workers` have no effect."""
+    def move_private(self) -> int:
+        """Move the pages of a clone received since the last call from the staging files into its process, and free the
+        memory of the files. Return the number of pages. Do not call this while a round is received.
+
+        Raises OSError; ProcessLookupError if the process has exited.
+        """
     @property
     def missing(self) -> int:
         """Number of pages that have not been received."""
@@ -540,11 +664,28 @@ class Placer:
 
 @final
 class ProcessRange:
-    """Memory range of a process, file-backed or anonymous, that a `Saver` reads by process_vm_readv(2)."""
+    """Memory range of a process, file-backed or anonymous, that a `Saver` reads with process_vm_readv(2).
 
-    def __new__(cls, space: Space, address: int, length: int) -> ProcessRange: ...
+    `private`: the range is a private mapping of a base. A `Saver` stores its private pages only, and requires a parent
+    with the contents of the base. A `BlockSender` sends the private pages only; all other pages are absent. `base`:
+    descriptor of the file of the base, and start of the range in it, bytes: a `BlockSender` then sends the pages of the
+    base too.
+    """
+
+    def __new__(
+        cls,
+        space: Space,
+        address: int,
+        length: int,
+        *,
+        private: bool = False,
+        base: tuple[int, int] | None = None,
+    ) -> ProcessRange: ...
     def data_ranges(self) -> list[_Range]:
-        """Return the ranges that are in memory or swap, as (start, end)."""
+        """Return the ranges that are in memory or swap, as (start, end). With `private`, return the private pages."""
+    def overlay(self, start: int, contents: bytes) -> bytes:
+        """Return whole pages from byte `start` on, as the process reads them: its private pages, and otherwise
+        `contents`, which are the pages of the base. Raises ProcessLookupError, OSError."""
 
 class _SaverOptions(_ImageFormat, total=False):
     parent: ImageChain | None
@@ -552,17 +693,18 @@ class _SaverOptions(_ImageFormat, total=False):
     trap_block: int
     """Number of bytes that a trap copies and unprotects (default: 64 KiB)."""
     staging: int
-    """Size of the staging buffer, bytes (default: 16 MiB)."""
+    """Size of the staging buffer in bytes (default: 16 MiB)."""
     bandwidth: int
-    """Bandwidth limit of the sweep, bytes per second; 0 (default) means unlimited."""
+    """Bandwidth limit in bytes per second of the sweep, `copy` and `copy_range`; 0 (default) means unlimited."""
     packers: int
     """Number of compression threads (default: 1)."""
-    traces: tuple[Literal["leave", "take-up", "begin", "borrow"], dict[int, int]] | None
-    """Use of write traces, and the descriptor of the userfaultfd of each process ID; None for no traces. `leave`:
+    traces: tuple[Literal["leave", "take-up", "begin", "borrow", "private"], dict[int, int]] | None
+    """Use of write traces, and for each process ID the descriptor of its userfaultfd; None for no traces. `leave`:
     install traces at the snapshot point, with userfaultfds from `Space.write_traces`, and leave them installed.
     `take-up`: use the traces that were left when `parent` was saved, and save only the pages that they report. `begin`:
     install traces at once, save all pages in rounds, and leave the traces installed. `borrow`: use the userfaultfds of
-    an acquired pager (`Pager.hold`), and save all pages."""
+    an acquired pager (`Pager.hold`), and save all pages. `private`: use the userfaultfds that clones keep, and save all
+    private pages."""
 
 @final
 class SaveCounters:
@@ -582,10 +724,10 @@ class SaveCounters:
         """Number of traps that waited for space in the staging buffer."""
     @property
     def longest_trap(self) -> int:
-        """Duration of the longest trap, ns."""
+        """Duration of the longest trap in nanoseconds."""
     @property
     def trap_time(self) -> int:
-        """Total duration of all traps, ns."""
+        """Total duration of all traps in nanoseconds."""
     @property
     def pages(self) -> int:
         """Number of classified pages."""
@@ -609,7 +751,7 @@ class SaveCounters:
         """Number of pages whose contents are in the parent."""
     @property
     def stored(self) -> int:
-        """Total size of the storage blocks, bytes."""
+        """Total size of the storage blocks in bytes."""
     @property
     def blocks(self) -> int:
         """Number of storage blocks."""
@@ -629,7 +771,7 @@ class SaveFinished:
         """Checksum of the footer (`Image.digest`)."""
     @property
     def length(self) -> int:
-        """Size of the file, bytes."""
+        """Size of the file in bytes."""
     @property
     def writes(self) -> int:
         """Number of write calls."""
@@ -641,7 +783,7 @@ class SaveFinished:
 class Saver:
     """Lazy checkpoint (S4): saves memory as of a snapshot point to an empty file while the workload keeps running.
 
-    `regions` are pairs: a `Mapping` or `ProcessRange`, and the page size of its file. Creating the saver protects
+    `regions` are pairs: a `Mapping` or `ProcessRange`, and the page size of its file. The constructor protects
     `segments` while the workload runs. Without segments, the workload must stay paused until `finish` returns. Call, in
     this order: `begin` at the snapshot point, `sweep` when the workload has resumed, `wait` until it returns True,
     `finish`.
@@ -666,7 +808,8 @@ class Saver:
         """Whether traces that cover all memory since the snapshot point stay installed after `finish`."""
     @property
     def arm_seconds(self) -> float:
-        """Time to protect all memory or to install the traces, seconds."""
+        """Time in seconds that the constructor took to start the threads and, unless a trace reports the pages to save,
+        to protect all memory."""
     @property
     def pages(self) -> Literal["swept", "written", "all"]:
         """Pages to save. `swept`: all pages, found by traps and the sweep. `written`: the pages that a trace has
@@ -681,7 +824,7 @@ class Saver:
         """Find the pages that have lost their contents without a write. Return the number of pages to copy. Call this
         before `begin`."""
     def copy(self) -> None:
-        """Copy the collected pages. Waits for space in the staging buffer. Direct I/O must have been drained since
+        """Copy the collected pages, waiting for space in the staging buffer. Direct I/O must have been drained since
         `collect`."""
     def copy_range(self, region: int, first: int, count: int) -> None:
         """Copy the present pages among `count` pages of a region, from page `first` on. Direct I/O must have been
@@ -690,7 +833,7 @@ class Saver:
         """Return whether memory has been discarded since the last call. If so, call `scan` again, because copied pages
         may have to be copied once more."""
     def begin(self) -> float:
-        """Set the snapshot point. The workload must be paused. Return the duration of the call, seconds."""
+        """Set the snapshot point. The workload must be paused. Return the duration of the call in seconds."""
     def sweep(self) -> None:
         """Start the sweep, which saves all blocks that no trap has saved."""
     def wait(self, seconds: float) -> bool:
@@ -730,6 +873,9 @@ class SendProgress:
         """Total number of pages."""
     def __hash__(self) -> int: ...
 
+class TlsError(PermissionError):
+    """Error of TLS: the identity of the peer was not accepted, or it has violated the protocol."""
+
 @final
 class TlsIdentity:
     """Identity of this host for page streams: a certificate with its intermediate certificates, and its private key,
@@ -749,8 +895,8 @@ class TlsSession:
     """One side of a TLS 1.3 connection, without I/O. Pass received bytes to `feed`, and send the result of `outgoing`.
     Even after an error, send the result, which then contains the TLS alert.
 
-    Methods raise PermissionError if the peer is not the expected one or violates the protocol, and ValueError after a
-    stream has taken over the session.
+    Methods raise TlsError if the peer is not the expected one or violates the protocol, and ValueError after a stream
+    has taken over the session.
     """
 
     def feed(self, received: bytes) -> None: ...
@@ -775,41 +921,75 @@ class _SendOptions(TypedDict, total=False):
     codec: str
     """Codec of the page blocks: `none` (default), `lz4` or `zstd`."""
     timeout: float
-    """Time without a transferred byte after which a stream counts as failed, seconds (default: 30)."""
+    """Time in seconds without a transferred byte after which a stream counts as failed (default: 30)."""
     bandwidth: int
-    """Bandwidth limit of all streams together, bytes per second; 0 (default) means unlimited."""
+    """Bandwidth limit in bytes per second of all streams together; 0 (default) means unlimited."""
     adaptive: bool
     """Whether blocks are sent uncompressed while the link is faster than the codec (default: False)."""
 
 class _BlockSenderOptions(_SendOptions, total=False):
     page_block: int
-    """Size of a page block, the unit of compression, bytes (default: 64 KiB)."""
+    """Size in bytes of a page block, the unit of compression (default: 64 KiB)."""
     storage_block: int
-    """Maximum size of a storage block, the unit of sending, bytes (default: 512 KiB)."""
+    """Maximum size in bytes of a storage block, the unit of sending (default: 512 KiB)."""
 
 @final
 class BlockSender:
     """Sender of pages in storage blocks over connected stream sockets, whose descriptors are duplicated.
 
     Methods raise ConnectionResetError if the peer closes a stream, TimeoutError if no byte is transferred for `timeout`
-    seconds, InterruptedError if cancelled, PermissionError for a TLS error, or OSError for any other failed system
-    call. After an error, the position in the streams is undefined; close them.
+    seconds, InterruptedError if cancelled, TlsError, or OSError for any other failed system call. After an error, the
+    position in the streams is undefined; close them.
     """
 
     def __new__(cls, sockets: Sequence[_Stream], **options: Unpack[_BlockSenderOptions]) -> BlockSender: ...
-    def send(self, regions: Sequence[Mapping], pages: Sequence[PageSet], round: int, *, barrier: bool = True) -> None:
+    def send(
+        self,
+        regions: Sequence[Mapping | ProcessRange],
+        pages: Sequence[PageSet],
+        round: int,
+        *,
+        barrier: bool = True,
+    ) -> None:
         """Send the pages of a round; `pages` contains one set per region. With `barrier`, end the round on every
         stream.
 
-        Pages that have been freed since they were sent are also sent, as holes, because no trace reports them.
+        Pages that have been freed since they were sent are also sent, as holes or zero pages, because no trace reports
+        them.
         """
     @property
     def progress(self) -> SendProgress: ...
     @property
     def uncompressed(self) -> int:
-        """Number of storage blocks that were sent uncompressed because the link was faster than the codec
-        (`adaptive`)."""
+        """Number of storage blocks that `adaptive` sent uncompressed, including trials."""
+    def relay(self, local: int, remote: _Stream) -> Relay:
+        """Start a relay between a socket of this host and a connection to the peer. Its bytes share the bandwidth limit
+        of the pages."""
     def cancel(self) -> None: ...
+
+@final
+class Relay:
+    """Relay of a byte stream between `local`, a socket of this host, and a connection to the peer, in both directions.
+
+    The descriptors are duplicated. When one side ends the stream, the relay ends it on the other side. The constructor
+    raises OSError.
+    """
+
+    def __new__(cls, local: int, remote: _Stream) -> Relay: ...
+    @property
+    def sent(self) -> int:
+        """Number of bytes sent to the peer."""
+    @property
+    def received(self) -> int:
+        """Number of bytes received from the peer."""
+    @property
+    def ended(self) -> bool:
+        """Whether both directions have ended."""
+    @property
+    def failure(self) -> str | None:
+        """Reason why the relay has failed; None if it has not failed, or if it was closed."""
+    def close(self) -> None:
+        """Close both sockets, and wait until no byte is in transit in this process."""
 
 @final
 class BlockReceiver:
@@ -916,7 +1096,7 @@ class Finding:
 
     @property
     def page(self) -> int | None:
-        """Number of the damaged page, counted over all regions; None for a storage block to which no page refers."""
+        """Index of the damaged page, counted over all regions; None for a storage block to which no page refers."""
     @property
     def message(self) -> str:
         """Description of the damage."""
@@ -938,14 +1118,18 @@ class Image:
     def regions(self) -> int: ...
     @property
     def pages(self) -> int:
-        """Number of pages of all regions. Page numbers in calls are counted over all regions, in their order."""
+        """Number of pages of all regions. Page indices in calls are counted over all regions, in the order of the
+        regions."""
     @property
     def length(self) -> int: ...
     @property
     def page_block(self) -> int: ...
     @property
+    def block_count(self) -> int:
+        """Number of storage blocks."""
+    @property
     def blocks(self) -> list[_Extent]:
-        """Offset and length of every storage block, bytes."""
+        """Offset and length of every storage block in bytes."""
     def section(self, kind: int) -> bytes | None: ...
     def classes(self, first: int, count: int) -> bytes:
         """Return the class of each of `count` pages from page `first` on, one byte per page: 0 absent, 1 zero, 2
@@ -1071,7 +1255,7 @@ class SharingScan:
     """Scan for duplicate base pages (S9). The scan does not split huge pages.
 
     Pages that are not in memory are ignored, except deferred pages. `deferred` maps the index of a piece to a tuple:
-    bitmap, number of the region's first page counted over all regions, and for each 2 MiB unit whether it will be a
+    bitmap, index of the region's first page, counted over all regions, and for each 2 MiB unit whether it will be a
     huge page. Deferred pages are not loaded: their signatures in the image are compared. Without an image, deferred
     pages are ignored.
 
@@ -1106,7 +1290,7 @@ class SharingScan:
     def totals(self) -> SharingTotals: ...
     def curve(self, order: Sequence[int], pages_per_copy: int = 256, *, possible: bool = False) -> list[int]:
         """Return the numbers of pages that are freed if all shareable pages of the first 1, 2, 3... units of `order`
-        are shared. `order` contains indexes of `units`.
+        are shared. `order` contains indices into `units`.
 
         One copy is kept per `pages_per_copy` duplicates; zero pages need no copy. With `possible`, only pages that can
         be shared count; in a shared file, these are the zero pages.
@@ -1122,7 +1306,7 @@ def free_zeros(
     seconds.
 
     The workload must be paused, because a concurrent write would be lost. `waiting` consists of the deferred bitmap and
-    the bit number of the mapping's first page. Deferred pages are skipped.
+    the index of the mapping's first page in the bitmap. Deferred pages are skipped.
     """
 
 def end_on_truncation(code: int) -> None:
@@ -1141,27 +1325,29 @@ def large_tmpfs(size: int) -> int:
     """
 
 def hugetlbfs(size: int) -> int:
-    """Create a detached hugetlbfs mount of `size` bytes with pages of 2 MiB; otherwise like `large_tmpfs`."""
+    """Create a detached hugetlbfs mount of `size` bytes with pages of 2 MiB, as `large_tmpfs` does for tmpfs."""
 
 def file_system_type(fd: int) -> int:
     """Return the type of the file system of an open file (`f_type` of statfs(2)). The descriptor may have been opened
     with O_PATH. Raises OSError if statfs(2) fails."""
 
 def userfaultfd(*, user_mode_only: bool) -> int:
-    """Call userfaultfd(2) without features, and return the descriptor. For probes. Raises OSError if the call fails."""
+    """Call userfaultfd(2) for a probe, without features, and return the descriptor. Raises OSError if the call
+    fails."""
 
 def read_memory(address: int, length: int) -> bytes:
-    """Return the contents of mapped memory of this process. Waits if another thread must resolve a fault first. For
-    probes."""
+    """Return, for a probe, the contents of mapped memory of this process. Waits if another thread must resolve a fault
+    first."""
 
 def write_memory(address: int, contents: bytes) -> None:
-    """Write to mapped memory of this process. Waits if another thread must resolve a fault first. For probes."""
+    """Write, for a probe, to mapped memory of this process. Waits if another thread must resolve a fault first."""
 
 def kernel_reads(address: int) -> None:
-    """Make the kernel read a byte at an address. For probes. Raises OSError EFAULT if the kernel cannot read it."""
+    """Make the kernel read a byte at an address, for a probe. Raises OSError EFAULT if the kernel cannot read the
+    byte."""
 
 def kernel_writes(address: int, contents: bytes) -> int:
-    """Make the kernel write up to one page of bytes to an address. For probes. Return the number of bytes written.
+    """Make the kernel write up to one page of bytes to an address, for a probe. Return the number of bytes written.
 
     Raises OSError EFAULT if the kernel cannot write to the address.
     """
@@ -1184,7 +1370,8 @@ class LedgerReport:
         """Zero pages that should have contents."""
     @property
     def stale(self) -> int:
-        """Intact pages whose version differs from their table entry: the page or the entry has missed a write."""
+        """Intact pages whose version differs from that in their table entry: the page or the entry has missed a
+        write."""
     @property
     def misplaced(self) -> int:
         """Intact pages that are copies of other pages."""
@@ -1193,7 +1380,7 @@ class LedgerReport:
         """Pages that are not intact."""
     @property
     def first_bad(self) -> int | None:
-        """Number of the first damaged page; None if no page is damaged."""
+        """Index of the first damaged body page; None if no page is damaged."""
     @property
     def overwritten(self) -> int:
         """Damaged pages that operations of the threads have found and overwritten."""
@@ -1220,7 +1407,7 @@ class Stalls:
     def __new__(cls, longest: int, histogram: Sequence[int]) -> Stalls: ...
     @property
     def longest(self) -> int:
-        """Duration of the longest operation, ns."""
+        """Duration of the longest operation in nanoseconds."""
     @property
     def histogram(self) -> list[int]:
         """Number of operations by duration. Entry n counts durations of at least 2**n ns and less than 2**(n+1) ns. The
@@ -1232,7 +1419,7 @@ class _LedgerOptions(TypedDict, total=False):
     seed: int
     """Seed of all pseudo-random contents and choices (default: 1)."""
     rate: int | None
-    """Limit on the write rate of all threads together, bytes per second; None (default) means unlimited."""
+    """Limit in bytes per second on the write rate of all threads together; None (default) means unlimited."""
     working_set: float
     """Fraction of the used pages that is rewritten (default: 1)."""
     scatter: bool
@@ -1302,8 +1489,8 @@ class Ledger:
         """Return a 64-bit hash of all written memory of a paused ledger, computed by `threads` threads (0: one per
         CPU)."""
     def fingerprint(self) -> int:
-        """Return a 64-bit hash of the header and the counters, which determine the table. The hash identifies the
-        contents of a paused ledger without reading its pages."""
+        """Return a 64-bit hash of the header and the counters. They determine the table, so the hash identifies the
+        contents of a paused ledger, although the pages are not read."""
     def table_agrees(self) -> bool:
         """Read the whole table of a paused ledger, and return whether it matches the counters."""
     def writes(self) -> list[int]:
@@ -1329,9 +1516,12 @@ class FileMapping:
         """Length in bytes."""
     @property
     def offset(self) -> int:
-        """Offset in the file, bytes."""
+        """Offset in the file, in bytes."""
     @property
     def writable(self) -> bool: ...
+    @property
+    def engine(self) -> bool:
+        """Whether the process has loaded pageferry's engine."""
 
 @final
 class Mappers:

@@ -10,9 +10,11 @@
     │   ├── NoSuchWorkload (11)     no workload of this name is registered on this host
     │   ├── NameInUse (12)          a workload of this name is already registered
     │   ├── WorkloadDied (13)       the workload exited during the operation
-    │   └── ShutdownTimeout (14)    the guest did not shut down in time, and keeps running
+    │   ├── ShutdownTimeout (14)    the guest did not shut down in time, and keeps running
+    │   └── AddressInUse (15)       an address in the command line of a guest is in use; nothing was started
     ├── CheckpointError (30)        no image was written; the workload keeps running
     ├── ImageError (31)             an image is missing, damaged, incomplete or of an unsupported version
+    ├── StoreError (34)             an object store cannot be reached, or rejects a request
     ├── RestoreError (32)           a workload cannot be restored, or waits for contents that cannot be read
     │   └── DisksDiffer (33)        disks are not known to be as they were at the checkpoint
     └── MigrationError (20)         the migration failed; the workload keeps running at the source
@@ -96,9 +98,15 @@ class WorkloadDied(WorkloadError):
 
 
 class ShutdownTimeout(WorkloadError):
-    """The guest did not react to a shutdown (ACPI) in time. It keeps running."""
+    """The guest has not shut down in time after the request (ACPI). It keeps running."""
 
     exit_code = 14
+
+
+class AddressInUse(WorkloadError):
+    """Another process listens on an address in the command line of a guest. No guest was started."""
+
+    exit_code = 15
 
 
 class MigrationError(PageferryError):
@@ -192,3 +200,10 @@ class DisksDiffer(RestoreError):
     restored."""
 
     exit_code = 33
+
+
+class StoreError(PageferryError):
+    """An object store cannot be reached, rejects a request, or contains another object than expected. Objects that an
+    image needs are not changed."""
+
+    exit_code = 34

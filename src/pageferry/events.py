@@ -52,7 +52,8 @@ def percentile(bins: Sequence[int], part: float, longest: float) -> float:
 
 
 Listener = Callable[[Event], object]
-"""Callback for events. It is called in the thread of the operation, usually that of the event loop; must not block."""
+"""Callback for events. It is called in the thread of the operation, usually that of the event loop, and must not
+block."""
 
 
 def ignore(_: Event) -> None:

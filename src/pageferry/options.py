@@ -180,6 +180,18 @@ class Choice(Kind, frozen=True):
         return values.choice(name, value, self.choices)
 
 
+class Place(Kind, frozen=True):
+    """A word with or without a directory, such as `copy:DIR`. `forms`: see `values.placed`."""
+
+    placeholder = "MODE"
+
+    forms: tuple[str, ...]
+
+    def check(self, name: str, value: object) -> values.Placed:
+        """Check the word and its directory, and return both. Raises UsageError."""
+        return values.placed(name, value, self.forms)
+
+
 class Text(Kind, frozen=True):
     """A text that is not empty."""
 

@@ -1,9 +1,9 @@
 """Checks and parsers of argument values, shared by the Python API and the command line.
 
 A value is a number in the documented unit, or a text such as `30ms`, `10s`, `1.5G` or `5%`. Every check takes the name
-of the parameter for its message. It raises `UsageError`, or for a value of the wrong type `WrongType`, which is also a
-`TypeError`. Messages put names of parameters in backticks; the command line replaces them by options
-(`pageferry.cli.execution`).
+of the parameter for its error message. It raises `UsageError`, or for a value of the wrong type `WrongType`, which is
+also a `TypeError`. Error messages put names of parameters in backticks; the command line replaces these names by
+options (`pageferry.cli.execution`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pageferry.errors import UsageError, WrongType
 
@@ -142,16 +142,16 @@ def choice(name: str, value: object, choices: Collection[str]) -> str:
 def text(name: str, value: object) -> str:
     """Check a text: not empty, without NUL characters."""
     if not isinstance(value, str):
-        raise WrongType(f"invalid `{name}` {_shown(value)}: expected a text")
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected a string")
     if not value or "\0" in value:
-        raise UsageError(f"invalid `{name}` {value!r}: expected a text that is not empty and has no NUL character")
+        raise UsageError(f"invalid `{name}` {value!r}: expected a string that is not empty and has no NUL character")
     return value
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
     """Check a sequence of texts. A single text is invalid: it would be interpreted as a sequence of characters."""
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
-        raise WrongType(f"invalid `{name}` {_shown(value)}: expected several texts")
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected several strings")
     return tuple(text(name, one) for one in value)
 
 
@@ -161,7 +161,7 @@ def path(name: str, value: object) -> Path:
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected a path")
     plain = os.fspath(value)
     if not isinstance(plain, str):
-        raise WrongType(f"invalid `{name}` {_shown(value)}: expected a path that is a text")
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected a path that is a string")
     return Path(text(name, plain))
 
 
@@ -178,6 +178,33 @@ def instance(name: str, value: object, *kinds: type[T]) -> T:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise WrongType(f"invalid `{name}` {_shown(value)}: expected {expected}")
     return value
+
+
+class Placed(NamedTuple):
+    """Word, with the directory that follows it in `WORD:DIR`."""
+
+    word: str
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        """Return the text `WORD` or `WORD:DIR`."""
+        return self.word if self.folder is None else f"{self.word}:{self.folder}"
+
+
+def placed(name: str, value: object, forms: Collection[str]) -> Placed:
+    """Check a word with or without a directory. `forms`: for each word `WORD` without a directory, `WORD:DIR` with one,
+    or `WORD[:DIR]`."""
+    if isinstance(value, Placed):
+        value = str(value)
+    if not isinstance(value, str):
+        raise WrongType(f"invalid `{name}` {_shown(value)}: expected {', '.join(forms)}")
+    word, separator, folder = value.partition(":")
+    for form in forms:
+        if form.partition(":")[0].removesuffix("[") == word:
+            required, allowed = ":" in form and "[" not in form, ":" in form
+            if bool(separator) <= allowed and bool(folder) >= (required or bool(separator)):
+                return Placed(word, path(name, folder) if folder else None)
+    raise UsageError(f"invalid `{name}` {_shown(value)}: expected {', '.join(forms)}")
 
 
 def optional(check: Callable[..., T], name: str, value: object, *arguments: Any) -> T | None:

@@ -87,7 +87,7 @@ def test_recover_request_for_an_unknown_migration_decides_nothing(there: Program
 
 
 def decided(migration: str) -> CommitDecisions:
-    """Record an earlier migration to this host as committed, without its remaining pages.
+    """Record that this host has committed an earlier migration, and has not received all of its pages.
 
     Return the decisions of this host.
     """
@@ -127,7 +127,7 @@ def test_reused_migration_id_is_refused_and_its_decision_is_kept(
         assert there.wait() == 21
         assert decisions.knows(number), "the decision is forgotten"
     assert isinstance(answer, messages.Abort)
-    assert "was used before" in answer.reason
+    assert "has already used the id" in answer.reason
     asking = Peer.connect(address)
     asking.say(messages.Recover(version=messages.VERSION, migration=number))
     assert asking.hears() == messages.Outcome(owner=owner, complete=False)

@@ -46,6 +46,15 @@ SELECTION = [
     ("damaged-words", "source.in-round"),
     ("damaged-answer", "destination.loaded"),
 ]
+HYBRID = [
+    ("source-agent", "source.between-rounds"),
+    ("destination-agent", "destination.decided"),
+    ("source-workload", "source.ready"),
+    ("cut", "source.in-round"),
+    ("silence", "source.commit-sent"),
+    ("damaged-pages", "source.in-round"),
+]
+"""Selection in hybrid mode, which is pre-copy and then post-copy."""
 INSTEAD = {"source.in-round": "source.missing-sent", "destination.in-round": "destination.pager-begun"}
 """Replacements for fault points of the selection in post-copy mode."""
 
@@ -54,7 +63,7 @@ def cases() -> list[tuple[str, str, str]]:
     """Return tuples of failure, fault point and mode: all with FAULTS=all, otherwise a selection."""
     if os.environ.get("FAULTS") == "all":
         return [(deed, point, mode) for mode in MODES for deed in DEEDS for point in points(mode)]
-    chosen = [(deed, point, mode) for mode in MODES for deed, point in SELECTION]
+    chosen = [(*case, mode) for mode in MODES for case in (HYBRID if mode == "hybrid" else SELECTION)]
     chosen = [(deed, INSTEAD.get(point, point) if mode == "postcopy" else point, mode) for deed, point, mode in chosen]
     return [(deed, point, mode) for deed, point, mode in chosen if point in points(mode)]
 
@@ -107,7 +116,7 @@ WORDS = {
     21: ("the peer ended the migration: ", "is still running on this host and can be migrated again"),
     22: ("the peer ", "is still running on this host and can be migrated again"),
     23: ("the ", "is still running on this host and can be migrated again"),
-    26: ("no reply to the commit from", "to learn the outcome, run: pageferry migrate ledger --recover"),
+    26: ("no reply from", "to learn the outcome, run: pageferry migrate ledger --recover"),
 }
 """Texts of the error message, by exit code: the failure and the remedy."""
 

@@ -137,9 +137,9 @@ def test_migration_that_does_not_converge_leaves_the_workload_running() -> None:
             )
             assert done.returncode == 24
             message = done.stderr.splitlines()[-1]
-            assert "migration of here does not converge: the workload modifies " in message
+            assert "cannot complete the migration of here: the workload modifies " in message
             assert "remain after 4 rounds" in message
-            assert "Allow --max-downtime " in message
+            assert "allow --max-downtime " in message
             assert there.wait() == 21
         untouched(here)
         moving.ends_intact(here)
@@ -187,9 +187,10 @@ def test_json_output_has_the_documented_keys(here: Program) -> None:
     assert set(result) == {
         *("type status mode workload peer total-time setup-time downtime downtime-parts transferred memory").split(),
         *("normal duplicate skipped dirty-sync-count mbps large-pages populated faults-after-resume trace").split(),
-        *"postcopy-requests postcopy cpu-throttle-percentage paused phases direct-io".split(),
+        *"postcopy-requests postcopy cpu-throttle-percentage paused phases direct-io disks disks-transferred".split(),
+        "clone",
     }
-    assert set(result["downtime-parts"]) == set("total stop last-pages device-state populate resume".split())
+    assert set(result["downtime-parts"]) == set("total stop last-pages disks device-state populate resume".split())
     assert set(result["large-pages"]) == set("source destination fallbacks".split())
     assert set(result["populated"]) == set("mode large small failed work-ms".split())
     assert set(result["faults-after-resume"]) == set("minor major".split())

@@ -1,4 +1,4 @@
-"""Tests of TLS: only authenticated peers can migrate, and both sides report the reason of a refusal."""
+"""Tests of TLS: only authenticated peers can migrate, and both sides report the reason for a refusal."""
 
 from __future__ import annotations
 
@@ -177,8 +177,8 @@ CASES = {
     ),
     "source that is not allowed": Case(
         21,
-        "source.example is not authorised to send workloads",
-        "source.example is not authorised to send workloads: its certificate has none of the names",
+        "cannot authorise source.example to send workloads",
+        "cannot authorise source.example to send workloads: its certificate has none of the names",
         receiver_options=("--allow", "source.example.org", "--allow", "example", "--allow", "SOURCE.example"),
     ),
 }

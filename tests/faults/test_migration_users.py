@@ -218,7 +218,7 @@ def test_resolved_name_has_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unanswered_addresses_take_no_longer_than_the_timeout_together() -> None:
-    """Each address has a listener whose accept queue is full, so it does not respond."""
+    """The address is listed three times. Its listener does not respond, because the accept queue is full."""
 
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:

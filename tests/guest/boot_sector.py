@@ -1,4 +1,4 @@
-"""Guest of one disk sector: it echoes its serial line, and powers off when the power button is pressed.
+"""Guest of one disk sector: it replies to bytes on its serial line, and powers off when the power button is pressed.
 
 The code runs in real mode after the BIOS, on QEMU's default PC machine. It enables the power button of ACPI, prints a
 prompt on the first serial port, and polls both. Each byte received is sent back with the next code: `a` becomes `b`.

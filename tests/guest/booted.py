@@ -51,14 +51,27 @@ async def _saved(states: Path, parts: GuestParts, *options: str, **details: str)
     """
     words = parts.command(Serial(Path("serial")), *options, **details)
     folder = states / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
-    os.makedirs(states, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
-        if not folder.exists():
-            temporary = folder.with_suffix(".new")
-            temporary.mkdir(exist_ok=True)
+    with unsaved(folder) as temporary:
+        if temporary is not None:
             await _boot(temporary, parts, *options, **details)
-            temporary.rename(folder)
     return folder
+
+
+@contextmanager
+def unsaved(folder: Path) -> Iterator[Path | None]:
+    """Yield a directory in which to save a state; it becomes `folder` after the block. Yield None if `folder` exists.
+
+    Other processes that need the same state wait until the block ends.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):
+        if folder.exists():
+            yield None
+            return
+        temporary = folder.with_suffix(".new")
+        temporary.mkdir(exist_ok=True)
+        yield temporary
+        temporary.rename(folder)
 
 
 async def _boot(folder: Path, parts: GuestParts, *options: str, **details: str) -> None:
@@ -111,7 +124,8 @@ def _allocated(descriptor: int, start: int, length: int) -> Iterator[tuple[int, 
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Lock a file during the block. The file is created."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -2,7 +2,7 @@
 //! reports errors on the serial line.
 //!
 //! The contents of each page are a function of (page number, version). A table elsewhere in memory holds the current
-//! version of each page, and a separate counter holds the sum of all versions. This detects lost writes, stale pages,
+//! version of each page, and a separate counter holds the sum of all versions. They reveal lost writes, stale pages,
 //! torn pages, and a table older than its pages:
 //!
 //! ```text

@@ -1,4 +1,4 @@
-"""Compilation of the programs that run in test guests, with rustc and without cargo."""
+"""Compilation, with rustc and without cargo, of the programs that run in test guests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Disk that test guests share, and QEMU's locks on the file of the disk."""
+"""Disks of test guests, and QEMU's locks on their files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def drive(path: Path, name: str, *more: str, kind: str = "raw") -> tuple[str, st
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Lock a disk like a QEMU process that writes to it."""
+    """Lock a disk as a QEMU process that writes to the disk does."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         for byte in (_WRITES, _SHARES_NO_WRITES):

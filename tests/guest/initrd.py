@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.guest.compiler import compile_program
 
 CHECKER = Path(__file__).with_name("checker.rs")
+DISK_CHECKER = Path(__file__).with_name("disk_checker.rs")
 
 BALLOON_MODULES = (
     "virtio",
@@ -22,31 +23,35 @@ BALLOON_MODULES = (
 """Modules required for a virtio balloon, in loading order."""
 
 
-def build(folder: Path, modules: Sequence[Path] = ()) -> Path:
-    """Compile the checker, and pack it with these kernel modules into an initrd. Return the path of the initrd.
+def build(folder: Path, modules: Sequence[Path] = (), source: Path = CHECKER) -> Path:
+    """Compile a checker, and pack it with these kernel modules into an initrd. Return the path of the initrd.
 
     An unchanged checker is not compiled again. Raises the same errors as `compile_program`.
     """
-    program = compile_program(CHECKER, folder / "checker", "-Ctarget-feature=+crt-static", "-Cstrip=symbols")
-    initrd = folder / f"checker-{len(modules)}.cpio"
+    name = source.stem.replace("_", "-")
+    program = compile_program(source, folder / name, "-Ctarget-feature=+crt-static", "-Cstrip=symbols")
+    initrd = folder / f"{name}-{len(modules)}.cpio"
     contents = [(f"{number}-{path.name}", path.read_bytes()) for number, path in enumerate(modules)]
-    _write(initrd, archive(program.read_bytes(), contents))
+    write(initrd, archive(program.read_bytes(), contents))
     return initrd
 
 
-def archive(init: bytes, modules: Sequence[tuple[str, bytes]] = ()) -> bytes:
-    """Return an initramfs in cpio's `newc` format.
+def archive(
+    init: bytes, modules: Sequence[tuple[str, bytes]] = (), programs: Sequence[tuple[str, bytes]] = ()
+) -> bytes:
+    """Return an initramfs in cpio's `newc` format. `programs`: paths (`bin/busybox`) and contents.
 
     The format is described in the kernel's Documentation/driver-api/early-userspace/buffer-format.rst.
     """
-    folders = [_entry(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "modules")]
+    folders = [_entry(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "modules", "bin", "root")]
     console = _entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
-    program = _entry("init", stat.S_IFREG | 0o755, init)
+    run = [_entry(name, stat.S_IFREG | 0o755, content) for name, content in (("init", init), *programs)]
     loaded = [_entry(f"modules/{name}", stat.S_IFREG | 0o644, content) for name, content in modules]
-    return b"".join([*folders, console, program, *loaded, _entry("TRAILER!!!", 0)])
+    return b"".join([*folders, console, *run, *loaded, _entry("TRAILER!!!", 0)])
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Replace a file atomically."""
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_bytes(content)
     temporary.rename(path)

@@ -105,14 +105,19 @@ packet:
 
 
 def boot_sector(folder: Path) -> bytes:
-    """Assemble and link the boot sector in `folder`, and return it.
+    """Assemble and link the boot sector in `folder`, and return it. Skip the test as `assemble` does."""
+    return assemble(_SOURCE, folder)
+
+
+def assemble(text: str, folder: Path) -> bytes:
+    """Assemble and link the source of a boot sector in `folder`, and return the boot sector.
 
     Skip the test if there is no assembler or linker.
     """
     if shutil.which("as") is None or shutil.which("ld") is None:
         pytest.skip("no assembler or no linker, which build the boot sector of the guest")
     source, target, binary = folder / "boot.s", folder / "boot.o", folder / "boot.bin"
-    source.write_text(_SOURCE)
+    source.write_text(text)
     subprocess.run(["as", "--32", "-o", target, source], check=True, timeout=30)
     link = ["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", str(binary), str(target)]
     subprocess.run(link, check=True, timeout=30, stderr=subprocess.DEVNULL)

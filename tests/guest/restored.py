@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pageferry
 from pageferry.checkpoints.events import RestoreResult
@@ -15,6 +18,7 @@ from pageferry.host.qmp import Monitor
 from pageferry.host.registry import Folder, Registry
 from pageferry.pager import client, records
 from pageferry.pager.protocol import PagerStatus
+from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest import booted
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
@@ -23,8 +27,18 @@ OPTIONS = ("-smp", "2", "-device", "virtio-balloon-pci,id=balloon")
 BUSY = "ferry.mib=64 ferry.rate=3000"
 
 
+@contextlib.asynccontextmanager
+async def restored(name: str, image: Path, command: Sequence[str], **options: Any) -> AsyncIterator[QemuWorkload]:
+    """Yield a guest that is restored for the block."""
+    workload, _ = await restore_guest(name, image, command, **options)
+    try:
+        yield workload
+    finally:
+        await workload.discard()
+
+
 def image_of_a_guest(parts: GuestParts, folder: Path, *, paused: bool = False) -> Path:
-    """Checkpoint a guest, which its user has paused if `paused` is true. Return the path of the image."""
+    """Checkpoint a guest. If `paused` is true, pause the guest first, as a user would. Return the path of the image."""
 
     async def make() -> Path:
         serial = Serial(folder / "serial")

@@ -1,4 +1,4 @@
-"""Guest that is migrated from QEMU to QEMU from the command line, observed on its serial lines."""
+"""Guest that pageferry commands migrate from one QEMU to the next, observed on its serial lines."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Traveller:
             call = [sys.executable, "-m", "pageferry", *words]
             subprocess.run(call, check=True, timeout=DEADLINE, capture_output=True)
             asyncio.run(self.serial.ready())
-        else:  # like `pageferry run`, but without the start of an interpreter
+        else:  # as `pageferry run` does, but without the start of an interpreter
             asyncio.run(self._start())
 
     def command(self, name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Programs that migrate and receive an arena from Python, with commands on standard input.
+"""Programs that migrate and receive an arena from Python, controlled by commands on standard input.
 
 `source SIZE WORDS...` creates an arena of SIZE bytes. WORDS:
 
@@ -14,7 +14,7 @@ Commands of the source:
 - `migrate ADDRESS`: migrate the arena
 - `briefly ADDRESS`: start a migration, and cancel it after the next line of input
 - `had`: print hashes of memory and state
-- `calls`: print the callbacks called
+- `calls`: print the callbacks that were called
 - `descriptors`: print the number of open descriptors
 
 `destination WORDS...` receives an arena, prints hashes of memory and state, and writes to the arena after the next line
@@ -134,7 +134,7 @@ class Source(Program):
         say(self.had(self.arena))
 
     async def migrate_briefly(self, address: str) -> None:
-        """Start a migration, and cancel the migration after the next line of input, as a timeout of a program would."""
+        """Start a migration, and cancel it after the next line of input, as a timeout in a program would."""
         try:
             async with asyncio.timeout(None) as limit:
                 telling = asyncio.create_task(self.give_up(limit))

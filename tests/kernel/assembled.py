@@ -45,7 +45,7 @@ class Program:
         self._words[word] = value
 
     def passes(self, word: int, value: int, seconds: float = DEADLINE) -> bool:
-        """Wait until a counter exceeds `value`. Return False if the program exits first, or after `seconds`."""
+        """Return whether a counter exceeds `value` before the program exits and within `seconds`."""
         deadline = time.monotonic() + seconds
         while self[word] <= value:
             if time.monotonic() > deadline or self.process.poll() is not None:

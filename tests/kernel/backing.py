@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
 from pageferry._engine import LARGE_PAGE, large_tmpfs
+from tests import hugetlb
 
-_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 _MFD_HUGE_2MB = 21 << 26
 KINDS = ("small", "large", "hugetlb")
 
@@ -20,7 +19,7 @@ KINDS = ("small", "large", "hugetlb")
 def backing(kind: str, length: int, files: int = 1) -> Iterator[list[int]]:
     """Yield descriptors of `files` new files of `length` bytes each. Skip the test if the kind is unavailable."""
     opened = []
-    with _pool(files * length // LARGE_PAGE if kind == "hugetlb" else 0):
+    with hugetlb.reserved(files * length // LARGE_PAGE) if kind == "hugetlb" else nullcontext():
         try:
             opened = [_open(kind, length) for _ in range(files)]
             yield opened
@@ -47,21 +46,3 @@ def _on_tmpfs(length: int) -> int:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
     finally:
         os.close(directory)
-
-
-@contextmanager
-def _pool(pages: int) -> Iterator[None]:
-    """Reserve `pages` additional hugetlb pages, and restore the pool size after the block. Skip the test on failure."""
-    if not pages:
-        yield
-        return
-    if not os.access(_POOL, os.W_OK):
-        pytest.skip("only root can enlarge the hugetlb pool")
-    before = _POOL.read_text()
-    try:
-        _POOL.write_text(str(int(before) + pages))
-        if int(_POOL.read_text()) < int(before) + pages:
-            pytest.skip("not enough contiguous memory for hugetlb pages")
-        yield
-    finally:
-        _POOL.write_text(before)

@@ -1,4 +1,4 @@
-"""Program whose arena is saved or migrated while tasks or threads write to the arena; counts torn images.
+"""Program that saves or migrates its arena while tasks or threads write to the arena, and counts torn images.
 
 Arguments: the kind of callbacks, `checkpoint` or `migrate`, and a folder. Each unit of work adds 1 to the first and to
 the last word of the arena. An image is torn if the two words differ. The last line of output is `torn N of M`.

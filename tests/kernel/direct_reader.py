@@ -107,7 +107,7 @@ async def destination() -> None:
 
 
 async def late_destination() -> None:
-    """Receive an arena, even by post-copy, which `pageferry.receive` refuses."""
+    """Receive an arena. Unlike `pageferry.receive`, also accept post-copy."""
     arenas: list[Arena] = []
 
     async def prepare(hello: messages.Hello) -> Migratable:

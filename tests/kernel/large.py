@@ -37,7 +37,7 @@ def only(pid: int, address: int) -> Target:
 
 
 async def while_doing(access: Callable[[], object], work: Awaitable[T]) -> T:
-    """Await `work`, and return the result of `work`. Call `access` repeatedly whenever `work` waits."""
+    """Await `work`, and return its result. Call `access` repeatedly while `work` waits."""
 
     async def repeat() -> None:
         while True:

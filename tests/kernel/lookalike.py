@@ -32,12 +32,12 @@ def content(number: int) -> bytes:
 
 
 def unique(number: int) -> int:
-    """Return the number that gives unique contents, from the index `number` of a page."""
+    """Return a number that gives contents which no other page has. `number`: index of the page."""
     return 1_000_000 + number
 
 
 def worth(workloads: Sequence[Sequence[int]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the number of pages by class, and the number of pages that sharing would free, also by class.
+    """Return, by class, the number of pages, and the number of pages that sharing would free.
 
     `workloads`: numbers of the page contents of each workload.
     """
@@ -104,7 +104,7 @@ class _Memory:
         return [page for page, number in enumerate(self.numbers) if self._at(page) != content(number)]
 
     def hammer(self, numbers: list[int], seed: int) -> None:
-        """Start a thread that writes these contents to random pages until `rest` is called."""
+        """Start a thread that writes contents given by `numbers` to random pages, until `rest` is called."""
         choice = random.Random(seed)
 
         def work() -> None:

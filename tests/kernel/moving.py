@@ -84,7 +84,8 @@ def address_of(program: Program) -> str:
 
 def migrating(name: str, *options: str, host: Host = HERE, **streams: Any) -> Program:
     """Start `pageferry migrate` for the workload `name`. `options`: address of the receiver, and further options."""
-    return host.program("-m", "pageferry", "migrate", name, *options, *host.link, "--output", "json", **streams)
+    link = () if "--take-back" in options else host.link  # a take-back does not connect to the destination
+    return host.program("-m", "pageferry", "migrate", name, *options, *link, "--output", "json", **streams)
 
 
 def until(program: Program, kind: str) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def stopped(program: Program) -> None:
 
 
 def state(pid: int) -> str:
-    """Return the process state of proc(5); `T` is stopped."""
+    """Return the state of a process, as in proc(5); `T`: stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 

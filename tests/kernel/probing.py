@@ -56,7 +56,7 @@ def features(user: int | None) -> None:
 
 
 def deny(calls: dict[int, int]) -> None:
-    """Make system calls fail by a seccomp filter, as on a kernel without them. `calls`: errno by system call number."""
+    """Install a seccomp filter that makes system calls fail. `calls`: errno by system call number."""
     program = [struct.pack("=HBBI", 0x20, 0, 0, 0)]  # load the system call number
     for number, error in calls.items():
         program.append(struct.pack("=HBBI", 0x15, 0, 1, number))  # skip the next instruction unless equal

@@ -1,11 +1,11 @@
 """Program that removes parts of its arena, or maps the arena again: `removing_owner NAME PAGES [IMAGE]`.
 
-Each page contains its number plus one, 512 times. IMAGE: image from which the arena is restored on demand. A line of
-standard input has commands `CALL FIRST COUNT`, separated by `;`. FIRST and COUNT are the range, in pages. CALL:
+Each page contains its index plus one, 512 times. IMAGE: image from which the arena is restored on demand. A line of
+standard input contains commands `CALL FIRST COUNT`, separated by `;`. FIRST and COUNT give the range, in pages. CALL:
 
 - `unmap`: madvise(MADV_DONTNEED)
 - `remove`: madvise(MADV_REMOVE)
-- `punch`: fallocate(2) of the descriptor, which punches a hole
+- `punch`: fallocate(2), which punches a hole in the memory file
 - `look`: no change
 - `again`: no change; the reply to the line refers to a new mapping
 

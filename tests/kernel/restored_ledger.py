@@ -1,7 +1,7 @@
 """Program with a ledger restored from an image on demand, without prefetch: `restored_ledger IMAGE NAME`.
 
-Prints a `ready` event. The command `load` on standard input loads all memory, then prints the deferred bytes. The last
-line, after SIGTERM or after a migration of the ledger, reports the result of the verification.
+The program prints a `ready` event. The command `load` on standard input loads all memory, then prints the deferred
+bytes. The last line, after SIGTERM or after a migration of the ledger, reports the result of the verification.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     arena = pageferry.restore(Path(sys.argv[1]), prefetch=False)
-    workload = LedgerWorkload(arena, late=True, on_moved=lambda: end("moved"))
+    workload = LedgerWorkload(arena, postcopy=True, on_moved=lambda: end("moved"))
     assert arena.received_state is not None
     arena.control.load_state(arena.received_state)
+    deferred = arena.deferred  # counted before the ledger writes, which loads pages
     arena.control.resume()
     arena.register(sys.argv[2])
     workload.name = sys.argv[2]
-    say(type="ready", deferred=arena.deferred)
+    say(type="ready", deferred=deferred)
     threading.Thread(target=answer, args=(arena,), daemon=True).start()
     ended.wait()
     workload.stop()

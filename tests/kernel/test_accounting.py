@@ -1,4 +1,4 @@
-"""Tests of the statistics: phases add up to the total time, and the rounds of a migration to the transferred bytes."""
+"""Tests of the statistics: phases add up to the total time, and rounds of a migration add up to the sent bytes."""
 
 from __future__ import annotations
 

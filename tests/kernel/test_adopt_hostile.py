@@ -1,4 +1,4 @@
-"""Adoption of QMP servers that pretend to be QEMU, and of descriptors that are replaced while they are opened."""
+"""Adoption of QMP servers that pretend to be QEMU, and opening of descriptors that are replaced in the meantime."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def victim() -> Iterator[tuple[int, int]]:
 
 
 def adopt(path: str) -> int:
-    """Adopt the guest of a monitor, and return its pid."""
+    """Adopt the guest of a monitor, and return the guest's pid."""
 
     async def scenario() -> int:
         workload = await QemuWorkload.adopt("theirs", path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,21 @@ def test_view_outlives_name_and_arena() -> None:
     del arena
     view[0] = 7
     assert view[0] == 7
+
+
+LOW_LIMIT = """
+import resource, pageferry.errors
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+try:
+    pageferry.Arena("1MiB", capacity="1TiB")
+except pageferry.errors.WorkloadError as error:
+    print(error)
+"""
+
+
+def test_error_names_the_limit_of_the_address_space() -> None:
+    done = subprocess.run([sys.executable, "-c", LOW_LIMIT], capture_output=True, text=True, timeout=60)
+    assert "use a smaller size or `capacity`, or raise the limit of the address space" in done.stdout, done.stderr
 
 
 def test_sizes_are_rounded_up() -> None:

@@ -121,7 +121,7 @@ def test_quota_limits_cpu_time_until_closed() -> None:
 
 
 def test_quota_of_own_or_exited_process_is_refused() -> None:
-    with pytest.raises(WorkloadError, match="in the process that would limit it"):
+    with pytest.raises(WorkloadError, match="it runs in this process"):
         CpuQuota([os.getpid()])
     with spinner() as gone:
         gone.kill()

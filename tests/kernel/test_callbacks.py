@@ -220,7 +220,7 @@ def test_named_arena_with_coroutine_callbacks_needs_a_loop() -> None:
 
 
 async def _listen(_: Any) -> None:
-    """Do nothing. A call returns a coroutine, which a call of a listener must not return."""
+    """Do nothing. This coroutine function is not a valid listener: a call returns a coroutine."""
 
 
 def _listen_later(event: Any) -> Any:

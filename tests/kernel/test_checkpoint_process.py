@@ -15,6 +15,7 @@ import pytest
 
 import pageferry
 from pageferry.errors import UnsupportedError, UsageError, WorkloadDied
+from pageferry.host import fault_points
 from pageferry.images.image import ImageFile
 from pageferry.workloads.process import ProcessWorkload
 from tests.kernel.programs import Program, wait_until
@@ -108,7 +109,8 @@ def test_stopped_process_stays_stopped(holder: tuple[Program, int], tmp_path: Pa
 def test_process_resumes_when_saver_is_killed(holder: tuple[Program, int], tmp_path: Path) -> None:
     pid = holder[0].process.pid
     command = ("-m", "pageferry", "checkpoint", f"pid:{pid}", str(tmp_path / "image"), "--regions", "anon")
-    with Program(*command, "--output", "json", "--bandwidth", "4K") as saver:
+    environment = {**os.environ, fault_points.VARIABLE: "checkpoint.saved=stop"}
+    with Program(*command, "--output", "json", env=environment) as saver:
         assert saver.json()["type"] == "armed"
         time.sleep(0.1)
         saver.kill()

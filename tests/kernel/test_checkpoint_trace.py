@@ -10,6 +10,7 @@ import mmap
 import os
 import random
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +313,47 @@ def test_cancelled_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
     result = save(arena, tmp_path / "1", parent=tmp_path / "0")
     assert result.tracking == "compare"
     assert memoryview(memory_of(ImageFile(tmp_path / "1"))) == memoryview(arena)
+
+
+def test_bandwidth_limits_rounds(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    words[:2048] += 1
+    begin = time.monotonic()
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0", at_snapshot_point=MIB, bandwidth=8 * MIB)
+    assert time.monotonic() - begin > 0.9  # 8 MiB at 8 MiB/s; no wait follows the last block
+    assert (result.tracking, result.rounds) == ("trace", 1)
+    assert result.downtime < 500
+
+
+def test_bandwidth_does_not_limit_pages_that_are_left_for_the_pause(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    words[:2048] += 1
+    begin = time.monotonic()
+    result = save(arena, tmp_path / "1", parent=tmp_path / "0", at_snapshot_point=16 * MIB, bandwidth=MIB)
+    assert time.monotonic() - begin < 4
+    assert (result.tracking, result.rounds) == ("trace", 0)
+
+
+def test_limited_round_can_be_cancelled(tmp_path: Path) -> None:
+    arena, words = filled()
+    save(arena, tmp_path / "0", track=True)
+    words[:] += 1
+
+    async def run() -> float:
+        task = asyncio.create_task(
+            pageferry.checkpoint_async(
+                arena, tmp_path / "1", parent=tmp_path / "0", at_snapshot_point=0, bandwidth=MIB // 2
+            )
+        )
+        await asyncio.sleep(0.5)
+        assert not task.done()
+        begin = time.monotonic()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return time.monotonic() - begin
+
+    assert asyncio.run(run()) < 5
+    assert not (tmp_path / "1").exists()

@@ -94,7 +94,7 @@ def test_generation_of_a_replaced_or_closed_file_is_unknown(tmp_path: Path) -> N
     assert files.generation(str(path)) is None
     with raw(path).open("rb"):
         replaced = files.generation(str(path))
-        assert replaced is None or path.stat().st_ino == inode(files.get(str(path)))  # inode numbers are used again
+        assert replaced is None or path.stat().st_ino == inode(files.get(str(path)))  # the inode number may be reused
 
 
 @pytest.mark.parametrize(
@@ -152,3 +152,31 @@ def test_host_is_described_by_digests() -> None:
     assert host == disk_files.host()
     assert len(host.boot) == 32
     assert host.boot not in Path("/proc/sys/kernel/random/boot_id").read_text()
+
+
+@pytest.fixture
+def loop_device(root: None, tmp_path: Path) -> Iterator[Path]:
+    """Return the path of a zero-filled 8 MiB block device that this process keeps open."""
+    contents = raw(tmp_path / "contents", 8 << 20)
+    attached = subprocess.run(["losetup", "--find", "--show", contents], capture_output=True, text=True)
+    if attached.returncode != 0:
+        pytest.skip(f"no loop device: {attached.stderr.strip()}")
+    try:
+        with open(attached.stdout.strip(), "rb") as device:
+            yield Path(device.name)
+    finally:
+        subprocess.run(["losetup", "--detach", attached.stdout.strip()], check=True)
+
+
+@pytest.mark.parametrize("start", [1024, (8 << 20) - 512])
+def test_block_device_with_data_at_its_ends_is_not_blank(loop_device: Path, start: int) -> None:
+    path = str(loop_device)
+    assert found(path).is_blank_device(path)
+    with loop_device.open("r+b") as device:
+        device.seek(start)
+        device.write(b"x" * 512)
+    assert not found(path).is_blank_device(path)
+
+
+def test_file_is_not_a_blank_device(disk: Path) -> None:
+    assert not found(str(disk)).is_blank_device(str(disk))

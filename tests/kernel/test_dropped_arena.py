@@ -43,7 +43,7 @@ def file_of(arena: Arena) -> tuple[int, int]:
 
 @contextmanager
 def warned(count: int = 1) -> Iterator[None]:
-    """Check that `count` arenas are reported as dropped. Keep only texts: a warning would keep its arena alive."""
+    """Check that `count` arenas are reported as dropped. Keep only texts, because a warning refers to its arena."""
     found: list[str] = []
 
     def note(message: Warning | str, category: type[Warning], *_: object) -> None:

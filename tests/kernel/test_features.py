@@ -21,6 +21,7 @@ from pageferry import _engine
 from pageferry._engine import Advice
 from pageferry.host.probes import PROBES, Feature, kernel, machine, pages, processes
 from pageferry.host.probes.kernel import LARGE_PAGE, SMALL_PAGE, Anonymous
+from tests import hugetlb
 from tests.kernel.probing import Seen
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,18 +128,11 @@ def test_hugetlb_pool_matches_meminfo(seen: Seen) -> None:
 
 
 def test_hugetlb_pool_with_one_page_is_found(root: None) -> None:
-    size = pages.HUGETLB / "nr_hugepages"
-    before = int(size.read_text())
-    size.write_text(str(before + 1))
-    try:
-        if int(size.read_text()) == before:
-            pytest.skip("cannot add a page to the hugetlb pool")
+    with hugetlb.reserved(1):
         found = msgspec.json.decode(probing("features").stdout, type=Seen).features["hugetlb"]
         assert found.available
-        assert f" of {before + 1} pages" in found.detail
+        assert f" of {int(hugetlb.POOL.read_text())} pages" in found.detail
         assert int((pages.HUGETLB / "free_hugepages").read_text()) > 0
-    finally:
-        size.write_text(str(before))
 
 
 def test_kvm_needs_its_device(seen: Seen) -> None:

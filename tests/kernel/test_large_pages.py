@@ -266,7 +266,7 @@ def test_memory_held_by_another_command_is_refused(memory: Memory) -> None:
     with only(memory.owner.pid, memory.address) as target, Tracker(target) as tracker:
         other.hold([memory.address + 2 * LARGE_PAGE])
         pages = [page for page in tracker.large_pages() if page.address >= memory.address][::2]
-        with pytest.raises(WorkloadError, match=f"process {memory.owner.pid}: another command is using its memory"):
+        with pytest.raises(WorkloadError, match=f"another command is using that of process {memory.owner.pid}"):
             asyncio.run(tracker.window(pages, 0.01))
     assert other.restore() == []
     assert len(memory.large()) == UNITS

@@ -155,7 +155,7 @@ def test_state_of_another_snapshot_point_is_refused() -> None:
             await source.pause()
             late = await source.save_state()
             assert early != late
-            with pytest.raises(WorkloadError, match="differs from its state at the pause"):
+            with pytest.raises(WorkloadError, match="differs from the state at the pause"):
                 await destination.load_state(late)
             await destination.load_state(early)
             destination.stop()

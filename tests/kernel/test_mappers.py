@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +23,14 @@ from typing import Any
 import pytest
 
 import pageferry
+from pageferry._engine import Space
 from pageferry.errors import WorkloadError
+from pageferry.memory import mappers
 from pageferry.memory.view import Memory
 from pageferry.workloads.arena.arena import Arena
 from tests.kernel import mapper, moving
 from tests.kernel.programs import Program, wait_until
+from tests.kernel.target import Target
 
 MIB = 1 << 20
 PROGRAM = f"{shlex.quote(sys.executable)} {shlex.quote(mapper.__file__)}"
@@ -143,12 +147,75 @@ def _is_memory(arena: Arena, name: str) -> bool:
 
 
 def is_one_snapshot(image: Path) -> bool:
-    """Return whether an image is one snapshot: its first pages are of one round, any others of the round before."""
+    """Return whether an image is one snapshot: its first pages are of one round, any others of the previous one."""
     rounds = memoryview(pageferry.restore(image)).cast("Q")[:: mapper.PAGE_WORDS].tolist()
     return rounds == sorted(rounds, reverse=True) and rounds[0] - rounds[-1] <= 1
 
 
 WAYS = [fork, spawn, orphan, received, opened, other_namespace]
+
+
+def test_process_between_fork_and_exec_is_not_taken_for_a_user_of_a_file(tmp_path: Path) -> None:
+    """A scan can find a child with all mappings of its parent, which execve(2) in the child removes."""
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(MIB))
+    with open(path, "r+b") as file:
+        memory = mmap.mmap(file.fileno(), MIB)
+    child = os.fork()
+    if not child:
+        time.sleep(0.1)
+        os.execv("/bin/sleep", ["sleep", "60"])
+    memory.close()
+    try:
+        mappers.refuse_in_use("guest", str(path), 0, MIB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_process_that_maps_a_file_for_writing_is_a_user(writers: Writers, tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(MIB))
+    pid = writers.run(f"exec {PROGRAM} {path} write")
+    with pytest.raises(WorkloadError, match=f"process {pid} "):
+        mappers.refuse_in_use("guest", str(path), 0, MIB)
+
+
+def test_process_that_ends_soon_is_a_user(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(MIB))
+    script = (
+        "import mmap, sys, time\n"
+        "file = open(sys.argv[1], 'r+b')\n"
+        "memory = mmap.mmap(file.fileno(), 0)\n"
+        "print(flush=True)\n"
+        "time.sleep(0.1)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE) as user:
+        assert user.stdout is not None
+        user.stdout.readline()
+        with pytest.raises(WorkloadError, match=f"process {user.pid} "):
+            mappers.refuse_in_use("guest", str(path), 0, MIB)
+
+
+def test_injections_of_other_threads_are_not_taken_for_writers(tmp_path: Path) -> None:
+    """The process that injects a system call has the memory and the descriptors of this program."""
+    arena, stopped = Arena(4 * MIB), threading.Event()
+
+    def inject() -> None:
+        with Target() as target:
+            space = Space(target.pid)
+            while not stopped.is_set():
+                space.getppid()
+
+    thread = threading.Thread(target=inject)
+    thread.start()
+    try:
+        for number in range(10):
+            pageferry.checkpoint(arena, tmp_path / str(number))
+    finally:
+        stopped.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -223,13 +290,13 @@ def test_process_that_maps_during_a_migration_is_refused(writers: Writers) -> No
             await asyncio.to_thread(spawn, writers)
             await moving_on
 
-        with pytest.raises(WorkloadError, match=r"process \d+ .*mapped its memory during"):
+        with pytest.raises(WorkloadError, match=r"process \d+ .*mapped the memory during"):
             asyncio.run(main())
     assert writers.arena.status == "running"
 
 
 USER = """
-import asyncio, ctypes, os, sys
+import asyncio, ctypes, multiprocessing.reduction, os, sys
 import pageferry.checkpoints.save, pageferry.workloads.arena.arena
 from pageferry.errors import UnsupportedError
 os.setgid(65534)
@@ -274,3 +341,29 @@ def test_scan_is_short() -> None:
     for _ in range(10):
         asyncio.run(workload.check_mappers())
     assert (time.perf_counter() - before) / 10 < 0.5
+
+
+FULL_SCAN = """
+import errno, os, resource, sys
+from pageferry._engine import scan_mappers
+status = os.fstat(0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+opened = []
+try:
+    while True:
+        opened.append(os.dup(0))
+except OSError as failed:
+    assert failed.errno == errno.EMFILE
+for descriptor in opened[-2:]:  # for /proc itself
+    os.close(descriptor)
+try:
+    scan_mappers([(status.st_dev, status.st_ino, status.st_dev)])
+except OSError as failed:
+    print(errno.errorcode[failed.errno])
+"""
+
+
+def test_scan_that_lacks_descriptors_fails_instead_of_missing_processes() -> None:
+    with tempfile.TemporaryFile() as file:
+        found = subprocess.run([sys.executable, "-c", FULL_SCAN], stdin=file, capture_output=True, text=True)
+    assert found.stdout == "EMFILE\n", found.stderr

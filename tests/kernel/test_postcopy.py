@@ -198,7 +198,7 @@ def test_pager_reconnects_after_a_lost_connection(kind: str) -> None:
 
 
 def test_another_pager_takes_over() -> None:
-    """The process itself keeps its userfaultfd open, from which the next pager resolves pending faults."""
+    """The process itself keeps its userfaultfd open, through which the next pager resolves pending faults."""
     with scene("small") as made, connections() as (ours, theirs), connections(1) as (more, other):
         pager = made.pager(PeerSource(ours[0], ours[1:]))
         server = made.server(theirs)

@@ -203,7 +203,7 @@ def test_zeros_become_holes_and_other_pages_stay() -> None:
 
 
 def rich_and_poor(units: int) -> list[int]:
-    """Return numbers of page contents: huge pages with odd numbers have 400 shareable pages, the others have one."""
+    """Return numbers of page contents: huge pages with odd indices have 400 shareable pages, the others have one."""
     rich = [1 + page % 100 for page in range(300)] + [0] * 100
     poor = [1]
     blocks = [rich if unit % 2 else poor for unit in range(units)]

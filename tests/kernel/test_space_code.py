@@ -1,4 +1,4 @@
-"""Injection of system calls into 64-bit code only, which preserves the kernel's guarantees to the process."""
+"""Injection of system calls: only into 64-bit code, and without breaking the kernel's guarantees to the process."""
 
 from __future__ import annotations
 

@@ -288,7 +288,7 @@ def test_second_trace_is_refused(small: int) -> None:
     mapping = Mapping(small, LENGTH)
     trace = own(mapping)
     with pytest.raises(
-        OSError, match=f"process {os.getpid()} at {mapping.address:#x}: it is registered with another"
+        OSError, match=f"process {os.getpid()} at {mapping.address:#x}: the memory is registered with another"
     ) as busy:
         own(mapping)
     assert busy.value.errno == errno.EBUSY

@@ -17,7 +17,7 @@ from tests.kernel import users
 from tests.kernel.images import Maker
 from tests.kernel.moving import address_of, ends_intact, ledger, migrating, receiver
 
-pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("root")]
+pytestmark = pytest.mark.usefixtures("root")
 
 DEVICE = Path("/dev/userfaultfd")
 SWITCH = Path("/proc/sys/vm/unprivileged_userfaultfd")

@@ -36,7 +36,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 
 def memory(pages: int = PAGES) -> Mapping:
     made = os.memfd_create("test", os.MFD_CLOEXEC)
-    fd = os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC)  # inotify does not report discards by `made`
+    fd = os.open(f"/proc/self/fd/{made}", os.O_RDWR | os.O_CLOEXEC)  # inotify does not report discards through `made`
     try:
         os.ftruncate(fd, pages * SMALL_PAGE)
         return Mapping(fd, pages * SMALL_PAGE)

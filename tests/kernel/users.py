@@ -1,9 +1,10 @@
-"""Commands that root runs as one of three kinds of user: `python -m tests.kernel.users KIND PYTHON ARGUMENTS...`.
+"""Commands that root runs as one of four kinds of user: `python -m tests.kernel.users KIND PYTHON ARGUMENTS...`.
 
 - `root`: root itself
 - `user`: an ordinary user without capabilities
 - `sandbox`: uid 0 with the default capabilities of a container and a private /dev; a seccomp filter denies userfaultfd
   and all access to other processes
+- `bare`: as `sandbox`, without capabilities
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _works(path: str) -> bool:
 
 
 def host(kind: str, folder: Path) -> Host:
-    """Return a host on which programs run as a kind of user, with a run directory in `folder`."""
+    """Return a host whose programs run as a kind of user, and whose run directory is in `folder`."""
     return Host((sys.executable, "-m", "tests.kernel.users", kind), folder / "run")
 
 
@@ -78,9 +79,9 @@ def _become(kind: str) -> None:
         os.setgroups([])
         os.setresgid(UID, UID, UID)
         os.setresuid(UID, UID, UID)
-    elif kind == "sandbox":
+    elif kind in ("sandbox", "bare"):
         _own_dev()
-        for capability in set(range(64)) - _CONTAINER_CAPABILITIES:
+        for capability in set(range(64)) - (_CONTAINER_CAPABILITIES if kind == "sandbox" else set()):
             _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
         deny(dict.fromkeys(_REFUSED.values(), errno.EPERM))
 
@@ -98,7 +99,7 @@ def _own_dev() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Change to a kind of user, and execute a Python interpreter that this user may execute, with our packages."""
+    """Change to a kind of user, and execute, with our packages, a Python interpreter that this user may execute."""
     kind, _, *words = arguments
     found = python()
     packages = [

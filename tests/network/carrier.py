@@ -1,8 +1,9 @@
 """Network between hosts: `python carrier.py SETUP` creates network namespaces and forwards packets between them.
 
 Each host has a TUN device. This process reads the packets of each device and writes them to the device of the receiving
-host, with the delay, loss and bandwidth of the current conditions. Both ends use the kernel's own TCP. Requires root
-and /dev/net/tun, but no qdisc: many kernels lack netem, and netem cannot corrupt data without TCP noticing.
+host, with the delay, loss and bandwidth of the current conditions. Both ends use the kernel's own TCP. The program
+requires root and /dev/net/tun. It does not use netem: many kernels lack netem, and TCP would detect data that netem
+corrupts.
 
 The namespaces have no names, so they vanish with this process, which exits at the end of its standard input. Other
 processes enter them through the descriptors in the first line of output::

@@ -161,7 +161,7 @@ class Journey:
                         replaced = True
                     case _ if replaced and self._late and not self._arrives():
                         # The workload was killed at the destination before all pages were received. The operator takes
-                        # it back.
+                        # the workload back.
                         assert self.recover("--take-back") == (0, "source")
                         return "source"
                     case _:
@@ -170,7 +170,7 @@ class Journey:
 
     def recover(self, how: str = "--recover") -> tuple[int, Owner | None]:
         """Run `pageferry migrate --recover` or `--take-back`. Return the exit code and the reported owner."""
-        words = (how, "--timeout", TIMEOUT)
+        words = (how, "--timeout", TIMEOUT) if how == "--recover" else (how,)
         with moving.migrating(self.traveller.name, *words, host=self.origin, stderr=self._file("recover")) as recovery:
             assert recovery.process.stdout is not None
             out, _ = recovery.process.communicate(timeout=60)
@@ -242,7 +242,7 @@ DEEDS: dict[str, Callable[[Journey], None]] = {
     "cut": _link(down=[0]),
     "silence": _link(silent=[0]),
     "blip": _blip,
-    "delay": _link(delay=0.1),
+    "delay": _link(delay=0.03),
     "damaged-pages": _link(corrupt="pages"),
     "damaged-words": _link(corrupt="control"),
     "damaged-answer": _link(corrupt="control", back=True),

@@ -42,7 +42,8 @@ LINKS: dict[str, dict[str, float]] = {
     "lossy": {"delay": 0.005, "rate": GIGABIT / 4, "loss": 0.005},
 }
 TROUBLES = [name for name in DEEDS if name != "source-workload"]
-# The program sleeps briefly: on Linux 6.18, a low-priority task that never sleeps was seen to starve kernel threads.
+# The program sleeps briefly: on Linux 6.18, a low-priority task that never sleeps has been observed to starve kernel
+# threads.
 SPINNER = """
 import os, time
 os.nice(15)
@@ -105,7 +106,7 @@ def _options(dice: random.Random) -> list[str]:
 
 
 class Soak:
-    """The hosts, the travelling workloads, and the log."""
+    """Hosts, travelling workloads and log of a soak."""
 
     def __init__(self, folder: Path, seed: int, parts: GuestParts | None) -> None:
         self.folder = folder

@@ -165,23 +165,23 @@ DIGEST = blake2b(digest_size=32).digest()
 WRONG: dict[str, tuple[int, list[messages.Message]]] = {
     "instead of LargePages": (22, [messages.Round(number=1)]),
     "huge pages of region 3": (22, [large_pages(number=3)]),
-    "2 bytes for 2 units": (22, [large_pages(b"\0\0")]),
+    "invalid bitmap of 2 bytes": (22, [large_pages(b"\0\0")]),
     "sent Commit during the transfer": (22, [large_pages(), messages.Commit()]),
     "sent Hello during the transfer": (22, [large_pages(), hello()]),
-    "sent Round during the transfer; expected State or StateEnd": (
+    "sent Round during the transfer instead of State or StateEnd": (
         22,
         [large_pages(), messages.Hot(region=0, units=b"\0"), messages.Round(number=1)],
     ),
-    "sent Hot during the transfer; expected State or StateEnd": (
+    "sent Hot during the transfer instead of State or StateEnd": (
         22,
         [large_pages(), *[messages.Hot(region=0, units=b"\0")] * 2],
     ),
-    "announced pre-copy but withholds pages": (
+    "although it has announced pre-copy": (
         22,
         [large_pages(), messages.Missing(region=0, data=b"", last=True)],
     ),
     "sent LargePages during the transfer": (22, [large_pages(), large_pages()]),
-    "Hot of region 1, expected 0": (22, [large_pages(), messages.Hot(region=1, units=b"")]),
+    "Hot of region 1 instead of region 0": (22, [large_pages(), messages.Hot(region=1, units=b"")]),
     "was corrupted in transfer": (22, [large_pages(), messages.StateEnd(length=1, digest=DIGEST)]),
     "the source has not sent 1024 pages": (22, [large_pages(), messages.StateEnd(length=0, digest=DIGEST)]),
     "the peer ended the migration: mind\\x1bchanged": (

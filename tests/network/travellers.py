@@ -36,7 +36,7 @@ class Traveller(Protocol):
         """Start `pageferry receive` for the workload on another host."""
 
     def arrived(self, host: Host, receiver: Program) -> None:
-        """Record that the workload is on `host` now. A ledger checks that its previous process has lost no write."""
+        """Record that the workload now runs on `host`. For a ledger, check that its last process has lost no write."""
 
     def runs(self) -> None:
         """Check that the workload makes progress and has found no incorrect page."""

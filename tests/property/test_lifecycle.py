@@ -10,6 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pageferry.errors import WorkloadError
 from pageferry.memory.mappers import Sharing
 from pageferry.memory.regions import Identity
+from pageferry.workloads.access_page import AccessPage
+from pageferry.workloads.handle import Handle
 from pageferry.workloads.lifecycle import Lifecycle, Status
 from pageferry.workloads.protocols import Faults
 
@@ -41,6 +43,10 @@ class Recorder:
         self.runs = True
 
     sharing = Sharing()
+    access = AccessPage()
+
+    def attached_by(self, pid: int) -> Handle:
+        raise NotImplementedError
 
     def observed_by(self, pid: int) -> None:
         pass

@@ -153,7 +153,7 @@ def test_bytes_that_are_not_records_end_the_connection(pair: Pair, garbage: byte
 @tries
 @given(body=st.binary(max_size=200), places=places)
 def test_bytes_of_authenticated_peer_are_a_message_or_refused(pair: Pair, body: bytes, places: list[int]) -> None:
-    """An authenticated peer may send any bytes. The receiver checks them like bytes from an unencrypted connection."""
+    """An authenticated peer may send any bytes. The receiver checks them as it checks bytes of a plain connection."""
     source, receiver = established(pair)
     found, end = heard(receiver, cut(sealed(source, len(body).to_bytes(4, "big"), body), places))
     try:

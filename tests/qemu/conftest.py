@@ -13,12 +13,11 @@ import pytest
 from pageferry.host import processes
 from pageferry.host.compaction import compact_memory
 from pageferry.host.registry import AnyEntry, Registry
+from tests import hugetlb
 from tests.conftest import CACHE
 from tests.guest import payload
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
-
-HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +41,7 @@ def payload_on_tcg(qemu: Path) -> GuestParts:
 def newest_parts(request: pytest.FixtureRequest, guest_kernel: Path, checker_initrd: Path, states: Path) -> GuestParts:
     """Return the parts of a Linux guest for QEMU 10, or for the QEMU in PATH if QEMU 10 is missing.
 
-    For tests whose subject does not depend on the QEMU version.
+    This fixture is for tests whose subject does not depend on the QEMU version.
     """
     try:
         newest: Path = request.getfixturevalue("qemu_10")
@@ -76,16 +75,9 @@ def huge_pages(root: None) -> Iterator[None]:
 
     Skip the test if the kernel cannot allocate these pages.
     """
-    before = int(HUGE_PAGES.read_text())
-    wanted = before + 256
     compact_memory(256)
-    HUGE_PAGES.write_text(str(wanted))
-    try:
-        if int(HUGE_PAGES.read_text()) < wanted:
-            pytest.skip("the kernel cannot allocate 256 hugetlb pages")
+    with hugetlb.reserved(256):
         yield
-    finally:
-        HUGE_PAGES.write_text(str(before))
 
 
 async def _end(registry: Registry, entries: Mapping[str, AnyEntry]) -> None:

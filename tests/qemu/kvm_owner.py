@@ -1,7 +1,7 @@
 """Process with a KVM virtual machine that never runs: 4 MiB of memory at 1 MiB, and one vCPU.
 
-Prints the value of KVM_CAP_PRE_FAULT_MEMORY, and waits for the end of standard input. If KVM refuses to create the
-virtual machine, the process prints the error and exits with status 3.
+The process prints the value of KVM_CAP_PRE_FAULT_MEMORY, and waits for the end of standard input. If KVM refuses to
+create the virtual machine, the process prints the error and exits with status 3.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any, cast
 import pytest
 
 from benchmarks.checkpoint import tables as checkpoint
+from benchmarks.disks import tables as disks
 from benchmarks.harness.tables import Target
+from benchmarks.identity import __main__ as identity
 from benchmarks.links import __main__ as links
-from benchmarks.links import networks
+from benchmarks.links import loopback, networks
 from benchmarks.postcopy import accesses, ledgers
 from benchmarks.postcopy import tables as postcopy
+from benchmarks.python import __main__ as python
 from benchmarks.restore import tables as restore
 from tests.network import hosts
 
@@ -36,6 +40,18 @@ def shown(*options: str) -> list[dict[str, Any]]:
     """Run the benchmark of all systems with --quick, and return the rows of its table."""
     rows: list[dict[str, Any]] = json.loads(run("-m", "benchmarks.systems", "--quick", "--json", *options))
     return rows
+
+
+def test_benchmark_of_python_arrays_covers_installed_formats() -> None:
+    results = quick("python", "--repetitions", "1")
+    assert {"pageferry", "numpy"} <= {run["format"] for run in results["arrays"]}
+    for run in results["arrays"]:
+        assert min(run[figure] for figure in ("save-ms", "first-ms", "random-us", "pass-ms")) > 0
+    assert {run["format"] for run in results["frames"]} >= {"pageferry", "pandas pickle"}
+    memory = {(run["format"], run["workers"]): run["memory"] for run in results["workers"]}
+    assert memory["pageferry, shared", 4] < 2 * memory["pageferry, shared", 1] < memory["pageferry", 4]
+    assert "| random | pageferry |" in "\n".join(python.render(results))
+    assert all(isinstance(target, Target) for target in python.judge(results))
 
 
 @pytest.mark.timeout(400)
@@ -66,8 +82,22 @@ def test_restore_benchmark_covers_all_methods() -> None:
     assert ways["pageferry", "lazy, no prefetch"]["prefetched"] == 0
     assert ways["pageferry", "lazy"]["complete-ms"] > ways["pageferry", "lazy"]["running-ms"]
     assert {run["method"]: run["faults"] > 0 for run in results["arenas"]} == {"lazy": True, "eager": False}
+    assert {run["contents"] for run in results["fill"]} == {"incompressible", "half compressible"}
+    assert all(run["fio-mib-s"] > 0 and run["cold-mib-s"] > 0 for run in results["fill"])
+    assert [run["threads"] for run in results["fault-threads"]] == [1, 4, 16, 64]
+    assert all(run["faults"] > 0 and run["cpu-ns"] > 0 for run in results["fault-threads"])
     assert "| QEMU | stream |" in "\n".join(restore.render(results))
     assert all(isinstance(target, Target) for target in restore.judge(results))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("root", "qemu_10", "guest_kernel", "checker_initrd")
+def test_disks_benchmark_covers_all_methods() -> None:
+    results = quick("disks", "--only", "mirrored")
+    assert [run["method"] for run in results["mirrored"]] == ["QEMU, background", "QEMU, write-blocking", "pageferry"]
+    assert all(run["elapsed-ms"] > run["stop-to-resume-ms"] > 0 for run in results["mirrored"])
+    assert "| pageferry |" in "\n".join(disks.render(results))
+    assert all(isinstance(target, Target) for target in disks.judge(results))
 
 
 @pytest.mark.timeout(400)
@@ -94,10 +124,10 @@ def test_links_benchmark_covers_all_links_and_methods() -> None:
         pytest.skip(reason)
     results = quick("links")
     assert {(run["link"], run["streams"]) for run in results["loopback"]} == {
-        (link, streams) for link in ("plain", "TLS") for streams in (1, 2, 4)
+        (link, streams) for link in ("plain", "TLS") for streams in loopback.QUICK_STREAMS
     }
-    ways = {(run["link"], run["method"]) for run in results["networks"]}
-    assert ways == {(link, method) for link in networks.LINKS for method in networks.METHODS}
+    assert {run["link"] for run in results["networks"]} == set(networks.LINKS)
+    assert {run["method"] for run in results["networks"]} == set(networks.METHODS)
     for run in results["loopback"] + results["networks"]:
         assert run["total-ms"] > 0
     assert "| TLS | 4 |" in "\n".join(links.render(results))
@@ -112,6 +142,31 @@ def test_deltas_benchmark_reports_savings_by_program() -> None:
     assert saved == {"database": True, "dictionary": True, "array": True, "text": False, "built-in workload": False}
 
 
+@pytest.mark.only_full
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("root", "qemu_10", "generic_kernel")
+def test_identity_benchmark_compares_guests_with_and_without_generation_id() -> None:
+    results = quick("identity")
+    equal = {run["guests"]: run["equal"] for run in results["random"]}
+    assert list(equal) == list(identity.CASES)
+    assert equal["vmgenid, different GUIDs"] < 5
+    assert "| no vmgenid |" in "\n".join(identity.render(results))
+
+
+@pytest.mark.only_full
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("root", "qemu_10")
+def test_disks_benchmark_compares_pauses_with_and_without_a_disk() -> None:
+    if not (ROOT / ".cache/debian/vmlinuz").exists() or not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("no Debian guest (`make system` fetches it), or no /dev/fuse")
+    results = quick("disks", "--only", "pauses")
+    assert {"no disk", "record"} <= {run["method"] for run in results["pauses"]}
+    for run in results["pauses"]:
+        assert run["pause-ms"] > 0
+    assert "| record | 0 MiB |" in "\n".join(disks.render(results))
+    assert all(isinstance(target, Target) for target in disks.judge(results))
+
+
 COUNTED = ("S3", "S5", "S6", "S7", "S8")
 """Systems whose targets are counts, not times."""
 
@@ -121,14 +176,21 @@ def of_arenas(rows: list[dict[str, Any]]) -> dict[str, bool]:
     return {row["system"]: row["reached"] for row in rows if row["system"] in COUNTED}
 
 
+CHOSEN = [word for system in ("S3", "S5", "S6", "S8") for word in ("--only", system)]
+
+
 @pytest.mark.alone  # compares counts of huge pages and faults with targets
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("root", "qemu_10")
-def test_each_system_reaches_its_target_only_with_its_mechanism() -> None:
-    chosen = [word for system in ("S3", "S5", "S6", "S8") for word in ("--only", system)]
-    assert of_arenas(shown(*chosen)) == dict.fromkeys(COUNTED, True)
+def test_each_system_reaches_its_target_with_its_mechanism() -> None:
+    assert of_arenas(shown(*CHOSEN)) == dict.fromkeys(COUNTED, True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("root", "qemu_10")
+def test_each_system_misses_its_target_without_its_mechanism() -> None:
     off = [word for system in (*COUNTED, "S1", "S2", "S4") for word in ("--without", system)]
-    rows = shown(*chosen, "--only", "S2", *off)
+    rows = shown(*CHOSEN, "--only", "S2", *off)
     assert of_arenas(rows) == dict.fromkeys(COUNTED, False)
     others = {row["system"]: row["reached"] for row in rows if row["system"] in ("S1", "S2", "S4")}
     assert others == {"S1": False, "S2": False, "S4": False}
@@ -137,7 +199,7 @@ def test_each_system_reaches_its_target_only_with_its_mechanism() -> None:
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
 def test_table_of_systems_compares_guest_checkpoint_and_restore_with_peers() -> None:
-    rows = shown("--only", "S10", "--without", "S4", "--without", "S10")
+    rows = shown("--only", "saved guest", "--without", "S4", "--without", "S10")
     saved = {row["system"]: row for row in rows if row["exercised"].startswith("QEMU guest")}
     assert set(saved) == {"S4", "S10"}
     assert all(row["peer"] > 0 and not row["reached"] for row in saved.values())
@@ -146,7 +208,7 @@ def test_table_of_systems_compares_guest_checkpoint_and_restore_with_peers() -> 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
 def test_table_of_systems_compares_guest_migration_with_its_peer() -> None:
-    rows = shown("--only", "S1", "--without", "S7")
+    rows = shown("--only", "moved guest", "--without", "S7")
     moved = {row["system"]: row for row in rows if row["exercised"].startswith("QEMU guest")}
     assert set(moved) == {"S1", "S7"}
     assert not moved["S7"]["reached"]

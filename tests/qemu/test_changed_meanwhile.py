@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,6 +171,7 @@ def test_guest_that_resets_during_migration_is_migrated(start: Start, point: str
     guest.verifies_everything()
 
 
+@pytest.mark.oldest_qemu
 @pytest.mark.parametrize("point", RUNNING)
 def test_guest_paused_by_another_client_is_paused_at_destination(start: Start, point: str) -> None:
     guest = start(*MACHINE)
@@ -206,6 +208,23 @@ def test_guest_whose_devices_change_during_migration_stays_at_source(
     guest.untouched()
 
 
+def test_device_that_is_added_just_before_the_commit_is_reported_as_lost(start: Start) -> None:
+    guest = start(*MACHINE)
+    with guest.receiver(detach=True) as receiver:
+        address = moving.address_of(receiver)
+        with guest.migrating(address, fault="source.ready=stop", stderr=subprocess.PIPE) as migration:
+            moving.stopped(migration)
+            add_device(guest)
+            migration.process.send_signal(signal.SIGCONT)
+            said = migration.process.communicate(timeout=60)[1].decode()
+            assert migration.process.returncode == 0
+            receiver.wait()
+    assert "lost the devices added (usb-kbd), which were added while it was handed over" in " ".join(said.split())
+    guest.arrived()
+    guest.verifies_everything()
+
+
+@pytest.mark.oldest_qemu
 @pytest.mark.parametrize("point", PAUSED)
 @pytest.mark.parametrize("command", ["cont", "system_reset"])
 def test_guest_resumed_or_reset_by_another_client_in_the_pause_stays_at_source(

@@ -62,7 +62,7 @@ def test_restore_into_a_different_machine_is_refused(
 def test_image_that_records_no_cpu_is_restored_with_a_warning(
     parts: GuestParts, tmp_path: Path, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Images of earlier releases do not record the CPU model."""
+    """Images of earlier versions of pageferry do not record the CPU model."""
 
     def older(workload: QemuWorkload) -> Identity:
         found = workload._seen.machine.details

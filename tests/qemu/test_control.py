@@ -144,7 +144,7 @@ def test_guest_that_was_committed_is_not_resumed(newest_parts: GuestParts, tmp_p
 def test_loaded_guest_is_not_resumed_while_its_guardian_waits_for_the_monitor(
     newest_parts: GuestParts, tmp_path: Path
 ) -> None:
-    """The receiver is killed when the state is loaded, and the resuming client is in front of the guardian."""
+    """The receiver is killed when the state is loaded. The waiting command gets the monitor before the guardian."""
     with bare(newest_parts, tmp_path) as guest, guest.receiver(fault="destination.loaded=stop") as there:
         with guest.migrating(moving.address_of(there), "--timeout", "5") as migration:
             moving.stopped(there)
@@ -203,19 +203,20 @@ def test_guest_without_an_operating_system_does_not_shut_down(newest_parts: Gues
     with bare(newest_parts, tmp_path) as guest:
         failed = run("shutdown", guest.name, "--timeout", "1.5", code=14)
         assert "has not shut down 1.5 s after" in failed.stderr
-        assert "set --timeout" in failed.stderr
+        assert "increase --timeout" in failed.stderr
         assert status(guest) == "running"
         with pytest.raises(ShutdownTimeout):
             pageferry.shutdown(guest.name, timeout=0.5)
         forced = run("shutdown", guest.name, "--timeout", "500ms", "--force")
-        assert forced.stdout.startswith(f"{guest.name}: stopped, because it did not shut down (")
+        assert forced.stdout.startswith(f"{guest.name}: stopped after ")
+        assert forced.stdout.endswith(", because it did not shut down\n")
         assert guest.name not in Registry().entries()
 
 
 def test_paused_guest_is_not_shut_down(newest_parts: GuestParts, tmp_path: Path) -> None:
     with bare(newest_parts, tmp_path) as guest:
         pageferry.pause(guest.name)
-        with pytest.raises(WorkloadError, match="cannot react to a shutdown: it is paused"):
+        with pytest.raises(WorkloadError, match=r"cannot shut down .*: it is paused"):
             pageferry.shutdown(guest.name)
         assert pageferry.shutdown(guest.name, force=True).forced
 
@@ -235,7 +236,7 @@ def machine(parts: GuestParts, folder: Path) -> list[str]:
 
 
 def own_console(folder: Path) -> list[str]:
-    """Return the options of a console of the user, whose output is in `own.log`."""
+    """Return the options of a console that the user has added, with its output in `own.log`."""
     device = f"socket,id=own,path={folder}/own.sock,server=on,wait=off,logfile={folder}/own.log"
     return ["-chardev", device, "-serial", "chardev:own"]
 
@@ -266,7 +267,7 @@ def booted(name: str) -> None:
 def test_guest_shuts_down(parts: GuestParts, tmp_path: Path) -> None:
     with reacting(parts, tmp_path, *own_console(tmp_path)) as name:
         until((tmp_path / "own.log").read_bytes, boot_sector.PROMPT)
-        assert run("shutdown", name).stdout.startswith(f"{name}: shut down (")
+        assert run("shutdown", name).stdout.startswith(f"{name}: shut down after ")
         assert name not in Registry().entries()
         listed = [json.loads(line) for line in run("list", "--all", "--output", "json").stdout.splitlines()]
         (ended,) = (one for one in listed if one["name"] == name)
@@ -400,7 +401,7 @@ def test_restored_guest_has_a_console(binary: GuestParts, tmp_path: Path) -> Non
         booted(name)
         run("checkpoint", name, str(tmp_path / "image"))
         run("stop", name)
-        # Both guests have written nothing to their temporary overlays of the disk.
+        # Neither guest has written to its temporary overlay of the disk.
         words = ["restore", name, str(tmp_path / "image"), "--detach", "--disks", "as-is"]
         run(*words, "--", *machine(binary, tmp_path))
         with pageferry.console(name) as console:
@@ -415,7 +416,7 @@ def test_guest_with_an_added_console_is_received_without_one(binary: GuestParts,
         booted(name)
         run("migrate", name, moving.address_of(receiver), "--disks", "shared")
         assert pageferry.qmp("received", "query-status")["status"] == "running"
-        assert "its serial port is not connected" in run("console", "received", code=3).stderr
+        assert "the serial port is not connected" in run("console", "received", code=3).stderr
         run("stop", "received")
         assert receiver.wait() == 0
 
@@ -425,12 +426,12 @@ def test_script_that_starts_qemu_gets_no_console(binary: GuestParts, tmp_path: P
     script.write_text(f'#!/bin/sh\nexec {binary.qemu} "$@" -nodefaults\n')
     script.chmod(0o755)
     with reacting(dataclasses.replace(binary, qemu=script), tmp_path) as name:
-        assert "its serial port is not connected" in run("console", name, code=3).stderr
+        assert "the serial port is not connected" in run("console", name, code=3).stderr
 
 
 def test_guest_without_a_serial_port_has_no_console(newest_parts: GuestParts, tmp_path: Path) -> None:
     with bare(newest_parts, tmp_path) as guest:
-        assert "its serial port is not connected" in run("console", guest.name, code=3).stderr
+        assert "the serial port is not connected" in run("console", guest.name, code=3).stderr
 
 
 # -- monitor
@@ -507,4 +508,4 @@ def test_end_of_a_guest_in_the_foreground_is_recorded(newest_parts: GuestParts) 
         os.kill(travel.entry(name).pid, signal.SIGKILL)
         assert program.wait() == 10
     assert f"{name}: killed by SIGKILL at " in " ".join(run("list", "--all").stdout.split())
-    assert "it wrote to a terminal" in run("logs", name, code=3).stderr
+    assert "the guest wrote to a terminal" in run("logs", name, code=3).stderr

@@ -64,7 +64,7 @@ class Reader:
         return address
 
     def reads(self, name: str = "here") -> None:
-        """Ask a guest for a read, and wait until the disk has received the request."""
+        """Have a guest read from its disk, and wait until the disk has received the request."""
         self.say(name, b"r")
         self._disk.held()
 
@@ -89,7 +89,7 @@ class Reader:
         return self._said.get(name, "")
 
     def verify(self, name: str) -> str:
-        """Ask a guest to check its read buffer.
+        """Have a guest check its read buffer.
 
         Return `fresh` if the buffer holds the contents of the disk, otherwise `stale`.
         """
@@ -190,6 +190,16 @@ def test_read_in_flight_at_the_switch_to_postcopy_is_not_lost(newest_parts: Gues
             assert guest.verify("there") == "fresh"
 
 
+IMPATIENT = """
+import sys
+from pageferry.workloads import direct_io
+direct_io.DRAIN_TIMEOUT = 2.0
+from pageferry.cli.main import main
+sys.exit(main())
+"""
+"""Program that waits 2 s, instead of 10 s, for requests in flight."""
+
+
 @pytest.mark.parametrize("seen", [True, False], ids=["seen", "unseen"])
 def test_migration_fails_and_names_a_disk_that_does_not_reply(
     newest_parts: GuestParts, tmp_path: Path, seen: bool
@@ -201,12 +211,13 @@ def test_migration_fails_and_names_a_disk_that_does_not_reply(
     with reading(newest_parts, tmp_path, "cache=none" if seen else "cache=none,aio=io_uring") as (guest, disk):
         guest.reads()
         with guest.receiver() as there:
-            with migrate(guest.address_of(there), stderr=subprocess.PIPE) as migration:
+            command = ("migrate", "here", guest.address_of(there), "--output", "json")
+            with Program("-c", IMPATIENT, *command, stderr=subprocess.PIPE) as migration:
                 assert migration.wait() == 10
                 assert migration.process.stderr is not None
                 words = migration.process.stderr.read().decode()
                 migration.process.stderr.close()
-            assert f"a request to {disk.path} has been in flight for more than" in words
+            assert f"a request to {disk.path} has been in flight for more than 2 s" in words
             assert there.wait() != 0
         if seen:  # the source can see this request, so it has not paused the guest
             assert travel.listed()["here"] == "running"

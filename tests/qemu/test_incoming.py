@@ -13,6 +13,8 @@ from pageferry.workloads.qemu.device_state import SavedState
 from pageferry.workloads.qemu.guest import QemuWorkload
 from tests.guest.machines import GuestParts
 
+pytestmark = pytest.mark.oldest_qemu
+
 BALLOON = ("-device", "virtio-balloon-pci")
 
 

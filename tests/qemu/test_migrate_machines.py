@@ -32,6 +32,7 @@ def balloon(guest: Traveller, mib: int) -> None:
     wait_until(lambda: guest.qmp("query-balloon")["actual"] == mib * MIB, f"a balloon that leaves {mib} MiB")
 
 
+@pytest.mark.oldest_qemu
 def test_q35_guest_with_devices_and_balloon_is_migrated(parts: GuestParts, tmp_path: Path) -> None:
     """The balloon is inflated before the migration and between two rounds, and deflated at the destination."""
     disk = tmp_path / "disk"
@@ -83,7 +84,7 @@ def test_migration_of_memory_on_hugetlbfs(parts: GuestParts, tmp_path: Path) -> 
 
 @pytest.fixture
 def machine_type(qemu_system: Path) -> str:
-    """Return the newest i440fx machine type of the QEMU in PATH, which is the older of the two."""
+    """Return the newest i440fx machine type of the QEMU in PATH, which is the older QEMU of the two."""
     command = [str(qemu_system), "-machine", "help"]
     said = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True).stdout
     return next(line.split()[0] for line in said.splitlines() if line.startswith("pc-i440fx-"))

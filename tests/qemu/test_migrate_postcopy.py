@@ -38,6 +38,7 @@ def stall_reason(name: str) -> str | None:
     return str(found["stall-reason"]) if found["stall-reason"] is not None else None
 
 
+@pytest.mark.oldest_qemu
 @pytest.mark.parametrize(
     "options",
     ["--mode postcopy", "--mode postcopy --codec lz4 --streams 2", "--mode hybrid --max-downtime 0 --max-rounds 1"],
@@ -107,6 +108,7 @@ def test_second_receiver_continues_for_a_killed_one(guest: Traveller) -> None:
         assert nothing.wait() == 2
 
 
+@pytest.mark.oldest_qemu
 def test_checkpoint_during_postcopy_waits_for_all_pages(guest: Traveller, tmp_path: Path) -> None:
     guest.runs()
     with guest.receiver() as there, guest.migrating(moving.address_of(there), *SLOWLY) as migration:

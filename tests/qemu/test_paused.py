@@ -43,7 +43,7 @@ def checkpoint(guest: Traveller, image: Path) -> None:
 
 
 def writes(guest: Traveller, disk: Path) -> None:
-    """Write to the disk of a guest through QEMU's block layer, like the guest."""
+    """Write to the disk of a guest through QEMU's block layer, as the guest does."""
     before = disk.read_bytes()
     pattern = (before[0] + 1) % 256
     said = guest.qmp("human-monitor-command", command_line=f'qemu-io disk "write -P {pattern} 0 512"')
@@ -119,6 +119,7 @@ def test_migrated_paused_guest_has_its_disks_locked_at_the_destination(parts: Gu
         writes(guest, tmp_path / "disk")
 
 
+@pytest.mark.oldest_qemu
 @pytest.mark.parametrize("point", ["paused", "last-pages-sent", "state-sent"])
 def test_failed_migration_preserves_the_state_of_a_paused_guest(parts: GuestParts, tmp_path: Path, point: str) -> None:
     with bare(parts, tmp_path) as guest:
@@ -259,6 +260,7 @@ def test_restored_paused_guest_has_its_disks_locked(parts: GuestParts, tmp_path:
         writes(guest, tmp_path / "disk")
 
 
+@pytest.mark.oldest_qemu
 @pytest.mark.parametrize(
     ("saved", "option", "state"),
     [
@@ -293,7 +295,7 @@ async def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 async def main():
-    snapshot.Snapshot._remove = die
+    snapshot._try = die  # called first when the snapshot is complete
     workload = await QemuWorkload.attach(sys.argv[1])
     await workload.pause()
     await workload.save_state()

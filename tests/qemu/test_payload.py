@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import pageferry
+from pageferry.checkpoints.options import Mode
 from pageferry.images.image import ImageFile
 from pageferry.workloads.qemu.guest import QemuWorkload
 from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
@@ -43,7 +44,7 @@ def test_payload_is_migrated_twice(guest: Traveller, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["stop", "lazy"])
-def test_payload_keeps_running_after_a_checkpoint(guest: Traveller, tmp_path: Path, mode: str) -> None:
+def test_payload_keeps_running_after_a_checkpoint(guest: Traveller, tmp_path: Path, mode: Mode) -> None:
     async def save() -> None:
         workload = await QemuWorkload.attach(guest.name)
         try:

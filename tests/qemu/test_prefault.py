@@ -20,6 +20,7 @@ from tests.qemu import kvm_owner
 GIB = 1 << 30
 
 
+@pytest.mark.oldest_qemu
 @pytest.mark.parametrize(("machine", "below"), [("pc", 3 * GIB), ("q35", 2 * GIB)])
 def test_guest_physical_ranges_of_memory_are_found(
     parts: GuestParts, registry: Registry, machine: str, below: int

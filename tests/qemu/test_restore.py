@@ -47,6 +47,7 @@ def guest(parts: GuestParts, serial: MakeSerial, registry: Registry) -> Callable
 Make = Callable[[str], Restored]
 
 
+@pytest.mark.oldest_qemu
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_restored_guest_runs_with_correct_pages(guest: Make, image: Path, prefetch: bool) -> None:
     async def run() -> None:
@@ -188,6 +189,7 @@ def test_guest_of_a_command_killed_before_it_runs_ends(guest: Make, image: Path,
     asyncio.run(run())
 
 
+@pytest.mark.oldest_qemu
 def test_guest_of_a_command_killed_when_it_runs_continues(guest: Make, image: Path, tmp_path: Path) -> None:
     """The pager keeps running without the killed command."""
 
@@ -466,3 +468,28 @@ def test_restore_into_mismatched_memory_is_refused_without_leftovers(
         assert registry.entries() == {}
 
     asyncio.run(run())
+
+
+def test_guests_are_restored_and_cloned_from_a_store(
+    guest: Make, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"file://{tmp_path}/store/web"
+    pageferry.push_image(image, url)
+    monkeypatch.setenv("PAGEFERRY_CACHE_DIR", str(tmp_path / "cache"))
+
+    async def run() -> None:
+        for name, words in (("restored", ["restore", "restored"]), ("copy-1", ["clone", "--name", "copy-{n}"])):
+            started = guest(name)
+            await pageferry_ends(*words, url, "--detach", "--", *started.command)
+            await started.serial.passes(2)
+            entry = Registry().lookup(name)
+            await pageferry_ends("stop", name)
+            await processes.wait_for_end(entry.pid, entry.started)
+
+    asyncio.run(run())
+    assert [one.url for one in pageferry.list_cache().images] == [url]
+
+
+async def pageferry_ends(*words: str) -> None:
+    """Run a command of pageferry, which must succeed."""
+    assert await (await asyncio.create_subprocess_exec(sys.executable, "-m", "pageferry", *words)).wait() == 0

@@ -1,4 +1,4 @@
-"""Tests that a restored guest gets the disks of the checkpoint, unchanged, or none at all."""
+"""Tests that a guest is restored over the unchanged disks of its checkpoint, or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 import pageferry
 from pageferry.checkpoints.restore_guest import restore_guest
-from pageferry.errors import DisksDiffer
+from pageferry.errors import DisksDiffer, UnsupportedError
 from pageferry.host.registry import Registry
 from pageferry.memory.regions import Identity
 from pageferry.workloads.protocols import SnapshotDetails
@@ -43,7 +43,7 @@ def disk_of_kind(folder: Path, kind: str) -> tuple[str, ...]:
 
 
 async def write(name: str, pattern: int = 7) -> None:
-    """Write to the disk `a` of a guest through QEMU's block layer, like the guest."""
+    """Write to the disk `a` of a guest through QEMU's block layer, as the guest does."""
     said = await ask(name, "human-monitor-command", command_line=f'qemu-io a "write -P {pattern} 64k 64k"')
     assert "error" not in str(said).lower()
 
@@ -75,7 +75,7 @@ async def restores(parts: GuestParts, image: Path, options: Sequence[str], **how
 
 
 async def refused(parts: GuestParts, image: Path, options: Sequence[str], **how: Any) -> str:
-    """Check that a restore is refused, and that neither a disk is written to nor a workload left. Return the reason."""
+    """Check that a restore is refused, writes to no disk, and leaves no workload. Return the reason."""
     before = files(image.parent)
     with pytest.raises(DisksDiffer) as refusal:
         await restore_guest("restored", image, parts.bare("-m", "64M", *options), **how)
@@ -90,11 +90,11 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
-@pytest.mark.every_qemu
+@pytest.mark.oldest_qemu
 @pytest.mark.parametrize("kind", ["raw", "qcow2", "overlay"])
 @pytest.mark.parametrize("how", ["lazy", "stop", "paused"])
 def test_guest_is_restored_over_its_unchanged_disk(parts: GuestParts, tmp_path: Path, kind: str, how: str) -> None:
-    """QEMU writes metadata of a qcow2 image when it pauses a guest, unless it has been flushed."""
+    """QEMU writes metadata of a qcow2 image when it pauses a guest, unless the metadata has been flushed."""
 
     async def run() -> None:
         options, image = disk_of_kind(tmp_path, kind), tmp_path / "image"
@@ -120,6 +120,27 @@ def test_restore_over_a_changed_disk_is_refused(parts: GuestParts, tmp_path: Pat
         await restores(parts, image, options, **AS_IS)
 
     asyncio.run(run())
+
+
+def test_disk_whose_time_settles_during_the_pause_is_known(
+    parts: GuestParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU itself writes to a disk when it pauses a guest. The clock can tick before the guest resumes."""
+    examined: list[int] = []
+
+    def settled(modified: int, fs: str) -> bool:
+        examined.append(modified)
+        return len(examined) > 1
+
+    monkeypatch.setattr("pageferry.workloads.qemu.disk_files._is_settled", settled)
+
+    async def run() -> None:
+        options, image = disk_of_kind(tmp_path, "raw"), tmp_path / "image"
+        await saved(parts, image, options)
+        await restores(parts, image, options)
+
+    asyncio.run(run())
+    assert len(examined) > 1
 
 
 def test_write_just_before_the_snapshot_point_leaves_a_disk_unknown(
@@ -169,6 +190,33 @@ def test_empty_overlay_over_an_unchanged_disk_is_accepted(parts: GuestParts, tmp
     asyncio.run(run())
 
 
+def test_temporary_overlay_of_the_saved_guest_is_named(
+    parts: GuestParts, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        options, image = drive(raw(tmp_path / "disk"), "a", "snapshot=on"), tmp_path / "image"
+        await saved(parts, image, options)
+        assert "the data in temporary overlays (snapshot=on: a) will be lost with the guest" in caplog.text
+        said = await refused(parts, image, options)
+        assert "the disk a was saved with a temporary overlay (snapshot=on)" in said
+        assert (
+            "save such a guest with --disks copy:DIR; if the guest had not written to the disk, use --disks as-is"
+            in said
+        )
+        await restores(parts, image, options, **AS_IS)
+
+        with pytest.raises(UnsupportedError, match=r"a: its overlay is temporary .* use --disks copy:DIR"):
+            await saved(parts, image, options, disks="snapshot")
+        (copies := tmp_path / "copies").mkdir()
+        await saved(parts, image, options, disks=f"copy:{copies}")
+        workload, _ = await restore_guest("restored", image, parts.bare("-m", "64M", *options))
+        said = await ask("restored", "human-monitor-command", command_line='qemu-io a "read -P 7 64k 64k"')
+        assert "failed" not in said
+        await workload.discard()
+
+    asyncio.run(run())
+
+
 def test_read_only_disk_must_be_unchanged(parts: GuestParts, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         options, image = drive(raw(tmp_path / "disk"), "a", "readonly=on"), tmp_path / "image"
@@ -203,7 +251,7 @@ def test_export_requires_the_users_word(parts: GuestParts, tmp_path: Path) -> No
 
 
 def test_image_without_a_record_requires_the_users_word(parts: GuestParts, tmp_path: Path) -> None:
-    """Images of earlier releases do not describe disks."""
+    """Images of earlier versions of pageferry do not describe disks."""
 
     def older(workload: QemuWorkload) -> Identity:
         return Identity("qemu", workload.name, workload._seen.machine.details)

@@ -113,7 +113,7 @@ def test_migration_during_a_restore(
 def test_migration_while_a_restore_completes(
     restored: Restored, image: Path, receiver: MakeReceiver, serial: MakeSerial
 ) -> None:
-    """Pages are loaded at full speed, so the pager may be running, about to exit, or gone when the migration starts."""
+    """Pages are loaded at full speed: when the migration starts, the pager may be running, or may have exited."""
 
     async def run() -> None:
         with receiver("there") as there:

@@ -1,4 +1,4 @@
-"""Tests of sharing between two guests: duplicates are counted as by a scan in Python, zero pages are discarded."""
+"""Tests of sharing between two guests: counts of duplicates equal those in Python, and zero pages are discarded."""
 
 from __future__ import annotations
 

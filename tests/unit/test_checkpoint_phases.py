@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from pageferry.checkpoints.options import Mode
 from pageferry.checkpoints.statistics import Phase, Statistics
 
-LAZY = (Phase.ARM, Phase.STOP, Phase.STATE, Phase.PROTECT, Phase.RESUME, Phase.SAVE, Phase.PUBLISH)
-STOP = (Phase.STOP, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME, Phase.PUBLISH)
+LAZY = (Phase.ARM, Phase.STOP, Phase.DISKS, Phase.STATE, Phase.PROTECT, Phase.RESUME, Phase.SAVE, Phase.PUBLISH)
+STOP = (Phase.STOP, Phase.DISKS, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME, Phase.PUBLISH)
 
 
 def after(mode: Mode, phases: Sequence[Phase]) -> Statistics:
@@ -36,7 +37,7 @@ def refused(mode: Mode, phases: Sequence[Phase]) -> set[Phase]:
 def test_attempt_follows_the_order_of_its_mode(mode: Mode, phases: tuple[Phase, ...]) -> None:
     assert after(mode, phases).phase is Phase.PUBLISH
     assert after(mode, (*phases, Phase.PUBLISHED)).phase is Phase.PUBLISHED
-    assert refused(mode, ()) == set(Phase) - {phases[0]}
+    assert refused(mode, ()) == set(Phase) - {phases[0], Phase.PUBLISH}
     assert refused(mode, phases) == set(Phase) - {phases[0], Phase.PUBLISHED}
     assert refused(mode, (*phases, Phase.PUBLISHED)) == set(Phase)
 
@@ -48,6 +49,18 @@ def test_attempt_can_fail_in_every_phase_and_be_repeated(mode: Mode, phases: tup
         after(mode, (*phases[:count], Phase.PUBLISH, *phases, Phase.PUBLISHED))
 
 
+def test_rounds_before_a_switch_to_mode_stop_do_not_count_as_downtime() -> None:
+    begin = time.perf_counter()
+    statistics = Statistics("lazy")
+    statistics.enter(Phase.ARM, at=begin)
+    statistics.enter(Phase.PUBLISH, at=begin + 60)
+    statistics.switch_to_stop()
+    for second, phase in enumerate(STOP):
+        statistics.enter(phase, at=begin + 61 + second)
+    assert statistics.mode == "stop"
+    assert statistics.downtime == pytest.approx(6000, abs=1)
+
+
 def test_memory_is_not_protected_before_the_state_is_saved() -> None:
-    with pytest.raises(RuntimeError, match="phase protect cannot follow phase stop"):
-        after("lazy", LAZY[:2]).enter(Phase.PROTECT)
+    with pytest.raises(RuntimeError, match="phase protect: it cannot follow phase disks"):
+        after("lazy", LAZY[:3]).enter(Phase.PROTECT)

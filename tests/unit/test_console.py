@@ -172,7 +172,7 @@ def test_console_of_another_client_is_refused() -> None:
     devices = [{"label": "serial0", "filename": "unix:/x.sock,server=on"}]
     with pytest.raises(WorkloadError, match=r"another client has opened /x.sock"):
         console._path("web", entry(), "serial0", devices)
-    with pytest.raises(UnsupportedError, match="expected one of serial0"):
+    with pytest.raises(UnsupportedError, match="use one of serial0"):
         console._path("web", entry(), "none", devices)
 
 

@@ -26,23 +26,23 @@ def pair() -> Iterator[Pair]:
         yield ours, theirs
 
 
-def test_requests_and_answers_round_trip(pair: Pair) -> None:
+def test_requests_and_replies_round_trip(pair: Pair) -> None:
     ours, theirs = pair
     requests: list[wire.Request] = [wire.Describe(), wire.Pause(), wire.LoadState(data=b"x" * 1000, last=True)]
     for request in requests:
         wire.send(ours, request)
     assert [wire.receive_request(theirs) for _ in requests] == requests
-    answers: list[wire.Answer] = [wire.Done(), wire.StateIs(data=b"", last=True), wire.FaultsAre(minor=1, major=2)]
-    for answer in answers:
-        wire.send(theirs, answer)
-    assert [wire.receive_answer(ours) for _ in answers] == [(answer, []) for answer in answers]
+    replies: list[wire.Reply] = [wire.Done(), wire.StateReply(data=b"", last=True), wire.FaultsReply(minor=1, major=2)]
+    for reply in replies:
+        wire.send(theirs, reply)
+    assert [wire.receive_reply(ours) for _ in replies] == [(reply, []) for reply in replies]
 
 
 def test_descriptors_are_passed_with_the_message(pair: Pair) -> None:
     ours, theirs = pair
     file = os.memfd_create("memory")
     wire.send(ours, wire.Done(), (file, file))
-    _, descriptors = wire.receive_answer(theirs, 4)
+    _, descriptors = wire.receive_reply(theirs, 4)
     assert len(descriptors) == 2
     assert {os.fstat(descriptor).st_ino for descriptor in descriptors} == {os.fstat(file).st_ino}
     wire.close_all([*descriptors, file])
@@ -53,7 +53,7 @@ def test_closed_connection_is_distinguished_from_an_error(pair: Pair) -> None:
     ours.close()
     assert wire.receive_request(theirs) is None
     with pytest.raises(EOFError):
-        wire.receive_answer(theirs)
+        wire.receive_reply(theirs)
 
 
 def test_truncated_message_is_a_closed_connection(pair: Pair) -> None:

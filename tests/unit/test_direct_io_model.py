@@ -29,7 +29,7 @@ class State:
     """Whether the next collection of the trace reports the page."""
     to_send: bool = False
     flight: tuple[bool, ...] = ()
-    """For each request that has pinned the page: whether the device has written to it."""
+    """Whether the device has written to the page, for each request that has pinned it."""
     begun: int = 0
     written: bool = False
     """Whether the processor has written to the page. It writes at most once."""

@@ -28,7 +28,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 
 def register(registry: Registry, name: str, log: bytes | None = None, *, running: bool = False) -> Folder:
-    """Register a guest with a log: this process, or a process that has exited."""
+    """Register a guest with a log. Its process is this one if `running`, otherwise one that has exited."""
     folder = registry.claim(name)
     entry = QemuEntry(**identify(os.getpid()), qmp_socket="/nowhere")
     if log is not None:
@@ -48,7 +48,7 @@ def test_log_of_a_guest_that_has_exited_is_kept_until_its_name_is_used_again(reg
     assert (record.exact, record.code) == (False, None)
     registry.claim("web")
     assert registry.ended_workloads() == []
-    with pytest.raises(UnsupportedError, match="has no log"):
+    with pytest.raises(UnsupportedError, match="cannot read the log"):
         pageferry.logs("web")
 
 
@@ -85,7 +85,7 @@ def test_removed_log_is_gone(registry: Registry) -> None:
 
 def test_log_of_a_running_guest_is_not_removed(registry: Registry) -> None:
     register(registry, "web", b"words", running=True)
-    with pytest.raises(UsageError, match="it is running"):
+    with pytest.raises(UsageError, match="the workload is running"):
         logs.forget("web")
     assert pageferry.logs("web") == "words"
 

@@ -41,6 +41,9 @@ KERNEL_FILES = {
     "workloads/process.py",
     "workloads/qemu/direct_io.py",
     "workloads/qemu/disks.py",
+    "workloads/qemu/devices_only.py",
+    "workloads/handles.py",
+    "pager/base_records.py",
 }
 """Modules that open only kernel interfaces (/proc, /sys, pidfds) and unnamed files."""
 OTHERS = {
@@ -49,7 +52,11 @@ OTHERS = {
     "control/logs.py": "a descriptor",
     "pager/process.py": "a descriptor",
     "large_pages/sampler.py": "/proc",
+    "workloads/qemu/addresses.py": "sockets in the command line of QEMU",
+    "workloads/qemu/disk_cache.py": "files and devices that QEMU has open",
+    "workloads/qemu/disk_exports.py": "a socket in a private directory",
     "workloads/qemu/disk_files.py": "/proc, /sys, and the machine id",
+    "stores/store.py": "directories, to sync them",
     "migration/transport/sockets.py": "sockets of the network",
     "host/endings.py": "a descriptor",
     "host/files.py": "all other files",

@@ -15,7 +15,7 @@ from tests.kernel.images import DATA, PAGE, Maker
 
 
 def chain(tmp_path: Path) -> ImageFile:
-    """Return an image with two storage blocks whose parent has four."""
+    """Return an image with two storage blocks, and with a parent that has four."""
     parent = Maker(64, classes=[DATA] * 64, storage_block=16 * PAGE)
     path = parent.write(tmp_path / "parent")
     child = Maker(64, classes=[DATA] * 64, storage_block=16 * PAGE, seed=2)
@@ -48,7 +48,7 @@ def test_block_that_does_not_exist_is_refused(tmp_path: Path, block: tuple[int, 
 
 
 def load(image: ImageFile, blocks: list[tuple[int, int]]) -> tuple[Pager, Mapping]:
-    """Load an image into new memory in this order. Return the pager and the memory."""
+    """Load the storage blocks of an image into new memory, in this order. Return the pager and the memory."""
     file = os.memfd_create("memory")
     os.ftruncate(file, image.pages * PAGE)
     flags = records.create_flags(None, Pager.flags_length(image.pages))

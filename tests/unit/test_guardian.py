@@ -1,4 +1,4 @@
-"""Tests of guardians with a monitor that behaves as QEMU's does after a command whose client has gone."""
+"""Tests of guardians with a monitor that behaves like QEMU's after a command whose client has disconnected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pageferry.host.guardian import Guardian, MonitorCommands
 
 
 def test_guardian_ignores_the_reply_to_a_command_of_the_previous_client(tmp_path: Path) -> None:
-    """The last command reaches QEMU before the guardian closes the connection: QEMU drops unread commands then."""
+    """The guardian waits for the reply to its last command before it disconnects: QEMU drops the unread commands of a
+    client that has disconnected."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "monitor"))
         listener.listen()

@@ -44,7 +44,7 @@ def test_file_appears_when_complete(folder: Path) -> None:
 def test_failed_file_does_not_appear(folder: Path) -> None:
     def fail() -> None:
         with new_file(folder / "image"):
-            raise RuntimeError("on the way")
+            raise RuntimeError("the writer has failed")
 
     with pytest.raises(RuntimeError):
         fail()

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent.parent
-LOCKS = ("requirements.lock", "requirements-source.lock")
+LOCKS = ("requirements.lock", "requirements-source.lock", "requirements-full.lock", "requirements-release.lock")
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -37,13 +37,13 @@ def locked(python: str) -> dict[str, Requirement]:
         "platform_python_implementation": "CPython",
         "implementation_name": "cpython",
     }
-    found = {}
+    found: dict[str, Requirement] = {}
     for name in LOCKS:
         for line in re.findall(r"^[a-z].*(?= \\$)", (ROOT / name).read_text(), re.MULTILINE):
             one = Requirement(line)
             if one.marker is None or one.marker.evaluate(environment):
-                assert one.name not in found, f"{one.name} twice for Python {python}"
-                found[one.name] = one
+                same = found.setdefault(one.name, one)  # the tools of a release share packages with development
+                assert same.specifier == one.specifier, f"{one.name} twice for Python {python}"
     return found
 
 

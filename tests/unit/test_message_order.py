@@ -1,4 +1,4 @@
-"""Tests of the messages that are permitted in each state of a receiver, by a table of all states and messages."""
+"""Tests of the messages that are permitted in each state of a receiver, against a table of states and messages."""
 
 from __future__ import annotations
 

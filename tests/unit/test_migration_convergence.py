@@ -25,6 +25,12 @@ def test_switches_over_once_remaining_pages_fit_the_downtime() -> None:
     ]
 
 
+def test_remaining_writes_to_disks_count_for_the_downtime() -> None:
+    policy = Convergence(max_downtime=0.3, max_rounds=30)
+    assert policy.after_round(100 * MIB, 1.0, 20 * MIB, (2 * MIB, 0.11)) is Decision.CONTINUE
+    assert policy.after_round(100 * MIB, 1.0, 20 * MIB, (1 * MIB, 0.09)) is Decision.SWITCH_OVER
+
+
 def test_zero_remaining_pages_always_converge() -> None:
     policy = Convergence(max_downtime=0.0, max_rounds=1)
     assert policy.after_round(0, 0.0, 0) is Decision.SWITCH_OVER

@@ -93,7 +93,7 @@ def test_postcopy_has_a_line_per_status_change_and_a_table_row() -> None:
     )
     assert (
         "post-copy                   2,560 pages in 750.0 ms, 1,234 requests; 1,234 faults, mean 150 us, p99 256 us, "
-        "maximum 2100 us\n"
+        "maximum 2.1 ms\n"
     ) in stripped(data)
     console = Console(file=io.StringIO(), width=100, color_system=None)
     console.print(MigrationView().live(event("postcopy-active")))

@@ -96,12 +96,12 @@ class State:
 
     @property
     def owners(self) -> int:
-        """Return the number of processes that run the workload."""
+        """Number of processes that run the workload."""
         return (self.here == "runs") + (self.there == "runs")
 
     @property
     def died_there(self) -> bool:
-        """Return whether the process of the workload at the destination was killed after the decision."""
+        """Whether the process of the workload at the destination was killed after the decision."""
         return (self.decision == "committed" or self.withdrawn) and self.there == "gone"
 
 

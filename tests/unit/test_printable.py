@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 import pageferry
-from pageferry.cli.logs import configure_logging
+from pageferry.cli.logging_setup import configure_logging
 from pageferry.cli.main import main
 from pageferry.errors import PageferryError, PeerRefused, UsageError, WorkloadError
 from pageferry.events import Event

@@ -24,8 +24,8 @@ with open(os.environ["PLANTED_RAN"], "a") as ran:
     ran.write(__name__ + " ")
 raise ImportError(__name__)
 """
-OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/process.py"}
-"""Modules that start only QEMU."""
+OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/libvirt.py", "workloads/qemu/process.py"}
+"""Modules that start only QEMU or virsh."""
 
 CHILDREN = {
     "pageferry.pager.process": """
@@ -36,6 +36,18 @@ CHILDREN = {
         opened = asyncio.run(pager.open(os.environ["IMAGE"], "planted"))
         assert opened.pages == 16
         pager.give_up()
+    """,
+    "pageferry.pager.firecracker.process": """
+        from pathlib import Path
+        from pageferry.errors import UsageError
+        from pageferry.pager.firecracker.options import ServeOptions
+        from pageferry.pager.firecracker.process import start_detached
+        image = Path(os.environ["IMAGE"])
+        hostile()
+        try:
+            start_detached(image, image.with_name("socket"), ServeOptions())
+        except UsageError as refused:
+            assert "an image of made" in str(refused), refused
     """,
     "pageferry.demo.child": """
         from pageferry import _engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import zlib
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from pageferry.errors import DisksDiffer, WorkloadError
 from pageferry.migration.transport.messages import MAX_DETAIL
-from pageferry.workloads.qemu import block_devices
+from pageferry.workloads.qemu import block_devices, disk_choice
 from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, File, Generation, Host, Layer
 from pageferry.workloads.qemu.disk_comparison import (
     Sameness,
@@ -23,6 +24,7 @@ from pageferry.workloads.qemu.disk_comparison import (
     unsaved,
     without_overlays,
 )
+from pageferry.workloads.qemu.storage import Storage
 
 MIB = 1 << 20
 HERE, THERE = Host(boot="b1", machine="m1"), Host(boot="b2", machine="m2")
@@ -391,3 +393,50 @@ def test_only_empty_overlays_of_the_same_size_are_removed() -> None:
     assert without_overlays(both, frozenset({"/o"}), both) == both
     larger = msgspec.structs.replace(overlay, size=2 * MIB)
     assert without_overlays(record(disk(layers=(larger, base))), frozenset({"/o"}), one) != one
+
+
+# -- choice of the disks to copy ---------------------------------------------------------------------------------------
+
+
+class Targets(Storage):
+    """Storage of a destination. If `empty` is true, none of its images contains data; otherwise, all of them do."""
+
+    def __init__(self, *, empty: bool) -> None:
+        super().__init__(os.getpid())
+        self._empty = empty
+
+    def is_empty(self, layer: Layer) -> bool:
+        return self._empty
+
+
+def device(serial: str) -> BlockDevice:
+    """Return a disk whose image is a block device."""
+    layer = Layer(format="raw", path="/dev/sdb", size=MIB, file=File(kind="device", device=0x810, serial=serial))
+    return BlockDevice(id="a", name="a", layers=(layer,))
+
+
+def chosen(one: BlockDevice, other: BlockDevice, *, empty: bool = True, shared: bool = False) -> tuple[int, ...]:
+    theirs, ours = record(one, host=THERE), record(other)
+    return disk_choice.choose(theirs, ours, "web", Targets(empty=empty), shared=shared)
+
+
+def test_device_is_copied_to_a_device_that_is_known_to_be_another() -> None:
+    assert chosen(device("naa.1"), device("naa.2")) == (0,)
+    assert chosen(device("naa.1"), device("naa.2"), shared=True) == (0,)
+    assert chosen(device("naa.1"), device("naa.1"), empty=False) == ()
+    assert chosen(device("mpath-3600508"), device("naa.600509")) == (0,)
+    assert chosen(device("LVM-abc"), device("mpath-3600508")) == (0,)
+    assert chosen(disk(), device("")) == chosen(device(""), disk()) == (0,)
+
+
+@pytest.mark.parametrize(
+    "names", [("", ""), ("naa.1", ""), ("", "naa.1"), ("mpath-3600508", "naa.600508"), ("naa.600508", "mpath-3600508")]
+)
+def test_device_that_may_be_that_of_the_source_is_not_copied(names: tuple[str, str]) -> None:
+    one, other = map(device, names)
+    for empty in (True, False):
+        with pytest.raises(WorkloadError, match="the world-wide names of the devices do not show"):
+            chosen(one, other, empty=empty)
+    assert chosen(one, other, empty=False, shared=True) == ()
+    with pytest.raises(WorkloadError, match="is shared, or an empty device for a copy"):
+        chosen(one, other, shared=True)

@@ -270,7 +270,7 @@ def test_damaged_record_is_named(registry: Registry) -> None:
 
 def test_only_one_operation_per_workload_at_a_time(registry: Registry) -> None:
     folder = registry.claim("web")
-    busy = pytest.raises(WorkloadError, match=f"web is busy: migrated by.*{os.getpid()}")
+    busy = pytest.raises(WorkloadError, match=f"cannot use web: migrated by.*{os.getpid()}")
     with folder.exclusively("migrated"), busy, Folder(registry, "web").exclusively("saved"):
         pass
     with folder.exclusively("saved"):

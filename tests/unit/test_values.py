@@ -28,6 +28,7 @@ from pageferry.docstrings import field_docstrings
 from pageferry.errors import MigrationError, PageferryError, UsageError, WorkloadError
 from pageferry.migration.options import Options as MigrationOptions
 from pageferry.options import options_of
+from pageferry.stores.options import CollectOptions, PushOptions
 from pageferry.workloads.arena.options import ArenaOptions
 
 WRONG: list[Any] = [
@@ -71,9 +72,22 @@ OPTIONS: dict[str, Any] = {
     "sharing": sharing.Options,
     "shutdown": ShutdownOptions,
     "logs": LogOptions,
+    "push": PushOptions,
+    "collection": CollectOptions,
 }
 PATHS = ("tls", "store", "tls_hostname")
-FLAGS = ("auto_converge", "adaptive", "insecure", "track", "direct_io", "eager", "prefetch", "force")
+FLAGS = (
+    "auto_converge",
+    "adaptive",
+    "insecure",
+    "track",
+    "direct_io",
+    "eager",
+    "prefetch",
+    "force",
+    "copy_disks",
+    "reupload",
+)
 
 
 def _name(wrong: object) -> str:
@@ -96,8 +110,8 @@ def test_wrong_option_is_a_usage_error(kind: str, name: str, wrong: Any) -> None
 def test_unknown_option_is_named(kind: str, tmp_path: Path) -> None:
     arena = pageferry.Arena(4096)
     calls: dict[str, Callable[[], Any]] = {
-        "migration": lambda: pageferry.migrate_async(arena, "127.0.0.1:1", mod="hybrid"),
-        "checkpoint": lambda: pageferry.checkpoint_async(arena, tmp_path / "image", mod="stop"),
+        "migration": lambda: pageferry.migrate_async(arena, "127.0.0.1:1", mod="hybrid"),  # type: ignore[call-arg]
+        "checkpoint": lambda: pageferry.checkpoint_async(arena, tmp_path / "image", mod="stop"),  # type: ignore[call-arg]
     }
     if kind not in calls:
         pytest.skip("these options form a class")
@@ -136,6 +150,38 @@ def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "qmp": (pageferry.qmp, {"name": "no-such-workload", "command": "query-status"}),
         "logs": (pageferry.logs, {"name": "no-such-workload"}),
         "stop": (pageferry.stop, {"name": "no-such-workload"}),
+        "commit_disks": (pageferry.commit_disks, {"name": "no-such-workload"}),
+        "delete_image": (pageferry.delete_image, {"path": path / "none"}),
+        "adopt": (pageferry.adopt, {"name": "adopted", "qmp": str(path / "none")}),
+        "attach": (pageferry.attach, {"name": "no-such-workload"}),
+        "arena_of": (pageferry.arena_of, {"obj": None}),
+        "Arrays": (pageferry.Arrays, {"size": -1}),
+        "clone": (pageferry.clone, {"path": path / "none", "arguments": ["qemu-system-x86_64"], "count": 1}),
+        "run_guest": (pageferry.run_guest, {"name": "guest", "arguments": []}),
+        "checkpoint_guest": (pageferry.checkpoint_guest, {"name": "no-such-workload", "path": path / "image"}),
+        "restore_guest": (pageferry.restore_guest, {"name": "guest", "path": path / "none", "arguments": []}),
+        "push_image": (pageferry.push_image, {"path": path / "none", "url": "file:///none/image"}),
+        "pull_image": (pageferry.pull_image, {"url": "file:///none/image", "path": path / "image"}),
+        "list_images": (pageferry.list_images, {"url": "file:///none"}),
+        "collect_garbage": (pageferry.collect_garbage, {"url": "file:///none"}),
+        "list_cache": (pageferry.list_cache, {}),
+        "clear_cache": (pageferry.clear_cache, {}),
+        "image_info": (pageferry.image_info, {"path": path / "none"}),
+        "verify_image": (pageferry.verify_image, {"path": path / "none"}),
+        "compare_images": (pageferry.compare_images, {"path": path / "none", "other": path / "none"}),
+        "flatten_image": (pageferry.flatten_image, {"path": path / "none", "target": path / "flat"}),
+        "import_image": (
+            pageferry.import_image,
+            {"target": path / "image", "firecracker": path / "none", "vmstate": path / "none"},
+        ),
+        "export_image": (
+            pageferry.export_image,
+            {"path": path / "none", "firecracker": path / "memory", "vmstate": path / "state"},
+        ),
+        "serve": (pageferry.serve, {"image": path / "none", "firecracker": path / "socket"}),
+        "dump": (pageferry.dump, {"obj": 1, "target": path / "none" / "image"}),
+        "load": (pageferry.load, {"source": path / "none"}),
+        "open_buffers": (pageferry.open_buffers, {"source": path / "none"}),
         "open_target": (large_pages.open_target, {"text": "no-such-workload"}),
         "process_target": (large_pages.process_target, {"pid": (1 << 22) + 1}),
         "workload_target": (large_pages.workload_target, {"workload": None}),
@@ -156,7 +202,7 @@ def test_wrong_argument_ends_in_an_error_of_the_package(name: str, wrong: Any, t
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        if parameter.name == "path" and _path(wrong):
+        if parameter.name in ("path", "target") and _path(wrong):
             continue
         with pytest.raises(PageferryError):
             _call(function, base | {parameter.name: wrong})
@@ -164,7 +210,7 @@ def test_wrong_argument_ends_in_an_error_of_the_package(name: str, wrong: Any, t
 
 
 def test_every_public_function_is_tested() -> None:
-    public = {name for name in pageferry.__all__ if callable(getattr(pageferry, name))}
+    public = {name for name in pageferry.__all__ if inspect.isfunction(getattr(pageferry, name))} | {"Arena", "Arrays"}
     public |= {name for name in large_pages.__all__ if inspect.isfunction(getattr(large_pages, name))} - {"undo"}
     public |= {name for name in sharing.__all__ if inspect.isfunction(getattr(sharing, name))} - {"undo"}
     # The synchronous and the `_async` form of a function share their code (see test_synchronous).
@@ -211,7 +257,7 @@ def test_sizes_and_rates_are_the_same_in_python_and_on_the_command_line() -> Non
     size = CheckpointOptions(staging="32MiB").staging  # type: ignore[arg-type]
     assert size == _option("checkpoint", "--staging", "32M") == 32 << 20
     assert large_pages.Options(sample="5%", window="100ms").window == 0.1  # type: ignore[arg-type]
-    assert len(pageferry.Arena("1M")) == 1 << 20  # type: ignore[arg-type]
+    assert len(pageferry.Arena("1M")) == 1 << 20
 
 
 # -- options of the verbs
@@ -275,7 +321,7 @@ def test_mistyped_command_gets_a_hint(words: list[str], hint: str, capsys: pytes
     [
         ["migrate", "none", "127.0.0.1:1", "--max-downtime", "30ms", "--timeout", "10s", "--bandwidth", "1G/s"],
         ["large-pages", "none", "--window", "300ms"],
-        ["sharing", "none", "--interval", "1m"],
+        ["sharing", "none", "--watch", "--interval", "1m"],
     ],
 )
 def test_units_are_accepted_on_the_command_line(words: list[str]) -> None:

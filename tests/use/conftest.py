@@ -49,7 +49,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory, qemu_system: Path) -> Pat
 
 @pytest.fixture
 def hosts(tmp_path: Path, programs: Path, root: None) -> Iterator[tuple[Host, Host]]:
-    """Yield the local and another host: two run directories, each with a working directory."""
+    """Yield the local host and another host: two run directories, each with a working directory."""
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     pair = (Host(tmp_path / "here", path), Host(tmp_path / "there", path))
     try:

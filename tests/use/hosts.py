@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,7 +25,9 @@ class Host:
 
     def __init__(self, folder: Path, path: str) -> None:
         self.folder = folder
-        self.run_directory = folder / "run"
+        # The path of a socket has at most 107 bytes.
+        self._short = tempfile.TemporaryDirectory(prefix="pageferry-", ignore_cleanup_errors=True)
+        self.run_directory = Path(self._short.name) / "run"
         self.work = folder / "work"
         self.work.mkdir(parents=True)
         self.environment = {
@@ -32,19 +35,20 @@ class Host:
             "PATH": path,
             "PAGEFERRY_RUN_DIR": str(self.run_directory),
             "COLUMNS": "120",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
         }
         self.waiting: list[subprocess.Popen[str]] = []
 
-    def run(self, command: str) -> subprocess.CompletedProcess[str]:
-        """Run a shell command to completion, in the working directory. Raises TimeoutExpired after `TIMEOUT`."""
+    def run(self, command: str, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+        """Run a shell command to completion, in the working directory. Raises TimeoutExpired after `timeout`
+        seconds."""
         return subprocess.run(
             ["sh", "-c", command],
             cwd=self.work,
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            timeout=timeout,
         )
 
     def start(self, command: str, announcement: str) -> subprocess.Popen[str]:
@@ -88,3 +92,4 @@ class Host:
             processes.send_signal(entry.pid, entry.started, signal.SIGKILL)
             asyncio.run(processes.wait_for_end(entry.pid, entry.started))
             registry.remove(name)
+        self._short.cleanup()

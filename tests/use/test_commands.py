@@ -61,7 +61,7 @@ class Page:
         assert done.returncode == 0, f"{command}\nexit code {done.returncode}\n{done.stdout}{done.stderr}"
 
     def some_process(self) -> int:
-        """Return the pid of a process with 80 MiB of distinct pages. The first call starts the process."""
+        """Return the pid of a process with 80 MiB of identical pages. The first call starts the process."""
         if self.process is None:
             program = "import time; memory = bytearray(b'%4096d' % 7 * 20000); print('.', flush=True); time.sleep(1000)"
             self.process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)

@@ -2,6 +2,7 @@ use pageferry_engine::activity;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use crate::detached::Detached;
 use crate::errors;
 use crate::space::Space;
 
@@ -14,7 +15,7 @@ pub struct SplitPage {
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Sampler {
-    inner: activity::Sampler,
+    inner: Detached<activity::Sampler>,
 }
 
 #[pymethods]
@@ -23,7 +24,7 @@ impl Sampler {
     fn new(py: Python<'_>, space: PyRef<'_, Space>) -> PyResult<Self> {
         let space = space.inner.clone();
         let inner = py.detach(|| activity::Sampler::new(space)).map_err(errors::adopt)?;
-        Ok(Self { inner })
+        Ok(Self { inner: inner.into() })
     }
 
     fn hold(&self, py: Python<'_>, pages: Vec<u64>) -> PyResult<Vec<u64>> {

@@ -1,4 +1,4 @@
-//! Validation of the codec and the block sizes given by Python.
+//! Validation of the codec and the block sizes that Python passes.
 
 use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{Codec, MAX_RAW, MAX_UNIT};

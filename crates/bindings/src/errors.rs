@@ -11,8 +11,15 @@ use pyo3::exceptions::{
 };
 use pyo3::prelude::*;
 
+pyo3::create_exception!(
+    pageferry._engine,
+    TlsError,
+    PyPermissionError,
+    "Error of TLS: the identity of the peer was not accepted, or it has violated the protocol."
+);
+
 /// Converts an error to the subclass of OSError for its errno. PyO3 would lose the errno, and convert ENOMEM to
-/// MemoryError. Errors without an errno are converted by PyO3.
+/// MemoryError. PyO3 converts errors without an errno.
 pub fn kernel(error: io::Error) -> PyErr {
     let Some(number) = error.raw_os_error() else { return error.into() };
     let text = error.to_string();
@@ -56,7 +63,7 @@ pub fn wire(error: WireError) -> PyErr {
         WireError::Stalled(_) => PyTimeoutError::new_err(message),
         WireError::Io(error) => kernel(error),
         WireError::Place(error) => place(error),
-        WireError::Tls(_) => PyPermissionError::new_err(message),
+        WireError::Tls(_) => TlsError::new_err(message),
         WireError::Block(_) | WireError::Order(_) => PyValueError::new_err(message),
     }
 }

@@ -6,13 +6,13 @@ use pyo3::prelude::*;
 use crate::errors;
 
 #[pyfunction]
-pub fn large_tmpfs(size: u64) -> PyResult<i32> {
-    file_systems::large_tmpfs(size).map(IntoRawFd::into_raw_fd).map_err(errors::kernel)
+pub fn large_tmpfs(py: Python<'_>, size: u64) -> PyResult<i32> {
+    py.detach(|| file_systems::large_tmpfs(size)).map(IntoRawFd::into_raw_fd).map_err(errors::kernel)
 }
 
 #[pyfunction]
-pub fn hugetlbfs(size: u64) -> PyResult<i32> {
-    file_systems::hugetlbfs(size).map(IntoRawFd::into_raw_fd).map_err(errors::kernel)
+pub fn hugetlbfs(py: Python<'_>, size: u64) -> PyResult<i32> {
+    py.detach(|| file_systems::hugetlbfs(size)).map(IntoRawFd::into_raw_fd).map_err(errors::kernel)
 }
 
 #[pyfunction]

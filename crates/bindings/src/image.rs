@@ -9,6 +9,7 @@ use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
+use crate::detached::Detached;
 use crate::{blocks, errors};
 
 pub fn image_error(error: ImageError) -> PyErr {
@@ -19,7 +20,7 @@ pub fn image_error(error: ImageError) -> PyErr {
     }
 }
 
-/// Page map entries and numbers of the stored pages, in the order of storage blocks.
+/// Stored pages, as (page map entry, index of the page), in the order of their storage blocks.
 type StoredPages = Arc<Vec<(image::PageEntry, usize)>>;
 /// Damage found by a verification.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
@@ -34,7 +35,7 @@ impl From<image::Finding> for Finding {
     }
 }
 
-/// Digest, and length in bytes, of a complete image file.
+/// Digest of a complete image file, and its length in bytes.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct WrittenImage {
     digest: u64,
@@ -60,7 +61,7 @@ pub struct PageCounts {
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Image {
-    pub inner: Arc<image::Image>,
+    pub inner: Detached<Arc<image::Image>>,
 }
 
 #[pymethods]
@@ -78,7 +79,7 @@ impl Image {
             return Err(signal);
         }
         let inner = opened.map_err(image_error)?;
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self { inner: Arc::new(inner).into() })
     }
 
     fn fileno(&self) -> i32 {
@@ -116,6 +117,11 @@ impl Image {
     }
 
     #[getter]
+    fn block_count(&self) -> usize {
+        self.inner.blocks().len()
+    }
+
+    #[getter]
     fn blocks(&self) -> Vec<(u64, u32)> {
         self.inner.blocks().iter().map(|entry| (entry.offset.get(), entry.len.get())).collect()
     }
@@ -126,7 +132,8 @@ impl Image {
     }
 
     fn classes<'py>(&self, py: Python<'py>, first: usize, count: usize) -> PyResult<Bound<'py, PyBytes>> {
-        let classes: Vec<u8> = self.entries(first, count)?.iter().map(|entry| entry.class).collect();
+        let entries = self.entries(first, count)?;
+        let classes: Vec<u8> = py.detach(|| entries.iter().map(|entry| entry.class).collect());
         Ok(PyBytes::new(py, &classes))
     }
 
@@ -157,9 +164,9 @@ impl Image {
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct ImageChain {
-    pub inner: image::Chain,
-    /// Pages to verify, in the order of storage blocks; created on first use.
-    stored: Mutex<Option<StoredPages>>,
+    pub inner: Detached<image::Chain>,
+    /// Pages to verify, in the order of their storage blocks; created on first use.
+    stored: Detached<Mutex<Option<StoredPages>>>,
 }
 
 #[pymethods]
@@ -167,8 +174,8 @@ impl ImageChain {
     #[new]
     fn new(images: Vec<PyRef<'_, Image>>) -> PyResult<Self> {
         let images = images.iter().map(|image| image.inner.clone()).collect();
-        let inner = image::Chain::new(images).map_err(image_error)?;
-        Ok(Self { inner, stored: Mutex::new(None) })
+        let inner = image::Chain::new(images).map_err(image_error)?.into();
+        Ok(Self { inner, stored: Mutex::new(None).into() })
     }
 
     fn read<'py>(&self, py: Python<'py>, first: usize, count: usize) -> PyResult<Bound<'py, PyBytes>> {

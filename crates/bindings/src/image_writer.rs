@@ -21,12 +21,18 @@ pub struct ImageWriter {
     max: usize,
 }
 
+fn finished() -> PyErr {
+    PyValueError::new_err("cannot write to the image: it is already finished")
+}
+
 impl ImageWriter {
-    fn with<T>(&self, work: impl FnOnce(&mut image::ImageWriter, &mut Builder) -> std::io::Result<T>) -> PyResult<T> {
-        let mut guard = self.inner.lock();
-        let (writer, builder) =
-            guard.as_mut().ok_or_else(|| PyValueError::new_err("cannot write to the image: it is already finished"))?;
-        work(writer, builder).map_err(errors::kernel)
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&mut image::ImageWriter, &mut Builder) -> std::io::Result<T> + Send,
+    ) -> PyResult<T> {
+        let done = py.detach(|| self.inner.lock().as_mut().map(|(writer, builder)| work(writer, builder)));
+        done.ok_or_else(finished)?.map_err(errors::kernel)
     }
 }
 
@@ -38,13 +44,13 @@ impl ImageWriter {
         let (codec, sizes) = blocks::only_image_format(py, format)?;
         let Sizes { page_block, storage_block } = sizes;
         let file = duplicate(fd).map_err(errors::kernel)?;
-        let writer = image::ImageWriter::new(file, id, sizes).map_err(errors::kernel)?;
+        let writer = py.detach(|| image::ImageWriter::new(file, id, sizes)).map_err(errors::kernel)?;
         let inner = Mutex::new(Some((writer, Builder::new(codec, page_block, storage_block))));
         Ok(Self { inner, max: storage_block / SMALL_PAGE })
     }
 
-    /// Writes a storage block of data pages, given as (number, contents). Returns the number of the block.
-    fn append(&self, region: u32, pages: Vec<(usize, Vec<u8>)>) -> PyResult<u32> {
+    /// Writes a storage block of data pages, given as (index of the page, contents). Returns the number of the block.
+    fn append(&self, py: Python<'_>, region: u32, pages: Vec<(usize, Vec<u8>)>) -> PyResult<u32> {
         if let Some((page, _)) = pages.iter().find(|(_, contents)| contents.len() != SMALL_PAGE) {
             return Err(PyValueError::new_err(format!("invalid contents of page {page}: expected 4096 bytes")));
         }
@@ -55,7 +61,7 @@ impl ImageWriter {
                 self.max
             )));
         }
-        self.with(|writer, builder| {
+        self.with(py, |writer, builder| {
             for (page, contents) in &pages {
                 builder.push_data(*page, contents);
             }
@@ -63,8 +69,8 @@ impl ImageWriter {
         })
     }
 
-    fn section(&self, kind: u32, contents: &[u8]) -> PyResult<()> {
-        self.with(|writer, _| writer.section(kind, contents))
+    fn section(&self, py: Python<'_>, kind: u32, contents: &[u8]) -> PyResult<()> {
+        self.with(py, |writer, _| writer.section(kind, contents))
     }
 
     fn finish(&self, py: Python<'_>, regions: usize, entries: Vec<Entry>) -> PyResult<WrittenImage> {
@@ -78,9 +84,7 @@ impl ImageWriter {
             Ok(entry)
         };
         let map = entries.into_iter().map(entry).collect::<PyResult<Vec<_>>>()?;
-        let taken = self.inner.lock().take();
-        let (writer, _) =
-            taken.ok_or_else(|| PyValueError::new_err("cannot write to the image: it is already finished"))?;
-        py.detach(|| writer.finish(regions, &map)).map(Into::into).map_err(errors::kernel)
+        let written = py.detach(|| self.inner.lock().take().map(|(writer, _)| writer.finish(regions, &map)));
+        written.ok_or_else(finished)?.map(Into::into).map_err(errors::kernel)
     }
 }

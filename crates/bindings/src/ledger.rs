@@ -114,7 +114,7 @@ impl From<ledger::Report> for LedgerReport {
     }
 }
 
-/// Longest duration of an operation, nanoseconds, and histogram of the durations.
+/// Longest duration of an operation in nanoseconds, and histogram of the durations.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct Stalls {
     longest: u64,

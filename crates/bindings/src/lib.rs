@@ -4,7 +4,9 @@
 use pyo3::prelude::*;
 
 mod activity;
+mod base;
 mod blocks;
+mod detached;
 mod errors;
 mod file_systems;
 mod image;
@@ -31,6 +33,10 @@ mod _engine {
     #[pymodule_export]
     use crate::activity::{Sampler, SplitPage};
     #[pymodule_export]
+    use crate::base::{BaseFailure, BasePager, CloneCounters};
+    #[pymodule_export]
+    use crate::errors::TlsError;
+    #[pymodule_export]
     use crate::file_systems::{file_system_type, hugetlbfs, large_tmpfs};
     #[pymodule_export]
     use crate::image::{Finding, Image, ImageChain, PageCounts, WrittenImage};
@@ -51,7 +57,7 @@ mod _engine {
     #[pymodule_export]
     use crate::peer::{PageServer, PeerSource};
     #[pymodule_export]
-    use crate::placer::{Placer, Populated, TargetRegion};
+    use crate::placer::{Placer, Populated, PrivateRegion, TargetRegion};
     #[pymodule_export]
     use crate::probing::{kernel_reads, kernel_writes, read_memory, userfaultfd, write_memory};
     #[pymodule_export]
@@ -65,7 +71,7 @@ mod _engine {
     #[pymodule_export]
     use crate::trace::Trace;
     #[pymodule_export]
-    use crate::wire::{BlockReceiver, BlockSender, SendProgress};
+    use crate::wire::{BlockReceiver, BlockSender, Relay, SendProgress};
 
     #[pymodule_export]
     const LARGE_PAGE: usize = pageferry_engine::LARGE_PAGE;

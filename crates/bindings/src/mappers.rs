@@ -13,6 +13,7 @@ pub struct FileMapping {
     length: u64,
     offset: u64,
     writable: bool,
+    engine: bool,
 }
 
 /// Shared mappings of the scanned files, IDs of the processes that have one of the files open for writing, and IDs of
@@ -29,9 +30,10 @@ pub fn scan_mappers(py: Python<'_>, files: Vec<(u64, u64, u64)>) -> PyResult<Map
     let files: Vec<_> =
         files.into_iter().map(|(device, inode, mapped_device)| FileId { device, inode, mapped_device }).collect();
     let found = py.detach(|| mappers::scan(&files)).map_err(errors::kernel)?;
-    let mapping = |&mappers::FileMapping { file, pid, address, length, offset, writable }: &mappers::FileMapping| {
-        FileMapping { file, pid, address, length, offset, writable }
-    };
+    let mapping =
+        |&mappers::FileMapping { file, pid, address, length, offset, writable, engine }: &mappers::FileMapping| {
+            FileMapping { file, pid, address, length, offset, writable, engine }
+        };
     Ok(Mappers {
         mappings: found.mappings.iter().map(mapping).collect(),
         writers: found.writers.iter().map(|&(_, pid, _)| pid).collect(),

@@ -1,4 +1,4 @@
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use pageferry_engine::image;
 use pageferry_engine::mapping::duplicate;
@@ -6,6 +6,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::detached::Detached;
 use crate::image::{ImageChain, WrittenImage, image_error};
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
@@ -13,13 +14,7 @@ use crate::{blocks, errors};
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct PageStore {
-    inner: Mutex<Option<image::PageAppender>>,
-}
-
-impl PageStore {
-    fn lock(&self) -> MutexGuard<'_, Option<image::PageAppender>> {
-        self.inner.lock()
-    }
+    inner: Detached<Mutex<Option<image::PageAppender>>>,
 }
 
 fn finished() -> PyErr {
@@ -39,8 +34,8 @@ impl PageStore {
     ) -> PyResult<Self> {
         let (codec, sizes) = blocks::only_image_format(py, format)?;
         let file = duplicate(fd).map_err(errors::kernel)?;
-        let inner = image::PageAppender::new(file, id, codec, sizes, &regions).map_err(errors::kernel)?;
-        Ok(Self { inner: Mutex::new(Some(inner)) })
+        let inner = py.detach(|| image::PageAppender::new(file, id, codec, sizes, &regions)).map_err(errors::kernel)?;
+        Ok(Self { inner: Mutex::new(Some(inner)).into() })
     }
 
     fn add(
@@ -51,7 +46,7 @@ impl PageStore {
         pages: PyRef<'_, PageSet>,
     ) -> PyResult<PageSet> {
         let (memory, pages) = (memory.inner.clone(), pages.inner.clone());
-        let added = py.detach(|| self.lock().as_mut().map(|store| store.add(region, &memory, &pages)));
+        let added = py.detach(|| self.inner.lock().as_mut().map(|store| store.add(region, &memory, &pages)));
         Ok(PageSet { inner: added.ok_or_else(finished)?.map_err(image_error)? })
     }
 
@@ -63,7 +58,7 @@ impl PageStore {
         parent: Option<PyRef<'_, ImageChain>>,
     ) -> PyResult<WrittenImage> {
         let parent = parent.map(|chain| chain.inner.clone());
-        let store = self.lock().take().ok_or_else(finished)?;
-        py.detach(|| store.finish(parent.as_ref(), &sections)).map(Into::into).map_err(image_error)
+        let written = py.detach(|| self.inner.lock().take().map(|store| store.finish(parent.as_ref(), &sections)));
+        written.ok_or_else(finished)?.map(Into::into).map_err(image_error)
     }
 }

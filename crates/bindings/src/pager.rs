@@ -10,12 +10,13 @@ use pyo3::exceptions::{PyConnectionResetError, PyKeyError, PyOSError, PyValueErr
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::detached::Detached;
 use crate::errors;
 use crate::image::{ImageChain, image_error};
 use crate::options::Keywords;
 use crate::pages::PageSet;
 use crate::peer::PeerSource;
-use crate::placer::{TargetRegion, targets};
+use crate::placer::PagerTargets;
 use crate::space::{self, MappedSegment, segments};
 
 fn begin_error(error: PagerError) -> PyErr {
@@ -23,7 +24,7 @@ fn begin_error(error: PagerError) -> PyErr {
         PagerError::Io(error) => errors::kernel(error),
         PagerError::Image(error) => image_error(error),
         PagerError::Mapped(error) => errors::adopt(error),
-        PagerError::Running => PyOSError::new_err(error.to_string()),
+        PagerError::Running | PagerError::GivenUp(_) => PyOSError::new_err(error.to_string()),
         PagerError::Peer(_) | PagerError::Regions { .. } => PyValueError::new_err(error.to_string()),
     }
 }
@@ -31,7 +32,12 @@ fn begin_error(error: PagerError) -> PyErr {
 fn load_error(error: &LoadError) -> PyErr {
     match error {
         LoadError::Image(_) => PyValueError::new_err(error.to_string()),
-        LoadError::Place(_) | LoadError::Ended => PyOSError::new_err(error.to_string()),
+        LoadError::Place(_)
+        | LoadError::GivenUp(_)
+        | LoadError::Unmapped { .. }
+        | LoadError::Removing
+        | LoadError::Exited
+        | LoadError::Ended => PyOSError::new_err(error.to_string()),
         LoadError::Lost(_) => PyConnectionResetError::new_err(error.to_string()),
     }
 }
@@ -62,7 +68,7 @@ pub struct PagerCounters {
     longest: f64,
 }
 
-/// Origin of contents.
+/// Origin of the contents of pages.
 #[derive(FromPyObject)]
 enum ContentOrigin<'py> {
     Images(PyRef<'py, ImageChain>),
@@ -117,7 +123,7 @@ fn choose<T: Copy>(option: &str, given: &str, choices: &[(&str, T)]) -> PyResult
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Pager {
-    inner: pager::Pager,
+    inner: Detached<pager::Pager>,
 }
 
 #[pymethods]
@@ -128,7 +134,7 @@ impl Pager {
     fn new(
         py: Python<'_>,
         source: ContentOrigin<'_>,
-        targets: Vec<PyRef<'_, TargetRegion>>,
+        targets: PagerTargets<'_>,
         segments: Vec<PyRef<'_, MappedSegment>>,
         userfaults: HashMap<i32, i32>,
         flags: i32,
@@ -143,9 +149,8 @@ impl Pager {
                 known.get(&pid).ok_or_else(|| PyKeyError::new_err(format!("no userfaultfd of process {pid}")))?;
             watched.push((segment, uffd.clone()));
         }
-        let targets = self::targets(&targets);
-        let pages = targets.iter().map(|target| target.mapping.pages()).sum();
-        let flags = open_flags(flags, pages).map_err(errors::argument)?;
+        let flags = open_flags(flags, targets.pages()).map_err(errors::argument)?;
+        let targets = targets.plain();
         let from = match source {
             ContentOrigin::Images(chain) => Origin::Images(chain.inner.clone()),
             ContentOrigin::Peer(peer) => Origin::Peer(peer.inner.clone()),
@@ -165,7 +170,7 @@ impl Pager {
             fatal: options.fatal,
         };
         let inner = py.detach(|| pager::Pager::start(plan)).map_err(begin_error)?;
-        Ok(Self { inner })
+        Ok(Self { inner: inner.into() })
     }
 
     #[staticmethod]
@@ -251,8 +256,8 @@ impl Pager {
     }
 
     #[pyo3(signature = (windows, blocks, eager = false))]
-    fn fill(&self, windows: Vec<u32>, blocks: Vec<(usize, u32)>, eager: bool) -> PyResult<()> {
-        self.inner.fill(pager::FillOrder { windows, blocks }, eager).map_err(errors::kernel)
+    fn fill(&self, py: Python<'_>, windows: Vec<u32>, blocks: Vec<(usize, u32)>, eager: bool) -> PyResult<()> {
+        py.detach(|| self.inner.fill(pager::FillOrder { windows, blocks }, eager)).map_err(errors::kernel)
     }
 
     fn ensure(&self, py: Python<'_>, region: usize, first: usize, count: usize) -> PyResult<()> {

@@ -8,20 +8,21 @@ use pageferry_engine::wire;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::detached::Detached;
 use crate::errors;
 use crate::mapping::Mapping;
 use crate::options::Keywords;
 use crate::pages::PageSet;
 use crate::wire::{SendProgress, Stream, endpoint, endpoints, sending, timeout};
 
-/// Size of a page block, bytes.
+/// Size of a page block in bytes.
 const PAGE_BLOCK: usize = 16 * SMALL_PAGE;
-/// Maximum size of a storage block, bytes. It is small, because a block delays the replies that are sent after it.
+/// Maximum size of a storage block in bytes. It is small, because a block delays the replies that are sent after it.
 const STORAGE_BLOCK: usize = 4 * PAGE_BLOCK;
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct PageServer {
-    inner: wire::PageServer,
+    inner: Detached<wire::PageServer>,
 }
 
 #[pymethods]
@@ -42,11 +43,11 @@ impl PageServer {
         let missing: Vec<Pages> = missing.iter().map(|set| set.inner.clone()).collect();
         let (urgent, streams) = (endpoint(urgent)?, endpoints(streams)?);
         let inner = py.detach(|| wire::PageServer::new(regions, &missing, urgent, streams, format, timeout));
-        Ok(Self { inner: inner.map_err(errors::argument)? })
+        Ok(Self { inner: inner.map_err(errors::argument)?.into() })
     }
 
-    fn start(&self) -> PyResult<()> {
-        self.inner.start().map_err(errors::kernel)
+    fn start(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.inner.start()).map_err(errors::kernel)
     }
 
     fn push(&self, py: Python<'_>) -> PyResult<()> {

@@ -1,12 +1,16 @@
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use pageferry_engine::pager::{self, Targets};
 use pageferry_engine::placer;
+use pageferry_engine::private_mappings::PrivateMappings;
 use pyo3::prelude::*;
 
+use crate::detached::Detached;
 use crate::errors;
 use crate::mapping::Mapping;
-use crate::space::{MappedSegment, segments};
+use crate::space::{MappedSegment, segments, userfaults};
 
 /// Region whose contents a placer or a pager provides.
 #[pyclass(frozen, module = "pageferry._engine")]
@@ -36,7 +40,53 @@ pub fn targets(given: &[PyRef<'_, TargetRegion>]) -> Vec<placer::Target> {
     given.iter().map(plain).collect()
 }
 
-/// Numbers of pages mapped into page tables, and total time spent on mapping, seconds.
+/// Region of private memory, whose contents a pager installs by UFFDIO_COPY.
+#[pyclass(frozen, get_all, module = "pageferry._engine")]
+pub struct PrivateRegion {
+    pages: usize,
+    page_size: usize,
+}
+
+#[pymethods]
+impl PrivateRegion {
+    #[new]
+    fn new(pages: usize, page_size: usize) -> Self {
+        Self { pages, page_size }
+    }
+}
+
+/// Memory that a pager fills.
+#[derive(FromPyObject)]
+pub enum PagerTargets<'py> {
+    Files(Vec<PyRef<'py, TargetRegion>>),
+    Private(Vec<PyRef<'py, PrivateRegion>>),
+}
+
+impl PagerTargets<'_> {
+    /// Returns the regions.
+    pub fn plain(&self) -> Targets {
+        match self {
+            Self::Files(files) => Targets::Files(targets(files)),
+            Self::Private(regions) => {
+                let plain = |region: &PyRef<'_, PrivateRegion>| pager::PrivateRegion {
+                    pages: region.pages,
+                    page_size: region.page_size,
+                };
+                Targets::Private(regions.iter().map(plain).collect())
+            }
+        }
+    }
+
+    /// Returns the number of base pages of all regions.
+    pub fn pages(&self) -> usize {
+        match self {
+            Self::Files(files) => files.iter().map(|target| target.mapping.get().inner.pages()).sum(),
+            Self::Private(regions) => regions.iter().map(|region| region.pages).sum(),
+        }
+    }
+}
+
+/// Numbers of pages mapped into page tables, and total duration of the mapping in seconds.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct Populated {
     large: u64,
@@ -47,27 +97,37 @@ pub struct Populated {
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Placer {
-    pub inner: Arc<placer::Placer>,
+    pub inner: Detached<Arc<placer::Placer>>,
 }
 
 #[pymethods]
 impl Placer {
     #[new]
-    #[pyo3(signature = (targets, segments, *, keep_large = true, workers = 0))]
+    #[pyo3(signature = (targets, segments, *, keep_large = true, workers = 0, private = None))]
     fn new(
+        py: Python<'_>,
         targets: Vec<PyRef<'_, TargetRegion>>,
         segments: Vec<PyRef<'_, MappedSegment>>,
         keep_large: bool,
         workers: usize,
+        private: Option<HashMap<i32, i32>>,
     ) -> PyResult<Self> {
         let (targets, segments) = (self::targets(&targets), self::segments(&segments));
-        let inner = placer::Placer::new(targets, segments, keep_large, workers).map_err(errors::kernel)?;
-        Ok(Self { inner: Arc::new(inner) })
+        let private = private.map(userfaults).transpose()?;
+        let inner = py.detach(|| match private {
+            None => placer::Placer::new(targets, segments, keep_large, workers),
+            Some(found) => placer::Placer::for_clone(targets, PrivateMappings::new(segments, found)),
+        });
+        Ok(Self { inner: Arc::new(inner.map_err(errors::kernel)?).into() })
+    }
+
+    fn move_private(&self, py: Python<'_>) -> PyResult<usize> {
+        py.detach(|| self.inner.move_private()).map_err(errors::kernel)
     }
 
     #[getter]
-    fn missing(&self) -> usize {
-        self.inner.missing()
+    fn missing(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.inner.missing())
     }
 
     #[getter]

@@ -14,14 +14,15 @@ pub fn userfaultfd(user_mode_only: bool) -> PyResult<i32> {
 
 #[pyfunction]
 pub fn read_memory(py: Python<'_>, address: u64, length: usize) -> Bound<'_, PyBytes> {
-    // SAFETY: probes pass ranges that they have mapped readable.
+    // SAFETY: the callers are probes, which pass ranges that they have mapped and that are readable.
     let contents = py.detach(|| unsafe { probing::read_memory(address, length) });
     PyBytes::new(py, &contents)
 }
 
 #[pyfunction]
 pub fn write_memory(py: Python<'_>, address: u64, contents: &[u8]) {
-    // SAFETY: probes pass ranges that they have mapped writable for this purpose, and that no Rust reference covers.
+    // SAFETY: the callers are probes, which pass ranges that they have mapped for this purpose. The ranges are
+    // writable, and no Rust reference covers them.
     py.detach(|| unsafe { probing::write_memory(address, contents) });
 }
 
@@ -32,7 +33,7 @@ pub fn kernel_reads(py: Python<'_>, address: u64) -> PyResult<()> {
 
 #[pyfunction]
 pub fn kernel_writes(py: Python<'_>, address: u64, contents: &[u8]) -> PyResult<usize> {
-    // SAFETY: probes pass addresses in ranges that they have mapped for this purpose, and that no Rust reference
-    // covers.
+    // SAFETY: the callers are probes, which pass addresses in ranges that they have mapped for this purpose. No Rust
+    // reference covers these ranges.
     py.detach(|| unsafe { probing::kernel_writes(address, contents) }).map_err(errors::kernel)
 }

@@ -1,19 +1,22 @@
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pageferry_engine::image::Sizes;
 use pageferry_engine::mapping::duplicate;
-use pageferry_engine::saver::{self, Handle, NewImage, Options, PageOrigin, SaveError, SavedRegion, Traces};
+use pageferry_engine::saver::{self, Handle, NewImage, Options, Overlay, PageOrigin, SaveError, SavedRegion, Traces};
 use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 use parking_lot::Mutex;
 use pyo3::exceptions::{
     PyInterruptedError, PyLookupError, PyOSError, PyProcessLookupError, PyRuntimeError, PyValueError,
 };
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 
+use crate::detached::Detached;
 use crate::image::ImageChain;
 use crate::mapping::Mapping;
 use crate::options::Keywords;
@@ -42,38 +45,65 @@ fn raised(error: SaveError) -> PyErr {
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct ProcessRange {
-    inner: saver::ProcessRange,
+    inner: PageOrigin,
 }
 
 #[pymethods]
 impl ProcessRange {
     #[new]
-    fn new(space: PyRef<'_, Space>, address: u64, length: usize) -> PyResult<Self> {
+    #[pyo3(signature = (space, address, length, *, private = false, base = None))]
+    fn new(
+        space: PyRef<'_, Space>,
+        address: u64,
+        length: usize,
+        private: bool,
+        base: Option<(i32, u64)>,
+    ) -> PyResult<Self> {
         if length == 0 || !length.is_multiple_of(SMALL_PAGE) || !address.is_multiple_of(SMALL_PAGE as u64) {
             return Err(PyValueError::new_err(format!(
                 "invalid range of {length} bytes at {address:#x}: expected whole pages, at least one"
             )));
         }
-        Ok(Self { inner: saver::ProcessRange { space: space.inner.clone(), address, len: length } })
+        let range = saver::ProcessRange { space: space.inner.clone(), address, len: length };
+        let inner = match base {
+            Some((file, offset)) => {
+                let base = Arc::new(File::from(duplicate(file).map_err(errors::kernel)?));
+                PageOrigin::Overlay(Overlay { base, offset, private: range })
+            }
+            None if private => PageOrigin::Private(range),
+            None => PageOrigin::Process(range),
+        };
+        Ok(Self { inner })
     }
 
     fn data_ranges(&self, py: Python<'_>) -> PyResult<Vec<(usize, usize)>> {
-        py.detach(|| PageOrigin::Process(self.inner.clone()).data_ranges()).map_err(errors::kernel)
+        py.detach(|| self.inner.data_ranges()).map_err(errors::kernel)
+    }
+
+    fn overlay<'py>(&self, py: Python<'py>, start: usize, contents: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
+        let whole = start.is_multiple_of(SMALL_PAGE) && contents.len().is_multiple_of(SMALL_PAGE);
+        if !whole || start.checked_add(contents.len()).is_none_or(|end| end > self.inner.len()) {
+            let words = format!("invalid range of {} bytes at {start}: expected whole pages", contents.len());
+            return Err(PyValueError::new_err(words));
+        }
+        let mut bytes = contents.to_vec();
+        py.detach(|| self.inner.overlay(start, &mut bytes)).map_err(errors::kernel)?;
+        Ok(PyBytes::new(py, &bytes))
     }
 }
 
-/// Memory that can be saved.
+/// Memory that can be saved or sent.
 #[derive(FromPyObject)]
-enum Contents<'py> {
+pub enum Contents<'py> {
     Mapping(PyRef<'py, Mapping>),
     Process(PyRef<'py, ProcessRange>),
 }
 
 impl Contents<'_> {
-    fn source(&self) -> PageOrigin {
+    pub fn source(&self) -> PageOrigin {
         match self {
             Self::Mapping(mapping) => PageOrigin::Shared(mapping.inner.clone()),
-            Self::Process(range) => PageOrigin::Process(range.inner.clone()),
+            Self::Process(range) => range.inner.clone(),
         }
     }
 }
@@ -116,8 +146,9 @@ fn traces(given: Option<(String, HashMap<i32, i32>)>) -> PyResult<Traces> {
         "take-up" => Ok(Traces::TakeUp(known)),
         "begin" => Ok(Traces::Begin(known)),
         "borrow" => Ok(Traces::Borrow(known)),
+        "private" => Ok(Traces::Private(known)),
         _ => {
-            let words = format!("invalid use of traces {use_:?}: expected leave, take-up, begin or borrow");
+            let words = format!("invalid use of traces {use_:?}: expected leave, take-up, begin, borrow or private");
             Err(PyValueError::new_err(words))
         }
     }
@@ -125,11 +156,11 @@ fn traces(given: Option<(String, HashMap<i32, i32>)>) -> PyResult<Traces> {
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Saver {
-    inner: Mutex<saver::Saver>,
+    inner: Detached<Mutex<saver::Saver>>,
     handle: Handle,
 }
 
-/// Digest and length in bytes of a written image, and numbers of write calls and storage blocks.
+/// Digest of a written image, its length in bytes, and its numbers of write calls and storage blocks.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct SaveFinished {
     digest: u64,
@@ -190,7 +221,7 @@ impl Saver {
         let segments = self::segments(&segments);
         let image = NewImage { file: duplicate(fd).map_err(errors::kernel)?, id, parent };
         let inner = py.detach(|| saver::Saver::arm(regions, segments, image, traces, &options)).map_err(raised)?;
-        Ok(Self { handle: inner.handle(), inner: Mutex::new(inner) })
+        Ok(Self { handle: inner.handle(), inner: Mutex::new(inner).into() })
     }
 
     #[getter]

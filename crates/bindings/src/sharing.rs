@@ -8,13 +8,14 @@ use pageferry_engine::sharing::{Deferred, Piece, ScannedMemory, SharedFile};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
+use crate::detached::Detached;
 use crate::errors;
 use crate::image::Image;
 use crate::mapping::Mapping;
 use crate::pager::open_flags;
 use crate::space::Space;
 
-/// Piece: number of the workload, mapping or address space, position and length in bytes.
+/// Piece: index of the workload, mapping or address space, position and length in bytes.
 type PieceTuple<'py> = (u32, Bound<'py, PyAny>, u64, u64);
 /// Deferred contents of a piece: bitmap, first page of the region in the bitmap, and for each unit whether it will be a
 /// huge page.
@@ -115,7 +116,7 @@ fn piece((workload, source, start, len): PieceTuple<'_>, deferred: Option<Deferr
 
 #[pyclass(module = "pageferry._engine")]
 pub struct SharingScan {
-    inner: sharing::Scan,
+    inner: Detached<sharing::Scan>,
 }
 
 #[pymethods]
@@ -134,7 +135,7 @@ impl SharingScan {
         let pieces = pieces.collect::<PyResult<Vec<_>>>()?;
         let mut inner = py.detach(|| sharing::Scan::new(pieces, most_pages)).map_err(errors::kernel)?;
         inner.thin_out(every);
-        Ok(Self { inner })
+        Ok(Self { inner: inner.into() })
     }
 
     #[getter]

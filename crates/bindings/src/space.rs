@@ -19,6 +19,7 @@ pub enum Advice {
     Cold,
     Collapse,
     Dofork,
+    Dontdump,
     Dontfork,
     Hugepage,
     Mergeable,
@@ -35,6 +36,7 @@ impl From<Advice> for space::Advice {
             Advice::Cold => Self::Cold,
             Advice::Collapse => Self::Collapse,
             Advice::Dofork => Self::Dofork,
+            Advice::Dontdump => Self::Dontdump,
             Advice::Dontfork => Self::Dontfork,
             Advice::Hugepage => Self::Hugepage,
             Advice::Mergeable => Self::Mergeable,
@@ -47,7 +49,8 @@ impl From<Advice> for space::Advice {
     }
 }
 
-/// Descriptor of a userfaultfd in this process, and its number in the process that keeps it open.
+/// Descriptor of a userfaultfd in this process, and number of the descriptor in the process that keeps the userfaultfd
+/// open.
 #[pyclass(frozen, get_all, module = "pageferry._engine")]
 pub struct KeptUserfault {
     descriptor: i32,
@@ -63,9 +66,9 @@ pub struct Space {
 impl Space {
     #[new]
     #[pyo3(signature = (pid = None))]
-    fn new(pid: Option<i32>) -> PyResult<Self> {
+    fn new(py: Python<'_>, pid: Option<i32>) -> PyResult<Self> {
         let pid = pid.map_or_else(errors::own_pid, Ok)?;
-        let inner = space::Space::open(pid).map_err(errors::kernel)?;
+        let inner = py.detach(|| space::Space::open(pid)).map_err(errors::kernel)?;
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -98,6 +101,18 @@ impl Space {
 
     fn make_read_only(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {
         self.made(py, |space| space.make_read_only(address, length))
+    }
+
+    fn map_private(&self, py: Python<'_>, address: u64, length: u64, number: i32, offset: u64) -> PyResult<()> {
+        self.made(py, |space| space.map_private(address, length, number, offset))
+    }
+
+    fn make_writable(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {
+        self.made(py, |space| space.make_writable(address, length))
+    }
+
+    fn lock_on_fault(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<()> {
+        self.made(py, |space| space.lock_on_fault(address, length))
     }
 
     fn mmap(&self, py: Python<'_>, length: u64) -> PyResult<u64> {

@@ -1,15 +1,17 @@
 use parking_lot::{Mutex, MutexGuard};
 
 use pageferry_engine::wire::tls;
-use pyo3::exceptions::{PyPermissionError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+
+use crate::errors::TlsError;
 
 fn refused(error: tls::TlsError) -> PyErr {
     let message = error.to_string();
     match error {
         tls::TlsError::Identity(_) => PyValueError::new_err(message),
-        _ => PyPermissionError::new_err(message),
+        _ => TlsError::new_err(message),
     }
 }
 
@@ -21,16 +23,16 @@ pub struct TlsIdentity {
 #[pymethods]
 impl TlsIdentity {
     #[new]
-    fn new(certificates: &[u8], key: &[u8]) -> PyResult<Self> {
-        Ok(Self { inner: tls::Identity::new(certificates, key).map_err(refused)? })
+    fn new(py: Python<'_>, certificates: &[u8], key: &[u8]) -> PyResult<Self> {
+        Ok(Self { inner: py.detach(|| tls::Identity::new(certificates, key)).map_err(refused)? })
     }
 
-    fn connect(&self, expected: Vec<u8>) -> PyResult<TlsSession> {
-        TlsSession::new(self.inner.connect(expected))
+    fn connect(&self, py: Python<'_>, expected: Vec<u8>) -> PyResult<TlsSession> {
+        TlsSession::new(py.detach(|| self.inner.connect(expected)))
     }
 
-    fn accept(&self, accepted: Vec<Vec<u8>>) -> PyResult<TlsSession> {
-        TlsSession::new(self.inner.accept(accepted))
+    fn accept(&self, py: Python<'_>, accepted: Vec<Vec<u8>>) -> PyResult<TlsSession> {
+        TlsSession::new(py.detach(|| self.inner.accept(accepted)))
     }
 }
 
@@ -49,8 +51,9 @@ impl TlsSession {
         self.inner.lock()
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut tls::Session) -> T) -> PyResult<T> {
-        self.lock().as_mut().map(work).ok_or_else(taken)
+    /// Runs `work` without the GIL: a handshake takes up to several milliseconds.
+    fn with<T: Send>(&self, py: Python<'_>, work: impl FnOnce(&mut tls::Session) -> T + Send) -> PyResult<T> {
+        py.detach(|| self.lock().as_mut().map(work)).ok_or_else(taken)
     }
 
     /// Takes the session for a stream.
@@ -65,29 +68,31 @@ fn taken() -> PyErr {
 
 #[pymethods]
 impl TlsSession {
-    fn feed(&self, received: &[u8]) -> PyResult<()> {
-        self.with(|session| session.feed(received))?.map_err(refused)
+    fn feed(&self, py: Python<'_>, received: &[u8]) -> PyResult<()> {
+        self.with(py, |session| session.feed(received))?.map_err(refused)
     }
 
     fn outgoing<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        Ok(PyBytes::new(py, &self.with(tls::Session::outgoing)?))
+        Ok(PyBytes::new(py, &self.with(py, tls::Session::outgoing)?))
     }
 
     #[getter]
-    fn established(&self) -> PyResult<bool> {
-        self.with(|session| session.established())
+    fn established(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |session| session.established())
     }
 
     #[getter]
     fn peer_certificate<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        self.with(|session| session.peer_certificate().map(|shown| PyBytes::new(py, shown)))
+        let shown = self.with(py, |session| session.peer_certificate().map(<[u8]>::to_vec))?;
+        Ok(shown.map(|shown| PyBytes::new(py, &shown)))
     }
 
-    fn write(&self, data: &[u8]) -> PyResult<()> {
-        self.with(|session| session.write(data))?.map_err(refused)
+    fn write(&self, py: Python<'_>, data: &[u8]) -> PyResult<()> {
+        self.with(py, |session| session.write(data))?.map_err(refused)
     }
 
     fn read<'py>(&self, py: Python<'py>, count: usize) -> PyResult<Option<Bound<'py, PyBytes>>> {
-        self.with(|session| session.read(count).map(|read| PyBytes::new(py, &read)))
+        let read = self.with(py, |session| session.read(count))?;
+        Ok(read.map(|read| PyBytes::new(py, &read)))
     }
 }

@@ -5,13 +5,14 @@ use parking_lot::Mutex;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::detached::Detached;
 use crate::errors;
 use crate::pages::PageSet;
 use crate::space::{self, MappedSegment, segments};
 
 #[pyclass(frozen, module = "pageferry._engine")]
 pub struct Trace {
-    inner: Mutex<Option<trace::Trace>>,
+    inner: Detached<Mutex<Option<trace::Trace>>>,
 }
 
 impl Trace {
@@ -39,24 +40,26 @@ fn on_sets(
 #[pymethods]
 impl Trace {
     #[new]
-    #[pyo3(signature = (segments, release_after = 0, large = None, userfaults = None))]
+    #[pyo3(signature = (segments, release_after = 0, large = None, userfaults = None, *, private = false))]
     fn new(
         py: Python<'_>,
         segments: Vec<PyRef<'_, MappedSegment>>,
         release_after: usize,
         large: Option<Vec<Vec<bool>>>,
         userfaults: Option<HashMap<i32, i32>>,
+        private: bool,
     ) -> PyResult<Self> {
         let plain = self::segments(&segments);
         if let Some(found) = userfaults {
             let known = space::userfaults(found)?;
-            let inner = py.detach(|| trace::Trace::install_on(plain, &known)).map_err(errors::kernel)?;
-            return Ok(Self { inner: Mutex::new(Some(inner)) });
+            let install = if private { trace::Trace::install_private } else { trace::Trace::install_on };
+            let inner = py.detach(|| install(plain, &known)).map_err(errors::kernel)?;
+            return Ok(Self { inner: Mutex::new(Some(inner)).into() });
         }
         let inner = py
             .detach(|| trace::Trace::install(plain, &large.unwrap_or_default(), release_after))
             .map_err(errors::adopt)?;
-        Ok(Self { inner: Mutex::new(Some(inner)) })
+        Ok(Self { inner: Mutex::new(Some(inner)).into() })
     }
 
     #[getter]

@@ -9,10 +9,11 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::mapping::Mapping;
+use crate::detached::Detached;
 use crate::options::Keywords;
 use crate::pages::PageSet;
 use crate::placer::Placer;
+use crate::saver::Contents;
 use crate::tls::TlsSession;
 use crate::{blocks, errors};
 
@@ -109,7 +110,8 @@ impl BlockSender {
         let (page_block, storage_block) =
             (keywords.take("page_block", 65_536)?, keywords.take("storage_block", 524_288)?);
         let (format, timeout) = sending(&keywords, blocks::sizes(page_block, storage_block)?)?;
-        let inner = wire::BlockSender::new(endpoints(sockets)?, format, timeout);
+        let sockets = endpoints(sockets)?;
+        let inner = py.detach(|| wire::BlockSender::new(sockets, format, timeout));
         Ok(Self { inner: inner.map_err(errors::argument)? })
     }
 
@@ -117,20 +119,20 @@ impl BlockSender {
     fn send(
         &self,
         py: Python<'_>,
-        regions: Vec<PyRef<'_, Mapping>>,
+        regions: Vec<Contents<'_>>,
         pages: Vec<PyRef<'_, PageSet>>,
         round: u32,
         barrier: bool,
     ) -> PyResult<()> {
-        let mappings: Vec<_> = regions.iter().map(|mapping| mapping.inner.clone()).collect();
-        let fits = mappings.len() == pages.len()
-            && mappings.iter().zip(&pages).all(|(mapping, set)| mapping.pages() == set.inner.pages());
+        let sources: Vec<_> = regions.iter().map(Contents::source).collect();
+        let fits = sources.len() == pages.len()
+            && sources.iter().zip(&pages).all(|(source, set)| source.pages() == set.inner.pages());
         if !fits {
             let words = "pages do not match the regions: expected one set per region, with as many pages";
             return Err(PyValueError::new_err(words));
         }
         let sets: Vec<Pages> = pages.iter().map(|set| set.inner.clone()).collect();
-        py.detach(|| self.inner.send(&mappings, &sets, round, barrier)).map_err(errors::wire)
+        py.detach(|| self.inner.send(&sources, &sets, round, barrier)).map_err(errors::wire)
     }
 
     #[getter]
@@ -143,8 +145,53 @@ impl BlockSender {
         self.inner.progress().uncompressed.load(Ordering::Relaxed)
     }
 
+    fn relay(&self, py: Python<'_>, local: i32, remote: Stream<'_>) -> PyResult<Relay> {
+        let (local, remote) = (duplicate(local).map_err(errors::kernel)?, endpoint(remote)?);
+        let relay = py.detach(|| self.inner.relay(local, remote));
+        Ok(Relay { inner: relay.map_err(errors::kernel)?.into() })
+    }
+
     fn cancel(&self) {
         self.inner.cancel();
+    }
+}
+
+#[pyclass(frozen, module = "pageferry._engine")]
+pub struct Relay {
+    inner: Detached<wire::Relay>,
+}
+
+#[pymethods]
+impl Relay {
+    #[new]
+    fn new(py: Python<'_>, local: i32, remote: Stream<'_>) -> PyResult<Self> {
+        let (local, remote) = (duplicate(local).map_err(errors::kernel)?, endpoint(remote)?);
+        let inner = py.detach(|| wire::Relay::new(local, remote));
+        Ok(Self { inner: inner.map_err(errors::kernel)?.into() })
+    }
+
+    #[getter]
+    fn sent(&self) -> u64 {
+        self.inner.sent()
+    }
+
+    #[getter]
+    fn received(&self) -> u64 {
+        self.inner.received()
+    }
+
+    #[getter]
+    fn ended(&self) -> bool {
+        self.inner.has_ended()
+    }
+
+    #[getter]
+    fn failure(&self) -> Option<String> {
+        self.inner.failure()
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.inner.close());
     }
 }
 

@@ -1,4 +1,4 @@
-//! Compression speed of a codec on the data pages of an image, for one thread, in memory.
+//! Speed at which one thread compresses the data pages of an image in memory with a codec.
 //!
 //! `cargo run --release -p pageferry-engine --example codec_speed -- IMAGE CODEC`. Prints MiB of pages per second, and
 //! the compression ratio. The other work of a checkpoint is not included: copying, detection of zeros, patterns and

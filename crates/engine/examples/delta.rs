@@ -14,7 +14,7 @@ use pageferry_engine::block::{Builder, Codec};
 const STORAGE_BLOCK: usize = 1 << 20;
 const PAGE_BLOCK: usize = 64 << 10;
 
-/// Returns the size of the storage blocks of `pages`, bytes.
+/// Returns the size of the storage blocks of `pages` in bytes.
 fn code(pages: &[u8], codec: Codec) -> usize {
     let mut builder = Builder::new(codec, PAGE_BLOCK, STORAGE_BLOCK);
     let mut coded = 0;

@@ -1,5 +1,5 @@
-//! Cost of a fault on a deferred page: comparison of the pager with a minimal loop, in alternation. For each fault, the
-//! loop reads the event, copies 64 KiB and maps them.
+//! Cost of a fault on a deferred page, measured alternately for the pager and for a minimal loop. For each fault, the
+//! loop reads the event, and copies and maps 64 KiB.
 //!
 //! `cargo run --release -p pageferry-engine --example fault_loop`. The contents for the loop are in memory. The pager
 //! reads the same contents from an uncompressed image in the page cache, and verifies them.
@@ -17,7 +17,7 @@ use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::faults::Event;
 use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::Mapping;
-use pageferry_engine::pager::{Begin, FEATURES, FillOrder, Flags, Origin, Pager, Plan, file_len};
+use pageferry_engine::pager::{Begin, FEATURES, FillOrder, Flags, Origin, Pager, Plan, Targets, file_len};
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
 use pageferry_engine::space::{Faults, Space};
@@ -29,7 +29,7 @@ const PAGES: usize = LEN / SMALL_PAGE;
 const TURNS: usize = 7;
 
 fn memory_file(len: usize) -> io::Result<OwnedFd> {
-    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
+    // SAFETY: the name is NUL-terminated. The descriptor is new and has no other owner; `from_raw_fd` panics on -1.
     let file = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"faults".as_ptr(), libc::MFD_CLOEXEC)) };
     File::from(file.try_clone()?).set_len(len as u64)?;
     Ok(file)
@@ -62,7 +62,7 @@ fn bare(contents: &[u8]) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
         scope.spawn(|| {
             let mut events = Vec::new();
             while !stop.load(Ordering::Relaxed) {
-                if uffd.wait(Duration::from_millis(50)).unwrap_or(false) && uffd.read(&mut events).is_ok() {
+                if uffd.wait(Duration::from_millis(50)).unwrap_or(false) && uffd.read(&mut events, usize::MAX).is_ok() {
                     for event in events.drain(..) {
                         let Event::Fault { address, .. } = event else { continue };
                         let at = usize::try_from(address - theirs.address()).unwrap_or(0) / UNIT * UNIT;
@@ -87,7 +87,7 @@ fn paged(chain: &Chain) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
     let segment = Segment { space: space()?, address: theirs.address(), len: LEN as u64, region: 0, first_page: 0 };
     let pager = Pager::start(Plan {
         from: Origin::Images(chain.clone()),
-        targets: vec![Target { mapping: ours, page_size: SMALL_PAGE, large: Vec::new() }],
+        targets: Targets::Files(vec![Target { mapping: ours, page_size: SMALL_PAGE, large: Vec::new() }]),
         watched: vec![(segment, Arc::new(uffd))],
         flags: Flags::open(memory_file(file_len(PAGES))?.as_fd(), PAGES)?,
         begin: Begin::Empty,

@@ -140,7 +140,8 @@ impl Sampler {
         let held = std::mem::take(&mut *self.held());
         let mut small = Vec::new();
         for Held { address, split } in held {
-            // Fails if the range is no longer mapped or the process has exited; the collapse then reports the error.
+            // This fails if the range is no longer mapped or the process has exited; the collapse then reports the
+            // error.
             let _ = self.uffd.unregister(address, LARGE_PAGE as u64);
             if split && let Err(error) = self.collapse(address) {
                 small.push((address, error));

@@ -27,7 +27,7 @@ pub const VERSION: u8 = 1;
 pub const MAX_RAW: usize = 4 << 20;
 /// Maximum number of runs of a storage block.
 pub const MAX_RUNS: usize = 2048;
-/// Maximum size of a page block before compression, bytes.
+/// Maximum size of a page block in bytes, before compression.
 pub const MAX_UNIT: usize = 1 << 20;
 /// Maximum number of page blocks of a storage block, reached if each page block consists of one page.
 pub const MAX_PAGE_BLOCKS: usize = MAX_RAW / SMALL_PAGE;
@@ -178,11 +178,11 @@ pub struct Header {
     pub runs: U16,
     /// Number of page blocks.
     pub page_blocks: U16,
-    /// Data bytes per page block before compression.
+    /// Number of data bytes per page block, before compression.
     pub unit: U32,
-    /// Data bytes of all page blocks before compression.
+    /// Number of data bytes of all page blocks together, before compression.
     pub raw_len: U32,
-    /// Size of the payload, bytes.
+    /// Size of the payload in bytes.
     pub stored_len: U32,
     /// Round of a migration; 0 in a file.
     pub round: U32,
@@ -214,15 +214,16 @@ pub struct RunRecord {
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct PageBlockRecord {
-    /// Data bytes before compression.
+    /// Number of data bytes, before compression.
     pub raw_len: U32,
-    /// Bytes in the payload. If equal to `raw_len`, the page block is not compressed, regardless of the codec.
+    /// Number of bytes in the payload. If it equals `raw_len`, the page block is not compressed, regardless of the
+    /// codec.
     pub stored_len: U32,
     /// xxh3-64 of the stored bytes.
     pub checksum: U64,
 }
 
-/// Size of the header, bytes.
+/// Size of the header in bytes.
 pub const HEADER_LEN: usize = size_of::<Header>();
 const RUN_LEN: usize = size_of::<RunRecord>();
 const PAGE_BLOCK_LEN: usize = size_of::<PageBlockRecord>();
@@ -258,7 +259,7 @@ pub struct Head {
     pub runs: Vec<Run>,
     /// Page-block table, in the order of the payload.
     pub page_blocks: Vec<PageBlockRecord>,
-    /// Size of the payload, bytes.
+    /// Size of the payload in bytes.
     pub stored_len: usize,
 }
 
@@ -296,8 +297,16 @@ impl Head {
     /// # Errors
     /// [`BlockError::PayloadChecksum`] if the checksum differs, [`BlockError::Decompress`] if decompression fails.
     pub fn unpack(&self, index: usize, stored: &[u8], out: &mut Vec<u8>) -> Result<(), BlockError> {
-        self.verify(index, checksum(stored))?;
         out.resize(self.page_blocks[index].raw_len.get() as usize, 0);
+        self.unpack_into(index, stored, out)
+    }
+
+    /// Like [`unpack`](Self::unpack), but writes to `out`, whose length must be the raw length.
+    ///
+    /// # Errors
+    /// As for `unpack`. If the checksum differs, `out` is unchanged.
+    pub fn unpack_into(&self, index: usize, stored: &[u8], out: &mut [u8]) -> Result<(), BlockError> {
+        self.verify(index, checksum(stored))?;
         decompress(self.codec, stored, out).map_err(|reason| BlockError::Decompress {
             index,
             region: self.region,
@@ -319,7 +328,7 @@ impl Head {
     }
 }
 
-/// Returns the total size of the runs and the page-block table, bytes. Validates all fields that determine the size.
+/// Returns the total size of the runs and the page-block table in bytes. Validates all fields that determine the size.
 ///
 /// # Errors
 /// [`BlockError`] for an invalid magic number, an unsupported version or a count beyond its limit.
@@ -661,7 +670,7 @@ fn compress(codec: Codec, raw: &[u8], out: &mut Vec<u8>) {
 /// pages.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let (head, tail) = bytes.split_at(bytes.len().min(64));
-    // Branch-free over 256 bytes, so that the compiler vectorises it.
+    // The check of 256 bytes has no branches, so that the compiler can vectorise it.
     head.iter().all(|&byte| byte == 0)
         && tail.chunks(256).all(|chunk| chunk.iter().fold(0, |seen, &byte| seen | byte) == 0)
 }

@@ -60,7 +60,8 @@ fn install() -> Option<libc::sigaction> {
 /// Signal handler: prints the reason if the faulting address is in a closed range. Restores the previous action of
 /// SIGSEGV and returns, so that the access faults again.
 extern "C" fn explain(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler, and for SIGSEGV it contains an address.
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler. If another process has sent the signal, the
+    // value is not an address, but the handler only compares it.
     let address = unsafe { (*info).si_addr() } as usize;
     let within = |slot: usize| {
         let start = STARTS[slot].load(Ordering::Acquire);
@@ -70,8 +71,8 @@ extern "C" fn explain(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::
         // SAFETY: write is async-signal-safe and only reads the message.
         unsafe { libc::write(libc::STDERR_FILENO, MESSAGE.as_ptr().cast(), MESSAGE.len()) };
     }
-    // SAFETY: sigaction and signal are async-signal-safe. `get` does not block, because the value is set by the time
-    // the handler is installed; if it is not, the default action is restored.
+    // SAFETY: sigaction and signal are async-signal-safe, and `get` never blocks. If the signal arrives after the
+    // installation of the handler and before `PREVIOUS` is set, the default action is restored.
     unsafe {
         match PREVIOUS.get() {
             Some(Some(previous)) => libc::sigaction(libc::SIGSEGV, ptr::from_ref(previous), ptr::null_mut()),

@@ -1,14 +1,17 @@
 //! Events of a userfaultfd, and their resolution.
 //!
 //! While a removal event is pending, every resolution fails with EAGAIN. In this case, nothing is mapped, and the woken
-//! threads fault again. EEXIST means that another thread has mapped the page. The faults of an exited process need no
+//! threads fault again. EEXIST means that the page is already mapped. The faults of an exited process need no
 //! resolution.
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::uapi::{READ, UFFD, UFFDIO_CONTINUE, UffdioContinue, UffdioRange, Userfault, WRITE, check, ioc, ioctl};
+use crate::SMALL_PAGE;
+use crate::uapi::{
+    READ, RETRY_TIMEOUT, UFFD, UFFDIO_CONTINUE, UffdioContinue, UffdioRange, Userfault, WRITE, check, ioc, ioctl,
+};
 
 /// Argument of UFFDIO_POISON (`struct uffdio_poison`).
 #[repr(C)]
@@ -19,9 +22,32 @@ struct UffdioPoison {
     updated: i64,
 }
 
+/// Argument of UFFDIO_ZEROPAGE (`struct uffdio_zeropage`).
+#[repr(C)]
+#[derive(Default, Debug, Clone, Copy)]
+struct UffdioZeropage {
+    range: UffdioRange,
+    mode: u64,
+    zeroed: i64,
+}
+
+/// Argument of UFFDIO_COPY (`struct uffdio_copy`).
+#[repr(C)]
+#[derive(Default, Debug, Clone, Copy)]
+struct UffdioCopy {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    copied: i64,
+}
+
 const UFFDIO_WAKE: u64 = ioc(READ, UFFD, 0x02, size_of::<UffdioRange>());
+const UFFDIO_COPY: u64 = ioc(READ | WRITE, UFFD, 0x03, size_of::<UffdioCopy>());
+const UFFDIO_ZEROPAGE: u64 = ioc(READ | WRITE, UFFD, 0x04, size_of::<UffdioZeropage>());
 const UFFDIO_POISON: u64 = ioc(READ | WRITE, UFFD, 0x08, size_of::<UffdioPoison>());
 const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02 && UFFDIO_POISON == 0xc020_aa08);
+const _: () = assert!(UFFDIO_COPY == 0xc028_aa03 && UFFDIO_ZEROPAGE == 0xc020_aa04);
 
 const CONTINUE_MODE_WP: u64 = 2;
 const EVENT_PAGEFAULT: u8 = 0x12;
@@ -43,7 +69,7 @@ struct Message {
 const _: () = assert!(size_of::<Message>() == 32);
 
 /// Maximum number of messages per read.
-const BATCH: usize = 64;
+pub const BATCH: usize = 64;
 
 /// Event of an address space, read from a userfaultfd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,14 +108,15 @@ impl Userfault {
         }
     }
 
-    /// Reads up to 64 available events without waiting, and appends them to `events`.
+    /// Reads available events without waiting, at most `limit` and at most [`BATCH`], and appends them to `events`.
     ///
     /// # Errors
     /// The error of read(2).
-    pub fn read(&self, events: &mut Vec<Event>) -> io::Result<()> {
+    pub fn read(&self, events: &mut Vec<Event>, limit: usize) -> io::Result<()> {
         let mut messages = [Message::default(); BATCH];
+        let messages = &mut messages[..limit.min(BATCH)];
         // SAFETY: the buffer is valid for writing its length, and any bytes are a valid `Message`.
-        let read = unsafe { libc::read(self.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages)) };
+        let read = unsafe { libc::read(self.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(messages)) };
         let Ok(read) = usize::try_from(read) else {
             let error = io::Error::last_os_error();
             let none = matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted);
@@ -116,8 +143,8 @@ impl Userfault {
         unsafe { ioctl(self, UFFDIO_WAKE, &mut range) }.map(drop)
     }
 
-    /// Maps the pages of a range from the page cache and wakes the threads that wait for them. `page` is the page size,
-    /// bytes. Skips holes, and pages that are already mapped. If the address space is changing, or if there is no
+    /// Maps the pages of a range from the page cache and wakes the threads that wait for them. `page` is the page size
+    /// in bytes. Skips holes, and pages that are already mapped. If the address space is changing, or if there is no
     /// memory for page tables, stops and wakes the threads, which retry their accesses. If `protect` is true, maps the
     /// pages write-protected; the range must be registered for write protection.
     ///
@@ -146,6 +173,105 @@ impl Userfault {
         if stepped { self.wake(start, len) } else { Ok(()) }
     }
 
+    /// Reads the address of one fault without waiting. Returns `None` if no event can be read, or if the event is not a
+    /// fault.
+    ///
+    /// # Errors
+    /// The error of read(2).
+    pub fn read_fault(&self) -> io::Result<Option<u64>> {
+        let mut message = Message::default();
+        // SAFETY: the buffer is valid for writing its length, and any bytes are a valid `Message`.
+        let read = unsafe { libc::read(self.as_raw_fd(), (&raw mut message).cast(), size_of::<Message>()) };
+        if read < 0 {
+            let error = io::Error::last_os_error();
+            let none = matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted);
+            return if none { Ok(None) } else { Err(error) };
+        }
+        Ok((message.event == EVENT_PAGEFAULT).then_some(message.second & !4095))
+    }
+
+    /// Maps zeros at those pages of a range that are not mapped, and wakes the threads that wait for them. In a private
+    /// mapping of a file, the process then reads zeros instead of the contents of the file.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_ZEROPAGE, such as ESRCH if the process has exited.
+    pub fn map_zeros(&self, start: u64, len: u64) -> io::Result<()> {
+        let (mut at, end) = (start, start + len);
+        while at < end {
+            let mut argument = UffdioZeropage { range: UffdioRange { start: at, len: end - at }, mode: 0, zeroed: 0 };
+            // SAFETY: `argument` lives through the call, which only changes page table entries of pages that are not
+            // mapped.
+            let result = unsafe { ioctl(self, UFFDIO_ZEROPAGE, &mut argument) };
+            at += u64::try_from(argument.zeroed).unwrap_or(0);
+            match result.as_ref().map_err(io::Error::raw_os_error) {
+                Ok(_) => {}
+                Err(Some(libc::EEXIST)) => at += SMALL_PAGE as u64,
+                Err(Some(libc::EAGAIN | libc::ENOMEM)) => break,
+                Err(_) => return result.map(drop),
+            }
+        }
+        self.wake(start, len)
+    }
+
+    /// Installs pages with these contents at an address of private memory, and wakes the threads that wait for them.
+    /// Each page appears with all of its contents, or not at all. Returns the number of bytes installed, and the reason
+    /// why this is less than the length of `contents`: EEXIST if the next page is present, EAGAIN while a removal event
+    /// is pending, ENOENT if the next page is not registered, ENOMEM without memory, ESRCH if the process has exited.
+    ///
+    /// Unlike [`copy`](Self::copy), does not wait while a removal event is pending: the calling thread may be the one that
+    /// reads it. Address and length must be multiples of the page size of the memory.
+    pub fn install(&self, address: u64, contents: &[u8]) -> (usize, io::Result<()>) {
+        let mut done = 0;
+        while done < contents.len() {
+            let (from, len) = (contents[done..].as_ptr() as u64, (contents.len() - done) as u64);
+            let mut argument = UffdioCopy { to: address + done as u64, from, len, mode: 0, copied: 0 };
+            // SAFETY: `from` and `len` describe a part of `contents`, which the kernel only reads. The pages that it
+            // installs were not present, so no contents of the other process are overwritten.
+            let result = unsafe { ioctl(self, UFFDIO_COPY, &mut argument) };
+            let copied = usize::try_from(argument.copied).unwrap_or(0);
+            done += copied;
+            match result {
+                // The call ended early after it had installed pages. Repeating it returns the reason.
+                Err(error) if copied > 0 && error.raw_os_error() == Some(libc::EAGAIN) => {}
+                Err(error) => return (done, Err(error)),
+                Ok(_) => {}
+            }
+        }
+        (done, Ok(()))
+    }
+
+    /// Maps copies of `len` bytes of `contents` at a range, up to the first page that is mapped. Returns the number of
+    /// bytes up to that page, `len` if no page is mapped. In a private mapping of a file, the copies are private.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_COPY, such as ESRCH if the process has exited.
+    ///
+    /// # Safety
+    /// `contents` must be valid for reading `len` bytes.
+    pub unsafe fn copy(&self, start: u64, contents: *const u8, len: u64) -> io::Result<u64> {
+        place(len, |done| {
+            let (to, from) = (start + done, contents as u64 + done);
+            let mut argument = UffdioCopy { to, from, len: len - done, mode: 0, copied: 0 };
+            // SAFETY: `argument` lives through the call, and the caller guarantees that the source can be read. The
+            // call only changes page table entries of pages that are not mapped.
+            (unsafe { ioctl(self, UFFDIO_COPY, &mut argument) }, argument.copied)
+        })
+    }
+
+    /// Like [`copy`](Self::copy), but maps zeros.
+    ///
+    /// # Errors
+    /// The error of UFFDIO_ZEROPAGE.
+    pub fn zero(&self, start: u64, len: u64) -> io::Result<u64> {
+        place(len, |done| {
+            let range = UffdioRange { start: start + done, len: len - done };
+            let mut argument = UffdioZeropage { range, mode: 0, zeroed: 0 };
+            // SAFETY: `argument` lives through the call, which only changes page table entries of pages that are not
+            // mapped.
+            (unsafe { ioctl(self, UFFDIO_ZEROPAGE, &mut argument) }, argument.zeroed)
+        })
+    }
+
     /// Makes every later access to a range raise SIGBUS.
     ///
     /// # Errors
@@ -156,4 +282,24 @@ impl Userfault {
         // mapped.
         unsafe { ioctl(self, UFFDIO_POISON, &mut argument) }.map(drop)
     }
+}
+
+/// Repeats a call that maps pages of a range of `len` bytes, from the given number of bytes on, until it reaches a page
+/// that is mapped, or the end. `call` returns the result, and the number of bytes that it has mapped (negative: errno).
+/// Returns the number of bytes mapped.
+fn place(len: u64, mut call: impl FnMut(u64) -> (io::Result<libc::c_int>, i64)) -> io::Result<u64> {
+    let (mut done, begin) = (0, Instant::now());
+    while done < len {
+        let (result, placed) = call(done);
+        done += u64::try_from(placed).unwrap_or(0);
+        match result {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => return Ok(done),
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && begin.elapsed() < RETRY_TIMEOUT => {
+                std::thread::yield_now();
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
 }

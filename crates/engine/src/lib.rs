@@ -19,6 +19,7 @@
 //! * [`checksum`]: checksums and signatures.
 //! * [`block`]: storage blocks, the unit in which pages are sent and stored.
 //! * [`image`]: files of storage blocks with an index of all pages.
+//! * [`private_mappings`]: private pages of a clone that is received.
 //! * [`placer`]: placement of received pages, and population of page tables (S1, S5, S6, S7).
 //! * [`wire`]: storage blocks over sockets.
 //! * [`saver`]: lazy checkpoints (S4).
@@ -38,6 +39,7 @@ pub mod mapping;
 pub mod pager;
 pub mod pages;
 pub mod placer;
+pub mod private_mappings;
 pub mod probing;
 pub mod saver;
 pub mod segment;
@@ -48,9 +50,9 @@ pub mod truncated;
 pub mod uapi;
 pub mod wire;
 
-/// Size of a base page, bytes.
+/// Size of a base page in bytes.
 pub const SMALL_PAGE: usize = 4 << 10;
-/// Size of a huge page, bytes.
+/// Size of a huge page in bytes.
 pub const LARGE_PAGE: usize = 2 << 20;
 /// Number of base pages per huge page.
 pub const SLOTS: usize = LARGE_PAGE / SMALL_PAGE;

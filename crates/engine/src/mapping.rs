@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
@@ -20,12 +20,19 @@ use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 #[derive(Debug)]
 pub struct Mapping {
     base: NonNull<u8>,
-    len: usize,
+    len: AtomicUsize,
+    /// Length of the reserved addresses, of which the mapping uses the first `len` bytes. Locked while the mapping
+    /// grows.
+    reserved: Mutex<usize>,
     file: OwnedFd,
     offset: u64,
     /// Page size of the hugetlbfs that holds the file; `None` for other file systems.
     hugetlb: Option<usize>,
     closed: AtomicBool,
+    /// Descriptors that are closed after the memory has been unmapped.
+    kept: Mutex<Vec<OwnedFd>>,
+    /// Whether [`registered`] contains the mapping.
+    listed: bool,
 }
 
 /// Address and length of every mapping of this process.
@@ -48,8 +55,9 @@ fn unregister(address: u64) {
     }
 }
 
-// SAFETY: the mapping is plain shared memory, accessed through raw pointers, volatile reads and atomics. References to
-// plain bytes exist only while no other thread or process uses these bytes.
+// SAFETY: the mapping is plain shared memory, accessed through raw pointers, volatile reads and atomics. Code that
+// creates a reference to plain bytes ensures that no other thread or process uses these bytes at the same time, or
+// states in its SAFETY comment why such use is harmless.
 unsafe impl Send for Mapping {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Mapping {}
@@ -58,17 +66,98 @@ impl Mapping {
     /// Maps `len` bytes of a file from `offset` on. `len` and `offset` must be multiples of the page size of the file.
     ///
     /// # Errors
-    /// EINVAL if `len` is 0, or if `len` or `offset` is not a multiple of the page size; otherwise the error of
+    /// EINVAL if `len` is 0, or if `len` or `offset` is not a multiple of the file's page size; otherwise the error of
     /// fcntl(2), fstatfs(2) or mmap(2).
     pub fn new(file: BorrowedFd<'_>, len: usize, offset: u64) -> io::Result<Self> {
-        if len == 0 || !len.is_multiple_of(SMALL_PAGE) || !offset.is_multiple_of(SMALL_PAGE as u64) {
+        Self::with_room(file, len, offset, len)
+    }
+
+    /// Like [`new`](Self::new), but reserves the addresses of `room` bytes, up to which the mapping can grow.
+    ///
+    /// # Errors
+    /// The same errors as [`new`](Self::new); EINVAL if `room` is less than `len`, or not a multiple of the page size.
+    pub fn with_room(file: BorrowedFd<'_>, len: usize, offset: u64, room: usize) -> io::Result<Self> {
+        let hugetlb = hugetlb_page(file)?;
+        // The kernel would round a length up to the page size of hugetlbfs, and replace memory after the reservation.
+        let page = hugetlb.unwrap_or(SMALL_PAGE);
+        let whole = len.is_multiple_of(page) && offset.is_multiple_of(page as u64);
+        if len == 0 || !whole || room < len || !room.is_multiple_of(page) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let file = file.try_clone_to_owned()?;
-        let hugetlb = hugetlb_page(file.as_fd())?;
-        let base = map(file.as_fd(), len, offset, 0)?;
+        let base = map(file.as_fd(), len, offset, room, 0)?;
         register(base.as_ptr() as u64, len as u64);
-        Ok(Self { base, len, file, offset, hugetlb, closed: AtomicBool::new(false) })
+        let (closed, kept) = (AtomicBool::new(false), Mutex::default());
+        let (len, reserved) = (AtomicUsize::new(len), Mutex::new(room));
+        Ok(Self { base, len, reserved, file, offset, hugetlb, closed, kept, listed: true })
+    }
+
+    /// Extends the mapping to `len` bytes of the file. The address of the mapping stays the same. A shorter length has
+    /// no effect.
+    ///
+    /// # Errors
+    /// ENOMEM if `len` exceeds the reserved addresses, EINVAL if `len` is not a multiple of the page size or if the
+    /// mapping is closed; otherwise the error of mmap(2).
+    pub fn grow(&self, len: usize) -> io::Result<()> {
+        let reserved = self.reserved.lock();
+        let old = self.len();
+        if len > *reserved {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        if !len.is_multiple_of(self.hugetlb.unwrap_or(SMALL_PAGE)) || self.is_closed() {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        if len <= old {
+            return Ok(());
+        }
+        let start = libc::off_t::try_from(self.offset + old as u64).map_err(io::Error::other)?;
+        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        // SAFETY: the range follows the mapping and lies within the reservation, to which there are no references.
+        let mapped = unsafe {
+            libc::mmap(self.base.as_ptr().add(old).cast(), len - old, access, flags, self.file.as_raw_fd(), start)
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        self.len.store(len, Ordering::Release);
+        unregister(self.address());
+        register(self.address(), len as u64);
+        Ok(())
+    }
+
+    /// Replaces the memory by a private mapping of another file, which permits no access before
+    /// [`permit`](Self::permit). A write to a page creates a private copy of the page.
+    ///
+    /// # Errors
+    /// The error of mmap(2).
+    pub fn replace(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: the range is our mapping, and no reference to its bytes exists before `permit`.
+        let mapped =
+            unsafe { libc::mmap(self.base.as_ptr().cast(), self.len(), libc::PROT_NONE, flags, file.as_raw_fd(), 0) };
+        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Permits reads and writes after [`replace`](Self::replace).
+    ///
+    /// # Errors
+    /// The error of mprotect(2).
+    pub fn permit(&self) -> io::Result<()> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the range is our mapping.
+        check(unsafe { libc::mprotect(self.base.as_ptr().cast(), self.len(), access) }).map(drop)
+    }
+
+    /// Removes the mapping from [`registered`], as its drop would do otherwise.
+    pub fn unlist(&mut self) {
+        if std::mem::take(&mut self.listed) {
+            unregister(self.address());
+        }
+    }
+
+    /// Takes ownership of a descriptor, and closes it after the memory has been unmapped.
+    pub fn keep(&self, descriptor: OwnedFd) {
+        self.kept.lock().push(descriptor);
     }
 
     /// Makes the mapping read-only, for use after the hand-over of the workload, when a write would be lost. A later
@@ -77,10 +166,10 @@ impl Mapping {
     /// # Errors
     /// The error of mprotect(2).
     pub fn close(&self) -> io::Result<()> {
-        crate::closed::watch(self.base.as_ptr().addr(), self.len);
+        crate::closed::watch(self.base.as_ptr().addr(), self.len());
         // SAFETY: the range is our mapping, which stays mapped and readable. There are no mutable references to its
         // bytes.
-        check(unsafe { libc::mprotect(self.base.as_ptr().cast(), self.len, libc::PROT_READ) })?;
+        check(unsafe { libc::mprotect(self.base.as_ptr().cast(), self.len(), libc::PROT_READ) })?;
         self.closed.store(true, Ordering::Release);
         Ok(())
     }
@@ -100,15 +189,15 @@ impl Mapping {
         self.base.as_ptr() as u64
     }
 
-    /// Returns the length of the mapping, bytes.
+    /// Returns the length of the mapping in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
-        self.len
+        self.len.load(Ordering::Acquire)
     }
 
     /// Returns the number of base pages of the mapping.
     pub fn pages(&self) -> usize {
-        self.len / SMALL_PAGE
+        self.len() / SMALL_PAGE
     }
 
     /// Returns the descriptor of the file.
@@ -139,42 +228,33 @@ impl Mapping {
     pub fn data_ranges(&self) -> io::Result<Vec<(usize, usize)>> {
         match self.hugetlb {
             Some(page) => self.hugetlb_ranges(page),
-            None => self.data_within(0, self.len),
+            None => self.data_within(0, self.len()),
         }
     }
 
-    /// Like [`data_ranges`](Self::data_ranges), but only within `[start, end)` (bytes). Not for hugetlbfs, where
-    /// lseek(2) reports the whole file as data.
+    /// Like [`data_ranges`](Self::data_ranges), but only within `[start, end)` (bytes). Must not be called for
+    /// hugetlbfs, where lseek(2) reports the whole file as data.
     ///
     /// # Errors
     /// The error of lseek(2).
     pub fn data_within(&self, start: usize, end: usize) -> io::Result<Vec<(usize, usize)>> {
-        let end = self.offset + end.min(self.len) as u64;
-        let mut ranges = Vec::new();
-        let mut at = self.offset + start as u64;
-        while at < end {
-            let Some(start) = self.seek(at, libc::SEEK_DATA)? else { break };
-            if start >= end {
-                break;
-            }
-            let stop = self.seek(start, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
-            ranges.push((self.relative(start), self.relative(stop)));
-            at = stop;
-        }
-        Ok(ranges)
+        let (start, end) = (self.offset + start as u64, self.offset + end.min(self.len()) as u64);
+        let ranges = data_of(&self.file, start, end)?.into_iter();
+        Ok(ranges.map(|(start, end)| (self.relative(start), self.relative(end))).collect())
     }
 
-    /// Returns whether the byte at offset `at` of the mapping is in a data range. Always true in hugetlbfs.
+    /// Returns whether the byte at offset `at` of the mapping is in a data range. The result is always true in
+    /// hugetlbfs.
     ///
     /// # Errors
     /// The error of lseek(2).
     pub fn is_data(&self, at: usize) -> io::Result<bool> {
         let position = self.offset + at as u64;
-        Ok(self.seek(position, libc::SEEK_DATA)? == Some(position))
+        Ok(seek(&self.file, position, libc::SEEK_DATA)? == Some(position))
     }
 
     /// Sets the lowest bit of `found[n]` if page `first + n` is in memory, which excludes holes and pages in swap
-    /// (mincore(2)). In hugetlbfs, the bit is only set for pages that this process has mapped.
+    /// (mincore(2)). In hugetlbfs, the bit is set only for pages that this process has mapped.
     ///
     /// # Errors
     /// The error of mincore(2).
@@ -216,27 +296,17 @@ impl Mapping {
     /// Returns the data ranges of a file in hugetlbfs. Finds them by mapping the existing pages into a temporary
     /// mapping, because lseek(2) reports the whole file as data.
     fn hugetlb_ranges(&self, page: usize) -> io::Result<Vec<(usize, usize)>> {
-        let base = map(self.as_fd(), self.len, self.offset, libc::MAP_NORESERVE)?;
+        let len = self.len();
+        let base = map(self.as_fd(), len, self.offset, len, libc::MAP_NORESERVE)?;
         let mut ranges = Vec::new();
-        let found = present(base.as_ptr() as u64, self.len as u64, page as u64, |start, end| ranges.push((start, end)));
+        let found = present(base.as_ptr() as u64, len as u64, page as u64, |start, end| ranges.push((start, end)));
         // SAFETY: the mapping was created above, and there are no other references to it.
-        unsafe { libc::munmap(base.as_ptr().cast(), self.len) };
+        unsafe { libc::munmap(base.as_ptr().cast(), len) };
         found.map(|()| ranges)
     }
 
     fn relative(&self, position: u64) -> usize {
         usize::try_from(position - self.offset).unwrap_or(usize::MAX)
-    }
-
-    fn seek(&self, from: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
-        let from = libc::off_t::try_from(from).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-        // SAFETY: lseek takes no pointers.
-        let found = unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) };
-        if let Ok(position) = u64::try_from(found) {
-            return Ok(Some(position));
-        }
-        let error = io::Error::last_os_error();
-        if error.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(error) }
     }
 
     /// Punches a hole into the file: the range is freed and reads as zeros.
@@ -260,13 +330,13 @@ impl Mapping {
     /// # Errors
     /// Errors of lseek(2), mincore(2), madvise(2) and PAGEMAP_SCAN.
     pub fn large_units(&self) -> io::Result<Vec<bool>> {
-        let mut units = vec![false; self.len.div_ceil(LARGE_PAGE)];
+        let mut units = vec![false; self.len().div_ceil(LARGE_PAGE)];
         for (start, end) in self.resident_ranges()? {
             self.populate_read(start, end - start)?;
         }
         let pagemap = File::open("/proc/self/pagemap")?;
         let categories = uapi::PAGE_IS_HUGE | uapi::PAGE_IS_PRESENT;
-        scan(&pagemap, self.address(), self.address() + self.len as u64, 0, categories, |start, end| {
+        scan(&pagemap, self.address(), self.address() + self.len() as u64, 0, categories, |start, end| {
             let first = usize::try_from(start - self.address()).unwrap_or(0) / SMALL_PAGE;
             let last = usize::try_from(end - self.address()).unwrap_or(0) / SMALL_PAGE;
             if let Some(units) = units.get_mut(first.div_ceil(SLOTS)..last / SLOTS) {
@@ -276,7 +346,27 @@ impl Mapping {
         Ok(units)
     }
 
-    /// Returns whether a present page contains only zeros. For most other pages, the first word decides.
+    /// Copies `len` bytes into the mapping.
+    ///
+    /// # Errors
+    /// EINVAL if the bytes do not fit into the mapping, EACCES if the mapping is closed.
+    ///
+    /// # Safety
+    /// `from` must be valid for reads of `len` bytes.
+    pub unsafe fn copy_in(&self, offset: usize, from: *const u8, len: usize) -> io::Result<()> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len()) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        if self.is_closed() {
+            return Err(io::Error::from_raw_os_error(libc::EACCES));
+        }
+        // SAFETY: the target lies in the mapping, by the check above. The caller ensures that the bytes can be read;
+        // they may overlap the target.
+        unsafe { std::ptr::copy(from, self.base.as_ptr().add(offset), len) };
+        Ok(())
+    }
+
+    /// Returns whether a present page contains only zeros. Stops reading at the first word that is not zero.
     pub fn is_zero(&self, page: usize) -> bool {
         let words = self.page(page).cast::<u64>();
         // SAFETY: the words lie in one page of the mapping, by the assertion in `page`. The reads are volatile, because
@@ -299,26 +389,55 @@ impl AsFd for Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        unregister(self.address());
+        self.unlist();
         if self.is_closed() {
             crate::closed::forget(self.base.as_ptr().addr());
         }
         // SAFETY: `new` created the mapping. Callers must not use pointers into the mapping after the drop.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+        unsafe { libc::munmap(self.base.as_ptr().cast(), *self.reserved.get_mut()) };
     }
 }
 
-/// Maps a part of a file at an address aligned to 2 MiB.
-fn map(file: BorrowedFd<'_>, len: usize, offset: u64, flags: libc::c_int) -> io::Result<NonNull<u8>> {
-    let base = reserve(len)?;
+/// Returns the ranges of a file within `[start, end)` (bytes) that hold data. Not for hugetlbfs, where lseek(2) reports
+/// the whole file as data.
+///
+/// # Errors
+/// The error of lseek(2).
+pub(crate) fn data_of(file: &impl AsRawFd, start: u64, end: u64) -> io::Result<Vec<(u64, u64)>> {
+    let mut ranges = Vec::new();
+    let mut at = start;
+    while at < end {
+        let Some(start) = seek(file, at, libc::SEEK_DATA)?.filter(|&start| start < end) else { break };
+        let stop = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+        ranges.push((start, stop));
+        at = stop;
+    }
+    Ok(ranges)
+}
+
+fn seek(file: &impl AsRawFd, from: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let from = libc::off_t::try_from(from).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    // SAFETY: lseek takes no pointers.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
+    if let Ok(position) = u64::try_from(found) {
+        return Ok(Some(position));
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::ENXIO) { Ok(None) } else { Err(error) }
+}
+
+/// Maps a part of a file at an address aligned to 2 MiB, and reserves `room` bytes from that address on.
+fn map(file: BorrowedFd<'_>, len: usize, offset: u64, room: usize, flags: libc::c_int) -> io::Result<NonNull<u8>> {
+    let base = reserve(room)?;
     let start = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED | flags);
-    // SAFETY: MAP_FIXED replaces the reservation of `len` bytes at `base`, to which there are no other references.
+    // SAFETY: MAP_FIXED replaces the first `len` bytes of the reservation, to which there are no other references. The
+    // caller has checked that `len` is a multiple of the file's page size, to which the kernel would round it up.
     let mapped = unsafe { libc::mmap(base.as_ptr().cast(), len, access, flags, file.as_raw_fd(), start) };
     if mapped == libc::MAP_FAILED {
         let error = io::Error::last_os_error();
         // SAFETY: the range is the reservation made above, to which there are no other references.
-        unsafe { libc::munmap(base.as_ptr().cast(), len) };
+        unsafe { libc::munmap(base.as_ptr().cast(), room) };
         return Err(error);
     }
     Ok(base)
@@ -359,7 +478,7 @@ fn present(address: u64, len: u64, page: u64, mut found: impl FnMut(usize, usize
 fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     let whole = len.checked_add(LARGE_PAGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: creates a new mapping at an address chosen by the kernel.
+    // SAFETY: mmap creates a new mapping at an address that the kernel chooses.
     let base = unsafe { libc::mmap(std::ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0) };
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());

@@ -15,15 +15,15 @@ pub enum UnpackError {
     /// The set belongs to a region of another size.
     #[error("invalid set of pages: bitmap has {found} bytes, expected {expected} for {pages} pages")]
     Length {
-        /// Size of the bitmap, bytes.
+        /// Size of the bitmap in bytes.
         found: usize,
-        /// Expected size, bytes.
+        /// Expected size in bytes.
         expected: usize,
         /// Number of pages of the region.
         pages: usize,
     },
     /// The set contains pages beyond the end of the region.
-    #[error("invalid set of pages: it contains pages beyond the {0} of its region")]
+    #[error("invalid set of pages: some pages are beyond the {0} pages of the region")]
     Beyond(usize),
 }
 
@@ -67,7 +67,7 @@ impl PageSet {
     /// Serialises the set as a little-endian bitmap, compressed with Zstandard.
     pub fn pack(&self) -> Vec<u8> {
         let bitmap: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        // Cannot fail: the buffer has sufficient capacity for incompressible data.
+        // The compression cannot fail: its buffer has sufficient capacity for incompressible data.
         zstd::bulk::compress(&bitmap, 1).unwrap_or_default()
     }
 
@@ -191,6 +191,15 @@ impl Iterator for Runs<'_> {
     }
 }
 
+/// Returns the words of 64 bits that contain `[first, end)`, as (index of the word, mask of its bits in the range).
+pub(crate) fn masks(first: usize, end: usize) -> impl Iterator<Item = (usize, u64)> {
+    (first / BITS..end.div_ceil(BITS)).filter(move |_| first < end).map(move |index| {
+        let head = u64::MAX << (first.max(index * BITS) - index * BITS);
+        let tail = u64::MAX >> ((index + 1) * BITS - end.min((index + 1) * BITS));
+        (index, head & tail)
+    })
+}
+
 /// Bitmap with atomic operations on its bits.
 #[derive(Debug)]
 pub(crate) struct AtomicBits(Vec<AtomicU64>);
@@ -204,6 +213,26 @@ impl AtomicBits {
     pub(crate) fn set(&self, bit: usize) -> bool {
         let mask = 1 << (bit % BITS);
         self.0[bit / BITS].fetch_or(mask, Ordering::AcqRel) & mask != 0
+    }
+
+    /// Sets all bits of `[first, end)`. Returns false, and changes none of them, if any of them is set.
+    pub(crate) fn set_run(&self, first: usize, end: usize) -> bool {
+        for (index, mask) in masks(first, end) {
+            let before = self.0[index].fetch_or(mask, Ordering::AcqRel) & mask;
+            if before != 0 {
+                self.0[index].fetch_and(!(mask & !before), Ordering::AcqRel);
+                self.take_run(first, (index * BITS).max(first));
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Clears all bits of `[first, end)`.
+    pub(crate) fn take_run(&self, first: usize, end: usize) {
+        for (index, mask) in masks(first, end) {
+            self.0[index].fetch_and(!mask, Ordering::AcqRel);
+        }
     }
 
     pub(crate) fn get(&self, bit: usize) -> bool {
@@ -271,6 +300,20 @@ mod tests {
             prop_assert_eq!(units.iter().map(|&count| usize::from(count)).sum::<usize>(), model.len());
             prop_assert_eq!(PageSet::unpack(&set.pack(), pages), Ok(set.clone()));
         }
+    }
+
+    #[test]
+    fn run_of_bits_is_set_as_a_whole_or_not_at_all() {
+        let bits = AtomicBits::new(300);
+        assert!(bits.set_run(60, 200));
+        assert!((0..300).all(|bit| bits.get(bit) == (60..200).contains(&bit)));
+        // The last bit of this run is already set.
+        assert!(!bits.set_run(5, 61));
+        assert!(!bits.set_run(199, 300));
+        assert!((0..300).all(|bit| bits.get(bit) == (60..200).contains(&bit)));
+        bits.take_run(64, 128);
+        assert!((0..300).all(|bit| bits.get(bit) == ((60..64).contains(&bit) || (128..200).contains(&bit))));
+        assert!(bits.set_run(64, 128) && bits.set_run(256, 256) && bits.set_run(299, 300));
     }
 
     #[test]

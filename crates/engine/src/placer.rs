@@ -5,6 +5,9 @@
 //! a huge page at the source allocates the whole huge page; zero pages are zeros in the huge page, never holes. A unit
 //! is *complete* when all of its slots have been received. From then on, its contents are final or overwritten in
 //! place, so the unit can be mapped into the workload's page tables as one huge page during the transfer.
+//!
+//! A clone that shares a base has private pages, which are not in a file. Its pages are placed in staging files, and
+//! moved from there into the process of the clone after each round. An absent page is a page of the base.
 
 use std::io;
 use std::sync::Arc;
@@ -18,7 +21,8 @@ use thiserror::Error;
 
 use crate::block::Class;
 use crate::mapping::Mapping;
-use crate::pages::AtomicBits;
+use crate::pages::{AtomicBits, PageSet};
+use crate::private_mappings::PrivateMappings;
 use crate::segment::Segment;
 use crate::space::{AdoptError, Space};
 use crate::uapi::{self, check};
@@ -46,6 +50,9 @@ pub enum PlaceError {
     /// The class of the pages is invalid: the protocol does not send such pages.
     #[error("cannot place pages of class {0:?}: expected data, zero or absent pages")]
     Class(Class),
+    /// A page of a clone was received as a private page before.
+    #[error("cannot place page {0} as a page of the base: it was received as a private page before")]
+    Private(usize),
     /// The file system, the huge page pool or the host is out of memory.
     #[error(
         "cannot allocate memory for pages {first} to {end} of region {region}: {error}; free memory, or enlarge the \
@@ -69,9 +76,10 @@ pub struct Target {
     /// Mapping of the region's file by this process. [`Placer::place_empty`] assumes that the file initially had no
     /// data.
     pub mapping: Arc<Mapping>,
-    /// Page size of the file, bytes: 4 KiB, or 2 MiB in hugetlbfs.
+    /// Page size of the file in bytes: 4 KiB, or 2 MiB in hugetlbfs.
     pub page_size: usize,
-    /// Whether each 2 MiB unit is backed by a huge page at the source (S6). May be shorter than the region, or empty.
+    /// Whether each 2 MiB unit is backed by a huge page at the source (S6). The list may be shorter than the region, or
+    /// empty.
     pub large: Vec<bool>,
 }
 
@@ -135,7 +143,7 @@ pub struct Populated {
     pub small: AtomicU64,
     /// Number of huge pages that could not be mapped. They are mapped on first access.
     pub failed: AtomicU64,
-    /// Total time spent on the population, nanoseconds.
+    /// Total time spent on the population in nanoseconds.
     pub nanoseconds: AtomicU64,
 }
 
@@ -147,9 +155,21 @@ pub struct Placer {
     workers: Mutex<Vec<JoinHandle<()>>>,
 }
 
+/// Private pages of a clone that is received.
+#[derive(Debug)]
+struct PrivatePages {
+    mappings: PrivateMappings,
+    /// For each region, the pages that were received as zeros and not yet moved.
+    zeros: Vec<AtomicBits>,
+    /// For each region, the pages that were moved.
+    moved: Vec<AtomicBits>,
+}
+
 #[derive(Debug)]
 struct PlacerState {
     regions: Vec<PlacedRegion>,
+    /// Private pages, if the workload is a clone. The targets are staging files then.
+    private: Option<PrivatePages>,
     /// Allocation locks. A unit always uses the same lock.
     beginning: [Mutex<()>; LOCKS],
     own: Space,
@@ -169,6 +189,27 @@ impl Placer {
     /// `InvalidInput` if a segment does not belong to a target; otherwise the error of opening our own address space or
     /// of starting a thread.
     pub fn new(targets: Vec<Target>, segments: Vec<Segment>, keep_large: bool, workers: usize) -> io::Result<Self> {
+        Self::create(targets, segments, keep_large, workers, None)
+    }
+
+    /// Creates a placer for a clone. `targets` are staging files, whose memory is freed when
+    /// [`move_private`](Self::move_private) moves the pages to `mappings`.
+    ///
+    /// # Errors
+    /// The error of opening our own address space.
+    pub fn for_clone(targets: Vec<Target>, mappings: PrivateMappings) -> io::Result<Self> {
+        let bits = || targets.iter().map(|target| AtomicBits::new(target.mapping.pages())).collect();
+        let private = PrivatePages { mappings, zeros: bits(), moved: bits() };
+        Self::create(targets, Vec::new(), false, 0, Some(private))
+    }
+
+    fn create(
+        targets: Vec<Target>,
+        segments: Vec<Segment>,
+        keep_large: bool,
+        workers: usize,
+        private: Option<PrivatePages>,
+    ) -> io::Result<Self> {
         if let Some(stray) = segments.iter().find(|segment| segment.region >= targets.len()) {
             let words = format!("invalid segment of region {}: only {} regions given", stray.region, targets.len());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, words));
@@ -176,6 +217,7 @@ impl Placer {
         let own = Space::open(libc::pid_t::try_from(std::process::id()).map_err(io::Error::other)?)?;
         let shared = Arc::new(PlacerState {
             regions: targets.into_iter().map(PlacedRegion::new).collect(),
+            private,
             beginning: [const { Mutex::new(()) }; LOCKS],
             own,
             segments,
@@ -234,6 +276,9 @@ impl Placer {
         (first..first + count).for_each(|page| {
             found.filled.set(page);
         });
+        if let Some(private) = &self.shared.private {
+            private.zeros[region].take_run(first, first + count);
+        }
         self.received(region, found, first, count);
         Ok(())
     }
@@ -241,11 +286,16 @@ impl Placer {
     /// Places zero or absent pages: clears the slots that were filled with data.
     ///
     /// # Errors
-    /// If there are no such pages, or if `class` is neither zero nor absent.
+    /// If there are no such pages, if `class` is neither zero nor absent, or if a private page of a clone is absent.
     pub fn place_empty(&self, region: usize, first: usize, count: usize, class: Class) -> Result<(), PlaceError> {
         let found = self.region(region, first, count)?;
         if !matches!(class, Class::Zero | Class::Absent) {
             return Err(PlaceError::Class(class));
+        }
+        if let Some(private) = &self.shared.private {
+            private.place_empty(region, found, (first, first + count), class)?;
+            self.received(region, found, first, count);
+            return Ok(());
         }
         for unit in first / SLOTS..(first + count).div_ceil(SLOTS) {
             let start = first.max(unit * SLOTS);
@@ -310,9 +360,24 @@ impl Placer {
     fn complete(&self, region: usize, unit: usize) {
         let queue = self.queue.lock();
         if let Some(queue) = queue.as_ref() {
-            // Cannot fail: the workers exit only after the queue is closed.
+            // The send cannot fail: the workers exit only after the queue is closed.
             let _ = queue.send((region, unit));
         }
+    }
+
+    /// Moves the pages received since the last call from the staging files into the process of the clone, and frees the
+    /// memory of the files. Returns the number of pages. Does nothing for a workload that is not a clone. No round may
+    /// be received at the same time.
+    ///
+    /// # Errors
+    /// The errors of [`PrivateMappings::copy`], and the error of fallocate(2).
+    pub fn move_private(&self) -> io::Result<usize> {
+        let Some(private) = &self.shared.private else { return Ok(0) };
+        let mut count = 0;
+        for (number, region) in self.shared.regions.iter().enumerate() {
+            count += private.move_region(number, region)?;
+        }
+        Ok(count)
     }
 
     /// Returns the address space of this process, in which the targets are mapped.
@@ -371,6 +436,64 @@ impl Drop for Placer {
     fn drop(&mut self) {
         self.join();
     }
+}
+
+impl PrivatePages {
+    fn place_empty(
+        &self,
+        region: usize,
+        found: &PlacedRegion,
+        (first, end): (usize, usize),
+        class: Class,
+    ) -> Result<(), PlaceError> {
+        if class == Class::Zero {
+            for page in first..end {
+                found.filled.take(page);
+                self.zeros[region].set(page);
+            }
+            return Ok(());
+        }
+        // The pages of a clone are locked, so a private page never becomes a page of the base again.
+        let known = [&self.moved[region], &self.zeros[region], &found.filled];
+        let private = known.into_iter().filter_map(|bits| bits.next(first)).find(|&page| page < end);
+        private.map_or(Ok(()), |page| Err(PlaceError::Private(page)))
+    }
+
+    /// Moves the pages of a region. Returns the number of pages.
+    fn move_region(&self, number: usize, region: &PlacedRegion) -> io::Result<usize> {
+        let (mapping, zeros) = (&region.target.mapping, &self.zeros[number]);
+        let (data, empty) = (set_of(&region.filled, mapping.pages()), set_of(zeros, mapping.pages()));
+        for (first, end) in data.runs().flat_map(|(first, end)| pieces(first, end)) {
+            // SAFETY: the pages lie within the mapping, and were filled, so their memory is allocated. No other thread
+            // writes to them, because no round is received.
+            unsafe { self.mappings.copy(number, first, end, mapping.page(first)) }?;
+            region.filled.take_run(first, end);
+            mapping.punch(first * SMALL_PAGE, (end - first) * SMALL_PAGE)?;
+        }
+        for (first, end) in empty.runs().flat_map(|(first, end)| pieces(first, end)) {
+            self.mappings.zero(number, first, end)?;
+            zeros.take_run(first, end);
+        }
+        for page in data.runs().chain(empty.runs()).flat_map(|(first, end)| first..end) {
+            self.moved[number].set(page);
+        }
+        Ok(data.count() + empty.count())
+    }
+}
+
+/// Returns the pages whose bits are set.
+fn set_of(bits: &AtomicBits, pages: usize) -> PageSet {
+    let (mut set, mut at) = (PageSet::new(pages), 0);
+    while let Some(page) = bits.next(at).filter(|&page| page < pages) {
+        set.insert(page, page + 1);
+        at = page + 1;
+    }
+    set
+}
+
+/// Returns the parts of `[first, end)` of at most 2 MiB, in order. The lock of an address space is held for each.
+fn pieces(first: usize, end: usize) -> impl Iterator<Item = (usize, usize)> {
+    (first..end).step_by(SLOTS).map(move |start| (start, (start + SLOTS).min(end)))
 }
 
 impl PlacerState {
@@ -436,9 +559,8 @@ impl PlacerState {
 }
 
 /// Allocates and maps memory without changing its contents. Fails with ENOMEM if no memory is available.
-fn populate_write(start: *mut u8, len: usize) -> io::Result<()> {
-    // SAFETY: all callers are in this file and pass ranges within one of our mappings. MADV_POPULATE_WRITE does not
-    // change contents.
+pub(crate) fn populate_write(start: *mut u8, len: usize) -> io::Result<()> {
+    // SAFETY: all callers pass ranges within one of our mappings, and MADV_POPULATE_WRITE does not change contents.
     check(unsafe { libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE) }).map(drop).map_err(|error| {
         // A full file system or huge page pool is reported as EFAULT, because a write would raise SIGBUS.
         let full = error.raw_os_error() == Some(libc::EFAULT);
@@ -462,8 +584,8 @@ fn unmapped(region: &PlacedRegion, start: usize, end: usize, ranges: &mut Vec<(u
     }
 }
 
-/// Maps the pages of `ranges` (page numbers in the region) that the file contains and `segment` maps. `page` is the
-/// page size of the file, bytes. Returns the number of bytes mapped.
+/// Maps the pages of `ranges` (page indices in the region) that the file contains and `segment` maps. `page` is the
+/// page size of the file in bytes. Returns the number of bytes mapped.
 fn map_small(segment: &Segment, page: u64, ranges: &[(usize, usize)]) -> Result<u64, AdoptError> {
     // Handle faults in kernel mode too: otherwise, system calls of the workload would fail while the memory is
     // registered.

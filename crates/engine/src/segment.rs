@@ -13,7 +13,7 @@ pub struct Segment {
     pub space: Arc<Space>,
     /// Address of the first byte in that address space.
     pub address: u64,
-    /// Length, bytes.
+    /// Length in bytes.
     pub len: u64,
     /// Index of the region.
     pub region: usize,

@@ -24,11 +24,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::mapping::scan;
+use crate::mapping::{scan, walk};
 use crate::pages::PageSet;
+use crate::saver::private;
 use crate::segment::{Segment, register_for_writes};
 use crate::space::AdoptError;
-use crate::uapi::{self, Userfault};
+use crate::uapi::{self, PmScanArg, Userfault};
 use crate::{LARGE_PAGE, SLOTS};
 
 /// Features that the userfaultfd of a trace requires.
@@ -53,6 +54,8 @@ struct Armed {
     released: Mutex<BTreeSet<usize>>,
     /// Whether the segment is no longer traced.
     gone: AtomicBool,
+    /// Whether only private pages are traced, in a private mapping of a file.
+    private: bool,
 }
 
 impl Armed {
@@ -61,7 +64,11 @@ impl Armed {
             return Ok(());
         }
         let (start, end) = (self.segment.address, self.segment.address + self.segment.len);
-        // PAGE_IS_WRITTEN only: with more categories, some kernels omit pages that were discarded.
+        if self.private {
+            let what = PmScanArg { flags, ..private(uapi::PAGE_IS_WRITTEN) };
+            return walk(self.segment.space.pagemap(), start, end, what, &mut found);
+        }
+        // Scan for PAGE_IS_WRITTEN only: with more categories, some kernels omit pages that were discarded.
         scan(self.segment.space.pagemap(), start, end, flags, uapi::PAGE_IS_WRITTEN, &mut found)
     }
 
@@ -152,7 +159,7 @@ impl Trace {
     pub fn install(segments: Vec<Segment>, large: &[Vec<bool>], release_after: usize) -> Result<Self, AdoptError> {
         let arm = |(segment, uffd): (Segment, Arc<Userfault>)| {
             let large = large_units(&segment, large.get(segment.region));
-            Armed { segment, uffd, large, released: Mutex::default(), gone: AtomicBool::new(false) }
+            Armed { segment, uffd, large, released: Mutex::default(), gone: AtomicBool::new(false), private: false }
         };
         let registered = register_for_writes(segments, |space| space.userfault(FEATURES))?;
         let armed: Vec<Armed> = registered.into_iter().map(arm).collect();
@@ -219,6 +226,31 @@ impl Trace {
         Ok(trace)
     }
 
+    /// Installs traces of the private pages of `segments`, which are private mappings of a file. They are registered for
+    /// missing faults with these userfaultfds, and stay registered. A trace reports private pages that are written, and
+    /// pages that a write has copied since the installation. Pages of the file are not protected, and stay mapped as
+    /// huge pages.
+    ///
+    /// # Errors
+    /// EPERM if the userfaultfds are not asynchronous, EBUSY if a segment is registered with another userfaultfd,
+    /// ENOENT if a process has no userfaultfd in `userfaults`, ESRCH if a process has exited.
+    pub fn install_private(segments: Vec<Segment>, userfaults: &Userfaults) -> io::Result<Self> {
+        let begin = Instant::now();
+        let mut trace = Self::borrowed(segments, userfaults, |Segment { space, address, len, .. }, uffd| {
+            // This replaces the modes of an earlier registration. Without MISSING, an access to a hole would fill the
+            // hole with zeros.
+            uffd.register(*address, *len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_WP)?;
+            // The scan also protects the pages that have not been written since an earlier trace protected them.
+            let flags = uapi::PM_SCAN_WP_MATCHING | uapi::PM_SCAN_CHECK_WPASYNC;
+            let what = PmScanArg { flags, ..private(0) };
+            walk(space.pagemap(), *address, address + len, what, |_, _| ())
+        })?;
+        let armed = Arc::get_mut(&mut trace.armed).into_iter().flatten();
+        armed.for_each(|armed| armed.private = true);
+        trace.install = begin.elapsed();
+        Ok(trace)
+    }
+
     /// Creates traces from userfaultfds of another owner. Calls `each` for every segment to check or install its trace.
     fn borrowed(
         segments: Vec<Segment>,
@@ -231,13 +263,13 @@ impl Trace {
             let uffd = found.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))?.clone();
             each(&segment, &uffd)?;
             let (large, released) = (Vec::new(), Mutex::default());
-            armed.push(Armed { segment, uffd, large, released, gone: AtomicBool::new(false) });
+            armed.push(Armed { segment, uffd, large, released, gone: AtomicBool::new(false), private: false });
         }
         let (armed, install) = (Arc::new(armed), Duration::ZERO);
         Ok(Self { armed, shared: Arc::default(), helper: None, expand: false, install, borrowed: true })
     }
 
-    /// Returns how long it took to install the protections; 0 for existing traces.
+    /// Returns the duration of installing the protections; 0 for existing traces.
     pub fn install_time(&self) -> Duration {
         self.install
     }
@@ -337,7 +369,7 @@ fn release_loop(armed: &[Armed], shared: &TraceState, threshold: usize) {
     while !shared.stop.load(Ordering::Relaxed) {
         let begin = Instant::now();
         for armed in armed {
-            // Fails if the process has exited, which `collect` reports.
+            // This fails if the process has exited, which `collect` reports.
             let _ = release_units(armed, shared, threshold);
         }
         // A scan takes about 2 ms per GiB: poll large memory less often.

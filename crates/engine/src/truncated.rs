@@ -1,7 +1,7 @@
 //! Memory files that are truncated during an operation: accesses to mapped pages beyond the end raise SIGBUS
 //! (BUS_ADRERR).
 //!
-//! A check before each read does not help, because the file may be truncated after the check. Reading every page by a
+//! A check before each read does not help, because the file may be truncated after the check. Reading every page with a
 //! system call would copy all memory. Zeros must not be substituted, because they would be taken for contents. A
 //! process of pageferry that serves one workload therefore exits with a message and a given exit code. This is safe at
 //! every point: before the commit the source owns the workload, an image without its index is incomplete, and a
@@ -48,7 +48,8 @@ extern "C" fn end(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_vo
             libc::write(2, MESSAGE.as_ptr().cast(), MESSAGE.len());
             libc::_exit(EXIT_CODE.load(Ordering::Relaxed));
         }
-        // Other causes (hardware errors, pages that cannot be loaded): the retried access takes the default action.
+        // For other causes (hardware errors, pages that cannot be loaded), the access is retried, and SIGBUS then takes
+        // its default action.
         libc::signal(libc::SIGBUS, libc::SIG_DFL);
     }
 }

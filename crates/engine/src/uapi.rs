@@ -10,9 +10,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 /// Maximum time for which a call is retried while the address space changes.
-const RETRY_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const RETRY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Minimum time slice of the scheduler, nanoseconds.
+/// Minimum time slice of the scheduler in nanoseconds.
 const SLICE_NS: u64 = 100_000;
 
 pub(crate) const fn ioc(direction: u64, group: u64, number: u64, size: usize) -> u64 {
@@ -82,7 +82,7 @@ pub struct UffdioContinue {
 #[repr(C)]
 #[derive(Default, Debug, Clone, Copy)]
 pub struct PmScanArg {
-    /// Size of this structure, bytes.
+    /// Size of this structure in bytes.
     pub size: u64,
     /// Set of `PM_SCAN_*`.
     pub flags: u64,
@@ -162,10 +162,14 @@ pub const WRITEPROTECT_MODE_WP: u64 = 1;
 
 /// Category: pages written since they were last protected.
 pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
+/// Category: pages of a file or of shared memory. In a private mapping, pages that have not been copied by a write.
+pub const PAGE_IS_FILE: u64 = 1 << 2;
 /// Category: mapped pages.
 pub const PAGE_IS_PRESENT: u64 = 1 << 3;
 /// Category: pages in swap.
 pub const PAGE_IS_SWAPPED: u64 = 1 << 4;
+/// Category: pages that are mapped to the kernel's page of zeros.
+pub const PAGE_IS_PFNZERO: u64 = 1 << 5;
 /// Category: pages that are mapped by a PMD entry or belong to hugetlbfs.
 pub const PAGE_IS_HUGE: u64 = 1 << 6;
 /// Flag of PAGEMAP_SCAN: write-protects the matching pages.
@@ -223,6 +227,14 @@ pub fn short_slices() {
     unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
 }
 
+/// Returns the CPU time of the calling thread in nanoseconds.
+pub fn thread_cpu_time() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is valid for writing.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
+
 /// Converts the result of a system call. If it is negative, returns the errno of the thread as an error.
 ///
 /// # Errors
@@ -261,7 +273,8 @@ impl Userfault {
         })
     }
 
-    /// Like `own`, but never for user-mode faults only. Uses the system call, or [`UFFD_DEVICE`] if the call fails.
+    /// Like `own`, but the userfaultfd always handles all faults. Uses the system call, or [`UFFD_DEVICE`] if the call
+    /// fails.
     ///
     /// # Errors
     /// The error of the system call.
@@ -336,7 +349,7 @@ impl Userfault {
 
     /// Maps the page cache pages of a range registered for MINOR faults. Returns the number of bytes mapped.
     ///
-    /// `page` is the page size, bytes. Skips pages that are already mapped, and holes of the file.
+    /// `page` is the page size in bytes. Skips pages that are already mapped, and holes of the file.
     ///
     /// # Errors
     /// The error of UFFDIO_CONTINUE.

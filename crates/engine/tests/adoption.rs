@@ -1,6 +1,7 @@
-//! Tests of adoption: registers, signals, waits, seccomp filters and stops of the process are restored completely.
+//! Tests of adoption: registers, signals, waits, seccomp filters and stops of the adopted process are restored
+//! completely.
 //!
-//! The test forks these processes. They use only system calls, and atomics on shared memory.
+//! The tests fork the processes that they adopt. These processes use only system calls, and atomics on shared memory.
 
 use std::mem::zeroed;
 use std::ptr::{null, null_mut};
@@ -25,7 +26,7 @@ struct Board {
     wrong: AtomicU64,
     /// Result of the last timed call.
     result: AtomicI64,
-    /// Duration of the last timed call, nanoseconds.
+    /// Duration of the last timed call in nanoseconds.
     time: AtomicU64,
     /// Number that the test or the child stores to signal the other process.
     go: AtomicU64,
@@ -42,7 +43,7 @@ thread_local! {
 }
 
 fn board() -> &'static Board {
-    // SAFETY: the pointer is set before the fork, to a page that is never unmapped and only accessed by atomics. The
+    // SAFETY: the pointer is set before the fork, to a page that is never unmapped and only accessed with atomics. The
     // page is large enough for a board, and zeros are a valid board.
     unsafe { &*BOARD.with(std::cell::Cell::get) }
 }
@@ -55,7 +56,7 @@ impl Child {
         let memory = unsafe { libc::mmap(null_mut(), 4096, access, flags, -1, 0) };
         assert_ne!(memory, libc::MAP_FAILED);
         BOARD.with(|board| board.set(memory.cast()));
-        // SAFETY: the child calls no function that requires another thread or a lock.
+        // SAFETY: the child calls no function that allocates memory, takes a lock or requires another thread.
         let pid = unsafe { libc::fork() };
         assert!(pid >= 0);
         if pid == 0 {

@@ -336,8 +336,8 @@ impl Numbers {
         usize::try_from(self.next() % end.max(1) as u64).unwrap()
     }
 
-    /// Returns a random position in an image. At least half of the positions are in the last 9 KiB, which contain the
-    /// index.
+    /// Returns a random position in an image. On average, at least half of the positions are in the last 9 KiB, which
+    /// contain the index.
     fn place(&mut self, len: usize) -> usize {
         let back = if self.next() & 1 == 0 { len.min(9 * 1024) } else { len };
         len - back + self.below(back)

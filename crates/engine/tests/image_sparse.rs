@@ -67,7 +67,7 @@ fn zeros(mut len: u64) -> u64 {
     hash.digest()
 }
 
-/// Returns the peak memory use of this process, bytes.
+/// Returns the peak memory use of this process in bytes.
 fn peak_memory() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();

@@ -14,7 +14,9 @@ use pageferry_engine::SMALL_PAGE;
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::image::{Chain, Image, ImageWriter, PageEntry, Sizes};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, FillOrder, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
+use pageferry_engine::pager::{
+    Begin, FEATURES, FillOrder, Flags, Origin, Pager, Plan, TRACE_FEATURES, Targets, file_len,
+};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
@@ -30,7 +32,7 @@ const STORAGE_BLOCK: usize = 256 << 10;
 const NEVER_STORED: usize = 15;
 
 fn memory_file(len: usize) -> OwnedFd {
-    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
+    // SAFETY: the name is NUL-terminated. The descriptor is new and has no other owner; `from_raw_fd` panics on -1.
     let file = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"paging".as_ptr(), libc::MFD_CLOEXEC)) };
     File::from(file.try_clone().expect("a duplicate")).set_len(len as u64).expect("space");
     file
@@ -129,7 +131,11 @@ impl Scene {
         let uffd = Arc::new(Userfault::from_fd(duplicate(self.uffd.as_raw_fd()).expect("a duplicate")));
         Pager::start(Plan {
             from: Origin::Images(image()),
-            targets: vec![Target { mapping: self.ours.clone(), page_size: SMALL_PAGE, large: Vec::new() }],
+            targets: Targets::Files(vec![Target {
+                mapping: self.ours.clone(),
+                page_size: SMALL_PAGE,
+                large: Vec::new(),
+            }]),
             watched: vec![(segment, uffd)],
             flags: Flags::open(self.flags.as_fd(), PAGES).expect("flags"),
             begin,
@@ -219,7 +225,7 @@ fn late_contents_do_not_overwrite_writes_and_discards() {
     within_a_minute(|| {
         let scene = Arc::new(Scene::new());
         let pager = scene.pager(false, true);
-        // Thread `number` accesses only pages whose number modulo 4 is `number`, and has a model of them.
+        // Thread `number` accesses only pages whose index modulo 4 is `number`, and has a model of these pages.
         let threads: Vec<_> = (0..4)
             .map(|number| {
                 let scene = scene.clone();
@@ -303,7 +309,7 @@ fn present_pages_are_kept_and_deferred_pages_loaded() {
     }
 }
 
-/// Evicted pages are removed from the file, and are loaded again on access; all other pages are unaffected.
+/// Evicted pages are removed from the file, and are loaded again on access. All other pages are unaffected.
 #[test]
 fn evicted_pages_are_loaded_again() {
     within_a_minute(|| {

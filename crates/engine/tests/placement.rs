@@ -18,7 +18,7 @@ const PAGES: usize = 3 * SLOTS + 100;
 const UNITS: usize = 4;
 const CAPACITY: u64 = 64 << 20;
 
-/// Run of pages received; byte 0 means zero pages, `None` means holes.
+/// Run of received pages. `content`: byte that fills the pages; 0 means zero pages, `None` means holes.
 #[derive(Debug, Clone)]
 struct Arrival {
     first: usize,

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use pageferry_engine::block::{Builder, Class, Codec};
 use pageferry_engine::mapping::{Mapping, duplicate};
-use pageferry_engine::pager::{Begin, FEATURES, FillOrder, Flags, Origin, Pager, Plan, TRACE_FEATURES, file_len};
+use pageferry_engine::pager::{
+    Begin, FEATURES, FillOrder, Flags, Origin, Pager, Plan, TRACE_FEATURES, Targets, file_len,
+};
 use pageferry_engine::pages::PageSet;
 use pageferry_engine::placer::Target;
 use pageferry_engine::segment::Segment;
@@ -97,7 +99,7 @@ impl Scene {
         let large = self.source.large_units().expect("a scan");
         Pager::start(Plan {
             from: Origin::Peer(peer.clone()),
-            targets: vec![Target { mapping: self.ours.clone(), page_size: self.page_size, large }],
+            targets: Targets::Files(vec![Target { mapping: self.ours.clone(), page_size: self.page_size, large }]),
             watched: vec![(segment, uffd)],
             flags: Flags::open(self.flags.as_fd(), PAGES).expect("flags"),
             begin,

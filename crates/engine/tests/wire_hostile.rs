@@ -59,7 +59,7 @@ fn feed_into(placer: &Arc<Placer>, bytes: &[u8]) -> Result<(), WireError> {
     let begin = Instant::now();
     let ended = thread::scope(|scope| {
         let receiving = scope.spawn(|| receiver.receive(0));
-        // Ignore errors: the receiver may have failed already.
+        // Ignore errors: the receiver may have failed and closed the socket.
         let _ = peer.write_all(bytes);
         drop(peer);
         receiving.join().expect("the thread panicked")
@@ -212,7 +212,7 @@ proptest! {
         prop_assert!(feed(&bytes).is_err());
     }
 
-    /// A changed byte of a valid stream is detected, unless it is in the barrier after the pages.
+    /// A changed byte of a valid stream is detected, even in the barrier after the pages.
     #[test]
     fn changed_byte_is_detected(at in any::<prop::sample::Index>(), change in 1u8.., lz4 in any::<bool>()) {
         let codec = if lz4 { Codec::Lz4 } else { Codec::None };

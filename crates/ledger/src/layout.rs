@@ -16,8 +16,8 @@ use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PFLEDGER");
 const VERSION: u64 = 2;
-/// Number of header words before the checksum: magic, layout version, bytes, body pages and options. The checksum of
-/// these words follows.
+/// Number of header words before the checksum: magic, layout version, length in bytes, number of body pages, and
+/// options. The checksum of these words follows.
 const HEADER: usize = 4 + Options::WORDS;
 
 /// Memory of a ledger, and the positions of its parts.
@@ -193,7 +193,7 @@ impl Counters<'_> {
         self.words[2].load(Ordering::Relaxed)
     }
 
-    /// Returns the number of the first damaged page that an operation has found, or `None`.
+    /// Returns the index of the first damaged page that an operation has found, or `None`.
     pub(super) fn first_bad(&self) -> Option<u64> {
         self.words[3].load(Ordering::Relaxed).checked_sub(1)
     }

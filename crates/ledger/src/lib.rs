@@ -72,7 +72,7 @@ pub enum LedgerError {
     /// The memory is too small for a header, counters and one body page per thread.
     #[error("cannot create a ledger of {threads} threads: the memory of {length} bytes is too small")]
     TooSmall {
-        /// Size of the memory, bytes.
+        /// Size of the memory in bytes.
         length: usize,
         /// Number of threads requested.
         threads: usize,
@@ -188,7 +188,7 @@ impl Ledger {
     /// Starts the threads, which write at once or, if `paused`, wait for [`Ledger::resume`].
     ///
     /// # Errors
-    /// [`LedgerError::WrongState`] if the threads have been started already; otherwise the error of starting a thread.
+    /// [`LedgerError::WrongState`] if the threads have already been started; otherwise the error of starting a thread.
     pub fn start(&self, paused: bool) -> Result<(), LedgerError> {
         self.locked(|slot| match slot {
             Some(workers) => Err(LedgerError::WrongState(workers.state())),
@@ -269,7 +269,7 @@ impl Ledger {
         verify::table_agrees(&self.layout)
     }
 
-    /// Returns the offset of body page `number` in the mapping, bytes, or `None` if there is no such page.
+    /// Returns the offset in bytes of body page `number` in the mapping, or `None` if there is no such page.
     pub fn page_offset(&self, number: usize) -> Option<usize> {
         (number < self.layout.pages).then(|| self.layout.body_offset(number))
     }

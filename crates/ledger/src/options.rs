@@ -9,7 +9,7 @@ pub struct Options {
     pub threads: usize,
     /// Seed of all pseudo-random choices.
     pub seed: u64,
-    /// Write rate of all threads together, bytes per second; `None` means unlimited.
+    /// Write rate in bytes per second of all threads together; `None` means unlimited.
     pub rate: Option<u64>,
     /// Fraction of the filled pages that is rewritten.
     pub working_set: f64,

@@ -74,7 +74,7 @@ pub(super) enum Finding {
     Good,
     /// Zero page that should have contents.
     Lost,
-    /// Intact page whose version differs from its table entry: the page or the entry has missed a write.
+    /// Intact page whose version differs from that in its table entry: the page or the entry has missed a write.
     Stale,
     /// Intact copy of another page.
     Misplaced,

@@ -34,7 +34,7 @@ impl Stopwatch {
 /// Durations of the operations of several threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stalls {
-    /// Longest duration, nanoseconds.
+    /// Longest duration in nanoseconds.
     pub longest: u64,
     /// Number of operations by duration. Bin n counts durations of at least 2^n and less than 2^(n+1) ns; the last bin
     /// has no upper limit.

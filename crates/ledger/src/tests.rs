@@ -16,7 +16,7 @@ use pageferry_engine::{LARGE_PAGE, SMALL_PAGE};
 const MIB: usize = 1 << 20;
 
 fn memory(len: usize) -> Arc<Mapping> {
-    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
+    // SAFETY: the name is NUL-terminated. The descriptor is new and has no other owner; `from_raw_fd` panics on -1.
     let file = unsafe { File::from_raw_fd(libc::memfd_create(c"ledger".as_ptr(), libc::MFD_CLOEXEC)) };
     file.set_len(len as u64).unwrap();
     Arc::new(Mapping::new(file.as_fd(), len, 0).unwrap())
@@ -443,7 +443,8 @@ proptest! {
         }
     }
 
-    /// Any change of a written word changes the digest and fails the verification, unless the word is unused.
+    /// A change to a used word changes the digest, and the verification then fails. A change to an unused word has
+    /// neither effect.
     #[test]
     fn any_damage_is_detected(
         page in prop_oneof![0..4_usize, 0..64_usize],

@@ -21,13 +21,13 @@ pub struct Report {
     pub zeros: usize,
     /// Number of zero pages that should have contents.
     pub lost: usize,
-    /// Number of intact pages whose version differs from their table entry.
+    /// Number of intact pages whose version differs from that in their table entry.
     pub stale: usize,
     /// Number of intact pages that are copies of other pages.
     pub misplaced: usize,
     /// Number of pages that are not intact.
     pub torn: usize,
-    /// Number of the first damaged page that this verification or an operation has found; `None` if no page is damaged.
+    /// Index of the first damaged page that this verification or an operation has found; `None` if no page is damaged.
     pub first_bad: Option<usize>,
     /// Number of damaged pages that operations have found and overwritten.
     pub overwritten: u64,

@@ -222,7 +222,7 @@ fn run(layout: &Layout, partition: usize, stalls: &Stopwatch, control: &Control,
 
 /// Rate limit of one thread.
 struct WriteRate {
-    /// Time per operation, nanoseconds; 0 means unlimited.
+    /// Time per operation in nanoseconds; 0 means unlimited.
     interval: u64,
     due: Instant,
 }

@@ -15,7 +15,7 @@ from pageferry.checkpoints import events
 from pageferry.checkpoints.preparation import Preparation
 from pageferry.checkpoints.rounds import Rounds
 from pageferry.checkpoints.statistics import Phase
-from pageferry.errors import WorkloadError
+from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread
 from pageferry.host.fault_points import fault_point
 from pageferry.images import metadata
@@ -23,7 +23,16 @@ from pageferry.memory.bitmaps import pack_units
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import Migratable, SnapshotDetails, pause_to_save, save_and_note, snapshot_details
+from pageferry.workloads.events import DisksProgress
+from pageferry.workloads.protocols import (
+    DiskSaver,
+    Migratable,
+    SavesDisks,
+    SnapshotDetails,
+    pause_to_save,
+    save_and_note,
+    snapshot_details,
+)
 
 log = getLogger(__name__)
 
@@ -44,15 +53,18 @@ class Attempt(ABC):
         self._file = file
         self._paused = False
         self._created = 0.0
-        """Time of the snapshot point, seconds since the epoch."""
+        """Time of the snapshot point, seconds since 1970."""
         self._details = SnapshotDetails({})
         self._open_saver: Saver | None = None
+        self._disks = self._disk_saver()
 
     async def run(self) -> None:
         """Save the workload, and restore its previous state, even after an error. Raises LookupError if the write trace
         cannot be used."""
         await self.request.workload.prepare_pause()
         try:
+            if self._disks is not None:
+                await self._disks.prepare()
             await self._save()
             self.preparation.record_trace()
         finally:
@@ -72,12 +84,29 @@ class Attempt(ABC):
         if self.statistics.mode == "lazy" and not self.preparation.keeps_small_mappings:
             await in_thread(self.preparation.memory.restore_large_mappings, self.preparation.large)
 
+    async def abandon(self) -> None:
+        """Undo what the attempt has changed in the disks of the workload, after an error."""
+        if self._disks is not None:
+            await self._disks.abandon()
+
+    def _disk_saver(self) -> DiskSaver | None:
+        workload, request = self.request.workload, self.request
+        if not isinstance(workload, SavesDisks):
+            return None
+        options = request.options
+        return workload.save_disks(*options.disks, request.path, request.id.hex(), self._bandwidth)
+
+    @property
+    def _bandwidth(self) -> int:
+        """Limit for saving memory and copying disks, bytes per second; 0 means unlimited."""
+        return self.preparation.options.bandwidth
+
     # -- the saver
 
     @property
     def _saver(self) -> Saver:
         if self._open_saver is None:
-            raise RuntimeError("the memory is not protected")
+            raise RuntimeError("cannot use the saver: the memory is not protected")
         return self._open_saver
 
     async def _arm(self, segments: list[Any]) -> None:
@@ -98,7 +127,7 @@ class Attempt(ABC):
             storage_block=chosen.storage_block,
             trap_block=chosen.trap_block,
             staging=chosen.staging,
-            bandwidth=chosen.bandwidth,
+            bandwidth=self._bandwidth,
             packers=chosen.packers,
             traces=self.preparation.traces(),
         )
@@ -119,6 +148,8 @@ class Attempt(ABC):
         while not await preparation.engine(lambda: self._saver.wait(PROGRESS_INTERVAL)):
             self._report_progress()
         preparation.memory.check_files()
+        await self._check_saved()
+        await self._complete_disks()
         fault_point("checkpoint.saved")
         sections = [
             (metadata.METADATA, metadata.encode(self._metadata())),
@@ -128,6 +159,18 @@ class Attempt(ABC):
         finished = await preparation.engine(lambda: self._saver.finish(sections))
         self.statistics.saved(self._saver, self.rounds, finished)
         self.covers_memory = self._saver.leaves_traces
+
+    @abstractmethod
+    async def _check_saved(self) -> None:
+        """Check, when all pages have been saved, that all writes since the snapshot point were trapped. Raises
+        WorkloadError."""
+
+    async def _complete_disks(self) -> None:
+        if self._disks is not None:
+            await self._disks.resumed()  # mode `stop`: the workload is still paused
+            details = await self._disks.finish(self._details.details, self._report_disks)
+            self._details = replace(self._details, details=details)
+            self.statistics.disks = self._disks.saved
 
     async def _read_details(self) -> None:
         self._details = await snapshot_details(self.request.workload)
@@ -150,9 +193,15 @@ class Attempt(ABC):
 
     async def _pause(self) -> bytes:
         """Pause the workload, and return its state."""
+        if self._disks is not None:
+            await self._disks.flush()
         self._paused = True
         stopped = await pause_to_save(self.request.workload)
         self.statistics.enter(Phase.STOP, at=stopped)
+        # Before the state is saved: QEMU's migration of the state deactivates all block nodes.
+        self.statistics.enter(Phase.DISKS)
+        if self._disks is not None:
+            await self._disks.freeze()
         # The state is saved before memory is protected, because saving it may write to memory: devices flush their
         # queues.
         self.statistics.enter(Phase.STATE)
@@ -179,6 +228,9 @@ class Attempt(ABC):
             )
         )
 
+    def _report_disks(self, done: int, total: int) -> None:
+        self.request.listener(DisksProgress(workload=self.request.workload.name, done=done, total=total))
+
     def _report_progress(self) -> None:
         count, total = self._saver.counters, self.preparation.present // SMALL_PAGE
         self.request.listener(
@@ -203,9 +255,11 @@ class LazyAttempt(Attempt):
             state = await self._pause()
             self._refuse_registered_buffers()
             self.statistics.enter(Phase.PROTECT)
-            self._saver.begin()  # not in another thread: the switch would prolong the pause
+            self._saver.begin()  # in this thread: a switch of threads would prolong the pause
             await self._resume()
             self.statistics.enter(Phase.SAVE)
+            if self._disks is not None:
+                await self._disks.resumed()
             fault_point("checkpoint.instant")
             paused = self.statistics.paused
             self.request.listener(events.InstantEvent(downtime=self.statistics.downtime, paused=paused))
@@ -213,31 +267,41 @@ class LazyAttempt(Attempt):
         finally:
             await self._close_saver()
 
+    async def _check_saved(self) -> None:
+        """See `Attempt`. A process that has mapped the memory since the last check may have written to it without a
+        trap."""
+        try:
+            await self.live.check_mappers()
+        except WorkloadDied as gone:
+            name = self.request.workload.name
+            raise WorkloadDied(f"cannot save {name}: it exited during the checkpoint; no image was written") from gone
+
     async def _save_in_rounds(self) -> None:
         """Save pages in rounds while the workload runs, if a trace reports the written pages. Load deferred pages
         first."""
         hold, loop, regions = self.preparation.hold, asyncio.get_running_loop(), self._region_pages()
+        saver, load = self._saver, _loader(hold)
 
         def drain() -> None:
             asyncio.run_coroutine_threadsafe(self.preparation.drain(), loop).result()
 
-        if hold is None:
-            await self.preparation.engine(lambda: self.rounds.run(self._saver, regions, drain))
-            return
+        def cancel() -> None:
+            if hold is not None:
+                hold.cancel()
+            saver.cancel()
+
         reporting = asyncio.create_task(self._report_regularly())
         try:
-            load = _loader(hold)
-            await self.preparation.engine(
-                lambda: self.rounds.run(self._saver, regions, drain, load), cancel=hold.cancel
-            )
+            await self.preparation.engine(lambda: self.rounds.run(saver, regions, drain, load), cancel)
         finally:
             reporting.cancel()
 
     def _refuse_registered_buffers(self) -> None:
-        if any(registered_buffers(self.live.regions)):
+        clone = self.request.clone
+        if any(registered_buffers(self.live.regions if clone is None else clone.regions)):
             raise WorkloadError(
                 f"cannot save {self.live.name}: it registered buffers with io_uring during the checkpoint; "
-                "retry, or save it paused (--mode stop)"
+                "retry, or use `mode` stop"
             )
 
     async def _report_regularly(self) -> None:
@@ -248,6 +312,11 @@ class LazyAttempt(Attempt):
 
 class StoppedAttempt(Attempt):
     """Attempt that saves while the workload is paused, without protecting its memory."""
+
+    @property
+    def _bandwidth(self) -> int:
+        """Always 0, because a limit would prolong the pause."""
+        return 0
 
     async def _save(self) -> None:
         state = await self._pause()
@@ -263,6 +332,9 @@ class StoppedAttempt(Attempt):
             await self._close_saver()
         await self._resume()
 
+    async def _check_saved(self) -> None:
+        """Do nothing: the workload is paused, and processes that map its memory wait."""
+
 
 def attempt(preparation: Preparation, file: int) -> Attempt:
     """Return an attempt in the mode of the checkpoint; in mode `stop` if the workload cannot be saved while it runs."""
@@ -276,10 +348,12 @@ def _drained() -> None:
     """Do nothing: the pause has drained all direct I/O."""
 
 
-def _loader(hold: AcquiredPager) -> Callable[[int, int, int], None]:
-    """Return a function that loads deferred pages through the acquired pager."""
+def _loader(hold: AcquiredPager | None) -> Callable[[int, int, int], None]:
+    """Return a function that loads deferred pages through the acquired pager. Without one, all pages are present."""
 
     def load(region: int, first: int, count: int) -> None:
+        if hold is None:
+            return
         hold.ensure(region, first, count)
         fault_point("checkpoint.part-brought")
 

@@ -15,11 +15,12 @@ from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.persistent_trace import Unusable
 from pageferry.workloads.protocols import Migratable
 
-Means = Literal["trace", "compare", "none"]
-"""Method of finding the pages that the parent contains: its write trace, or a comparison; `none` without a parent."""
+Means = Literal["trace", "compare", "private", "none"]
+"""Method of finding the pages that the parent contains: its write trace, or a comparison; `private` for a clone, of
+which only the private pages differ from the parent; `none` without a parent."""
 
 
-Traces = tuple[Literal["leave", "take-up", "begin", "borrow"], dict[int, int]]
+Traces = tuple[Literal["leave", "take-up", "begin", "borrow", "private"], dict[int, int]]
 """Parameter `traces` of a `Saver`: its use of the write traces, and the userfaultfds by process ID."""
 
 

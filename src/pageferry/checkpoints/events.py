@@ -26,8 +26,8 @@ class ArmedEvent(Event, frozen=True, kw_only=True, tag="armed"):
 
 
 class InstantEvent(Event, frozen=True, kw_only=True, tag="snapshot-point"):
-    """The pause at the snapshot point has ended. The workload runs, or stays paused if the user had paused it
-    before."""
+    """The pause at the snapshot point has ended. The workload runs, or stays paused if its user had paused
+    it."""
 
     downtime: float
     """Duration of the pause, milliseconds."""
@@ -36,7 +36,7 @@ class InstantEvent(Event, frozen=True, kw_only=True, tag="snapshot-point"):
 
 
 class SavingEvent(Event, frozen=True, kw_only=True, tag="checkpoint-progress"):
-    """Progress of a checkpoint. Sent several times a second."""
+    """Progress of a checkpoint, emitted several times a second."""
 
     done: int
     """Number of pages saved."""
@@ -48,11 +48,24 @@ class SavingEvent(Event, frozen=True, kw_only=True, tag="checkpoint-progress"):
     """Total length of the storage blocks, bytes."""
 
 
+class SavedDiskSummary(msgspec.Struct, frozen=True, rename="kebab"):
+    """Disk whose contents were saved together with the memory of a guest."""
+
+    id: str
+    name: str
+    path: str
+    """File with the contents as of the snapshot point: the file of the disk, which is frozen, or a copy."""
+    overlay: str | None
+    """File to which the guest writes since the snapshot point; None if the disk was copied."""
+
+
 class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Parts of the time in which the workload did not run, milliseconds."""
 
     total: float
     stop: float
+    disks: float = 0.0
+    """Time to freeze disks, or to start their copies."""
     device_state: float
     protect: float
     """Time to re-protect the pages that were written after a round had saved them."""
@@ -90,7 +103,7 @@ class TrapCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
-    """Result of a checkpoint. Times in milliseconds, sizes in bytes."""
+    """Result of a checkpoint. Times are in milliseconds, and sizes in bytes."""
 
     status: Literal["completed"]
     workload: str
@@ -101,9 +114,9 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     digest: str
     """Digest of the image. A child refers to its parent by id and digest."""
     parent: str | None
-    tracking: Literal["trace", "compare", "none"]
-    """How pages that the parent contains were found: from the write trace since the parent, or by comparing all pages;
-    `none` without a parent."""
+    tracking: Literal["trace", "compare", "private", "none"]
+    """Method by which the pages that the parent contains were found: the write trace since the parent, or a comparison
+    of all pages; `private` for a clone, whose private pages are stored; `none` without a parent."""
     tracking_note: str
     """Reason why no write trace could be used; empty if there is none."""
     tracked: bool
@@ -139,6 +152,8 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     traps: int
     """Number of writes of the workload that waited until their trap block was copied."""
     trap_details: TrapCount
+    disks: list[SavedDiskSummary] = msgspec.field(default_factory=list)
+    """Disks that were saved with the image."""
     paused: bool = False
     """Whether the user had paused the workload before the checkpoint. It stays paused, and is paused after a restore
     from the image."""
@@ -147,8 +162,8 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
 
 
 class RunningEvent(Event, frozen=True, kw_only=True, tag="running"):
-    """The guest runs, or is paused because it was saved paused or was to be left paused. Its deferred memory is being
-    loaded."""
+    """The guest runs, or is paused because it was paused when it was saved, or because the caller requested it. Its
+    deferred memory is being loaded."""
 
     workload: str
     time_to_running: float
@@ -171,7 +186,7 @@ class EagerEvent(Event, frozen=True, kw_only=True, tag="restore-eager"):
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="restore-progress"):
-    """Progress of a restore. Sent several times a second."""
+    """Progress of a restore, emitted several times a second."""
 
     deferred: int
     """Deferred memory, bytes."""
@@ -191,7 +206,8 @@ class TouchedEvent(Event, frozen=True, kw_only=True, tag="touched"):
     """Pages that the guest has accessed while they were deferred, since the previous event of this type."""
 
     windows: list[int]
-    """Windows of 16 pages, numbered over all regions, in the order of their faults; may contain duplicates."""
+    """Windows of 16 pages, numbered over all regions, in the order of their faults. A window can be listed more than
+    once."""
 
 
 class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -214,7 +230,7 @@ class TimeToRunning(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     """Result of a restore, when the guest runs (`active`) or when all of its memory is loaded (`completed`).
 
-    Times in milliseconds unless stated otherwise, sizes in bytes.
+    Times are in milliseconds unless stated otherwise, and sizes in bytes.
     """
 
     status: Literal["active", "completed"]
@@ -244,3 +260,28 @@ class RestoreResult(Event, frozen=True, kw_only=True, tag="restore"):
     service_times: Latency
     eager_reason: str | None = None
     """Reason why all contents were loaded before the guest ran; None if they are loaded on demand."""
+    overlays: dict[str, str] = msgspec.field(default_factory=dict)
+    """Path of the new overlay of each disk that was saved with the image, by the id of the disk."""
+
+
+class CloneInfo(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Guest that was started as a clone."""
+
+    name: str
+    pid: int
+    """Process id of QEMU."""
+    time_to_running: float
+    """Time from the start of the command until the guest ran, including the start of QEMU, milliseconds."""
+    private: int | None
+    """Memory that no other guest shares, when all guests ran, bytes; None if QEMU has exited."""
+
+
+class CloneResult(Event, frozen=True, kw_only=True, tag="clone"):
+    """Result of `pageferry clone`: all guests run."""
+
+    image: str
+    memory: Literal["own", "shared"]
+    """Whether the guests share one copy of the image's memory."""
+    time_to_all_running: float
+    """Time from the start of the command until all guests ran, milliseconds."""
+    clones: list[CloneInfo]

@@ -3,17 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.images.metadata import Codec
-from pageferry.options import API_ONLY, Count, Rate, Size, check
+from pageferry.options import API_ONLY, Count, Place, Rate, Size, check
+from pageferry.values import Placed
 
 Mode = Literal["lazy", "stop"]
-Disks = Literal["checked", "as-is"]
+Memory = Literal["own", "shared"]
+Clones = Annotated[int, Count(least=1, most=4096)]
+"""Number of guests to start from one image."""
+RECORDED = Placed("record")
+SAVED_DISKS = Place(forms=("record", "snapshot[:DIR]", "copy:DIR"))
+RESTORED_DISKS = Place(
+    forms=("checked", "as-is", "overlay[:DIR]"),
+    unset="overlay if the disks were saved with the image, otherwise checked",
+)
+
 
 KIB, MIB = 1 << 10, 1 << 20
+
+
+def check_loading(eager: bool, prefetch: bool) -> None:
+    """Raise UsageError if a restore would load in the background eagerly, and not at all."""
+    if eager and not prefetch:
+        raise UsageError(
+            "`eager` requires background loading, which --no-prefetch (in Python prefetch=False) disables; remove one "
+            "of them"
+        )
+
+
+class CheckpointArguments(TypedDict, total=False):
+    """Keyword arguments of `checkpoint` for the fields of `Options`."""
+
+    track: bool | None
+    mode: Mode
+    disks: Placed | str
+    codec: Codec
+    bandwidth: int | str
+    trap_block: int | str
+    page_block: int | str
+    storage_block: int | str
+    staging: int | str
+    packers: int
+    at_snapshot_point: int | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +64,14 @@ class Options:
     with a parent)."""
     mode: Mode = "lazy"
     """Save memory while the workload runs (S4), or keep it paused until the checkpoint ends."""
+    disks: Annotated[Placed, SAVED_DISKS] = RECORDED
+    """Record which disks a guest has (record). In addition, freeze them and have the guest write to overlays (snapshot
+    or snapshot:DIR), or copy them (copy:DIR); see docs/disks.md."""
     codec: Codec = "lz4"
     """Compression of page blocks."""
     bandwidth: Annotated[int, Rate()] = 0
-    """Limit for saving pages that the workload does not write to, in bytes per second."""
+    """Limit for saving pages while the workload runs, and then for copying its disks, in bytes per second; copies for
+    which a write of the workload waits are not limited, and nothing is limited while the workload is paused."""
     trap_block: Annotated[int, Size(4 * KIB, 2 * MIB), "sizes"] = 64 * KIB
     """Block that is copied when the workload first writes to it; a power of two."""
     page_block: Annotated[int, Size(4 * KIB, 1 * MIB), "sizes"] = 64 * KIB
@@ -54,7 +93,9 @@ class Options:
         if self.trap_block & (self.trap_block - 1):
             raise UsageError(f"invalid `trap_block` {self.trap_block}: expected a power of two")
         if self.track and self.mode != "lazy":
-            raise UsageError("`track` requires `mode` lazy: other modes leave no write trace")
+            raise UsageError(
+                "`track` requires `mode` lazy: other modes leave no write trace; remove `track`, or use lazy"
+            )
         if self.page_block % (4 * KIB) or self.storage_block % self.page_block:
             raise UsageError(
                 "invalid sizes: expected `page_block` as a multiple of 4 KiB, and `storage_block` as a multiple of "

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from logging import getLogger
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pageferry.checkpoints.dirty_tracking import Traces, Tracking
 from pageferry.checkpoints.request import Request
 from pageferry.checkpoints.statistics import Statistics
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.blocking import in_thread, on_thread
+from pageferry.memory.regions import Placed
 from pageferry.memory.view import Memory, Readable
 from pageferry.workloads import deferred_access
 from pageferry.workloads.deferred_access import AcquiredPager, wait_complete
 from pageferry.workloads.direct_io import Drains, registered_buffers
 from pageferry.workloads.protocols import Migratable
+
+if TYPE_CHECKING:  # imported for clones only
+    from pageferry.checkpoints.clone_tracking import CloneTracking
+    from pageferry.pager.base_records import CloneRecord
 
 T = TypeVar("T")
 
@@ -33,17 +38,19 @@ class Preparation:
         """Options in effect. Unlike in the request, the mode is `stop` if buffers are registered with io_uring."""
         self.statistics = statistics
         self.hold: AcquiredPager | None = None
-        """Acquired pager of a workload with deferred memory; None if no memory is deferred."""
+        """Acquired pager of a workload with deferred memory; None if no memory is deferred, and for a clone."""
         self.large: list[list[bool]] = []
-        """For each region, whether each 2 MiB unit is backed by a huge page."""
+        """Whether each 2 MiB unit is backed by a huge page, for each region."""
         self.present = 0
         """Present memory, bytes."""
         self._memory: Readable | None = None
-        self._tracking: Tracking | None = None
+        self._tracking: Tracking | CloneTracking | None = None
 
     async def set_up(self) -> None:
         """Open the memory, and take over the trace since the parent. `close` must be called even after an error."""
-        if (live := self.request.workload.live) is not None:
+        if (live := self.request.workload.live) is not None and self.request.clone is not None:
+            await self._set_up_clone(live, self.request.clone)
+        elif live is not None:
             await self._set_up_live(live)
         else:
             self._memory = self.request.workload.open_memory()
@@ -53,7 +60,7 @@ class Preparation:
 
     async def _set_up_live(self, live: Migratable) -> None:
         """Open the memory of a workload that can be saved while it runs, and take over the trace since the parent."""
-        pinned = await self._switch_mode_for_registered_buffers(live)
+        pinned = await self._switch_mode_for_registered_buffers(live.regions)
         if self.options.mode == "lazy":
             self.hold = await deferred_access.acquire_uffd(live)
         else:
@@ -66,28 +73,41 @@ class Preparation:
         tracking.direct_io = await live.does_direct_io()
         await self.engine(tracking.take_up)
 
-    async def _switch_mode_for_registered_buffers(self, live: Migratable) -> bool:
+    async def _set_up_clone(self, live: Migratable, clone: CloneRecord) -> None:
+        """Open the private pages of a clone. No pager is required: all other pages have the contents of the parent."""
+        from pageferry.checkpoints.clone_tracking import CloneTracking
+        from pageferry.workloads.clone_view import PrivateMemory
+
+        await self._switch_mode_for_registered_buffers(clone.regions)
+        parent = self.request.parent
+        self._memory = memory = await self.engine(lambda: PrivateMemory(live.name, clone, parent))
+        self.statistics.drains = Drains(live)
+        self._tracking = CloneTracking(memory, self.options.mode)
+
+    async def _switch_mode_for_registered_buffers(self, regions: Sequence[Placed]) -> bool:
         """Switch to mode `stop` if buffers are registered with io_uring: neither traces nor traps report writes to
         them. Return whether there are such buffers."""
-        regions = live.regions
         if not any(await self.engine(lambda: registered_buffers(regions))):
             return False
-        log.warning("%s: saving the workload while it is paused: it has registered buffers with io_uring", live.name)
-        self.options = replace(self.options, mode="stop", track=False)
-        self.statistics.mode = "stop"
+        self._switch_to_stop("it has registered buffers with io_uring")
         return True
+
+    def _switch_to_stop(self, why: str) -> None:
+        log.warning("%s: saving the workload while it is paused: %s", self.request.workload.name, why)
+        self.options = replace(self.options, mode="stop", track=False)
+        self.statistics.switch_to_stop()
 
     @property
     def memory(self) -> Readable:
         """Memory of the workload. Raises RuntimeError before `set_up` and after `close`."""
         if self._memory is None:
-            raise RuntimeError("the memory of the workload is not open")
+            raise RuntimeError("cannot access the memory of the workload: it is not open")
         return self._memory
 
     @property
     def keeps_small_mappings(self) -> bool:
-        """Whether huge pages must stay mapped by PTEs after the checkpoint. A persistent trace requires PTEs. The pager
-        maps deferred memory as huge pages when it loads it."""
+        """Whether huge pages must stay mapped by PTEs after the checkpoint, because a persistent trace requires PTEs,
+        or because the acquired pager maps the huge pages by PMDs when it has loaded them."""
         return self.hold is not None or (self._tracking is not None and self._tracking.leaves)
 
     def traces(self) -> Traces | None:
@@ -101,11 +121,14 @@ class Preparation:
         return self.memory.segments if traced else []
 
     async def lose_trace(self, why: str) -> None:
-        """Remove a trace that cannot be used, so that the next attempt compares with the parent. If the pager is
-        acquired, release it, and wait until no memory is deferred."""
+        """Remove a trace that cannot be used, so that the next attempt compares with the parent, or saves a clone while
+        it is paused. If the pager is acquired, release it, and wait until no memory is deferred."""
         tracking = self._tracking
         assert tracking is not None, "without traces the saver raises no LookupError"
         await self.engine(lambda: tracking.lost(why))
+        if not isinstance(tracking, Tracking):
+            self._switch_to_stop(why)
+            return
         if self.hold is not None:
             # By now, most of the deferred memory has been loaded.
             await self._release_pager()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pageferry.checkpoints.options import Options
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.images.image import ImageFile, beside
-from pageferry.workloads.protocols import Saveable
+from pageferry.memory.view import Extent
+from pageferry.workloads.protocols import Saveable, SavesDisks
+
+if TYPE_CHECKING:
+    from pageferry.pager.base_records import CloneRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,22 +30,31 @@ class Request:
     listener: Listener = ignore
     parent: ImageFile | None = None
     """Earlier image of the workload: only pages that differ from it are stored."""
-    id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    clone: CloneRecord | None = None
+    """Record of a clone, whose parent is the image that it shares; None for any other workload."""
+    id: bytes = field(default_factory=lambda: os.urandom(16))
     """Identifier of the image."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", self.path.absolute())
         if self.parent is not None:
             self._check_parent(self.parent)
+        if self.options.disks.word != "record" and not isinstance(self.workload, SavesDisks):
+            raise UsageError(
+                f"`disks` {self.options.disks.word} requires a QEMU guest, and {self.workload.name} has no disks; "
+                "use `disks` record"
+            )
         if self.path.is_dir():
             raise UsageError(f"cannot write {self.path}: it is a directory; give the name of a file")
 
     def _check_parent(self, parent: ImageFile) -> None:
-        ours = [(region.name, region.length) for region in self.workload.regions]
+        regions: Sequence[Extent] = self.workload.regions if self.clone is None else self.clone.regions
+        ours = [(region.name, region.length) for region in regions]
         theirs = [(region.name, region.length) for region in parent.metadata.regions]
         if ours != theirs:
             raise UsageError(
-                f"cannot use {parent.path} as the parent: it has regions {theirs}, {self.workload.name} has {ours}"
+                f"cannot use {parent.path} as the parent: its regions are {theirs}, and those of {self.workload.name} "
+                f"are {ours}; use an image of the same guest, or none"
             )
         needed = beside(self.path, parent.path)
         if not (needed.exists() and needed.samefile(parent.path)):
@@ -47,7 +62,4 @@ class Request:
                 f"cannot write {self.path}: its parent {parent.path} must be in the same directory; write to "
                 f"{parent.path.parent}, or put a symbolic link to the parent into {self.path.parent}"
             )
-        if self.path.exists() and any(self.path.samefile(link.path) for link in parent.links):
-            raise UsageError(
-                f"cannot write {self.path}: it would replace an image in the chain of its parents; use another name"
-            )
+        parent.check_target(self.path)

@@ -8,16 +8,19 @@ import threading
 import weakref
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Literal, Self, Unpack, overload
 
 from pageferry import values
 from pageferry._engine import Advice, MappedSegment, Mapping, Pager, Space, TargetRegion
 from pageferry.checkpoints.eager import load
-from pageferry.checkpoints.restore_options import RestoredArenaOptions
+from pageferry.checkpoints.events import EagerEvent
+from pageferry.checkpoints.image_source import local_image
+from pageferry.checkpoints.options import Memory
+from pageferry.checkpoints.restore_options import RestoreArguments, RestoredArenaOptions
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host import forks
-from pageferry.host.blocking import in_thread, interruptible
+from pageferry.host.blocking import in_own_thread, interruptible
 from pageferry.images import targets
 from pageferry.images.image import ImageFile
 from pageferry.images.working_set import WorkingSet
@@ -28,6 +31,9 @@ from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.server import PagerServer
 from pageferry.workloads.arena.arena import Arena, memory_file
 from pageferry.workloads.deferred_access import load_all, load_pages
+
+if TYPE_CHECKING:
+    from pageferry.workloads.arena.shared import SharedArena
 
 log = getLogger(__name__)
 
@@ -48,7 +54,7 @@ class RestoredArena(Arena):
     def from_image(cls, image: ImageFile, options: RestoredArenaOptions, listener: Listener = ignore) -> Self:
         """Create the arena from an open image (see `restore`)."""
         size = _size(image)
-        file, large_pages_by = memory_file(size)
+        file, large_pages_by = memory_file(size, capacity=options.room(size))
         try:
             self = cls.from_file(file, size, private=True, **options.arguments())
             self.large_pages_by = large_pages_by
@@ -85,7 +91,7 @@ class RestoredArena(Arena):
         return super().collapse()
 
     def register(self, name: str) -> None:
-        """See `Arena.register`. Other processes can request deferred contents from then on."""
+        """See `Arena.register`. Other processes can request deferred contents after the registration."""
         super().register(name)
         assert self._named is not None
         assert self._named.folder is not None
@@ -112,9 +118,13 @@ class RestoredArena(Arena):
         self.check_here()
         values.count("offset", offset, 0, self.length)
         if values.count("length", length, 0, self.length) > self.length - offset:
-            raise UsageError(f"invalid range of {length} bytes at {offset}: the arena has {self.length} bytes")
-        first, end = offset // SMALL_PAGE, -(-(offset + length) // SMALL_PAGE)
-        interruptible(lambda: load_pages(self.pager, first, end - first, str(self.image.path)))
+            raise UsageError(
+                f"invalid range of {length} bytes at {offset}: expected a range within {self.length} bytes"
+            )
+        # The image does not contain the memory by which the arena was extended.
+        first, end = offset // SMALL_PAGE, min(-(-(offset + length) // SMALL_PAGE), self.image.pages)
+        if first < end:
+            interruptible(lambda: load_pages(self.pager, first, end - first, str(self.image.path)))
 
     def load(self) -> None:
         """Load all deferred pages, and wait until the memory is unregistered from userfaultfd.
@@ -126,45 +136,130 @@ class RestoredArena(Arena):
     def _before_fork(self) -> None:
         """Load all contents before a fork, because the child has no pager. A child that only executes a program does
         not map the memory (MADV_DONTFORK), and does not cause this call."""
-        load_pages(self.pager, 0, self.length // SMALL_PAGE, str(self.image.path))
+        load_pages(self.pager, 0, self.image.pages, str(self.image.path))
         Space().madvise(self.address, self.length, Advice.DOFORK)
         forks.forget(self)
 
 
-def restore(path: str | Path, name: str | None = None, *, listener: Listener = ignore, **options: Any) -> RestoredArena:
+@overload
+def restore(
+    path: str | Path,
+    name: None = None,
+    *,
+    memory: Literal["shared"],
+    listener: Listener = ignore,
+    **options: Unpack[RestoreArguments],
+) -> SharedArena: ...
+@overload
+def restore(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    memory: Literal["own"] = "own",
+    listener: Listener = ignore,
+    **options: Unpack[RestoreArguments],
+) -> RestoredArena: ...
+def restore(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    memory: Memory = "own",
+    listener: Listener = ignore,
+    **options: Unpack[RestoreArguments],
+) -> RestoredArena | SharedArena:
     """Create an arena from an image. The arena is usable at once: accessed pages are loaded first, the others in the
-    background. With a `name`, the arena is registered on this host.
+    background. With a `name`, the arena is registered on this host. `path` can be the URL of an image in a store: the
+    image is first downloaded to the cache of this host, unless the cache has it (docs/stores.md).
 
     If this user cannot handle page faults (including those of system calls), all contents are loaded before this
     function returns, with a warning in the log; `listener` is called with an EagerEvent, which states the reason, and
     with ProgressEvents.
 
+    With `memory="shared"`, all processes of this user on this host that restore the image with this option share one
+    copy of its memory. Pages that a process writes to are private. The result is a `SharedArena`, which cannot be saved
+    or migrated. Its pages are loaded by one pager process for all of them.
+
     `options`: with `eager`, load in the background at full speed, without yielding to accesses. With `prefetch=False`,
     load only accessed pages. All other options are those of `Arena`: state, on_pause, on_resume, on_moved, direct_io,
-    loop. The saved state is passed to `state`, or stored in `received_state`. The image is only read, and can be
-    restored any number of times concurrently; it must not be moved until `deferred` is 0. This call blocks; a coroutine
-    awaits `restore_async` instead.
+    loop, capacity. The saved state is passed to `state`, or stored in `received_state`. The image is only read, and can
+    be restored any number of times concurrently; it must not be moved until `deferred` is 0. This call blocks; a
+    coroutine awaits `restore_async` instead.
 
-    Raises ImageError if the image cannot be used, UsageError if it is not of an arena.
+    Raises ImageError if the image cannot be used, UsageError if it is not of an arena, StoreError.
+
+    Examples:
+        >>> import pageferry
+        >>> arena = pageferry.Arena("1MiB")
+        >>> memoryview(arena)[5000] = 7
+        >>> result = pageferry.checkpoint(arena, "table.img")
+        >>> restored = pageferry.restore("table.img")
+        >>> memoryview(restored)[5000]  # loads the page
+        7
+        >>> restored.load()
+        >>> restored.deferred
+        0
     """
-    chosen = values.options(RestoredArenaOptions, options | {"name": name})
-    source = values.path("path", path)
-    return RestoredArena.from_image(interruptible(lambda: ImageFile(source)), chosen, listener)
+    return open_arena(path, name, memory, listener, options)
 
 
+def open_arena(
+    path: str | Path, name: str | None, memory: Memory, listener: Listener, options: RestoreArguments
+) -> RestoredArena | SharedArena:
+    """Like `restore`, for a caller that has collected the options. Raises the same errors."""
+    chosen = values.options(RestoredArenaOptions, {**options, "name": name, "memory": memory})
+    with local_image("path", path, listener) as source:
+        if chosen.memory == "shared":
+            return open_shared(source, chosen, listener)
+        return RestoredArena.from_image(interruptible(lambda: ImageFile(source)), chosen, listener)
+
+
+def open_shared(path: Path, options: RestoredArenaOptions, listener: Listener, *, writable: bool = True) -> SharedArena:
+    """Map the memory of an image, shared with other processes. Raises ImageError, RestoreError, UsageError."""
+    from pageferry.workloads.arena.shared import SharedArena  # other restores do not need it
+
+    return SharedArena.open(
+        path,
+        prefetch=options.prefetch,
+        eager=options.eager,
+        writable=writable,
+        on_eager=lambda reason, length: listener(EagerEvent(image=str(path), length=length, reason=reason)),
+    )
+
+
+@overload
+async def restore_async(
+    path: str | Path,
+    name: None = None,
+    *,
+    memory: Literal["shared"],
+    listener: Listener = ignore,
+    **options: Unpack[RestoreArguments],
+) -> SharedArena: ...
+@overload
 async def restore_async(
     path: str | Path,
     name: str | None = None,
     *,
-    loop: asyncio.AbstractEventLoop | None = None,
-    **options: Any,
-) -> RestoredArena:
-    """Like `restore`, but without blocking the event loop of the caller.
+    memory: Literal["own"] = "own",
+    listener: Listener = ignore,
+    **options: Unpack[RestoreArguments],
+) -> RestoredArena: ...
+async def restore_async(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    memory: Memory = "own",
+    listener: Listener = ignore,
+    **options: Unpack[RestoreArguments],
+) -> RestoredArena | SharedArena:
+    """Create an arena as `restore` does, without blocking the event loop of the caller. Coroutine callbacks run on this
+    loop, unless `loop` is another one.
 
-    `loop` (default: the running event loop) runs coroutine callbacks. `options` are the other parameters of `restore`.
+    The parameters and the result are those of `restore`.
     """
-    chosen = loop or asyncio.get_running_loop()
-    return await in_thread(lambda: restore(path, name, loop=chosen, **options))
+    if options.get("loop") is None and memory != "shared":
+        options["loop"] = asyncio.get_running_loop()
+    return await in_own_thread(lambda: open_arena(path, name, memory, listener, options))
 
 
 def _size(image: ImageFile) -> int:
@@ -208,7 +303,7 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], optio
 def _loaded(image: ImageFile, arena: RestoredArena, reason: str, listener: Listener) -> Pager:
     """Load all contents now, and return the pager, which has finished. Raises ImageError."""
     log.warning(
-        "%s: loading all %d MiB in advance, on-demand loading is unavailable: %s",
+        "%s: loading all %d MiB in advance, because on-demand loading is unavailable: %s",
         image.path,
         arena.length >> 20,
         reason,

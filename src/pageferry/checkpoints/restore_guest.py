@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from pageferry import values
+from pageferry.checkpoints import sharing_memory as sharing
 from pageferry.checkpoints.eager import reporter
 from pageferry.checkpoints.events import (
     EagerEvent,
@@ -19,7 +20,9 @@ from pageferry.checkpoints.events import (
     TimeToRunning,
     TouchedEvent,
 )
+from pageferry.checkpoints.restore_disks import GuestDisks
 from pageferry.checkpoints.restore_options import GuestOptions
+from pageferry.checkpoints.restored_identity import RestoredIdentity
 from pageferry.errors import DisksDiffer, PageferryError, RestoreError, UsageError, WorkloadError
 from pageferry.events import Latency, Listener, ignore
 from pageferry.host.blocking import in_thread
@@ -28,7 +31,7 @@ from pageferry.host.registry import Folder, Registry
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.pager import client, records
-from pageferry.pager.launcher import PagerProcess
+from pageferry.pager.launcher import PagerConnection, PagerProcess, connect_to_base
 from pageferry.pager.orders import Loading, Opened
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.protocol import PagerRequest, PagerStatus
@@ -46,7 +49,7 @@ async def restore_guest(
     *,
     listener: Listener = ignore,
     registry: Registry | None = None,
-    pager: PagerProcess | None = None,
+    pager: PagerConnection | None = None,
     **options: Any,
 ) -> tuple[QemuWorkload, RestoreResult]:
     """Start QEMU with the user's command line, and resume the guest at once from the state in the image.
@@ -58,60 +61,89 @@ async def restore_guest(
 
     Raises ImageError, UsageError if the image is not that of a guest, RestoreError if the image does not match this
     guest, DisksDiffer if disks are not known to be unchanged, and the errors of `QemuWorkload.start`. In these cases,
-    QEMU and the pager are terminated. Raises RestoreError if the pager exits after the guest was resumed; the guest
-    then waits for its memory.
+    QEMU and the pager are terminated; on cancellation too. Raises RestoreError if the pager exits after the guest has
+    been resumed; the guest then waits for its memory.
     """
-    chosen = values.options(GuestOptions, options)
-    folder = Folder(registry or Registry(), name)
-    restore = GuestRestore(folder, path, chosen, listener, pager if pager is not None else PagerProcess())
+    restore = open_restore(name, path, listener=listener, registry=registry, pager=pager, **options)
     return await restore.run(arguments)
 
 
+def open_restore(
+    name: str,
+    path: str | Path,
+    *,
+    listener: Listener = ignore,
+    registry: Registry | None = None,
+    pager: PagerConnection | None = None,
+    **options: Any,
+) -> GuestRestore:
+    """Prepare a restore for its `run`, and start its pager. The parameters are those of `restore_guest`."""
+    chosen = values.options(GuestOptions, options)
+    folder = Folder(registry or Registry(), name)
+    if pager is None:
+        pager = start_pager(folder.registry, path, chosen)
+    return GuestRestore(folder, path, chosen, listener, pager)
+
+
+def start_pager(registry: Registry, path: str | Path, options: GuestOptions) -> PagerConnection:
+    """Start a pager process. With shared memory, connect to the pager of the image's base if it is running."""
+    running = connect_to_base(registry, path) if options.memory == "shared" else None
+    return running if running is not None else PagerProcess()
+
+
 class GuestRestore:
-    """Restore of one guest. `run` is the whole sequence."""
+    """Restore of one guest. `run` is the whole sequence; `discard` ends the guest."""
 
     def __init__(
-        self, folder: Folder, path: str | Path, options: GuestOptions, listener: Listener, pager: PagerProcess
+        self, folder: Folder, path: str | Path, options: GuestOptions, listener: Listener, pager: PagerConnection
     ) -> None:
         self.folder = folder
         self.path = Path(path)
         self.options = options
         self.listener = listener
         self._pager = pager
+        self._identity = RestoredIdentity(str(path), options.guid, options.clock)
         self._times = Stopwatch("qemu_start")
         self._loaded: tuple[str, Loading] | None = None
         """Reason why all contents were loaded before the guest ran, and the final progress; None if they are loaded on
         demand."""
         self._was_paused = False
         """Whether the guest was paused when it was saved."""
+        self._disks = GuestDisks(folder.name, self.path, options.disks)
+        self._workload: QemuWorkload | None = None
+        """Guest, from the start of its QEMU until `discard`."""
 
     async def run(self, arguments: Sequence[str]) -> tuple[QemuWorkload, RestoreResult]:
         """Restore the guest with the given command line of QEMU."""
         opening = asyncio.ensure_future(self._pager.open(self.path, self.folder.name))  # faster than the start of QEMU
         opening.add_done_callback(_retrieve)
         try:
-            workload = await self._start_guest(arguments, opening)
+            arguments = await in_thread(self._disks.prepare, arguments)
+            workload = self._workload = await self._start_guest(arguments, opening)
+            image, paused = await self._load_and_resume(workload, opening)
         except BaseException:
-            await asyncio.shield(in_thread(self._pager.give_up))
-            raise
-        try:
-            self._times.phase("adopt")
-            image = await opening
-            await self._prepare(workload, image)
-            fault_point("restore.adopted")
-            self._times.phase("device_state")
-            await self._pager.during(workload.load_state(image.state))
-            self._was_paused = workload.stays_paused
-            self._choose_run_state(workload)
-            paused = workload.stays_paused
-            self._times.phase("resume")
-            await self._pager.during(workload.resume())
-        except BaseException:
-            await asyncio.shield(self._withdraw(workload))
+            await asyncio.shield(self._withdraw())
             raise
         self._times.stop_all()
         fault_point("restore.resumed")
-        return workload, await self._running(image, paused)
+        try:
+            result = await self._running(image, paused)
+            await workload.announce()
+        except RestoreError:
+            raise  # the pager has exited: the guest waits until another pager takes over
+        except BaseException:
+            await asyncio.shield(self._withdraw())
+            raise
+        return workload, result
+
+    async def discard(self) -> None:
+        """End the guest, if its QEMU has been started, and remove its overlays. May be called twice."""
+        workload, self._workload = self._workload, None
+        try:
+            if workload is not None:
+                await workload.discard()
+        finally:
+            await in_thread(self._disks.discard)
 
     # -- before the guest runs
 
@@ -121,11 +153,12 @@ class GuestRestore:
         try:
             return await QemuWorkload.start(
                 self.folder.name,
-                arguments,
+                await self._identity.command_line(arguments, opening),
                 incoming=True,
                 at_once=True,
                 detach=self.options.detach,
                 hugetlb=self.options.hugetlb,
+                clone=self.options.memory == "shared",
                 registry=self.folder.registry,
             )
         except asyncio.CancelledError:
@@ -136,9 +169,30 @@ class GuestRestore:
                 raise opened from None
             raise
 
+    async def _load_and_resume(self, workload: QemuWorkload, opening: asyncio.Future[Opened]) -> tuple[Opened, bool]:
+        """Load the state, and resume the guest. Return the image, and whether the guest stays paused."""
+        self._times.phase("adopt")
+        image = await opening
+        await self._prepare(workload, image)
+        fault_point("restore.adopted")
+        self._times.phase("device_state")
+        await self._pager.during(workload.load_state(image.state))
+        self._was_paused = workload.stays_paused
+        self._choose_run_state(workload)
+        paused = workload.stays_paused
+        self._times.phase("resume")
+        await self._pager.during(workload.resume())
+        return image, paused
+
     async def _prepare(self, workload: QemuWorkload, image: Opened) -> None:
         """Make the pager handle every access to missing memory; if it cannot, load all memory."""
         await self._check(workload, image)
+        if self.options.memory == "shared":
+            self._pager = await sharing.share(
+                workload, self._pager, self.folder, str(self.path.absolute()), self.options
+            )
+            await workload.prepare_load()
+            return
         work = Deferred(
             image=str(self.path.absolute()),
             identity=image.identity,
@@ -167,7 +221,8 @@ class GuestRestore:
                 f"workload of kind {found.kind}"
             )
         try:
-            await workload.check_image(found.details, str(self.path), disks_as_is=self.options.disks == "as-is")
+            await workload.check_image(found.details, str(self.path), disks_as_is=self._disks.as_is)
+            self._identity.check(workload, found.details)
         except DisksDiffer as error:
             raise DisksDiffer(f"cannot restore {self.folder.name}: {error}") from error
         except WorkloadError as error:
@@ -191,16 +246,22 @@ class GuestRestore:
             report(progress.deferred, progress.prefetched, progress.bytes_read)
         return progress
 
-    async def _withdraw(self, workload: QemuWorkload) -> None:
+    async def _withdraw(self) -> None:
         """End the pager, and then the guest, which was not restored."""
         await in_thread(self._pager.give_up)
-        await workload.discard()
+        await self.discard()
 
     # -- while the guest runs
 
     async def _running(self, image: Opened, paused: bool) -> RestoreResult:
         """Detach from the pager, emit events, and return the result so far."""
         result = self._result(image, paused)
+        if self.options.memory == "shared":
+            base = await self._pager.base_status()
+            result = msgspec.structs.replace(result, deferred=base.deferred, bytes_read=base.bytes_read)
+            self._pager.leave()
+            self._emit_running(result)
+            return result
         if self._loaded is not None:
             self._pager.close()
             self._emit_running(result)
@@ -250,6 +311,7 @@ class GuestRestore:
             longest_us=0.0,
             service_times=Latency.of([], 0.0),
             eager_reason=reason,
+            overlays=self._disks.overlays,
         )
 
 

@@ -66,8 +66,8 @@ class Rounds:
 
         `regions`: number of pages of each region; `drain`() returns when direct I/O that started before the call has
         completed; `load`(region, first page, pages) makes deferred pages present. Raises LookupError if the trace
-        cannot be used: the rounds do not converge, or memory is discarded in every attempt. Blocks, so do not call it
-        from the event loop.
+        cannot be used: the rounds do not converge, or memory is discarded in every attempt. The call blocks: do not
+        make it from the event loop.
         """
         self.count, begin = 0, time.monotonic()
         try:
@@ -100,7 +100,7 @@ class Rounds:
             self._converge(saver, saver.scan(), drain)
             if not saver.lost():
                 return
-        raise LookupError("memory was discarded in every attempt")
+        raise LookupError(f"cannot use the write trace: memory was discarded in each of {ATTEMPTS} attempts")
 
     def _converge(self, saver: Copier, remaining: int, drain: Callable[[], object]) -> None:
         while remaining > self.max_remaining:
@@ -109,7 +109,9 @@ class Rounds:
             saver.copy()
             remaining = saver.collect()
             self.count += 1
-            # Every round must at least halve the number of pages. All rounds together then save at most twice the pages
-            # of the first.
-            if remaining > before // 2:
-                raise LookupError("rounds do not converge: memory is written faster than saved")
+            # Every round but the last must at least halve the number of pages. All rounds together then save at most
+            # twice the pages of the first.
+            if remaining > max(self.max_remaining, before // 2):
+                raise LookupError(
+                    "cannot use the write trace: rounds do not converge, because memory is written faster than saved"
+                )

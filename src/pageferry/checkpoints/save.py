@@ -9,47 +9,61 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from pageferry import values
 from pageferry.checkpoints.attempt import Attempt, attempt
 from pageferry.checkpoints.events import CheckpointResult
-from pageferry.checkpoints.options import Options
+from pageferry.checkpoints.options import CheckpointArguments, Options
 from pageferry.checkpoints.preparation import Preparation
 from pageferry.checkpoints.request import Request
 from pageferry.checkpoints.statistics import Phase, Statistics
-from pageferry.errors import CheckpointError
+from pageferry.errors import CheckpointError, UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, synchronous
 from pageferry.host.fault_points import fault_point
 from pageferry.images.image import ImageFile, new_file
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.callbacks import check_listener
-from pageferry.workloads.managed import saveable
-from pageferry.workloads.protocols import Saveable
+from pageferry.workloads.managed import HasArena, saveable
+from pageferry.workloads.protocols import Saveable, clone_of
+
+if TYPE_CHECKING:
+    from pageferry.pager.base_records import CloneRecord
 
 
 async def checkpoint_async(
-    workload: Arena | Saveable,
+    workload: Arena | HasArena | Saveable,
     path: str | Path,
     *,
     parent: str | Path | None = None,
     listener: Listener = ignore,
-    **options: Any,
+    **options: Unpack[CheckpointArguments],
 ) -> CheckpointResult:
     """Save a running workload to an image, while the workload keeps running. The image appears at `path` when it is
     complete.
 
     With `parent`, an earlier image of the same workload, only pages that differ from the parent are stored, and the new
-    image requires the parent. `options` are the fields of `pageferry.checkpoints.options.Options`: mode, codec,
-    bandwidth (bytes per second), track, packers; in bytes trap_block, page_block, storage_block, staging,
-    at_snapshot_point.
-    `listener` is called with an event for every step.
+    image requires the parent. The parent of a clone is always the image that the clone shares; only its private pages
+    are stored. `options` are the fields of `pageferry.checkpoints.options.Options`: mode, disks, codec, track, packers,
+    bandwidth (bytes per second), and the sizes trap_block, page_block, storage_block, staging and at_snapshot_point
+    (bytes). `listener` is called with an event for every step.
 
     Raises CheckpointError if no image was written, for example because the disk is full; the workload keeps running.
-    Raises ImageError if the parent cannot be used, WorkloadDied, WorkloadError, UsageError.
+    Raises ImageError if the parent cannot be used, WorkloadDied if the workload exits. Also raises WorkloadError and
+    UsageError.
+
+    Examples:
+        >>> import pageferry
+        >>> arena = pageferry.Arena("1MiB")
+        >>> memoryview(arena)[0] = 7
+        >>> result = pageferry.checkpoint(arena, "first.img")
+        >>> memoryview(arena)[4096] = 8
+        >>> result = pageferry.checkpoint(arena, "second.img", parent="first.img")
+        >>> print(result.pages.data, result.pages.in_parent)  # one page has changed
+        1 1
     """
-    saveable(workload)
+    workload = saveable(workload)
     chosen = values.options(Options, options)
     target, older = values.path("path", path), values.optional(values.path, "parent", parent)
     values.function("listener", listener)
@@ -67,18 +81,31 @@ checkpoint = synchronous(checkpoint_async)
 async def save(
     workload: Saveable, path: Path, parent: Path | None, options: Options, listener: Listener
 ) -> CheckpointResult:
-    """Like `checkpoint_async`, but with arguments that have been checked."""
+    """Save a workload as `checkpoint_async` does, with arguments that have been checked."""
     if workload.live is None:
         options = replace(options, mode="stop")
     statistics = Statistics(options.mode)
+    clone = clone_of(workload)
     request = Request(
         workload=workload,
         path=path,
         options=options,
         listener=listener,
-        parent=ImageFile(parent) if parent is not None else None,
+        parent=_open_parent(workload.name, clone, parent, options),
+        clone=clone,
     )
     return await Save(request, statistics).run()
+
+
+def _open_parent(name: str, clone: CloneRecord | None, path: Path | None, options: Options) -> ImageFile | None:
+    """Return the parent of the new image: for a clone, the image that it shares."""
+    if clone is not None:
+        if options.track:
+            raise UsageError(f"cannot use `track` for {name}: a checkpoint of a clone needs no trace; omit `track`")
+        from pageferry.workloads.clone_view import open_image
+
+        return open_image(name, clone, path)
+    return ImageFile(path) if path is not None else None
 
 
 class Save:
@@ -88,13 +115,13 @@ class Save:
         self.request = request
         self.statistics = statistics
         self._preparation = Preparation(request, statistics)
+        self._last: Attempt | None = None
+        """Last attempt."""
 
     async def run(self) -> CheckpointResult:
         """Save the workload. After an error, the workload keeps running, and the unfinished image is removed."""
         try:
-            with _writing(self.request.path), new_file(self.request.path) as file:
-                await self._preparation.set_up()
-                finished = await self._save(file)
+            finished = await self._write()
             self.statistics.enter(Phase.PUBLISHED)
             fault_point("checkpoint.published")
             await self._preparation.leave_trace(finished.covers_memory)
@@ -102,31 +129,44 @@ class Save:
         finally:
             await asyncio.shield(self._preparation.close())
 
+    async def _write(self) -> Attempt:
+        """Write and publish the image. After an error, undo what was changed in the disks of the workload."""
+        try:
+            with writing(self.request.path), new_file(self.request.path) as file:
+                await self._preparation.set_up()
+                return await self._save(file)
+        except BaseException:
+            if self._last is not None:
+                await asyncio.shield(self._last.abandon())
+            raise
+
     async def _save(self, file: int) -> Attempt:
         """Make an attempt, and another one without a trace if the trace since the parent cannot be used."""
-        first = attempt(self._preparation, file)
+        self._last = first = attempt(self._preparation, file)
         try:
             await first.run()
             return first
         except LookupError as lost:
             why = str(lost)
+            await first.abandon()
             await self._preparation.lose_trace(why)
             os.ftruncate(file, 0)
             os.lseek(file, 0, os.SEEK_SET)
-        second = attempt(self._preparation, file)
+        self._last = second = attempt(self._preparation, file)
         await second.run()
         return second
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Translate every OSError of the block to CheckpointError."""
+def writing(path: Path, otherwise: str = "the workload keeps running") -> Iterator[None]:
+    """Translate every OSError of the block to CheckpointError. `otherwise`: advice for errors without specific
+    advice."""
     try:
         yield
     except OSError as error:
         advice = {
             errno.ENOSPC: "free some space, or choose another file system",
-            errno.EDQUOT: "the quota is exhausted",
-            errno.ENOENT: "its directory does not exist",
-        }.get(error.errno or 0, "the workload keeps running")
+            errno.EDQUOT: "free some space, or raise the quota",
+            errno.ENOENT: "create its directory",
+        }.get(error.errno or 0, otherwise)
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {advice}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 from pageferry._engine import SaveCounters, SaveFinished, Saver
@@ -13,6 +14,7 @@ from pageferry.checkpoints.rounds import Rounds
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads.direct_io import Drains
+from pageferry.workloads.protocols import SavedDisk
 
 
 class Phase(StrEnum):
@@ -22,6 +24,8 @@ class Phase(StrEnum):
     ARM = "arm"
     """Protection of the memory, and rounds."""
     STOP = "stop"
+    DISKS = "disks"
+    """Freezing of the disks, or the start of their copies."""
     STATE = "state"
     PROTECT = "protect"
     RESUME = "resume"
@@ -32,14 +36,14 @@ class Phase(StrEnum):
 
 
 _ATTEMPT: dict[Mode, tuple[Phase, ...]] = {
-    "lazy": (Phase.ARM, Phase.STOP, Phase.STATE, Phase.PROTECT, Phase.RESUME, Phase.SAVE, Phase.PUBLISH),
-    "stop": (Phase.STOP, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME, Phase.PUBLISH),
+    "lazy": (Phase.ARM, Phase.STOP, Phase.DISKS, Phase.STATE, Phase.PROTECT, Phase.RESUME, Phase.SAVE, Phase.PUBLISH),
+    "stop": (Phase.STOP, Phase.DISKS, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME, Phase.PUBLISH),
 }
 """Phases of one attempt in their order, by mode."""
 
 _DOWNTIME: dict[Mode, tuple[Phase, ...]] = {
-    "lazy": (Phase.STOP, Phase.STATE, Phase.PROTECT, Phase.RESUME),
-    "stop": (Phase.STOP, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME),
+    "lazy": (Phase.STOP, Phase.DISKS, Phase.STATE, Phase.PROTECT, Phase.RESUME),
+    "stop": (Phase.STOP, Phase.DISKS, Phase.STATE, Phase.ARM, Phase.SAVE, Phase.RESUME),
 }
 """Phases in which the workload is paused, by mode."""
 
@@ -48,7 +52,8 @@ class Statistics:
     """Phase of a checkpoint, the time of each phase, and the statistics that its phases record.
 
     The phases of an attempt follow each other in the order of its mode. A failed attempt enters RESUME if the workload
-    is paused, and then PUBLISH. Another attempt can follow PUBLISH.
+    is paused, and then PUBLISH. Another attempt can follow PUBLISH. The disks of a guest are prepared in the phase
+    before ARM or STOP.
     """
 
     def __init__(self, mode: Mode) -> None:
@@ -63,7 +68,11 @@ class Statistics:
         self.note = ""
         self.tracked = False
         """Whether a write trace was left."""
+        self.disks: Sequence[SavedDisk] = ()
+        """Disks that were saved with the image."""
         self.drains: Drains | None = None
+        self._armed_before_stop = 0.0
+        """Time in phase ARM before the checkpoint switched to mode `stop`, in which the workload ran; milliseconds."""
         self._counters: SaveCounters | None = None
         self._finished: SaveFinished | None = None
         self.rounds = 0
@@ -71,13 +80,18 @@ class Statistics:
         self.arm_seconds = 0.0
         """Time to protect all memory and to save in rounds."""
 
+    def switch_to_stop(self) -> None:
+        """Continue in mode `stop`, after an attempt or before the first one."""
+        self.mode = "stop"
+        self._armed_before_stop = self._milliseconds(Phase.ARM)
+
     def enter(self, phase: Phase, at: float | None = None) -> None:
         """End the current phase and begin this one, now or at an earlier time of `time.perf_counter`.
 
         Raises RuntimeError if `phase` cannot follow the current phase.
         """
         if phase not in self._following():
-            raise RuntimeError(f"checkpoint phase {phase} cannot follow phase {self.phase}")
+            raise RuntimeError(f"cannot enter checkpoint phase {phase}: it cannot follow phase {self.phase}")
         self.phase = phase
         if phase is Phase.PUBLISHED:
             self._times.stop_all()
@@ -89,7 +103,7 @@ class Statistics:
         if self.phase is Phase.PUBLISHED:
             return set()
         if self.phase is Phase.SET_UP:
-            return {attempt[0]}
+            return {attempt[0], Phase.PUBLISH}
         if self.phase is Phase.PUBLISH:
             return {attempt[0], Phase.PUBLISHED}
         return {attempt[attempt.index(self.phase) + 1], Phase.RESUME, Phase.PUBLISH}
@@ -97,7 +111,7 @@ class Statistics:
     @property
     def downtime(self) -> float:
         """Duration of the pause, milliseconds. The value is final when the phase after the pause has begun."""
-        return sum(self._milliseconds(phase) for phase in _DOWNTIME[self.mode])
+        return sum(self._milliseconds(phase) for phase in _DOWNTIME[self.mode]) - self._armed_before_stop
 
     @property
     def image(self) -> SaveFinished:
@@ -138,6 +152,7 @@ class Statistics:
             arm_time=round(self.arm_seconds * 1e3, 3),
             downtime=round(self.downtime, 3),
             downtime_parts=self._downtime_parts(),
+            disks=[events.SavedDiskSummary(disk.id, disk.name, disk.path, disk.overlay) for disk in self.disks],
             memory=self.memory,
             pages=events.PageCount(**{name: getattr(count, name) for name in events.PageCount.__struct_fields__}),
             bytes_written=image.length,
@@ -153,6 +168,7 @@ class Statistics:
         return events.Downtime(
             total=round(self.downtime, 3),
             stop=self._milliseconds(Phase.STOP),
+            disks=self._milliseconds(Phase.DISKS),
             device_state=self._milliseconds(Phase.STATE),
             protect=self._milliseconds(Phase.PROTECT),
             save=self._milliseconds(Phase.SAVE) if self.mode == "stop" else 0.0,

@@ -29,7 +29,7 @@ _CHUNK = 1 << 16
 _PENDING = 16
 """Maximum number of chunks of piped input that the guest has not read."""
 _DRAIN_TIMEOUT = 1.0
-"""Maximum time to send the keys before the escape key to a guest that does not read them, seconds."""
+"""Maximum time after the escape key in which earlier keys are still sent to the guest, seconds."""
 _FATAL = (signal.SIGHUP, signal.SIGQUIT)
 """Signals that end this process, in addition to those of `cli.signals`."""
 
@@ -39,7 +39,7 @@ log = getLogger(__name__)
 async def run(args: argparse.Namespace) -> int:
     """Copy between the terminal and the console, until the escape key or the end of the guest."""
     if args.output == "json":
-        raise UsageError("a console is not available as JSON: remove --output json")
+        raise UsageError("cannot print a console as JSON: remove --output json")
     with await console_async(args.name, chardev=args.chardev) as console:
         if sys.stdin is None or not sys.stdin.isatty():
             await _copy_pipe(console)
@@ -53,7 +53,7 @@ async def run(args: argparse.Namespace) -> int:
 
 
 async def _copy_pipe(console: Console) -> None:
-    """Copy in both directions until the guest has closed the console. Standard input may end before."""
+    """Copy in both directions until the guest has closed the console. Standard input may end earlier."""
     pending: asyncio.Queue[bytes] = asyncio.Queue(_PENDING)
     copying = [asyncio.ensure_future(_read_pipe(pending)), asyncio.ensure_future(_write_input(console, pending))]
     try:
@@ -113,7 +113,7 @@ async def _write_input(console: Console, pending: asyncio.Queue[bytes]) -> None:
 @contextlib.contextmanager
 def _raw(terminal: int) -> Iterator[None]:
     """Set a terminal to raw mode during the block: every key, such as Ctrl-C, is input of the guest. The settings are
-    restored in every case, also before a signal ends this process."""
+    restored at the end of the block, and before a signal of `_FATAL` ends this process."""
     saved = termios.tcgetattr(terminal)
 
     def end(number: int, _frame: FrameType | None) -> None:

@@ -11,7 +11,7 @@ import traceback
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from pageferry.cli.logs import configure_logging, with_options
+from pageferry.cli.logging_setup import configure_logging, with_options
 from pageferry.cli.signals import Interruption
 from pageferry.cli.sinks import open_sinks
 from pageferry.errors import Cancelled, PageferryError
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Run the verb of a parsed command line, and return its exit code. Raises BrokenPipeError if the reader of stdout
-    has closed it."""
+    """Run the verb of a parsed command line, and return its exit code. Raises BrokenPipeError if the reader has closed
+    stdout."""
     configure_logging(args.debug, vars(args))
     with Interruption() as interruption, ExitStack() as stack:
         log: EventLog | None = None
@@ -43,8 +43,8 @@ def _run_verb(args: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def _end_of(error: BaseException, args: argparse.Namespace, received: signal.Signals | None) -> int:
-    """Print the error that ended a verb to stderr, and return the exit code. Raises BrokenPipeError if the reader of
-    stdout has closed it."""
+    """Print the error that ended a verb to stderr, and return the exit code. Raises BrokenPipeError if the reader
+    has closed stdout."""
     if isinstance(error, BrokenPipeError) and _stdout_is_closed():
         raise error
     if args.debug:

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 
 from pageferry import report
-from pageferry.cli.options import given
+from pageferry.cli.options import given, refuse_others
 from pageferry.density import shareable_pages
 from pageferry.errors import UsageError
 from pageferry.large_pages.api import sample_async, undo_async
@@ -22,8 +22,8 @@ async def run(args: argparse.Namespace) -> int:
     reload reclaimed memory instead."""
     if args.sharing and args.watch:
         raise UsageError("--sharing cannot be combined with --watch: remove one of them")
-    if args.undo and (args.watch or args.reclaim):
-        raise UsageError("--undo cannot be combined with --watch or --reclaim: remove them")
+    if args.undo:
+        refuse_others(args, ("target", "undo"), "with --undo")
     options, policy = Options(**given(args, Options)), Threshold(activity=args.threshold)
     target = await open_target_async(args.target)
     with target, open_reporter(args.output, lambda: report.LargePagesView()) as out:

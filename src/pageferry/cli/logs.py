@@ -1,61 +1,59 @@
-"""Logging of the command line: short lines on stderr."""
+"""`pageferry logs`: print the log of a guest that runs or has ended."""
 
 from __future__ import annotations
 
-import logging
-import re
+import argparse
+import codecs
 import sys
-import time
-from collections.abc import Container
+from collections.abc import Callable
 
-from pageferry.printable import PrintableFormatter
-
-
-def with_options(text: str, names: Container[str]) -> str:
-    """Replace names of parameters in backticks by options, such as `max_downtime` by --max-downtime. Only the arguments
-    of the verb, `names`, are replaced. The library reports errors with names of parameters; users of the command need
-    options."""
-    return re.sub(r"`([a-z_]+)`", lambda name: _option(name[1]) if name[1] in names else name[0], text)
+from pageferry.cli.options import given, refuse
+from pageferry.control import logs
+from pageferry.control.events import GuestLog
+from pageferry.control.options import LogOptions
+from pageferry.host.blocking import in_thread
+from pageferry.printable import printable
+from pageferry.report.reporter import open_reporter
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+async def run(args: argparse.Namespace) -> int:
+    """Print the log, follow it, or remove it."""
+    options = LogOptions(**given(args, LogOptions))
+    if args.remove:
+        refuse(args, ("lines",), "with --remove")
+        logs.forget(args.name)
+    elif args.output == "json":
+        await _emit(args, options)
+    else:
+        write = _terminal() if sys.stdout.isatty() else _write
+        async for data in logs.follow(args.name, options, once=not args.follow):
+            await in_thread(write, data)
+    return 0
 
 
-class _Formatter(PrintableFormatter):
-    def __init__(self, names: Container[str]) -> None:
-        super().__init__()
-        self._names = names
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = with_options(super().format(record), self._names)
-        if record.levelno <= logging.DEBUG:
-            clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-            return f"{clock}.{int(record.msecs):03} {record.name}: {message}"
-        if record.levelno >= logging.WARNING:
-            return f"{record.levelname.lower()}: {message}"
-        return message
+async def _emit(args: argparse.Namespace, options: LogOptions) -> None:
+    with open_reporter(args.output) as reporter:
+        if not args.follow:
+            text = await logs.logs_async(args.name, lines=options.lines)
+            reporter.final(GuestLog(workload=args.name, text=text))
+            return
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        async for data in logs.follow(args.name, options):
+            if text := decoder.decode(data):
+                reporter.event(GuestLog(workload=args.name, text=text))
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in the typeshed only
-    """Handler that writes to the current sys.stderr, which a live progress display replaces while it is active."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> object:
-        return sys.stderr
+def _write(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
-def configure_logging(debug: bool, names: Container[str] = ()) -> None:
-    """Log to stderr: messages of pageferry from level INFO, of other libraries from WARNING, and with `debug` of all
-    levels. `names` are the arguments of the verb (see `with_options`)."""
-    handler = _Handler()
-    handler.setFormatter(_Formatter(names))
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(logging.DEBUG if debug else logging.WARNING)
-    logging.getLogger("pageferry").setLevel(logging.DEBUG if debug else logging.INFO)
-    # The QMP library logs every error that it also raises. Only the exception is reported.
-    logging.getLogger("qemu").setLevel(logging.DEBUG if debug else logging.CRITICAL)
+def _terminal() -> Callable[[bytes], None]:
+    """Return a function that writes to a terminal, with escapes for characters that the terminal would interpret."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def write(data: bytes) -> None:
+        sys.stdout.write(printable(decoder.decode(data).replace("\r\n", "\n")))
+        sys.stdout.flush()
+
+    return write

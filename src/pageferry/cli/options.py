@@ -14,12 +14,13 @@ from pageferry.options import Choice, Flag, Option, Texts, options_of
 T = TypeVar("T")
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Add an option to the parser for each field of a dataclass, in the argument group that the field names."""
+def add_options(parser: argparse.ArgumentParser, kind: type, *, without: Collection[str] = ()) -> None:
+    """Add an option to the parser for each field of a dataclass, in the argument group that the field names. `without`:
+    names of fields that do not apply to the verb."""
     texts = _docstrings(kind) if not isinstance(parser, Parser) or parser.described else {}
     groups: dict[str | None, argparse._ActionsContainer] = {None: parser}
     for option in options_of(kind):
-        if option.api_only:
+        if option.api_only or option.name in without:
             continue
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
@@ -39,7 +40,32 @@ def _docstrings(kind: type) -> dict[str, str]:
 def given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """Return the values of the options that `add_options` has added for the dataclass `kind`, by the name of the
     field."""
-    return {option.name: getattr(args, option.name) for option in options_of(kind) if not option.api_only}
+    names = [option.name for option in options_of(kind) if not option.api_only]
+    return {name: getattr(args, name) for name in names if name in args}
+
+
+def refuse(args: argparse.Namespace, names: Collection[str], cause: str) -> None:
+    """Raise UsageError if one of these arguments, which the verb would ignore, was given. `cause`: end of the error
+    message, such as `without --watch`."""
+    _refuse([text for name, text in _given(args).items() if name in names], cause)
+
+
+def refuse_others(args: argparse.Namespace, names: Collection[str], cause: str) -> None:
+    """Raise UsageError if an argument other than these, or the command line of a program, was given. `cause`: as for
+    `refuse`."""
+    others = [text for name, text in _given(args).items() if name not in names]
+    _refuse([*others, *(["the command after --"] if args.command else [])], cause)
+
+
+def _given(args: argparse.Namespace) -> dict[str, str]:
+    found: dict[str, str] = args.usage_error.__self__.given(args)
+    return found
+
+
+def _refuse(ignored: list[str], cause: str) -> None:
+    if ignored:
+        verb, them = ("has", "it") if len(ignored) == 1 else ("have", "them")
+        raise UsageError(f"{', '.join(ignored)} {verb} no effect {cause}; remove {them}")
 
 
 def argument(parse: Callable[[str], T]) -> Callable[[str], T]:

@@ -31,6 +31,18 @@ class Parser(argparse.ArgumentParser):
         self.formatter_class = HelpFormatter
         return super().format_help()
 
+    def given(self, args: argparse.Namespace) -> dict[str, str]:
+        """Return the arguments in `args` that differ from their defaults: their names in `args`, and in error messages.
+        Options that every verb has are left out."""
+        found = {}
+        for action in self._actions:
+            default = self.get_default(action.dest)
+            if isinstance(default, str) and default != argparse.SUPPRESS:
+                default = self._get_value(action, default)
+            if default != argparse.SUPPRESS and getattr(args, action.dest) != default:
+                found[action.dest] = action.option_strings[0] if action.option_strings else str(action.metavar)
+        return {name: text for name, text in found.items() if name not in _METRICS}
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Raise ArgumentError for an invalid choice or verb. The message suggests a similar one."""
         if action.choices is not None and value not in action.choices:
@@ -65,7 +77,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(head, defaults)
     _check_separator(args, words)
     if hasattr(args, "words") and not any(word.startswith("-") for word in unknown):
-        # argparse fills an argument of any number of words (`words`) only from those before the next option.
+        # argparse fills an argument of any number of words (`words`) only from the words before the next option.
         args.words, unknown = [*args.words, *unknown], []
     if unknown:
         args.usage_error(f"unrecognized arguments: {' '.join(unknown)}{_meant(args, unknown)}")
@@ -130,6 +142,10 @@ def build_parser(words: Sequence[str]) -> Parser:
             if hasattr(module, "WORKS_ON"):
                 _add_metrics(below)
     return parser
+
+
+_METRICS = frozenset({"metrics", "metrics_insecure"})
+"""Names of the arguments that `_add_metrics` adds."""
 
 
 def _add_metrics(parser: argparse.ArgumentParser) -> None:

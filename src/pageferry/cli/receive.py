@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from logging import getLogger
+from pathlib import Path
 
 from pageferry import report
 from pageferry.cli.foreground import run_in_foreground
-from pageferry.cli.options import given
+from pageferry.cli.options import given, refuse
 from pageferry.cli.syntax.receive import ReceiveOptions
 from pageferry.demo.events import LedgerResult
 from pageferry.demo.ledger import LedgerWorkload
 from pageferry.errors import ConnectionLost, PeerRefused, ProtocolError, UsageError
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Registry
+from pageferry.images.image import ImageFile
 from pageferry.migration.destination import Destination, Prepare
 from pageferry.migration.events import Listening, Received, Resumed
 from pageferry.migration.incoming import ReceivingHost
@@ -34,11 +36,14 @@ log = getLogger(__name__)
 
 async def run(args: argparse.Namespace) -> int:
     """Receive a workload, and unless `--detach` is given, wait until it exits. With `--resume`, receive the remaining
-    memory of a guest that runs on this host."""
+    memory of a guest that this host owns."""
     command = args.command
     ReceiveOptions(**given(args, ReceiveOptions))  # raises UsageError before any other work
     if (args.workload is not None) + bool(command) + args.resume != 1:
-        raise UsageError("give exactly one of --workload demo, --resume, or a QEMU command line after --")
+        raise UsageError(
+            "invalid arguments: expected exactly one of --workload demo, --resume, or a QEMU command line after --"
+        )
+    _refuse_ignored(args)
     with open_reporter(args.output, lambda: report.ReceiveView()) as out:
         chosen = ListenOptions(timeout=args.timeout, insecure=args.insecure, tls=args.tls, allow=args.allow)
         connections = chosen.open(_address(args))
@@ -50,6 +55,16 @@ async def run(args: argparse.Namespace) -> int:
             return await _receive_ledger(args, connections, out)
         finally:
             await connections.close()
+
+
+def _refuse_ignored(args: argparse.Namespace) -> None:
+    """Raise UsageError if an option does not apply to the kind of workload."""
+    if args.resume:
+        refuse(args, ("detach", "hugetlb", "max_size", "memory", "base"), "with --resume")
+    elif args.command:
+        refuse(args, ("max_size",), "with a QEMU command line, whose -m determines the size")
+    else:
+        refuse(args, ("detach", "hugetlb", "memory", "base"), "with --workload demo")
 
 
 def _address(args: argparse.Namespace) -> str:
@@ -77,6 +92,9 @@ def _host(args: argparse.Namespace, out: Reporter) -> ReceivingHost:
         timeout=args.timeout,
         folder=lambda: registry.folder(args.name),
         listener=out.event,
+        registry=registry,
+        memory=args.memory,
+        bases=[Path(one) for one in args.base],
     )
 
 
@@ -91,7 +109,15 @@ async def _resume(args: argparse.Namespace, connections: ConnectionListener, out
 async def _receive_guest(
     args: argparse.Namespace, command: list[str], connections: ConnectionListener, out: Reporter
 ) -> int:
-    guest = await QemuWorkload.start(args.name, command, incoming=True, detach=args.detach, hugetlb=args.hugetlb)
+    await in_thread(_check_bases, args.base)
+    guest = await QemuWorkload.start(
+        args.name,
+        command,
+        incoming=True,
+        detach=args.detach,
+        hugetlb=args.hugetlb,
+        clone=args.memory == "shared",
+    )
 
     async def prepare(hello: messages.Hello) -> Migratable:
         if hello.kind != "qemu":
@@ -116,6 +142,13 @@ async def _receive_guest(
         raise
 
 
+def _check_bases(paths: Sequence[str]) -> None:
+    """Raise ImageError, before QEMU is started, if a path of `--base` is neither an image nor a directory."""
+    for path in map(Path, paths):
+        if not path.is_dir():
+            ImageFile(path)
+
+
 async def _receive_ledger(args: argparse.Namespace, connections: ConnectionListener, out: Reporter) -> int:
     received: list[LedgerWorkload] = []
     moved = asyncio.Event()
@@ -124,8 +157,8 @@ async def _receive_ledger(args: argparse.Namespace, connections: ConnectionListe
     async def prepare(hello: messages.Hello) -> Migratable:
         arena = arena_for(hello, args.max_size)
         fresh = type(arena).from_file(arena.descriptor, arena.length, private=True)
-        late = hello.mode != "precopy"
-        ledger = LedgerWorkload(fresh, on_moved=lambda: loop.call_soon_threadsafe(moved.set), late=late)
+        postcopy = hello.mode != "precopy"
+        ledger = LedgerWorkload(fresh, on_moved=lambda: loop.call_soon_threadsafe(moved.set), postcopy=postcopy)
         fresh.register(args.name)
         received.append(ledger)
         return ledger
@@ -148,9 +181,9 @@ async def _receive_ledger(args: argparse.Namespace, connections: ConnectionListe
 async def _received(
     args: argparse.Namespace, destination: Destination, out: Reporter
 ) -> AsyncIterator[asyncio.Task[None]]:
-    """Receive the workload. It runs on this host when the block begins.
+    """Receive the workload. This host owns the workload when the block begins.
 
-    Yields the task that informs the source of the end of the migration. The task is cancelled at the end of the block.
+    Yield the task that informs the source of the end of the migration. The task is cancelled at the end of the block.
     """
     out.event(Listening(args.name, str(destination.connections.address)))
     try:
@@ -184,7 +217,7 @@ async def _run(destination: Destination) -> Migratable:
 
 
 def _heed_cancellation() -> None:
-    """Make the next await raise CancelledError if a cancellation has been suppressed (see `to_the_end`)."""
+    """Make the next await raise CancelledError if a cancellation has been suppressed (see `ignoring_cancellation`)."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         task.cancel()

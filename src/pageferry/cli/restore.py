@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+from contextlib import AbstractAsyncContextManager
 from logging import getLogger
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pageferry import report
 from pageferry.cli.foreground import run_in_foreground
+from pageferry.cli.options import refuse_others
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
+from pageferry.pager.base_records import find_program
 from pageferry.pager.events import TakenOver
-from pageferry.pager.launcher import PagerProcess, take_over
+from pageferry.pager.launcher import PagerConnection, PagerProcess, connect_to_base, take_over, take_over_base
 from pageferry.report.reporter import Reporter, open_reporter
 
 if TYPE_CHECKING:
     from pageferry.checkpoints.events import RestoreResult
+    from pageferry.pager.protocol import PagerStatus
     from pageferry.workloads.qemu.guest import QemuWorkload
 
 log = getLogger(__name__)
@@ -29,41 +35,66 @@ async def run(args: argparse.Namespace) -> int:
     """Restore the guest, or with `--takeover` start another pager for a guest that has been restored."""
     with open_reporter(args.output, lambda: report.RestoreView()) as reporter:
         if args.takeover:
+            refuse_others(args, ("name", "image", "takeover"), "with --takeover")
             return await _take_over(args, reporter)
         if args.paused and args.resume:
             raise UsageError("--paused cannot be combined with --resume: remove one of them")
         if args.image is None or not args.command:
-            raise UsageError("IMAGE or the command line is missing: give NAME IMAGE -- QEMU ARGS...")
-        pager = PagerProcess()
-        try:
-            return await _restore(args, reporter, pager)
-        except BaseException:
-            pager.close()
-            raise
+            raise UsageError(
+                "cannot restore a guest: IMAGE or the command line is missing; give NAME IMAGE -- QEMU ARGS..."
+            )
+        async with _local(args, reporter) as image:
+            pager = _pager(args, image)
+            try:
+                workload, result = await _restore(args, image, reporter, pager)
+            except BaseException:
+                pager.close()
+                raise
+        if args.detach:
+            reporter.final(result)
+            workload.close()
+            return 0
+        return await _run_in_foreground(args, workload, result, reporter)
 
 
-async def _restore(args: argparse.Namespace, reporter: Reporter, pager: PagerProcess) -> int:
+def _local(args: argparse.Namespace, reporter: Reporter) -> AbstractAsyncContextManager[str | Path]:
+    """Return the context in which the image is available as a file."""
+    if "://" not in args.image:
+        return contextlib.nullcontext(args.image)
+    from pageferry.checkpoints.image_source import local_image_async
+
+    return local_image_async("image", args.image, reporter.event)
+
+
+def _pager(args: argparse.Namespace, image: str | Path) -> PagerConnection:
+    """Connect to the pager of the image's base, if the memory is shared and the pager is running; otherwise start a
+    pager."""
+    running = connect_to_base(Registry(), image) if args.memory == "shared" else None
+    return running if running is not None else PagerProcess()
+
+
+async def _restore(
+    args: argparse.Namespace, image: str | Path, reporter: Reporter, pager: PagerConnection
+) -> tuple[QemuWorkload, RestoreResult]:
     from pageferry.checkpoints.restore_guest import restore_guest
 
-    workload, result = await restore_guest(
+    return await restore_guest(
         args.name,
-        args.image,
+        image,
         args.command,
         eager=args.eager,
         prefetch=not args.no_prefetch,
         detach=args.detach,
         hugetlb=args.hugetlb,
+        memory=args.memory,
         disks=args.disks,
         paused=args.paused,
         resume=args.resume,
+        guid=args.guid,
+        clock=args.clock,
         listener=reporter.event,
         pager=pager,
     )
-    if args.detach:
-        reporter.final(result)
-        workload.close()
-        return 0
-    return await _run_in_foreground(args, workload, result, reporter)
 
 
 async def _run_in_foreground(
@@ -71,6 +102,10 @@ async def _run_in_foreground(
 ) -> int:
     """Wait until the guest exits, and report when all of its memory is loaded. Raises WorkloadError if QEMU
     fails or is killed."""
+    if args.memory == "shared":  # other clones may load the base, which is not a part of this guest
+        reporter.final(result)
+        await run_in_foreground(workload, args.command[0])
+        return 0
     completion = asyncio.ensure_future(_report_completion(args.name, result, reporter))
     try:
         await run_in_foreground(workload, args.command[0])
@@ -89,7 +124,12 @@ async def _report_completion(name: str, result: RestoreResult, reporter: Reporte
 
 
 async def _take_over(args: argparse.Namespace, reporter: Reporter) -> int:
-    status = await take_over(Registry().folder(args.name), args.image)
+    registry = Registry()
+    program = find_program(registry, args.name)
+    if program is not None:
+        status: PagerStatus | None = await take_over_base(registry, args.name, program.record, args.image)
+    else:
+        status = await take_over(registry.folder(args.name), args.image)
     if status is not None:
         result = TakenOver(
             workload=args.name,

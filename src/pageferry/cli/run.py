@@ -19,7 +19,7 @@ async def run(args: argparse.Namespace) -> int:
     """Start the guest, and unless `--detach` is given, wait until it exits. Raises WorkloadError if QEMU
     fails or is killed."""
     if not args.command:
-        raise UsageError("the command line of QEMU is missing: give NAME -- QEMU ARGS...")
+        raise UsageError("cannot start a guest: the command line of QEMU is missing; give NAME -- QEMU ARGS...")
     workload = await QemuWorkload.start(args.name, args.command, detach=args.detach, hugetlb=args.hugetlb)
     if args.detach:
         with open_reporter(args.output, lambda: report.WorkloadsView()) as reporter:

@@ -6,9 +6,8 @@ import argparse
 import asyncio
 
 from pageferry import report
-from pageferry.cli.options import given
+from pageferry.cli.options import given, refuse, refuse_others
 from pageferry.density import hot_large_pages
-from pageferry.errors import UsageError
 from pageferry.events import Event
 from pageferry.host.proc import available
 from pageferry.report.reporter import Reporter, open_reporter
@@ -19,8 +18,12 @@ from pageferry.sharing.options import Options
 
 async def run(args: argparse.Namespace) -> int:
     """Estimate how much memory merging would free. With `--apply`, merge; with `--undo`, undo the merging."""
-    if args.undo and args.watch:
-        raise UsageError("--undo cannot be combined with --watch: remove one of them")
+    if args.undo:
+        refuse_others(args, ("names", "undo"), "with --undo")
+    if not args.apply:
+        refuse(args, ("max_large_pages", "break_hot", "merge_with_others"), "without --apply")
+    if not args.watch:
+        refuse(args, ("interval",), "without --watch")
     with open_reporter(args.output, lambda: report.SharingView()) as out:
         if args.undo:
             out.final(Undone(args.names, await api.undo_async(args.names)))

@@ -1,4 +1,4 @@
-"""`pageferry shutdown`: ask a guest to shut down, and wait until it has."""
+"""`pageferry shutdown`: shut down a guest, and wait until its QEMU has exited."""
 
 from __future__ import annotations
 

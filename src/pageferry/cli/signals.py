@@ -64,7 +64,7 @@ class Interruption:
             self._cancel()
             if self._count == 2:
                 # If the exception were raised here, it could interrupt the loop between two steps and discard a
-                # callback. The task that needs this callback would then wait for ever.
+                # callback. The task that needs this callback would then wait forever.
                 self._loop.call_soon_threadsafe(_interrupt)
 
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 
 from pageferry import report
+from pageferry.cli.options import refuse
 from pageferry.host.blocking import in_thread
 from pageferry.report.reporter import open_reporter
 from pageferry.workloads.events import Overview
@@ -14,6 +15,8 @@ from pageferry.workloads.inventory import overview
 
 async def run(args: argparse.Namespace) -> int:
     """Show the workloads once with `--once`, otherwise periodically until cancelled."""
+    if args.once:
+        refuse(args, ("interval",), "with --once")
     last: Overview | None = None
     with open_reporter(args.output, lambda: report.TopView()) as out:
         if args.once:

@@ -1,1 +1,2 @@
-"""Commands for the user of a workload: pausing, resuming and ending it by its name; logs, consoles and monitors."""
+"""Operations of users on workloads, by name: pause, resume and end workloads; logs, consoles, monitors and saved
+disks."""

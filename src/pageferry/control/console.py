@@ -37,7 +37,7 @@ _HOW = (
 
 
 class Console:
-    """Open console of a guest, created by `console`. Closed by `close`, or at the end of a `with` statement."""
+    """Open console of a guest, created by `console`. `close`, or the end of a `with` statement, closes it."""
 
     def __init__(self, name: str, descriptor: int, lock: int) -> None:
         self.name = name
@@ -45,24 +45,26 @@ class Console:
         self._lock = lock
 
     def fileno(self) -> int:
-        """Return the descriptor of the console, which blocks."""
+        """Return the descriptor of the console, which is in blocking mode."""
         return self._descriptor
 
     def read(self, length: int = 1 << 16) -> bytes:
-        """Return the next output of the guest, at most `length` bytes; empty if QEMU has closed the console. Blocks
-        until there is output."""
+        """Return the next output of the guest, at most `length` bytes; empty if QEMU has closed the console. The call
+        blocks until there is output."""
         try:
             return os.read(self._descriptor, length)
         except OSError:  # the other end of a pseudo-terminal is closed
             return b""
 
     def write(self, data: bytes) -> None:
-        """Send input to the guest. Blocks while the guest does not read. Raises WorkloadError if QEMU has closed the
-        console."""
+        """Send input to the guest. The call blocks while the guest does not read. Raises WorkloadError if QEMU has
+        closed the console."""
         try:
             files.write_all(self._descriptor, data)
         except OSError as closed:
-            raise WorkloadError(f"{self.name} has closed its console: {closed.strerror}") from closed
+            raise WorkloadError(
+                f"cannot write to the console of {self.name}: QEMU has closed it ({closed.strerror})"
+            ) from closed
 
     def close(self) -> None:
         """Close the console. Another client can then open it."""
@@ -88,6 +90,14 @@ async def console_async(name: str, *, chardev: str | None = None) -> Console:
 
     Raises UnsupportedError if the guest has no such device, WorkloadError if another client has opened it,
     NoSuchWorkload, WorkloadDied.
+
+    Examples:
+        >>> import pageferry
+        >>> qemu = ["qemu-system-x86_64", "-m", "64M", "-display", "none"]
+        >>> info = pageferry.run_guest("web", qemu)
+        >>> with pageferry.console("web") as console:
+        ...     console.write(b"root\\n")
+        >>> pageferry.stop("web")
     """
     values.optional(values.text, "chardev", chardev)
     registry = Registry()
@@ -120,10 +130,10 @@ def _serial_label(name: str, entry: QemuEntry) -> str:
                 return device["chardev"]
     if not {"-nographic", "--nographic"}.isdisjoint(words):
         raise UnsupportedError(
-            f"cannot open the console of {name}: -nographic connects its serial port to its output, which `pageferry "
-            f"logs {name}` prints; {_HOW}"
+            f"cannot open the console of {name}: -nographic connects the serial port to the output of QEMU, which "
+            f"`pageferry logs {name}` prints; {_HOW}"
         )
-    raise UnsupportedError(f"cannot open the console of {name}: its serial port is not connected; {_HOW}")
+    raise UnsupportedError(f"cannot open the console of {name}: the serial port is not connected; {_HOW}")
 
 
 def _path(name: str, entry: QemuEntry, label: str, devices: list[dict[str, Any]]) -> str:
@@ -132,7 +142,9 @@ def _path(name: str, entry: QemuEntry, label: str, devices: list[dict[str, Any]]
     found = {str(device["label"]): str(device["filename"]) for device in devices}
     if label not in found:
         known = ", ".join(sorted(found))
-        raise UnsupportedError(f"{name} has no character device {label!r}: expected one of {known}")
+        raise UnsupportedError(
+            f"cannot open the console of {name}: the guest has no character device {label!r}; use one of {known}"
+        )
     filename = found[label]
     if filename.startswith(_PTY):
         return filename.removeprefix(_PTY)
@@ -154,7 +166,7 @@ def _locked(folder: Folder, label: str) -> int:
         holder = os.pread(descriptor, 20, 0).decode(errors="replace")
         os.close(descriptor)
         raise WorkloadError(
-            f"cannot open the console of {folder.name}: process {holder} has opened it; detach there first"
+            f"cannot open the console of {folder.name}: process {holder} has opened it; detach that process first"
         ) from busy
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)

@@ -6,10 +6,10 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Unpack
 
 from pageferry import values
-from pageferry.control.options import LogOptions
+from pageferry.control.options import LogArguments, LogOptions
 from pageferry.errors import NoSuchWorkload, UnsupportedError, UsageError
 from pageferry.host import endings, files
 from pageferry.host.blocking import in_thread, synchronous
@@ -20,12 +20,20 @@ _POLL = 0.2
 _CHUNK = 1 << 16
 
 
-async def logs_async(name: str, **options: Any) -> str:
-    """Return the output of a detached guest, also of a guest that has ended. Bytes that are not UTF-8 are replaced.
+async def logs_async(name: str, **options: Unpack[LogArguments]) -> str:
+    """Return the output of a detached guest, which may have ended. Bytes that are not UTF-8 are replaced.
 
     `options` are the fields of `pageferry.control.options.LogOptions`: lines (number of last lines).
 
     Raises NoSuchWorkload if no workload of this name runs or is known to have ended, UnsupportedError if it has no log.
+
+    Examples:
+        >>> import pageferry
+        >>> qemu = ["qemu-system-x86_64", "-m", "64M", "-display", "none"]
+        >>> info = pageferry.run_guest("web", qemu)
+        >>> pageferry.stop("web")
+        >>> print(pageferry.logs("web", lines=10))  # empty: QEMU has printed nothing
+        <BLANKLINE>
     """
     chosen = values.options(LogOptions, options)
     with opened(name) as (file, _):
@@ -36,13 +44,13 @@ logs = synchronous(logs_async)
 
 
 async def follow(name: str, options: LogOptions, *, once: bool = False) -> AsyncIterator[bytes]:
-    """Yield the log of a guest as `logs_async`, and unless `once`, all further output until the guest ends. Raises the
-    same errors."""
+    """Yield the output that `logs_async` returns and, unless `once`, all further output until the guest ends. Raises
+    the same errors."""
     with opened(name) as (file, entry):
         await in_thread(_seek, file, options.lines)
         alive = True
         while alive:
-            alive = not once and entry is not None and entry.alive  # before the last read
+            alive = not once and entry is not None and entry.alive  # before the read: output may precede the end
             while data := await in_thread(file.read, _CHUNK):
                 yield data
             if alive:
@@ -54,17 +62,19 @@ def forget(name: str) -> None:
     check_name(name)
     registry = Registry()
     if name in registry.entries():
-        raise UsageError(f"cannot remove the log of {name}: it is running; run `pageferry stop {name}` first")
+        raise UsageError(f"cannot remove the log of {name}: the workload is running; run `pageferry stop {name}` first")
     with registry.locked():
         existed = endings.remove(registry.path, name)
     if not existed:
-        raise NoSuchWorkload(f"no workload named {name} has ended; see `pageferry list --all`")
+        raise NoSuchWorkload(
+            f"cannot remove the log of {name}: no workload of this name has ended; see `pageferry list --all`"
+        )
 
 
 @contextmanager
 def opened(name: str) -> Iterator[tuple[IO[bytes], QemuEntry | None]]:
-    """Open the log of a guest for the block. Yields the file and the entry of the guest; None if the guest has ended.
-    Raises the same errors as `logs_async`."""
+    """Open the log of a guest for the block. Yield the file and the entry of the guest, which is None if the guest has
+    ended. Raises the same errors as `logs_async`."""
     registry = Registry()
     try:
         entry = registry.lookup(name)
@@ -77,7 +87,7 @@ def opened(name: str) -> Iterator[tuple[IO[bytes], QemuEntry | None]]:
     try:
         descriptor = files.open_regular(path, follow=False)
     except FileNotFoundError as missing:
-        raise UnsupportedError(f"{name} has no log: {_why(entry)}") from missing
+        raise UnsupportedError(f"cannot read the log of {name}: {_why(entry)}") from missing
     with open(descriptor, "rb", buffering=0) as file:
         yield file, entry if isinstance(entry, QemuEntry) else None
 
@@ -85,13 +95,13 @@ def opened(name: str) -> Iterator[tuple[IO[bytes], QemuEntry | None]]:
 def _why(entry: object) -> str:
     match entry:
         case QemuEntry(adopted=True):
-            return "it was adopted, and its output belongs to the program that started it"
+            return "the guest was adopted, and its output belongs to the program that started it"
         case ArenaEntry(pid=pid):
-            return f"it is an arena, and its output is that of process {pid}"
+            return f"the workload is an arena, and its output is that of process {pid}"
         case None:
-            return "it wrote to a terminal, or was not started by pageferry"
+            return "the guest wrote to a terminal, or was not started by pageferry"
         case _:
-            return "it writes to the terminal on which it was started; use --detach to write a log"
+            return "the guest writes to the terminal on which it was started; use --detach to write a log"
 
 
 def _read(file: IO[bytes], lines: int | None) -> bytes:

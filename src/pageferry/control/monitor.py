@@ -1,7 +1,7 @@
 """Commands of users for QEMU's monitor, in HMP (human-readable) or QMP (JSON).
 
-A session is opened for each command, and closed after it, so that commands of pageferry can use the monitor in between.
-State of a session, such as descriptors passed by `getfd`, does not exist in the next one.
+A session is opened for each command, and closed after it, so that other commands of pageferry can use the monitor
+between two of them. The state of a session, such as descriptors passed by `getfd`, does not exist in the next session.
 
 `cont` is refused for a guest that may belong to another host, as by `resume`.
 """
@@ -34,6 +34,14 @@ async def monitor_async(name: str, command: str) -> str:
 
     Raises NoSuchWorkload, UnsupportedError for workloads that are not guests, WorkloadDied, and WorkloadError if
     another client has the monitor.
+
+    Examples:
+        >>> import pageferry
+        >>> qemu = ["qemu-system-x86_64", "-m", "64M", "-display", "none"]
+        >>> info = pageferry.run_guest("web", qemu)
+        >>> print(pageferry.monitor("web", "info status").strip())
+        VM status: running
+        >>> pageferry.stop("web")
     """
     return str(await qmp_async(name, _HMP, {"command-line": values.text("command", command)}) or "")
 
@@ -45,6 +53,16 @@ async def qmp_async(name: str, command: str, arguments: Mapping[str, Any] | None
     """Execute a QMP command of QEMU, such as `query-status`, and return its result, decoded from JSON.
 
     Raises WorkloadError with QEMU's message if the command fails, and the same errors as `monitor_async`.
+
+    Examples:
+        >>> import pageferry
+        >>> qemu = ["qemu-system-x86_64", "-m", "64M", "-display", "none"]
+        >>> info = pageferry.run_guest("web", qemu)
+        >>> pageferry.qmp("web", "query-status")["status"]
+        'running'
+        >>> pageferry.qmp("web", "qom-get", {"path": "/machine", "property": "type"})
+        'pc-i440fx-...-machine'
+        >>> pageferry.stop("web")
     """
     values.text("command", command)
     given = dict(values.instance("arguments", arguments, dict)) if arguments is not None else {}
@@ -81,7 +99,7 @@ async def _check(folder: Folder, session: Monitor, command: Command) -> None:
 
 
 def _name(command: Command) -> str:
-    """Return the name of a command; of an HMP command, that of HMP."""
+    """Return the name of a QMP command, or of the HMP command in it."""
     if command["execute"] != _HMP:
         return str(command["execute"])
     words = str(command.get("arguments", {}).get("command-line", "")).split()

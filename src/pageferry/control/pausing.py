@@ -2,8 +2,8 @@
 
 Only the owner of a guest may run it. A source that has committed a guest, and a destination that has not decided yet,
 are recognised by their records. The records are read within the session of the monitor in which the guest is resumed.
-An operation that would change them needs that session first: a source commits while it keeps the session, and a
-destination resumes the guest in it.
+An operation that changes these records needs the same session: a source commits while it keeps the session, and a
+destination resumes the guest within the session.
 """
 
 from __future__ import annotations
@@ -25,13 +25,25 @@ async def pause_async(name: str) -> RunStateResult:
 
     Raises NoSuchWorkload, UnsupportedError for workloads that are not guests, WorkloadDied, and WorkloadError if the
     guest waits for the source of a migration, has shut down, or is used by another command.
+
+    Examples:
+        >>> import pageferry
+        >>> qemu = ["qemu-system-x86_64", "-m", "64M", "-display", "none"]
+        >>> info = pageferry.run_guest("web", qemu)
+        >>> pageferry.pause("web").status
+        'paused'
+        >>> pageferry.resume("web").status
+        'running'
+        >>> pageferry.stop("web")
     """
     async with guest_session(name, "pause") as (folder, monitor):
         if awaiting.waits(folder) and await run_control.is_paused(monitor):
-            raise WorkloadError(f"cannot pause {name}: it waits for its state, and does not run")
+            raise WorkloadError(
+                f"cannot pause {name}: it is waiting for its state and not running; retry when it is running"
+            )
         changed = await run_control.pause(monitor, name)
         if changed:
-            awaiting.end(folder)  # it ran, so it belongs to this host
+            awaiting.end(folder)  # the guest ran, so it belongs to this host
     return RunStateResult(workload=name, status="paused", changed=changed)
 
 
@@ -39,10 +51,19 @@ pause = synchronous(pause_async)
 
 
 async def resume_async(name: str) -> RunStateResult:
-    """Resume a guest that its user has paused. A guest that runs already is not affected.
+    """Resume a guest that its user has paused. A guest that is already running is not affected.
 
     Raises NoSuchWorkload, UnsupportedError for workloads that are not guests, WorkloadDied, and WorkloadError if the
-    guest cannot be resumed: it may run on another host, has shut down, or is used by another command.
+    guest cannot be resumed, because it may be running on another host, it has shut down, or another command is using
+    it.
+
+    Examples:
+        >>> import pageferry
+        >>> qemu = ["qemu-system-x86_64", "-m", "64M", "-display", "none"]
+        >>> info = pageferry.run_guest("web", qemu)
+        >>> pageferry.resume("web").changed  # it is running
+        False
+        >>> pageferry.stop("web")
     """
     registry = Registry()
     guest_entry(name, "resume", registry)

@@ -15,9 +15,10 @@ _PROCESS = "pid:"
 
 
 def guest_entry(name: str, purpose: str, registry: Registry) -> QemuEntry:
-    """Return the entry of the guest with this name. `purpose`: verb, for messages.
+    """Return the entry of the guest with this name. `purpose`: verb, for error messages.
 
-    Raises UnsupportedError if `name` is not a guest, NoSuchWorkload, WorkloadError, UsageError.
+    Raises UnsupportedError if `name` is not a guest, NoSuchWorkload if there is no workload of this name. Also raises
+    WorkloadError and UsageError.
     """
     if values.text("name", name).startswith(_PROCESS):
         raise UnsupportedError(

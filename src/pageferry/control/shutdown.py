@@ -1,14 +1,14 @@
-"""Shutdown of guests: the guest reacts to its power button, and QEMU exits."""
+"""Shutdown of guests: a guest shuts down when its power button is pressed, and its QEMU exits."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Unpack
 
 from pageferry import values
 from pageferry.control.events import StopResult
-from pageferry.control.options import ShutdownOptions
+from pageferry.control.options import ShutdownArguments, ShutdownOptions
 from pageferry.control.session import guest_entry, guest_session
 from pageferry.control.stopping import stop_async
 from pageferry.errors import ShutdownTimeout, WorkloadError
@@ -26,15 +26,22 @@ _RELEASE_TIMEOUT = 5.0
 """Seconds to wait until a migration releases the name of the guest that it has ended."""
 
 
-async def shutdown_async(name: str, **options: Any) -> StopResult:
-    """Ask a guest to shut down (ACPI power button), and wait until its QEMU has exited.
+async def shutdown_async(name: str, **options: Unpack[ShutdownArguments]) -> StopResult:
+    """Shut down a guest with its ACPI power button, and wait until its QEMU has exited.
 
     `options` are the fields of `pageferry.control.options.ShutdownOptions`: timeout (seconds), force. The monitor is
     not kept during the wait, so other commands can use the guest.
 
     Raises ShutdownTimeout if the guest has not shut down in time; it keeps running. Raises WorkloadError at once if the
-    guest cannot react, for example because it is paused. With `force`, both guests are ended as by `stop`. Also raises
-    NoSuchWorkload, UnsupportedError for workloads that are not guests, WorkloadDied.
+    guest cannot respond, for example because it is paused. With `force`, the guest is ended in both cases, as by
+    `stop`. Also raises NoSuchWorkload, UnsupportedError for workloads that are not guests, WorkloadDied.
+
+    Examples:
+        >>> import pageferry
+        >>> qemu = ["qemu-system-x86_64", "-m", "64M", "-display", "none"]
+        >>> info = pageferry.run_guest("web", qemu)
+        >>> pageferry.shutdown("web", timeout=1, force=True).forced  # without an operating system
+        True
     """
     chosen = values.options(ShutdownOptions, options)
     started, registry = time.monotonic(), Registry()
@@ -66,7 +73,8 @@ async def _shut_down(name: str, entry: QemuEntry, timeout: float, registry: Regi
     except TimeoutError as late:
         raise ShutdownTimeout(
             f"{name} has not shut down {timeout:g} s after the power button was pressed, and keeps running; its system "
-            f"may not handle ACPI, or need more time: set `timeout`, or end it with `force` or `pageferry stop {name}`"
+            f"may not handle ACPI, or may need more time: increase `timeout`, or end the guest with `force` or "
+            f"`pageferry stop {name}`"
         ) from late
 
 
@@ -81,11 +89,12 @@ async def _wait_for_exit(name: str, entry: QemuEntry, registry: Registry) -> Non
                 await stop_async(name)
             elif run_control.has_failed(state):
                 raise WorkloadError(
-                    f"{name} has failed during its shutdown (run state {state}); end it with `pageferry stop {name}`"
+                    f"cannot shut down {name}: the guest has failed (run state {state}); end it with `pageferry stop "
+                    f"{name}`"
                 )
         if await _was_migrated(Folder(registry, name)):
             raise WorkloadError(
-                f"{name} ended on this host during a migration, and may run at the destination; shut it down there"
+                f"cannot shut down {name}: it was migrated, and may run at the destination; shut it down there"
             )
     finally:
         ended.cancel()

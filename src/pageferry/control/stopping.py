@@ -1,4 +1,4 @@
-"""Stopping of workloads, which does not depend on the guest or the program."""
+"""Stopping of workloads, without the cooperation of the guest or the program."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ async def stop_async(name: str, *, kill: bool = False) -> None:
     arena by SIGTERM. `kill`: send SIGKILL instead.
 
     Raises NoSuchWorkload, WorkloadDied, and WorkloadError if the workload does not exit.
+
+    Examples:
+        >>> import pageferry
+        >>> qemu = ["qemu-system-x86_64", "-m", "64M", "-display", "none"]
+        >>> info = pageferry.run_guest("web", qemu)
+        >>> pageferry.stop("web")
     """
     values.flag("kill", kill)
     registry = Registry()

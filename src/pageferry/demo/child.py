@@ -11,7 +11,7 @@ import socket
 import sys
 
 from pageferry import _engine
-from pageferry.demo.orders import MAX_PACKET, Answer, Order, decode_order, encode
+from pageferry.demo.orders import MAX_PACKET, Order, Reply, decode_order, encode
 
 
 class Child:
@@ -21,35 +21,35 @@ class Child:
         self._mapping = _engine.Mapping(file, size)
         self._ledger: _engine.Ledger | None = None
 
-    def obey(self, order: Order) -> Answer:
-        """Carry out one order and return the answer. If the order fails, the answer contains the error."""
+    def obey(self, order: Order) -> Reply:
+        """Carry out one order and return the reply. If the order fails, the reply contains the error."""
         try:
             return self._obey(order)
         except (OSError, RuntimeError, ValueError) as error:
-            return Answer(error=str(error))
+            return Reply(error=str(error))
 
-    def _obey(self, order: Order) -> Answer:
+    def _obey(self, order: Order) -> Reply:
         if order.verb == "map":  # the constructor has mapped the file: this order only confirms it
-            return Answer()
+            return Reply()
         if order.verb == "attach":
             self._ledger = _engine.Ledger.attach(self._mapping, first_thread=order.first_thread, threads=order.threads)
-            return Answer()
+            return Reply()
         if self._ledger is None:
-            return Answer(error="no ledger has been attached")
+            return Reply(error="no ledger has been attached")
         match order.verb:
             case "start":
                 self._ledger.start(paused=True)
-                return Answer(tids=self._ledger.tids)
+                return Reply(tids=self._ledger.tids)
             case "stalls":
                 stalls = self._ledger.stalls(reset=order.reset)
-                return Answer(longest_stall=stalls.longest, stalls=stalls.histogram)
+                return Reply(longest_stall=stalls.longest, stalls=stalls.histogram)
             case "pause":
                 self._ledger.pause()
             case "resume":
                 self._ledger.resume()
             case "stop":
                 self._ledger.stop()
-        return Answer()
+        return Reply()
 
 
 def main() -> None:

@@ -56,11 +56,12 @@ class LedgerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LedgerWorkload(LocalWorkload):
     """Arena that contains a ledger, as a workload of this process (and of its children).
 
-    `create` returns a running ledger. The constructor takes an arena that will receive a ledger: loading the state
-    attaches to the received memory, and resuming starts the threads. With `processes` > 1, the threads are divided into
-    one share per process; all shares but one run in child processes. If a child exits, the next pause raises
-    WorkloadDied. With `exact`, the state contains a digest of all pages. `on_moved` is called when the ledger runs at
-    the destination. With `late`, pages may still be missing when the state is loaded; they are loaded on demand.
+    `create` returns a running ledger. The constructor takes an arena that will receive a ledger. When the state is
+    loaded, the ledger attaches to the received memory; when the ledger is resumed, it starts the threads. With
+    `processes` > 1, the threads are divided into one share per process; all shares but one run in child processes. If a
+    child exits, the next pause raises WorkloadDied. With `exact`, the state contains a digest of all pages. `on_moved`
+    is called when the ledger runs at the destination. With `postcopy`, pages may still be missing when the state is
+    loaded; they are loaded on demand.
     """
 
     def __init__(
@@ -70,13 +71,13 @@ class LedgerWorkload(LocalWorkload):
         processes: int = 1,
         exact: bool = False,
         on_moved: Callable[[], object] | None = None,
-        late: bool = False,
+        postcopy: bool = False,
     ) -> None:
         if processes < 1:
             raise UsageError(f"invalid number of processes {processes}: expected at least 1")
         self.arena = arena
         self._exact = exact
-        self._late = late
+        self._postcopy = postcopy
         self._stopped = False
         self._local = LocalShare(arena)
         self._shares: list[Share] = [self._local]
@@ -197,15 +198,16 @@ class LedgerWorkload(LocalWorkload):
         try:
             state = msgspec.json.decode(data, type=LedgerState)
         except msgspec.MsgspecError as wrong:
-            raise WorkloadError(f"the received state is not that of a ledger: {wrong}") from wrong
+            raise WorkloadError(f"cannot load the received state: it is not the state of a ledger: {wrong}") from wrong
         ledger = self._view()
         same = ledger.writes() == state.writes and ledger.fingerprint() == state.fingerprint
         if not same or not ledger.table_agrees():
             raise WorkloadError(
-                f"the memory differs from its state at the pause: {ledger.writes()} writes, expected {state.writes}"
+                f"cannot run the received ledger: its memory differs from the state at the pause ({ledger.writes()} "
+                f"writes, {state.writes} at the pause)"
             )
         if state.digest is not None and ledger.digest() != state.digest:
-            raise WorkloadError("pages differ from their state at the pause")
+            raise WorkloadError("cannot run the received ledger: pages differ from the state at the pause")
         self._exact = state.digest is not None  # for the next migration of this ledger
         self._start(state.options)
 
@@ -222,7 +224,7 @@ class LedgerWorkload(LocalWorkload):
         If pages may be missing, return the arena's own mapping instead, because only this mapping is registered with a
         userfaultfd.
         """
-        if self._late:
+        if self._postcopy:
             return self.arena
         return _engine.Mapping(self.arena.descriptor, self.arena.length)
 

@@ -1,4 +1,4 @@
-"""Orders that the process of a ledger sends to its children, and the answers of the children. Each message is one
+"""Orders that the process of a ledger sends to its children, and the replies of the children. Each message is one
 packet of JSON on a socket pair."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether `stalls` clears the durations."""
 
 
-class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Reply to an order. The order was carried out if `error` is None."""
 
     error: str | None = None
@@ -37,10 +37,10 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 _encoder = msgspec.json.Encoder()
 _orders = msgspec.json.Decoder(Order)
-_answers = msgspec.json.Decoder(Answer)
+_replies = msgspec.json.Decoder(Reply)
 
 
-def encode(packet: Order | Answer) -> bytes:
+def encode(packet: Order | Reply) -> bytes:
     """Encode a packet as JSON."""
     return _encoder.encode(packet)
 
@@ -50,6 +50,6 @@ def decode_order(data: bytes) -> Order:
     return _orders.decode(data)
 
 
-def decode_answer(data: bytes) -> Answer:
-    """Decode an answer. Raises msgspec.ValidationError if `data` is not a valid answer."""
-    return _answers.decode(data)
+def decode_reply(data: bytes) -> Reply:
+    """Decode a reply. Raises msgspec.ValidationError if `data` is not a valid reply."""
+    return _replies.decode(data)

@@ -65,8 +65,8 @@ def run(setup: Setup) -> int:
 
 
 def _first(ends: queue.SimpleQueue[str]) -> str:
-    """Wait until the workload must end, and return the reason. Polls, because the kernel may deliver a signal to
-    another thread (after SIGCONT)."""
+    """Wait until the workload must end, and return the reason. The function polls, because the kernel may deliver a
+    signal to another thread (after SIGCONT)."""
     while True:
         with contextlib.suppress(queue.Empty):
             return ends.get(timeout=LOOK)
@@ -76,7 +76,7 @@ def main() -> int:
     """Run the workload whose setup is the only argument, and return the exit code."""
     try:
         if len(sys.argv) != 2:
-            raise UsageError("expected one argument: a setup as JSON")
+            raise UsageError("invalid arguments: expected one setup as JSON")
         return run(msgspec.json.decode(sys.argv[1], type=Setup))
     except (PageferryError, msgspec.MsgspecError) as error:
         sys.stderr.write(f"{error}\n")

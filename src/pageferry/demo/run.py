@@ -98,5 +98,5 @@ async def _expect(process: Popen[bytes], kind: str) -> dict[str, Any]:
                     return event
     except TimeoutError as slow:
         process.kill()  # ends the thread that waits for the next line of output
-        raise WorkloadError(f"no {kind!r} event from a process of the demo within {TIMEOUT:.0f} s") from slow
-    raise WorkloadError(f"a process of the demo exited: {process.stderr.read().decode().strip()}")
+        raise WorkloadError(f"cannot run the demo: no {kind!r} event within {TIMEOUT:.0f} s") from slow
+    raise WorkloadError(f"cannot run the demo: a process exited: {process.stderr.read().decode().strip()}")

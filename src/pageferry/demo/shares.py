@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pageferry import _engine
 from pageferry._engine import Stalls
-from pageferry.demo.orders import MAX_PACKET, Answer, Order, decode_answer, encode
+from pageferry.demo.orders import MAX_PACKET, Order, Reply, decode_reply, encode
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.python import start_python
 
@@ -42,7 +42,7 @@ class Share(Protocol):
         """Resume the threads."""
 
     def stop(self) -> None:
-        """End the threads, and the process if it is a child. Never raises."""
+        """End the threads, and the process if it is a child. The method raises no error."""
 
     def stalls(self, reset: bool) -> Stalls:
         """Return the durations of the operations since the last reset. If `reset` is true, clear them."""
@@ -61,7 +61,7 @@ class LocalShare:
     def ledger(self) -> _engine.Ledger:
         """Ledger whose partitions the threads run. Raises WorkloadError before `attach`."""
         if self._ledger is None:
-            raise WorkloadError("there is no ledger in this memory yet")
+            raise WorkloadError("cannot use the ledger: `attach` has not been called")
         return self._ledger
 
     def attach(self, first_thread: int, threads: int) -> None:
@@ -146,10 +146,10 @@ class ChildShare:
 
     def stalls(self, reset: bool) -> Stalls:
         """See `Share`."""
-        answer = self._do(Order("stalls", reset=reset))
-        return Stalls(answer.longest_stall, answer.stalls)
+        reply = self._do(Order("stalls", reset=reset))
+        return Stalls(reply.longest_stall, reply.stalls)
 
-    def _do(self, order: Order) -> Answer:
+    def _do(self, order: Order) -> Reply:
         self._send(order)
         return self._receive()
 
@@ -159,19 +159,19 @@ class ChildShare:
         except OSError as gone:
             raise self._died() from gone
 
-    def _receive(self) -> Answer:
+    def _receive(self) -> Reply:
         try:
             data = self._orders.recv(MAX_PACKET)
         except TimeoutError as slow:
-            raise WorkloadError(f"ledger process {self.pid} has not replied for {TIMEOUT:.0f} s") from slow
+            raise WorkloadError(f"cannot control ledger process {self.pid}: no reply within {TIMEOUT:.0f} s") from slow
         except OSError as gone:
             raise self._died() from gone
         if not data:
             raise self._died()
-        answer = decode_answer(data)
-        if answer.error is not None:
-            raise WorkloadError(f"ledger process {self.pid}: {answer.error}")
-        return answer
+        reply = decode_reply(data)
+        if reply.error is not None:
+            raise WorkloadError(f"cannot control ledger process {self.pid}: {reply.error}")
+        return reply
 
     def _died(self) -> WorkloadDied:
         return WorkloadDied(f"process {self.pid}, which ran a share of the ledger, has exited")

@@ -16,8 +16,8 @@ def join_groups_of(pid: int) -> list[str]:
     """Move this process to the control groups of process `pid`. Return the failures, as `GROUP: ERROR`.
 
     The kernel then charges shared memory that this process allocates to the groups of process `pid`. The end of this
-    process's login session no longer kills this process. Requires root, or permission to write to the groups of both
-    processes.
+    process's login session no longer kills this process. The move requires root, or permission to write to the groups
+    of both processes.
     """
     failures = []
     ours, theirs = (proc.lines(proc.read(process, "cgroup")) for process in (os.getpid(), pid))
@@ -34,7 +34,7 @@ def join_groups_of(pid: int) -> list[str]:
 def _group(mount: Mount, lines: list[bytes]) -> Path | None:
     """Return the directory of a process's group in the hierarchy of `mount`. `lines`: /proc/PID/cgroup of the process.
 
-    None if the hierarchy is irrelevant, or if the mount does not show the group.
+    Return None if the hierarchy is irrelevant, or if the mount does not show the group.
     """
     if mount.version == 1 and not mount.controllers & _V1:
         return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,10 +64,12 @@ class CpuQuota:
 
     def __init__(self, pids: Sequence[int]) -> None:
         if os.getpid() in pids:
-            raise WorkloadError("the workload runs in the process that would limit it; migrate it from another process")
+            raise WorkloadError(
+                "cannot limit the CPU time of the workload: it runs in this process; migrate it from another process"
+            )
         version, group = _group_of(pids)
         if version == 1:
-            self._limited = group / f"pageferry-{os.getpid()}-{secrets.token_hex(4)}"
+            self._limited = group / f"pageferry-{os.getpid()}-{os.urandom(4).hex()}"
             undo: Action = EmptyGroup(str(self._limited), str(group))
             self._file = self._limited / "cpu.cfs_quota_us"
             self._none = "-1"
@@ -78,7 +79,7 @@ class CpuQuota:
             self._none = _read(self._file)
             undo = WriteFile(str(self._file), self._none)
         self.where = f"cgroup v{version}, {group}"
-        """Version and name of the group of the processes, human-readable."""
+        """cgroup version, and name of the control group of the processes; human-readable."""
         self._version = version
         self._guardian = Guardian(f"the CPU limit of {group}")
         self._guardian.plan([undo])
@@ -88,7 +89,9 @@ class CpuQuota:
             self.lift()
         except OSError as error:
             self.close()
-            raise WorkloadError(f"{error.filename or group}: {error.strerror}") from error
+            raise WorkloadError(
+                f"cannot limit the CPU time of the workload: {error.filename or group}: {error.strerror}"
+            ) from error
 
     def limit(self, cpus: float) -> None:
         """Limit the processes together to `cpus` CPUs. Raises WorkloadError if the kernel refuses the limit."""
@@ -96,7 +99,7 @@ class CpuQuota:
         try:
             _write(self._file, str(quota) if self._version == 1 else f"{quota} {PERIOD}")
         except OSError as error:
-            raise WorkloadError(f"{self._file}: {error.strerror}") from error
+            raise WorkloadError(f"cannot limit the CPU time of the workload: {self._file}: {error.strerror}") from error
 
     def lift(self) -> None:
         """Remove the limit until the next call of `limit`. Raises OSError."""
@@ -117,11 +120,14 @@ class CpuQuota:
 
 
 def _group_of(pids: Sequence[int]) -> tuple[int, Path]:
-    """Return the version and the directory of the group with a cpu controller that contains all of the processes.
-    Raises WorkloadError if there is none."""
+    """Return the cgroup version, and the directory of the control group that has a cpu controller and contains all of
+    the processes. Raises WorkloadError if there is none."""
     found = {_place(pid) for pid in pids}
     if len(found) != 1:
-        raise WorkloadError("the processes are in different control groups; start them in one group")
+        raise WorkloadError(
+            "cannot limit the CPU time of the workload: its processes are in different control groups; start them in "
+            "one group"
+        )
     return found.pop()
 
 
@@ -140,7 +146,8 @@ def _place(pid: int) -> tuple[int, Path]:
             if mount.version == 1 or (group / "cpu.max").exists():
                 return mount.version, group
     raise WorkloadError(
-        f"no visible control group with the cpu controller contains process {pid}; see `pageferry check`, cpu-quota"
+        f"cannot limit the CPU time of process {pid}: no visible control group with the cpu controller contains it; "
+        "see `pageferry check`, cpu-quota"
     )
 
 
@@ -148,7 +155,8 @@ def _alone(group: Path, pids: Sequence[int]) -> None:
     others = set(_read(group / "cgroup.procs").split()) - {str(pid) for pid in pids}
     if others:
         raise WorkloadError(
-            f"the control group {group} contains {len(others)} other processes; start the workload in a separate group"
+            f"cannot limit the CPU time of the workload: {len(others)} other processes are in its control group "
+            f"{group}; start the workload in a separate group"
         )
 
 

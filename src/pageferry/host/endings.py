@@ -6,8 +6,9 @@
     ├── ended.json      an `Ended`
     └── log             end of QEMU's log, if it had one
 
-Records are a help for the user, and no operation depends on them. They are written when a pageferry command finds that
-the process of a workload has exited, or ends it. An error in writing them, such as a full file system, is ignored.
+Records are a help for the user, and no operation depends on them. They are written when a pageferry command ends a
+workload, or finds that the process of a workload has exited. An error in writing them, such as a full file system, is
+ignored.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """`exited`: the process has exited or was killed; `stopped`: a command of pageferry has ended it;
     `migrated`: it was ended after its migration to another host."""
     exact: bool
-    """Whether the process was seen to end at `time`. Otherwise it had ended before."""
+    """Whether the process exited at `time`. If False, it had exited at an unknown earlier time."""
     time: float
     """Seconds since 1970."""
     code: int | None = None
@@ -59,8 +60,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def keep(run_directory: Path, record: Ended, files_of: Path) -> None:
-    """Store the record of an ended workload, and move the log from its directory, `files_of`. Replaces an older record
-    of the same name. The caller holds the lock of the run directory."""
+    """Store the record of an ended workload, and move its log from the directory `files_of`. An older record of the
+    same name is replaced. The caller holds the lock of the run directory."""
     target = _path(run_directory, record.name)
     with contextlib.suppress(OSError):
         remove(run_directory, record.name)
@@ -88,7 +89,7 @@ def find(run_directory: Path, name: str) -> Ended | None:
 
 
 def log_path(run_directory: Path, name: str) -> Path:
-    """Return the path of the log of the ended workload of this name, which may not exist."""
+    """Return the path of the log of the ended workload of this name. The file may not exist."""
     return _path(run_directory, name) / LOG
 
 

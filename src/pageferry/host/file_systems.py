@@ -1,4 +1,5 @@
-"""Types of file systems (`f_type` of statfs(2), which Python does not report), and those that keep files in memory."""
+"""Types of file systems (`f_type` of statfs(2), which Python does not report), and the types that keep files in
+memory."""
 
 from __future__ import annotations
 

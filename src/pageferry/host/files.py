@@ -13,7 +13,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -43,7 +42,7 @@ class SpecialFile(OSError):
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY, *, follow: bool = True) -> int:
-    """Open an existing regular file; return the descriptor. Never blocks, and never opens a FIFO or a device.
+    """Open an existing regular file; return the descriptor. The call never blocks, and never opens a FIFO or a device.
 
     `follow`: whether a symbolic link as the last component of the path is followed. Raises SpecialFile, OSError.
     """
@@ -76,9 +75,15 @@ def open_private(path: str | Path, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, PRIVATE)
 
 
+def create_new(path: str | Path) -> int:
+    """Create a file that only this user can read, and open it for reading and writing. Raises FileExistsError for any
+    existing entry, even a link. Also raises OSError."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE)
+
+
 def create_hidden(folder: Path, name: str) -> tuple[int, Path]:
     """Create a private file in a directory, with a random name that starts with `.name.`. Raises OSError."""
-    path = folder / f".{name}.{secrets.token_hex(4)}"
+    path = folder / f".{name}.{os.urandom(4).hex()}"
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE), path
 
 
@@ -96,7 +101,7 @@ def replace_file(path: Path, contents: bytes, *, mode: int = PRIVATE, synced: bo
 
 
 def create_log(path: Path) -> int:
-    """Create a log that only its owner can read, and return its descriptor. Replaces a file of the same name.
+    """Create a log that only its owner can read, and return its descriptor. A file of the same name is replaced.
 
     Raises SpecialFile if the path exists and is not a regular file, OSError (EPERM if the file belongs to another
     user).
@@ -126,8 +131,8 @@ def new_file(
 
     The file replaces an existing file of that name. Until then it is unnamed, so that nothing is left if the writer is
     killed. On file systems without O_TMPFILE, the file has a hidden name, and the next writer of `path` removes a
-    left-over file. `synced`: whether the file is durable when the block has ended. `linked`: called when the file has
-    its hidden name. Raises OSError.
+    left-over file. `synced`: whether the file is durable when the block has ended. `linked`: function that is called
+    when the file has its hidden name. Raises OSError.
     """
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -163,7 +168,7 @@ def _unpublished(name: str, folder: int, mode: int) -> tuple[int, str | None]:
         except OSError as error:
             if error.errno not in _NO_UNNAMED_FILES:
                 raise
-            temporary = f".{name}.{secrets.token_hex(4)}"
+            temporary = f".{name}.{os.urandom(4).hex()}"
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(temporary, flags, mode, dir_fd=folder)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -175,7 +180,7 @@ def _unpublished(name: str, folder: int, mode: int) -> tuple[int, str | None]:
 def _publish(descriptor: int, name: str, temporary: str | None, folder: int, linked: Callable[[], None]) -> None:
     """Publish a file under its name. A link cannot replace a file, so an unnamed file gets a hidden name first."""
     if temporary is None:
-        temporary = f".{name}.{secrets.token_hex(4)}"
+        temporary = f".{name}.{os.urandom(4).hex()}"
         os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=folder, follow_symlinks=True)
         linked()
     try:
@@ -201,7 +206,7 @@ def _remove_left_over(name: str, folder: int) -> None:
 def check_private(folder: Path, remedy: str) -> None:
     """Reject a directory that other users own or can write to: they could plant sockets, records and links in it.
 
-    `remedy`: advice to the user, for the message. Raises UsageError, FileNotFoundError.
+    `remedy`: advice to the user, for the error message. Raises UsageError, FileNotFoundError.
     """
     found = os.stat(folder)
     if not stat.S_ISDIR(found.st_mode):
@@ -210,6 +215,32 @@ def check_private(folder: Path, remedy: str) -> None:
         raise UsageError(f"cannot use {folder}: it belongs to user {found.st_uid}, not {os.geteuid()}; {remedy}")
     if found.st_mode & 0o022:
         raise UsageError(f"cannot use {folder}: other users can write to it; chmod go-w it, or {remedy}")
+
+
+@contextlib.contextmanager
+def private_folder(path: Path) -> Iterator[int]:
+    """Create a directory that only this user can list and write to, and that all users can search. Yield its
+    descriptor. After the block, remove the directory and its files.
+
+    If another user can write to the parent directory, that user can replace the directory, but not the entries of the
+    directory to which the descriptor refers. Raises OSError.
+    """
+    path.mkdir(0o700)
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(folder)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077 or os.listdir(folder):
+            raise OSError(errno.EPERM, "another process has replaced it", str(path))
+        os.fchmod(folder, 0o711)  # regardless of the umask
+        try:
+            yield folder
+        finally:
+            for name in os.listdir(folder):
+                os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(folder)
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def bind_private(listener: socket.socket, path: str) -> None:

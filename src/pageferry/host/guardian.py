@@ -52,6 +52,14 @@ class MonitorCommands(msgspec.Struct, frozen=True, tag_field="do", tag="qmp"):
 
     socket: str
     commands: Sequence[dict[str, Any]]
+    jobs: Sequence[str] = ()
+    """Block jobs to end after the commands. Each has a target node of the same name, which is removed."""
+
+
+class RemoveFiles(msgspec.Struct, frozen=True, tag_field="do", tag="remove"):
+    """Action that removes files that this process has created, and whose contents are incomplete."""
+
+    files: Sequence[str]
 
 
 class Decide(msgspec.Struct, frozen=True, tag_field="do", tag="decide"):
@@ -63,15 +71,15 @@ class Decide(msgspec.Struct, frozen=True, tag_field="do", tag="decide"):
     otherwise: Sequence[Action]
 
 
-Action = WriteFile | EmptyGroup | SendSignal | MonitorCommands | Decide
+Action = WriteFile | EmptyGroup | SendSignal | MonitorCommands | RemoveFiles | Decide
 
 
 class Guardian:
     """Running guardian, with an empty plan at first."""
 
     def __init__(self, purpose: str, descriptors: Sequence[int] = ()) -> None:
-        """Start the process. `purpose`: text for messages and for its command line. `descriptors`: file descriptors
-        that it inherits. Raises OSError."""
+        """Start the process. `purpose`: text for error messages and for the command line of the guardian.
+        `descriptors`: file descriptors that the guardian inherits. Raises OSError."""
         _running[:] = [process for process in _running if process.poll() is None]
         self._purpose = purpose
         self._process = start_python(
@@ -123,4 +131,6 @@ class Guardian:
         try:
             return self._process.wait(timeout) == 0
         except subprocess.TimeoutExpired as expired:
-            raise TimeoutError(f"the guardian of {self._purpose} has not finished within {timeout:g} s") from expired
+            raise TimeoutError(
+                f"cannot end the guardian of {self._purpose}: it has not exited within {timeout:g} s"
+            ) from expired

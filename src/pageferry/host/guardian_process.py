@@ -21,7 +21,8 @@ from collections.abc import Callable
 from typing import IO, Any
 
 TIMEOUT = 86400.0
-"""Seconds to retry QMP commands: QEMU does not reply while it waits for a disk or another client uses the monitor."""
+"""Seconds to retry QMP commands: QEMU does not reply while it waits for a disk, or while another client uses the
+monitor."""
 ATTEMPTS = 200
 """Maximum number of attempts to empty a control group, one every 10 ms."""
 
@@ -85,7 +86,8 @@ def _send_signal(action: Action) -> None:
 
 
 def _decide_by_file(action: Action) -> None:
-    """Execute one of two plans, depending on a file. Only the parent, which has exited, could have written the file."""
+    """Execute one of two plans, depending on whether a file has the given contents. Only the parent writes these
+    contents, and it has exited, so the result is final."""
     try:
         with open(action["file"], encoding="utf-8") as file:
             holds = file.read() == action["contents"]
@@ -96,22 +98,27 @@ def _decide_by_file(action: Action) -> None:
 
 def _run_monitor_commands(action: Action) -> None:
     """Execute QMP commands, as soon as QEMU replies."""
-    commands, deadline = action["commands"], time.monotonic() + TIMEOUT
-    while commands and time.monotonic() < deadline:
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
         try:
-            _converse(action["socket"], commands, deadline)
+            _converse(action, deadline)
+            return
         except (ConnectionRefusedError, FileNotFoundError):  # QEMU has exited
             return
         except OSError:
             time.sleep(0.05)
-        else:
-            return
 
 
-def _converse(path: str, commands: list[dict[str, Any]], deadline: float) -> None:
+def _remove_files(action: Action) -> None:
+    for path in action["files"]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _converse(action: Action, deadline: float) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(max(deadline - time.monotonic(), 0.1))
-        connection.connect(path)
+        connection.connect(action["socket"])
         with connection.makefile("rw") as monitor:
             _await_message(monitor, lambda message: "QMP" in message)  # the greeting
             _command(monitor, {"execute": "qmp_capabilities"})
@@ -122,22 +129,42 @@ def _converse(path: str, commands: list[dict[str, Any]], deadline: float) -> Non
                 if status == "pre-switchover":
                     _command(monitor, {"execute": "migrate_cancel"})
                 time.sleep(0.01)
-            for command in commands:
+            for command in action["commands"]:
                 _command(monitor, command)
+            for job in action["jobs"]:
+                _end_job(monitor, job, deadline)
+
+
+def _end_job(monitor: IO[str], name: str, deadline: float) -> None:
+    """End a block job, and remove its target. The parent has closed the connection of a mirror by exiting."""
+    while time.monotonic() < deadline:
+        jobs: list[dict[str, Any]] = _reply(monitor, {"execute": "query-jobs"}).get("return", [])
+        states = [job["status"] for job in jobs if job["id"] == name]
+        if not states:
+            break
+        command = "job-dismiss" if states == ["concluded"] else "job-cancel"
+        _command(monitor, {"execute": command, "arguments": {"id": name}})
+        time.sleep(0.01)
+    _command(monitor, {"execute": "blockdev-del", "arguments": {"node-name": name}})
 
 
 def _command(monitor: IO[str], command: dict[str, Any]) -> dict[str, Any]:
     """Execute a command. Return its result, which is empty if QEMU refuses the command: the guardian cannot report
-    errors.
+    errors."""
+    returned = _reply(monitor, command).get("return")
+    return returned if isinstance(returned, dict) else {}
 
-    QEMU also sends this connection the reply to a command of the previous connection that was closed too early, such as
-    a `stop` that waits for a disk. Such a reply has another id.
+
+def _reply(monitor: IO[str], command: dict[str, Any]) -> dict[str, Any]:
+    """Execute a command, and return the reply.
+
+    QEMU can also send, on this connection, the reply to a command of a previous connection that was closed too early,
+    such as a `stop` that waits for a disk. Such a reply has another id.
     """
     number = next(_NUMBERS)
     monitor.write(json.dumps({**command, "id": number}) + "\n")
     monitor.flush()
-    returned = _await_message(monitor, lambda message: message.get("id") == number).get("return")
-    return returned if isinstance(returned, dict) else {}
+    return _await_message(monitor, lambda message: message.get("id") == number)
 
 
 def _await_message(monitor: IO[str], expected: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -146,7 +173,7 @@ def _await_message(monitor: IO[str], expected: Callable[[dict[str, Any]], bool])
         message: dict[str, Any] = json.loads(line)
         if expected(message):
             return message
-    raise ConnectionResetError("QEMU closed the monitor")
+    raise ConnectionResetError("cannot read from the monitor: QEMU closed it")
 
 
 def _write(path: str, text: str) -> None:
@@ -164,6 +191,7 @@ _ACTIONS = {
     "signal": _send_signal,
     "decide": _decide_by_file,
     "qmp": _run_monitor_commands,
+    "remove": _remove_files,
 }
 
 

@@ -47,7 +47,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 def write(folder: Path, job: Job) -> None:
-    """Write the record of a job. Does nothing if the directory of the workload does not exist."""
+    """Write the record of a job. Do nothing if the directory of the workload does not exist."""
     with contextlib.suppress(OSError):
         files.replace_file(folder / _name(job.pid), msgspec.json.encode(job))
 

@@ -90,7 +90,8 @@ def printable(text: bytes) -> str:
 
 
 def read(pid: int, name: str) -> bytes:
-    """Return the contents of a file of /proc/PID. Raises WorkloadDied if the process has exited, PermissionError."""
+    """Return the contents of a file of /proc/PID. Raises WorkloadDied if the process has exited, PermissionError if
+    this user is not permitted to read the file."""
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except (FileNotFoundError, ProcessLookupError) as gone:
@@ -235,7 +236,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def thread_faults(pid: int, thread_ids: Iterable[int]) -> tuple[int, int]:
-    """Return how many minor and major page faults these threads of a process have had since they started.
+    """Return the numbers of minor and major page faults of these threads of a process since their start.
 
     Threads that have exited are not counted. Raises WorkloadDied if the process has exited.
     """
@@ -270,7 +271,7 @@ def _stat_fields(folder: str) -> list[bytes] | None:
 
 
 def mappings(pid: int) -> list[Mapping]:
-    """Return all mappings of a process, by address. Raises WorkloadDied if it has exited, PermissionError."""
+    """Return all mappings of a process, by address. Raises the same errors as `read`."""
     return [mapping for line in lines(read(pid, "maps")) if (mapping := parse_mapping(line)) is not None]
 
 
@@ -302,18 +303,17 @@ def open_mapped_file(pid: int, mapping: Mapping) -> int:
 
     The file is opened through a descriptor of the process (no privilege is needed for processes of the same user), or
     else through /proc/PID/map_files (requires CAP_CHECKPOINT_RESTORE). The process may change its descriptors and
-    mappings at any time. The file is therefore identified as the mapped one first; opening it is the only step with
-    side effects.
+    mappings at any time. Before the file is opened, it is therefore identified as the mapped one, without side effects.
 
-    Raises NotInMemory; PermissionError if neither way is permitted, or the mapping is private or read-only; other
-    OSErrors; WorkloadDied.
+    Raises NotInMemory if the file is not on tmpfs or hugetlbfs, PermissionError if neither way is permitted or if the
+    mapping is private or read-only, WorkloadDied if the process has exited. Also raises other OSErrors.
     """
     if not (mapping.shared and mapping.writable):
         raise PermissionError(errno.EACCES, "the mapping of the process is private or read-only")
     for entry in _descriptors(pid):
         try:
             return _open_if_mapped(entry, mapping)
-        except FileNotFoundError:  # another file, or closed by the process
+        except FileNotFoundError:  # the descriptor was closed, or refers to another file
             continue
     return _open_if_mapped(f"/proc/{pid}/map_files/{mapping.address:x}-{mapping.end:x}", mapping)
 
@@ -321,7 +321,7 @@ def open_mapped_file(pid: int, mapping: Mapping) -> int:
 def _open_if_mapped(entry: str, mapping: Mapping) -> int:
     """Open the file behind a link of /proc/PID for reading and writing.
 
-    Raises FileNotFoundError if it is not the file of the mapping, NotInMemory, other OSErrors.
+    Raises FileNotFoundError if the file is not that of the mapping. Also raises NotInMemory and other OSErrors.
     """
     # O_PATH has no side effects on a device, terminal or FIFO.
     reference = os.open(entry, os.O_PATH | os.O_CLOEXEC)

@@ -9,16 +9,28 @@ import signal
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import AnyStr
+from typing import Any, AnyStr
 
 from pageferry.host import proc
 
+_left: list[Outliving[Any]] = []
+"""Children that were running when their objects were deleted."""
+
 
 class Outliving(subprocess.Popen[AnyStr]):
-    """Child that may outlive this process: no ResourceWarning is issued if the child was not waited for."""
+    """Child that may outlive this process: no ResourceWarning is issued if the child was not waited for. If it exits
+    first, it is reaped when the next such child is started."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        for one in list(_left):
+            if one.poll() is not None:
+                _left.remove(one)
+        super().__init__(*arguments, **options)
 
     def __del__(self) -> None:
-        """Do nothing; Popen would issue a ResourceWarning."""
+        """Keep a child that is running, to reap it later; Popen would issue a ResourceWarning."""
+        if getattr(self, "pid", None) is not None and self.returncode is None:
+            _left.append(self)
 
 
 def signal_name(number: int) -> str:
@@ -47,7 +59,7 @@ async def wait_for_end(pid: int, started: int) -> None:
 
 
 def send_signal(pid: int, started: int, number: signal.Signals) -> None:
-    """Send a signal to the process `pid` that started at `started`. Does nothing if it has exited."""
+    """Send a signal to the process `pid` that started at `started`. Do nothing if it has exited."""
     with _opened(pid, started) as descriptor, contextlib.suppress(ProcessLookupError):
         if descriptor is not None:
             signal.pidfd_send_signal(descriptor, number)

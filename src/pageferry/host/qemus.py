@@ -40,7 +40,7 @@ class QemuSearch:
         self._asked = [(path, _ask(path, "-version")) for path in find_qemus(search_path)]
 
     def results(self) -> list[Qemu]:
-        """Return the result of each binary. Waits at most 3 seconds (`_DEADLINE`) for each."""
+        """Return the result of each binary. Wait at most 3 seconds (`_DEADLINE`) for each."""
         return [_answer(path, asked) for path, asked in self._asked]
 
     def __enter__(self) -> Self:

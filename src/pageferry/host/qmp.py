@@ -9,12 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
+import os
 import select
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.models import Greeting
+from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.qmp_peer import Peer, peer_of
@@ -26,12 +31,48 @@ session in less time."""
 Command = dict[str, Any]
 """QMP command as sent on the wire: `execute` and, if the command has any, `arguments`."""
 
+_NEGOTIATIONS = itertools.count(1)
+"""Numbers for the ids of negotiations."""
+
+_REPLY_KEYS = frozenset({"return", "error", "event"})
+"""Keys of which every message of a QMP server, except the greeting, has one."""
+
 _LOOK_AGAIN = 0.2
 """Interval at which a session that waits for an event checks whether QEMU has closed the connection, seconds."""
 
 
 class _Client(QMPClient):
     """QMP client whose connection can be closed without waiting, which the library does not support."""
+
+    async def _get_greeting(self) -> Greeting:
+        """Return the greeting. Raises GreetingError, EOFError, OSError.
+
+        The library expects the greeting as the first message. But QEMU can first send the reply to a command of a
+        previous client that closed its connection too early. Messages that lack the key `QMP`, but have a key of a
+        reply or event, are dropped.
+        """
+        while "QMP" not in (message := await self._recv()) and not message.keys().isdisjoint(_REPLY_KEYS):
+            pass
+        try:
+            return Greeting(message)
+        except (KeyError, TypeError) as unlike:
+            raise GreetingError("invalid QMP greeting", unlike) from unlike
+
+    async def _negotiate(self) -> None:
+        """Leave the negotiation mode (QMP `qmp_capabilities`). Raises NegotiationError, EOFError, OSError.
+
+        The library expects the reply as the next message. But QEMU can first send events, and the reply to a command of
+        a previous client that closed its connection too early. These messages are dropped.
+        """
+        greeting = self.greeting
+        oob = greeting is not None and "oob" in greeting.QMP.capabilities
+        message = self.make_execute_msg("qmp_capabilities", arguments={"enable": ["oob"]} if oob else {})
+        message["id"] = number = f"negotiation-{next(_NEGOTIATIONS)}-{os.getpid()}"
+        await self._send(message)
+        while (reply := await self._recv()).get("id") != number:
+            pass
+        if "return" not in reply:
+            raise NegotiationError("Negotiation failed", ValueError(str(reply.get("error"))))
 
     def expect_abandonment(self) -> None:
         """Retrieve the errors of the library's tasks, so that asyncio does not report them. A call that such an error
@@ -41,7 +82,7 @@ class _Client(QMPClient):
 
     @property
     def hung_up(self) -> bool:
-        """Return whether the peer has closed the connection."""
+        """Whether the connection is closed, or the peer has closed its side."""
         if self.runstate is not Runstate.RUNNING or self._writer is None:
             return True
         poll = select.poll()
@@ -80,8 +121,8 @@ class Monitor:
         except TimeoutError as late:
             connection.close()
             raise WorkloadError(
-                f"no QMP greeting from {path} within {timeout:g} s: another client holds its only session, or "
-                "QEMU does not respond; close that client, or retry"
+                f"cannot open a QMP session on {path}: no greeting within {timeout:g} s, because another client "
+                "holds its only session, or QEMU does not respond; close that client, or retry"
             ) from late
         except QMPError as wrong:
             connection.close()
@@ -97,7 +138,7 @@ class Monitor:
 
     @property
     def qemu_version(self) -> str:
-        """Return the version in QEMU's greeting, such as `10.0.2`; for display, not for comparisons."""
+        """Version in QEMU's greeting, such as `10.0.2`; for display, not for comparisons."""
         greeting = self._client.greeting
         assert greeting is not None
         numbers = cast("Mapping[str, int]", greeting.QMP.version["qemu"])
@@ -120,7 +161,7 @@ class Monitor:
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as refused:
-            raise WorkloadError(f"QEMU rejected {command}: {refused}") from refused
+            raise WorkloadError(f"cannot execute QMP {command}: {refused}") from refused
         except (QMPError, EOFError, OSError) as gone:
             raise WorkloadDied(f"QEMU closed the monitor during {command}") from gone
 
@@ -154,22 +195,28 @@ class Monitor:
 
     async def next_event(self, listener: EventListener) -> dict[str, Any]:
         """Return the data of the next event. Raises WorkloadDied if QEMU exits first."""
+        return (await self.next_named_event(listener))[1]
+
+    async def next_named_event(self, listener: EventListener) -> tuple[str, dict[str, Any]]:
+        """Return the type and the data of the next event. Raises WorkloadDied if QEMU exits first."""
         waiting = asyncio.ensure_future(listener.get())
         try:
             while not (await asyncio.wait({waiting}, timeout=_LOOK_AGAIN))[0]:
                 if self._client.runstate is not Runstate.RUNNING:
                     raise WorkloadDied("QEMU closed the monitor before it sent an expected event")
-            return cast("dict[str, Any]", waiting.result().get("data", {}))
+            event = cast("dict[str, Any]", waiting.result())
+            return event["event"], event.get("data", {})
         finally:
             waiting.cancel()
 
     @property
     def hung_up(self) -> bool:
-        """Return whether QEMU has closed the connection, even if the event loop has not yet processed that."""
+        """Whether the connection is closed, or QEMU has closed its side; True even before the event loop has processed
+        this."""
         return self._client.hung_up
 
     async def left_unread(self) -> bool:
-        """Return whether QEMU is known to have exited without reading all of a command that got no reply.
+        """Return whether QEMU is known to have exited before it had read the whole of a command that received no reply.
 
         A Unix socket whose peer is closed returns ECONNRESET if the peer had unread data, and EPIPE if the peer was
         closed before the write. The last byte of a command is its closing brace, without which QEMU does not run the
@@ -198,6 +245,13 @@ class Monitor:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def event_time(event: Mapping[str, Any]) -> float:
+    """Return the time of an event, on the clock of `time.perf_counter`."""
+    stamp = event["timestamp"]
+    age: float = time.time() - stamp["seconds"] - stamp["microseconds"] / 1e6
+    return time.perf_counter() - age
 
 
 async def _connect(path: str, timeout: float) -> socket.socket:

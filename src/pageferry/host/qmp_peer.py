@@ -3,10 +3,10 @@
 The monitor's own statements are not trusted. Any process can serve QMP on a socket and report threads of another
 process as its vCPUs; a command run by root would then open the memory of that other process and kill it. The kernel
 records the process and the user that called listen(2) (SO_PEERCRED, SO_PEERPIDFD). The guest's process must be that
-process, or a descendant to which it has passed the socket, as launchers do. It must run as the user that called
-listen(2). If that user is root, the guest's process may run as any user, because QEMU can drop its privileges
-(`-runas`). The vCPU threads must be threads of the guest's process, by their ids in the PID namespace of that process,
-because QEMU reports those ids.
+process, or a descendant to which it has passed the socket, as launchers do. The guest's process must run as the user
+that called listen(2). If that user is root, the guest's process may run as any user, because QEMU can drop its
+privileges (`-runas`). The vCPU threads that QEMU reports must be threads of the guest's process. Their ids are compared
+in the PID namespace of the guest's process, because QEMU reports them in that namespace.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ import contextlib
 import errno
 import os
 import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import proc
+from pageferry.host.peer_credentials import peer_credentials
 from pageferry.host.processes import descendants
 
 _SO_PEERPIDFD = 77
 """Socket option of Linux 6.5 (include/uapi/asm-generic/socket.h)."""
-_CREDENTIALS = struct.Struct("3i")
-"""Layout of struct ucred: pid, uid, gid."""
 _CAP_SYS_PTRACE = 1 << 19
 
 
@@ -42,7 +40,7 @@ class Peer:
 
 def peer_of(connection: socket.socket) -> Peer:
     """Return the listener of a connected Unix socket."""
-    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    pid, uid, _ = peer_credentials(connection)
     try:
         descriptor = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError as refused:
@@ -77,8 +75,8 @@ def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> int:
         case []:
             raise WorkloadError(
                 f"cannot trust {path}: its monitor reports vCPU threads that belong neither to process "
-                f"{peer.pid}, which serves it as user {peer.uid}, nor to a process of that user that it has "
-                "started; use the QMP socket of a QEMU"
+                f"{peer.pid}, which serves it as user {peer.uid}, nor to a descendant of that process with the same "
+                "user; use the QMP socket of a QEMU"
             )
         case _:
             names = ", ".join(map(str, found))
@@ -89,7 +87,7 @@ def find_process(peer: Peer, vcpu_threads: Sequence[int], path: str) -> int:
 
 
 def _matches(pid: int, peer: Peer, vcpu_threads: Sequence[int]) -> bool:
-    """Return whether a process has all of these threads, and runs as the user that listens."""
+    """Return whether a process has all of these threads, and runs as the listening user."""
     with contextlib.suppress(WorkloadDied):
         if peer.uid != 0 and proc.users(pid) != {peer.uid}:
             return False

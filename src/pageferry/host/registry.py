@@ -9,6 +9,7 @@ durable records::
     └── web/
         ├── workload.json       an `Entry`
         ├── migration.json      ownership of the workload (pageferry.migration)
+        ├── clone.json          memory that is shared with other guests (pageferry.pager.base_records)
         ├── qmp.sock
         ├── tty.sock            serial port of a detached QEMU
         └── log                 output of a detached QEMU
@@ -55,6 +56,8 @@ MAX_SOCKET_PATH = 107
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ENTRY_FILE = "workload.json"
+CLONE_FILE = "clone.json"
+"""Record of a guest that shares the memory of its image."""
 _REMEDY = "set PAGEFERRY_RUN_DIR to a directory that belongs to you"
 MAX_RECORD = 64 << 20
 """Maximum size of a record, bytes."""
@@ -78,17 +81,17 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
 
     @property
     def kind(self) -> str:
-        """Return the kind of the workload, `qemu` or `arena`; `claim` before the workload exists."""
+        """Kind of the workload, `qemu` or `arena`; `claim` before the workload exists."""
         return str(self.__struct_config__.tag)
 
     @property
     def alive(self) -> bool:
-        """Return whether the process is known to run."""
+        """Whether the process is known to be running."""
         return self.liveness() is True
 
     @property
     def socket(self) -> str | None:
-        """Return the path of the control socket of the workload; None if it has none."""
+        """Path of the control socket of the workload; None if it has none."""
         return None
 
     def liveness(self) -> bool | None:
@@ -104,7 +107,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
 
 
 def identify(pid: int) -> dict[str, Any]:
-    """Return the fields of an `Entry` for a process. Raises WorkloadDied if it has exited, UnsupportedError."""
+    """Return the fields of an `Entry` for a process. Raises WorkloadDied if it has exited, UnsupportedError
+    if /proc belongs to another PID namespace."""
     namespace, started = proc.namespace(), proc.start_time(pid)
     if namespace is None:
         raise UnsupportedError(
@@ -125,10 +129,12 @@ class QemuEntry(Entry, frozen=True, kw_only=True, tag="qemu"):
     qmp_socket: str
     adopted: bool = False
     """Whether another program started the guest and owns the socket."""
+    domain: str | None = None
+    """Name of the domain if libvirt manages the guest, otherwise None."""
 
     @property
     def socket(self) -> str | None:
-        """Return the path of the QMP socket."""
+        """Path of the QMP socket."""
         return self.qmp_socket
 
 
@@ -139,7 +145,7 @@ class ArenaEntry(Entry, frozen=True, kw_only=True, tag="arena"):
 
     @property
     def socket(self) -> str | None:
-        """Return the path of the arena's control socket."""
+        """Path of the arena's control socket."""
         return self.control_socket
 
 
@@ -155,7 +161,7 @@ class Folder:
 
     @property
     def path(self) -> Path:
-        """Return the path of the directory."""
+        """Path of the directory."""
         return self.registry.path / self.name
 
     def socket_path(self, file_name: str) -> str:
@@ -174,30 +180,31 @@ class Folder:
             self.store(_ENTRY_FILE, entry)
 
     def release(self, record: endings.Ended | None = None) -> None:
-        """Release the name, and remove the directory. With a `record`, keep it and the log of the workload."""
+        """Release the name, and remove the directory. With a `record`, keep the record and the log of the workload."""
         with self.registry.locked():
             self._remove(record)
 
     def _remove(self, record: endings.Ended | None) -> None:
         """Remove the directory. The caller holds the lock of the registry."""
-        # Another command may have found before that the process has exited, and removed the directory.
+        # Another command may already have found that the process has exited, and removed the directory.
         if record is not None and self.path.exists():
             endings.keep(self.registry.path, record, self.path)
         shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
-    def exclusively(self, purpose: str) -> Iterator[None]:
-        """Exclude other exclusive operations (migrate, checkpoint) on the workload during the block.
+    def exclusively(self, purpose: str, lock: str = "busy") -> Iterator[None]:
+        """Exclude other exclusive operations (migrate, checkpoint) on the workload during the block. `lock`: name of
+        the lock file; operations with different names do not exclude each other.
 
         Raises WorkloadError, naming the process and its purpose, if another operation is running.
         """
-        with open(files.open_private(self.path / "busy", os.O_RDWR | os.O_APPEND), "r+", encoding="utf-8") as file:
+        with open(files.open_private(self.path / lock, os.O_RDWR | os.O_APPEND), "r+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as busy:
                 file.seek(0)
                 raise WorkloadError(
-                    f"{self.name} is busy: {file.read() or purpose}; retry when that has finished"
+                    f"cannot use {self.name}: {file.read() or purpose} is in progress; retry when that has finished"
                 ) from busy
             file.truncate(0)
             file.write(f"{purpose} by process {os.getpid()}")
@@ -304,13 +311,14 @@ class Registry:
         return {name: entry for name, entry in found.items() if entry is not None and not isinstance(entry, Claim)}
 
     def remove(self, name: str, record: endings.Ended | None = None) -> None:
-        """Remove the directory of a workload, whether the workload runs or not. Does nothing if there is none. With a
-        `record`, keep it and the log of the workload."""
+        """Remove the directory of a workload, whether the workload runs or not. Do nothing if there is none. With a
+        `record`, keep the record and the log of the workload."""
         check_name(name)
         Folder(self, name).release(record)
 
     def remove_ended(self, name: str, entry: AnyEntry, record: endings.Ended) -> None:
-        """Like `remove`, but only if the name still belongs to the process of `entry`, which has exited."""
+        """Remove the directory as `remove` does, if the name still belongs to the process of `entry`, which has
+        exited."""
         with self.locked():
             current = self._read_entry(Folder(self, name))
             if current is not None and (current.pid, current.started) == (entry.pid, entry.started):
@@ -380,14 +388,15 @@ def default_run_directory() -> Path:
     if runtime.is_absolute():
         return runtime / "pageferry"
     raise UsageError(
-        "no run directory: set XDG_RUNTIME_DIR, or set PAGEFERRY_RUN_DIR to a directory that belongs to you"
+        "cannot choose a run directory: XDG_RUNTIME_DIR is not an absolute path; set it, or set PAGEFERRY_RUN_DIR to a "
+        "directory that belongs to you"
     )
 
 
 def check_name(name: str) -> None:
     """Check the name of a workload. Raises UsageError if it is invalid, WrongType if it is not a string."""
     if not isinstance(name, str):
-        raise WrongType(f"invalid `name` of type {type(name).__name__}: expected a text")
+        raise WrongType(f"invalid `name` of type {type(name).__name__}: expected a string")
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"invalid workload name {name!r}: expected 1 to 64 letters, digits, dots, underscores or hyphens, "

@@ -27,7 +27,7 @@ class Smap:
 
     @property
     def large_mapped(self) -> int:
-        """Return the number of bytes mapped as huge pages."""
+        """Number of bytes mapped as huge pages."""
         return sum(self.counts.get(name, 0) for name in ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"))
 
 
@@ -66,7 +66,7 @@ def referenced(pid: int, wanted: Iterable[int], length: int) -> dict[int, int]:
 
 
 def rollup(pid: int) -> dict[str, int]:
-    """Return sizes over all mappings by the kernel's names (`Rss`, `Pss_Anon`, ...), bytes, from smaps_rollup.
+    """Return the sizes (bytes) over all mappings by the kernel's names (`Rss`, `Pss_Anon`, ...), from smaps_rollup.
 
     Raises WorkloadDied if the process has exited, UnsupportedError without permission.
     """
@@ -80,8 +80,8 @@ def total(pid: int, name: str) -> int:
 
 
 def spare_mappings(pid: int) -> int:
-    """Return how many mappings a process can add before it reaches half of its limit (vm.max_map_count). Raises the
-    same errors as `smaps`."""
+    """Return the number of mappings that a process can add before it reaches half of its limit (vm.max_map_count).
+    Raises the same errors as `smaps`."""
     return max(int(_MAX_MAPPINGS.read_text()) // 2 - len(smaps(pid)), 0)
 
 

@@ -16,7 +16,7 @@ class WrongState(RuntimeError):
 class StateMachine(Generic[S]):
     """State of an operation. `transitions`: states that may follow each state. A state without an entry is final.
 
-    `what`: name of the operation, for messages.
+    `what`: name of the operation, for error messages.
     """
 
     def __init__(self, what: str, initial: S, transitions: Mapping[S, Collection[S]]) -> None:

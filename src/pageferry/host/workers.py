@@ -58,6 +58,13 @@ class Workers:
             thread.start()
 
 
+def in_new_thread(name: str, call: Callable[[], T]) -> Future[T]:
+    """Start a daemon thread that runs a call in the context of the submitter. Return its future."""
+    future: Future[T] = Future()
+    threading.Thread(target=_job(future, call), name=name, daemon=True).start()
+    return future
+
+
 def _job(future: Future[T], call: Callable[[], T]) -> Callable[[], None]:
     context = copy_context()
 
@@ -68,7 +75,7 @@ def _job(future: Future[T], call: Callable[[], T]) -> Callable[[], None]:
         try:
             result = context.run(call)
         except BaseException as error:
-            del call  # releases objects of the call before the caller continues, which may depend on their release
+            del call  # the caller may depend on the release of objects that the call refers to
             future.set_exception(error)
         else:
             del call

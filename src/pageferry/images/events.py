@@ -16,7 +16,7 @@ class RegionSummary(msgspec.Struct, frozen=True, rename="kebab"):
 
 
 class LayerSummary(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Image of a disk's backing chain."""
+    """Image in the backing chain of a disk."""
 
     path: str
     """Path, or URI of an export."""
@@ -28,7 +28,7 @@ class LayerSummary(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 class DiskSummary(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Disk of a guest as of the snapshot point. Its contents are not part of the image."""
+    """Disk of a guest as of the snapshot point. Its contents are not part of the image file."""
 
     id: str
     name: str
@@ -41,6 +41,12 @@ class DiskSummary(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Whether the device state contains the contents, as for a TPM."""
     layers: list[LayerSummary]
     """Backing chain, the image that is written to first; empty for a drive without a medium."""
+    saved: list[LayerSummary] = msgspec.field(default_factory=list)
+    """Backing chain with the contents as of the snapshot point; empty if they were not saved."""
+    frozen: bool = False
+    """Whether the disk itself was frozen; otherwise `saved` is a copy."""
+    needed_by: list[str] = msgspec.field(default_factory=list)
+    """Existing images and overlays that need the saved contents."""
 
 
 class ImageSummary(Event, frozen=True, kw_only=True, tag="image"):
@@ -86,6 +92,34 @@ class Difference(Event, frozen=True, tag="image-diff"):
     runs: list[tuple[str, int, int]]
     """Runs of pages that differ, each as (region, first byte, length in bytes)."""
     state_differs: bool
+
+
+class ImportedSnapshot(Event, frozen=True, kw_only=True, tag="image-import"):
+    """Result of `pageferry image import`."""
+
+    path: str
+    """Path of the image."""
+    length: int
+    """Size of the image, bytes."""
+    memory: int
+    """Size of the memory of the snapshot, bytes."""
+    stored: int
+    """Pages that the image contains itself; the others are zeros, patterns or pages of the parent."""
+    parent: str | None
+    """Path of the parent; None for an image that needs no other image."""
+
+
+class ExportedSnapshot(Event, frozen=True, kw_only=True, tag="image-export"):
+    """Result of `pageferry image export`."""
+
+    path: str
+    """Path of the image."""
+    memory: str
+    """Path of the memory file."""
+    vmstate: str
+    """Path of the state file."""
+    length: int
+    """Size of the memory file, bytes, with its holes."""
 
 
 class Flattened(Event, frozen=True, tag="image-flatten"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from pageferry._engine import Finding, Image, ImageChain
-from pageferry.errors import ImageError
+from pageferry.errors import ImageError, UsageError
 from pageferry.host import files
 from pageferry.host.fault_points import fault_point
 from pageferry.images import metadata
@@ -39,7 +38,7 @@ def _silent(_done: int, _total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Image of a chain."""
+    """Image in a chain."""
 
     path: Path
     image: Image
@@ -65,8 +64,8 @@ class ImageFile:
     def from_files(cls, files: Sequence[tuple[int, Path]]) -> Self:
         """Create the object from images that another process has opened: descriptor and path of each, child first.
 
-        No path is resolved, so a file that has been replaced since is not read. The descriptors are duplicated. Raises
-        ImageError in the same cases as the constructor, and if a descriptor is missing.
+        No path is resolved: if a file has been replaced after it was opened, the opened file is read. The descriptors
+        are duplicated. Raises ImageError in the same cases as the constructor, and if a descriptor is missing.
         """
         parents = iter(files[1:])
 
@@ -74,10 +73,10 @@ class ImageFile:
             descriptor, path = next(parents, (None, None))
             if descriptor is None or path is None:
                 raise ImageError(f"cannot open {child.path}: the descriptor of its parent {parent.path} is missing")
-            return _checked_parent(child, parent, _link(descriptor, path))
+            return _checked_parent(child, parent, link_of(descriptor, path))
 
         self = cls.__new__(cls)
-        self._verify(list(_chain(_link(*files[0]), open_parent)))
+        self._verify(list(_chain(link_of(*files[0]), open_parent)))
         return self
 
     def _verify(self, links: list[Link]) -> None:
@@ -86,8 +85,8 @@ class ImageFile:
         expected = sum(region.length for region in self.metadata.regions) // SMALL_PAGE
         if self.pages != expected or self.links[0].image.regions != len(self.metadata.regions):
             raise ImageError(
-                f"{self.path} is damaged: its page map has {self.pages} pages, its regions have {expected}; take "
-                "another checkpoint"
+                f"{self.path} is damaged: its page map has {self.pages} pages in {self.links[0].image.regions} "
+                f"regions, its metadata {expected} pages in {len(self.metadata.regions)}; take another checkpoint"
             )
 
     @property
@@ -107,7 +106,7 @@ class ImageFile:
 
     @property
     def pages(self) -> int:
-        """Number of base pages of all regions; page numbers are counted over all of them."""
+        """Number of base pages of all regions. Pages are numbered across all regions."""
         return self.image.pages
 
     @property
@@ -135,16 +134,24 @@ class ImageFile:
         """Verify every byte of every image of the chain. Return a description of each error; stop at `MAX_FINDINGS`
         errors."""
         found: list[str] = []
-        for number, link in enumerate(self.links):
-            chain = ImageChain([other.image for other in self.links[number:]])
-            for start in range(0, chain.stored, SLICE):
-                progress(start, chain.stored)
-                found += [_finding(link, wrong) for wrong in chain.verify(start, SLICE, MAX_FINDINGS)]
-                if len(found) >= MAX_FINDINGS:
-                    return found
-            found += [_finding(link, wrong) for wrong in chain.verify_unused()]
-            found += _damaged_sections(link)
+        for number in range(len(self.links)):
+            found += self.verify_link(number, progress, MAX_FINDINGS - len(found))
+            if len(found) >= MAX_FINDINGS:
+                break
         return found
+
+    def verify_link(self, number: int, progress: Progress = _silent, limit: int = MAX_FINDINGS) -> list[str]:
+        """Verify every byte of one image of the chain. Return a description of each error, and stop at `limit`
+        errors."""
+        found: list[str] = []
+        link, chain = self.links[number], ImageChain([other.image for other in self.links[number:]])
+        for start in range(0, chain.stored, SLICE):
+            progress(start, chain.stored)
+            found += [_finding(link, wrong) for wrong in chain.verify(start, SLICE, limit)]
+            if len(found) >= limit:
+                return found
+        found += [_finding(link, wrong) for wrong in chain.verify_unused()]
+        return found + _damaged_sections(link)
 
     def differences(self, other: Self, progress: Progress = _silent) -> list[tuple[int, int]]:
         """Return the runs (start, end) of pages whose contents differ. Raises ImageError if the regions differ."""
@@ -157,6 +164,18 @@ class ImageFile:
             count = min(SLICE, self.pages - start)
             runs += _checked(self.path, lambda: self.chain.differences(other.chain, start, count))  # noqa: B023
         return runs
+
+    def check_target(self, path: Path) -> None:
+        """Raise UsageError if a new image at `path` would replace this image or one of its parents."""
+        try:
+            found = os.stat(path)
+        except OSError:  # no file to replace, or an error that the write will report
+            return
+        if any(os.path.samestat(found, os.fstat(link.image.fileno())) for link in self.links):
+            raise UsageError(
+                f"cannot write {path}: it would replace an image in the chain of {self.path}, which other images may "
+                "need; use another name"
+            )
 
     def flatten(self, path: str | Path, codec: str | None = None) -> None:
         """Write an image with the same contents and no parent. `path` appears when it is complete, or not at all.
@@ -171,7 +190,7 @@ class ImageFile:
             _checked(
                 self.path,
                 lambda: self.chain.flatten(
-                    descriptor, secrets.token_bytes(16), regions, sections, codec=codec or self.metadata.codec
+                    descriptor, os.urandom(16), regions, sections, codec=codec or self.metadata.codec
                 ),
             )
 
@@ -188,12 +207,12 @@ def open_link(path: Path) -> Link:
     except OSError as error:
         raise ImageError(f"cannot open {path}: {error.strerror}") from error
     try:
-        return _link(descriptor, path)
+        return link_of(descriptor, path)
     finally:
         os.close(descriptor)
 
 
-def _link(descriptor: int, path: Path) -> Link:
+def link_of(descriptor: int, path: Path) -> Link:
     """Return the link for an open file, whose descriptor is duplicated. Raises ImageError."""
     image = _checked(path, lambda: Image(descriptor))
     return Link(path, image, _checked(path, lambda: metadata.decode(image.section(metadata.METADATA))))
@@ -228,7 +247,7 @@ def _open_parent(child: Link, parent: Parent) -> Link:
         planted = os.lstat(path).st_uid not in (0, os.geteuid()) and path.is_symlink()
     except (OSError, ValueError):
         raise ImageError(
-            f"cannot open {child.path}: its parent {path.name} is not in the same directory (it was "
+            f"cannot open {child.path}: its parent {path.name} is not in the same directory (its path was "
             f"{parent.path}); put that image, or a symbolic link to it, into {child.path.parent}"
         ) from None
     if planted:
@@ -238,7 +257,7 @@ def _open_parent(child: Link, parent: Parent) -> Link:
 
 def _checked_parent(child: Link, parent: Parent, link: Link) -> Link:
     """Return the link if it is the parent that the child refers to. Raises ImageError."""
-    if link.identity != ImageIdentity(id=parent.id, digest=parent.digest):
+    if link.identity != parent.identity:
         raise ImageError(
             f"cannot open {child.path}: its parent {link.path} has been replaced or changed; restore the original image"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,13 +16,17 @@ METADATA = 16
 """Section: `Metadata`, as MessagePack."""
 STATE = 17
 """Section: state of the workload, as returned by its `save_state`."""
-# 18 is reserved. Working sets are recorded by restores, in a file beside the image (`working_set`).
+# Section 18 is reserved. Restores record working sets in a file beside the image (`working_set`).
 LARGE_UNITS = 19
-"""Section: one bit per 2 MiB unit, least significant bit of the first byte first; each region starts a new byte."""
+"""Section: bitmap of the 2 MiB units that were backed by huge pages, least significant bit of the first byte first.
+Each region starts a new byte."""
 
 VERSION = 1
 
-Kind = Literal["arena", "qemu", "process"]
+FIRECRACKER: Final = "firecracker"
+"""Kind of an image of a snapshot of Firecracker. It has one region, with the layout of the memory file."""
+
+Kind = Literal["arena", "qemu", "process", "firecracker"]
 Codec = Literal["none", "lz4", "zstd"]
 
 
@@ -44,6 +48,11 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     path: Annotated[str, Meta(max_length=4096)]
     """Path of the parent when the image was written. Only the file name is used: the parent must be in the directory of
     the image."""
+
+    @property
+    def identity(self) -> ImageIdentity:
+        """Identity of the parent."""
+        return ImageIdentity(id=self.id, digest=self.digest)
 
 
 class Metadata(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,14 +111,16 @@ def encode(metadata: Metadata) -> bytes:
 def decode(contents: bytes | None) -> Metadata:
     """Parse the contents of the section `METADATA`. Raises ImageError."""
     if contents is None:
-        raise ImageError("the image has no metadata; use an image written by `pageferry checkpoint`")
+        raise ImageError("cannot read the image: it has no metadata; use an image written by `pageferry checkpoint`")
     try:
         metadata = msgspec.msgpack.decode(contents, type=Metadata)
     except msgspec.MsgspecError as error:
-        raise ImageError(f"the metadata of the image is invalid: {error}") from error
+        raise ImageError(
+            f"cannot read the image: its metadata is invalid ({error}); take another checkpoint"
+        ) from error
     if metadata.version != VERSION:
         raise ImageError(
-            f"unsupported metadata version {metadata.version}: this pageferry supports {VERSION}; use the version "
-            "that wrote the image"
+            f"cannot read the image: unsupported metadata version {metadata.version}, this pageferry supports "
+            f"{VERSION}; use the version that wrote the image"
         )
     return metadata

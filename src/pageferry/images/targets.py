@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pageferry._engine import Mapping, TargetRegion
-from pageferry.errors import ImageError, RestoreError
+from pageferry.errors import ImageError, RestoreError, UsageError
 from pageferry.images import metadata
 from pageferry.images.image import ImageFile
 from pageferry.images.metadata import ImageIdentity
@@ -15,7 +15,8 @@ from pageferry.memory.regions import LARGE_PAGE, Region
 
 
 def large_units(image: ImageFile) -> list[list[bool]]:
-    """Return, per region, whether each 2 MiB unit was backed by a huge page when it was saved. Raises ImageError."""
+    """Return, per region, whether each 2 MiB unit was backed by a huge page when the image was saved. Raises
+    ImageError."""
     packed = image.section(metadata.LARGE_UNITS)
     result: list[list[bool]] = []
     at = 0
@@ -26,7 +27,9 @@ def large_units(image: ImageFile) -> list[list[bool]]:
         try:
             result.append(unpack_units(part, count))
         except ValueError as wrong:
-            raise ImageError(f"{image.path} is damaged: its bitmap of huge pages is too short") from wrong
+            raise ImageError(
+                f"{image.path} is damaged: its bitmap of huge pages is too short; take another checkpoint"
+            ) from wrong
     return result
 
 
@@ -71,6 +74,16 @@ def check_identity(image: ImageFile, identity: ImageIdentity, name: str) -> None
         raise RestoreError(
             f"cannot restore the memory of {name} from {image.path}: its id is {image.identity.id}, and the "
             f"restore was started with id {identity.id}; use that image, or a copy of it"
+        )
+
+
+def check_firecracker(image: ImageFile) -> None:
+    """Raise UsageError unless an image was imported from a snapshot of Firecracker."""
+    found = image.metadata
+    if found.kind != metadata.FIRECRACKER or len(found.regions) != 1:
+        raise UsageError(
+            f"cannot use {image.path}: it is an image of {found.name}, a workload of kind {found.kind}; use an image "
+            "written by `pageferry image import --firecracker`"
         )
 
 

@@ -1,4 +1,4 @@
-"""Working sets: pages that were accessed first after a restore are loaded first by the next restore (S10).
+"""Working sets: a restore first loads the pages that were accessed first after earlier restores (S10).
 
 The record is the file IMAGE.ws beside the image, since images are never modified. A restore without prefetch observes
 every first access. The record is then the intersection of these pages and the previous record, so it keeps the pages
@@ -39,11 +39,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Windows accessed in the last restore that are not in `windows`."""
 
 
+def path_of(image: Path) -> Path:
+    """Return the path of the working set of an image."""
+    return Path(f"{image}.ws")
+
+
 class WorkingSet:
     """Working set of an image. A record that cannot be read counts as empty, because it is only an optimisation."""
 
     def __init__(self, image: ImageFile) -> None:
-        self.path = Path(f"{image.path}.ws")
+        self.path = path_of(image.path)
         self._id = image.image.id.hex()
         self._limit = -(-image.pages // 16)
         self._record = self._load()

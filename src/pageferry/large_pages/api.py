@@ -60,6 +60,18 @@ async def sample_async(
     `sharing`: number of base pages of a huge page that have duplicates (S9), by (pid, address), if known. Every split
     mapping is restored before this function returns or raises. Raises UsageError, UnsupportedError, WorkloadDied,
     WorkloadError, and CheckpointError if a store cannot be written.
+
+    Examples:
+        >>> import subprocess, pageferry
+        >>> program = subprocess.Popen(["sleep", "60"])
+        >>> options = pageferry.large_pages.Options(rounds=1, window="10ms")
+        >>> with pageferry.large_pages.open_target(f"pid:{program.pid}") as target:
+        ...     found = pageferry.large_pages.sample(target, options)
+        >>> len(found.samples)  # sleep uses no huge pages
+        0
+        >>> program.kill()
+        >>> program.wait()
+        -9
     """
     values.instance("target", target, Target)
     values.optional(values.instance, "options", options, Options)
@@ -165,6 +177,14 @@ async def undo_async(target: Target) -> BroughtBack:
     """Reload all pages that are in a store, collapse them to huge pages, and remove the store.
 
     Raises UsageError if there is no store, RestoreError if its pager has exited, ImageError if it is damaged.
+
+    Examples:
+        >>> import pageferry
+        >>> arena = pageferry.Arena("4MiB")
+        >>> with pageferry.large_pages.workload_target(arena.workload()) as target:
+        ...     pageferry.large_pages.undo(target)  # nothing was moved to a store
+        Traceback (most recent call last):
+        pageferry.errors.NoSuchWorkload: ...
     """
     values.instance("target", target, Target)
     return BroughtBack(target=target.name, reloaded=await cold_store.bring_back(target))

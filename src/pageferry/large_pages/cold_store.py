@@ -114,13 +114,13 @@ async def bring_back(target: Target) -> int:
     Raises UsageError if there is no store, RestoreError if its pager has exited, ImageError if it is damaged.
     """
     if target.workload is None:
-        raise UsageError(f"cannot undo: {target.name} is not a managed workload, and has no store")
+        raise UsageError(f"cannot reload memory of {target.name}: it is not a managed workload, and has no store")
     folder = _folder(target.workload)
     with folder.exclusively("a reload from the store"):
         record = folder.load(records.RECORD, Deferred)
         status = await in_thread(client.status, folder)
         if record is None or record.cold is None or status is None:
-            raise UsageError(f"cannot undo: {folder.name} has no memory in a store")
+            raise UsageError(f"cannot reload memory of {folder.name}: none of it is in a store")
         started = proc.start_time(status.pager)
         await in_thread(client.wait_complete, folder)
         if started is not None:  # the pager still has to collapse huge pages
@@ -132,7 +132,7 @@ def _check_descriptor(folder: Folder) -> None:
     if records.is_handed_out(folder):
         raise UnsupportedError(
             f"cannot move memory of {folder.name} to a store: its program has obtained the descriptor of its "
-            "memory (`fileno()`), and a mapping created with it would read zeros; use `reclaim` swap"
+            "memory (`fileno()`), and a mapping of that descriptor would show zeros; use `reclaim` swap"
         )
 
 

@@ -10,6 +10,9 @@ from pageferry.errors import UsageError
 from pageferry.images.metadata import Codec
 from pageferry.options import API_ONLY, Count, Duration, Fraction, PathName, check
 
+_CODEC: Codec = "lz4"
+"""Default compression of the store."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -32,7 +35,7 @@ class Options:
         "reclaiming",
     ] = None
     """Directory for the store."""
-    codec: Annotated[Codec, "reclaiming"] = "lz4"
+    codec: Annotated[Codec, "reclaiming"] = _CODEC
     """Compression of the store."""
     seed: Annotated[int | None, Count(0, 1 << 63), API_ONLY] = None
     """Seed of the random choice of samples; None for a different choice in each run."""
@@ -44,3 +47,5 @@ class Options:
             raise UsageError(
                 f"invalid `store` {self.store}: expected an existing directory, together with `reclaim` store"
             )
+        if self.codec != _CODEC and self.reclaim != "store":
+            raise UsageError(f"`codec` {self.codec} requires `reclaim` store: nothing else is compressed")

@@ -1,4 +1,4 @@
-"""Reclaim policy: decides about each sampled huge page. Replaceable by any `Policy`."""
+"""Reclaim policy, which decides about each sampled huge page. Any `Policy` can replace it."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def cold_runs(touched: int) -> list[tuple[int, int]]:
 
 
 class Tracker:
-    """Tracker that runs windows over the huge pages of a target. Leaving its `with` block restores all mappings."""
+    """Tracker that runs windows over the huge pages of a target. The end of its `with` block restores all mappings."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -116,7 +116,7 @@ class Tracker:
         """
         shared = [page for page in pages if page.area.kind == "shared"]
         private = [page for page in pages if page.area.kind == "anon"]
-        # Sequentially, so that neither kind stays split during the window of the other.
+        # Sample the kinds one after the other, so that neither stays split during the window of the other.
         return [*await self._window_shared(shared, seconds), *await self._window_private(private, seconds)]
 
     async def _window_shared(self, pages: list[LargePage], seconds: float) -> list[Activity]:
@@ -244,13 +244,13 @@ class Tracker:
         if isinstance(error, ProcessLookupError):
             return WorkloadDied(f"{name}: process {pid} has exited")
         if isinstance(error, PermissionError):
-            return UnsupportedError(f"{name}: cannot access process {pid}: {error}; run as root")
+            return UnsupportedError(f"cannot sample memory of {name}: process {pid}: {error}; run as root")
         if error.errno == errno.EBUSY:
             return WorkloadError(
-                f"{name}: cannot sample process {pid}: another command is using its memory ({error}); retry when that "
-                "has finished"
+                f"cannot sample memory of {name}: another command is using that of process {pid} ({error}); retry when "
+                "that command has finished"
             )
-        return WorkloadError(f"{name}: process {pid}: {error}")
+        return WorkloadError(f"cannot sample memory of {name}: process {pid}: {error}")
 
     def _restore(self, pids: set[int]) -> None:
         begin = time.thread_time()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -108,7 +107,7 @@ class Move:
         CheckpointError if the image cannot be written, and the errors of `_directory`."""
         name, record = self.folder.name, self.record
         parent = targets.open_expected(record.image, record.identity, name) if record is not None else None
-        path = self._directory(parent, place) / f"{name}.cold-{secrets.token_hex(4)}.img"
+        path = self._directory(parent, place) / f"{name}.cold-{os.urandom(4).hex()}.img"
         try:
             with new_file(path) as file:
                 await self._copy(file, parent, codec)
@@ -144,7 +143,7 @@ class Move:
     async def _copy(self, file: int, parent: ImageFile | None, codec: metadata.Codec) -> None:
         mappings, units = self.memory.mappings, self.plan.units
         lengths = [len(one) // SMALL_PAGE for one in mappings]
-        store = PageStore(file, secrets.token_bytes(16), lengths, codec=codec)
+        store = PageStore(file, os.urandom(16), lengths, codec=codec)
         for first in range(0, len(units), COPIED_AT_A_TIME):
             for number, pages in self.plan.pages(units[first : first + COPIED_AT_A_TIME]).items():
                 copied = await in_thread(store.add, number, mappings[number], pages)
@@ -196,9 +195,9 @@ class Move:
     async def _evict_in_batches(self, pager: PagerProcess) -> None:
         """Evict pages, one batch per pause, except those written since they were copied.
 
-        The record of the store has been written before. A program that hands out the descriptor of its memory first
-        sets a mark (`records.is_handed_out`). Either the program then finds the record and has all pages reloaded, or
-        this method finds the mark and stops.
+        The record of the store was written before this call. A program that hands out the descriptor of its memory
+        first sets a mark (`records.is_handed_out`). Either the program then finds the record and has all pages
+        reloaded, or this method finds the mark and stops.
         """
         numbers: defaultdict[Unit, list[int]] = defaultdict(list)
         for number, (unit, _) in enumerate(segments(self.workload, self.plan.units)):
@@ -211,7 +210,7 @@ class Move:
             try:
                 await self.workload.pause()
                 fault_point("reclaim.paused")
-                # Not in a thread: no other task may resume the workload in between.
+                # Run this in the event loop's thread: no other task may resume the workload before it has ended.
                 working = time.monotonic()
                 self.trace.collect(written)
                 for number in (number for unit in batch for number in numbers[unit]):
@@ -271,8 +270,8 @@ class Move:
         """Restore the PMD mappings of traced huge pages that were not split.
 
         Split pages must be left out. A page that was evicted completely is backed by a huge page again as soon as one
-        of its base pages is reloaded. Mapping that huge page would show zeros for all other base pages, bypassing their
-        userfaultfd.
+        of its base pages is reloaded. If that huge page were mapped, the workload would read zeros from all other base
+        pages, without faults.
         """
         large = self.memory.large_units()
         for (region, first), segment in segments(self.workload, self.plan.whole):

@@ -14,7 +14,7 @@ from pageferry.workloads.protocols import Migratable
 from pageferry.workloads.target import Target
 
 Unit = tuple[int, int]
-"""Huge page, as (region number, number of its first page in the region)."""
+"""Huge page, as (index of the region, index of its first page in the region)."""
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class Plan:
     """Cold pages of the chosen huge pages."""
 
     cold: dict[Unit, list[tuple[int, int]]]
-    """For each huge page, in order, the runs of its cold pages, as (first, end) in the region."""
+    """Runs of cold pages, as (first, end) in the region, for each huge page in order."""
     kept: list[PageSet]
     """Cold pages, per region, that stay in memory because they are pinned, or were not present at the time of the copy.
     """

@@ -5,9 +5,9 @@ step depends on the kind of memory:
 
 * Private memory: MADV_PAGEOUT on the whole huge page, because the base pages in use are unknown. The kernel swaps these
   in on their next access.
-* Shared memory: the split unmaps it, so the workload maps only the base pages that it accesses again. This process maps
-  the cold base pages, and pages them out through its mapping. MADV_PAGEOUT skips pages that another process maps, so a
-  page that the workload uses again stays.
+* Shared memory: the split unmaps the huge page, so the workload maps only the base pages that it accesses again. This
+  process maps the cold base pages, and pages them out through its mapping. MADV_PAGEOUT skips pages that another
+  process maps, so a page that the workload uses again stays.
 
 The kernel swaps pages in on demand, so nothing depends on this process afterwards. khugepaged does not collapse a huge
 page of which more than `max_ptes_swap` (64 by default) base pages are in swap.

@@ -14,7 +14,7 @@ def pack_units(units: list[bool]) -> bytes:
 def unpack_units(packed: bytes, count: int) -> list[bool]:
     """Return `count` bits of a bitmap created by `pack_units`. Raises ValueError if the bitmap has another length."""
     if len(packed) != (count + 7) // 8:
-        raise ValueError(f"{len(packed)} bytes for {count} units")
+        raise ValueError(f"invalid bitmap of {len(packed)} bytes: expected {(count + 7) // 8} bytes for {count} units")
     return [bool(packed[number // 8] >> (number % 8) & 1) for number in range(count)]
 
 

@@ -1,17 +1,17 @@
 """Processes that can write to a workload's memory: found in /proc, and traced or refused.
 
-A process writes to memory that it maps shared and writable. A process that only holds a descriptor that is open for
-writing may write by system calls or map the memory at any time. No trace reports such writes, so the process is
-refused. The following cannot be found: a descriptor in flight between two processes, one that is registered with
-io_uring, and processes outside the PID namespace of this process. See docs/guide/python.md.
+A process can write to memory through a shared, writable mapping. A process that has only a descriptor open for writing
+can write by system calls, or map the memory at any time. No trace reports such writes, so a trace is refused as long as
+there is such a process. The scan cannot find a descriptor in flight between two processes, a descriptor registered with
+io_uring, or a process outside the PID namespace of this process. See docs/guide/python.md.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pageferry import _engine
@@ -20,7 +20,7 @@ from pageferry.host import proc
 from pageferry.memory.regions import Region, Segment
 
 _CONFIRM = 0.02
-"""Seconds between two scans, if the first found a process that may be about to execute another program."""
+"""Seconds between two scans, if the first one finds a process that may be about to execute another program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,14 @@ def check(name: str, found: Found, sharing: Sharing) -> None:
     """Raise WorkloadError for processes that cannot be traced, UnsupportedError if processes cannot be inspected."""
     if found.holders:
         raise WorkloadError(
-            f"cannot trace {name}: {_processes(found.holders)} has its memory open for writing without a mapping, "
-            "and such writes are not traced; map the memory in that process, or close the descriptor"
+            f"cannot trace {name}: {_processes(found.holders)} can write to the memory through a descriptor, without "
+            "a mapping, and such writes are not traced; map the memory in that process, or close the descriptor"
         )
     hidden = set(found.unreadable) - {1}  # a program does not pass its memory to init
     if sharing.handed_out and (hidden or not os.path.exists("/proc/1")):
         raise UnsupportedError(
-            f"cannot trace {name}: its descriptor was passed on by fileno(), and this user cannot inspect all "
-            f"processes that may have it ({len(hidden)} of them); run as root or with CAP_SYS_PTRACE, or share "
-            "the memory by fork instead"
+            f"cannot trace {name}: its descriptor was handed out by fileno(), and this user cannot inspect all "
+            "processes that may have it; run as root or with CAP_SYS_PTRACE, or share the memory by fork instead"
         )
 
 
@@ -82,13 +81,14 @@ def check_again(name: str, traced: Iterable[Segment], found: Found) -> None:
     new = sorted({segment.pid for segment in found.segments if not any(_shows(one, segment) for one in known)})
     if new:
         raise WorkloadError(
-            f"{name}: {_processes(new)} mapped its memory during the operation, and wrote without a trace; retry "
-            "now that the memory is mapped"
+            f"cannot trace {name}: {_processes(new)} mapped the memory during the operation, so that writes may be "
+            "missing from the trace; retry now that the memory is mapped"
         )
 
 
 def refuse_strangers(name: str, regions: Sequence[Region]) -> None:
-    """Raise WorkloadError if a process other than the guest's own, or pageferry's, maps the guest's memory for writing.
+    """Raise WorkloadError if a process that belongs neither to the guest nor to pageferry maps the guest's memory for
+    writing.
 
     A pause of the guest does not stop such a process. Processes that cannot be inspected belong to other users. They
     cannot open the file for writing unless its permissions allow it.
@@ -100,13 +100,38 @@ def refuse_strangers(name: str, regions: Sequence[Region]) -> None:
         own |= {segment.pid for segment in region.segments}
         mapped = next((line.device for line in proc.file_mappings(pid) if line.address <= address < line.end), None)
         ids.append((status.st_dev, status.st_ino, status.st_dev if mapped is None else mapped))
+
     mappings = _engine.scan_mappers(ids).mappings
-    strangers = {mapping.pid for mapping in mappings if mapping.writable} - own - {os.getpid()}
-    strangers = {pid for pid in strangers if not _is_pageferry(pid)}
+    strangers = {one.pid for one in mappings if one.writable and not one.engine} - own
     if strangers:
         raise WorkloadError(
-            f"cannot trace {name}: {_processes(sorted(strangers))} maps its memory for writing, and is not "
-            "stopped by a pause of the guest; end that process first"
+            f"cannot trace {name}: {_processes(sorted(strangers))} maps the memory of the guest for writing, "
+            "and a pause of the guest does not stop that process; end it first"
+        )
+
+
+def refuse_in_use(name: str, path: str, offset: int, length: int) -> None:
+    """Raise WorkloadError if a process, except those of pageferry, maps a part of this range of a file for writing.
+
+    QEMU would share the memory of that process with the guest `name`. A path that is not a file is accepted: QEMU
+    creates a file for it.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return
+    if not stat.S_ISREG(status.st_mode):
+        return
+
+    users = {
+        one.pid
+        for one in _engine.scan_mappers([(status.st_dev, status.st_ino, status.st_dev)]).mappings
+        if one.writable and not one.engine and one.offset < offset + length and offset < one.offset + one.length
+    }
+    if users:
+        raise WorkloadError(
+            f"cannot start {name}: {_processes(sorted(users))} maps {path} for writing, and would share that "
+            "memory with the guest; give the guest another mem-path"
         )
 
 
@@ -136,17 +161,10 @@ def _scan(file: int, length: int, sharing: Sharing) -> Found:
 
 
 def _is_ours(pid: int, address: int) -> bool:
-    """Return whether pageferry has created the mapping in this process: the arena itself, or a view of its memory."""
+    """Return whether pageferry has created the mapping at this address: the arena itself, or a view of its memory."""
     if pid != os.getpid():
         return False
     return any(start <= address < start + length for start, length in _engine.own_mappings())
-
-
-def _is_pageferry(pid: int) -> bool:
-    """Return whether a process has loaded pageferry's engine, and thus accesses the memory for another command."""
-    with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
-        return b"/_engine.abi3.so" in file.read()
-    return False
 
 
 def _shows(known: Segment, found: Segment) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pageferry import _engine
 
@@ -55,12 +55,44 @@ class Region:
     """Mappings of the region in the workload's processes."""
 
 
+class PlacedSegment(Protocol):
+    """Mapping of a part of a region: a `Segment`, or the record of one."""
+
+    @property
+    def pid(self) -> int:
+        """Process that maps the part."""
+
+    @property
+    def address(self) -> int:
+        """Address of the mapping."""
+
+    @property
+    def length(self) -> int:
+        """Length, bytes."""
+
+    @property
+    def offset(self) -> int:
+        """Start of the mapping within the region, bytes."""
+
+
+class Placed(Protocol):
+    """Region that is mapped: a `Region`, or the record of one."""
+
+    @property
+    def length(self) -> int:
+        """Length, bytes."""
+
+    @property
+    def segments(self) -> Sequence[PlacedSegment]:
+        """Mappings of the region."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Kind, name and details of a workload. A destination may refuse them before other data is sent."""
+    """Kind, name and details of a workload. A destination checks them before other data is sent."""
 
     kind: str
     """Kind of the workload: `arena`, `qemu` or `process`."""
     name: str
     details: dict[str, Any] = field(default_factory=dict)
-    """Details that depend on the kind, for checks and messages (QEMU version, machine type...)."""
+    """Details that depend on the kind, for checks and error messages (QEMU version, machine type...)."""

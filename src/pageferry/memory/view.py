@@ -1,5 +1,5 @@
-"""View of a workload's memory for the engine: a mapping of every region, and the addresses where the workload maps
-it."""
+"""View of a workload's memory for the engine: a mapping of every region, and the addresses of the region in the
+processes of the workload."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 from pageferry._engine import MappedSegment, Mapping, PageSet, ProcessRange, Space
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.memory import bitmaps
-from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Region, Segment
+from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE, Placed, PlacedSegment, Region
 
 
 class Extent(Protocol):
@@ -63,6 +63,11 @@ class Readable:
     def restore_large_mappings(self, units: list[list[bool]]) -> None:
         """Restore the PMD mappings of huge pages that write traces have split."""
 
+    def page_sets(self, *, full: bool = False) -> list[PageSet]:
+        """Return one page set per region, empty or full."""
+        made = PageSet.full if full else PageSet
+        return [made(region.length // SMALL_PAGE) for region in self.regions]
+
     def present(self) -> int:
         """Return the number of bytes in data extents (SEEK_DATA)."""
         return sum(end - start for mapping in self.mappings for start, end in mapping.data_ranges())
@@ -73,7 +78,7 @@ class HasRegions(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the workload, for messages."""
+        """Name of the workload, for error messages."""
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -95,7 +100,7 @@ class Memory(Readable):
             ]
             self._segments = segments_of(self.regions)
         except ProcessLookupError as gone:
-            raise WorkloadDied(f"{workload.name}: one of its processes has exited") from gone
+            raise WorkloadDied(f"cannot map the memory of {workload.name}: one of its processes has exited") from gone
         except OSError as error:
             raise WorkloadError(f"cannot map the memory of {workload.name}: {error}") from error
         self.name = workload.name
@@ -117,8 +122,8 @@ class Memory(Readable):
             found, mapped = os.fstat(region.fd).st_size, region.file_offset + region.length
             if found < mapped:
                 raise WorkloadError(
-                    f"{self.name}: the file of its memory ({region.name}) was truncated to {found} bytes, of "
-                    f"which {mapped} are mapped; restart the workload"
+                    f"cannot use the memory of {self.name}: the file of {region.name} was truncated to {found} bytes, "
+                    f"and {mapped} bytes of it are mapped; restart the workload"
                 )
 
     def large_units(self) -> list[list[bool]]:
@@ -127,11 +132,6 @@ class Memory(Readable):
             _data_units(mapping) if region.page_size == LARGE_PAGE else mapping.large_units()
             for region, mapping in zip(self.regions, self.mappings, strict=True)
         ]
-
-    def page_sets(self, *, full: bool = False) -> list[PageSet]:
-        """Return one page set per region, empty or full."""
-        made = PageSet.full if full else PageSet
-        return [made(region.length // SMALL_PAGE) for region in self.regions]
 
     def data_of(self, pages: list[PageSet]) -> list[PageSet]:
         """Return those of the given pages that are in data extents. The others are in holes, which read as zeros."""
@@ -152,7 +152,7 @@ class Memory(Readable):
         ]
 
     def restore_large_mappings(self, units: list[list[bool]]) -> None:
-        """Restore the PMD mappings of huge pages that write traces have split. Failures leave PTE mappings."""
+        """Restore the PMD mappings of huge pages that write traces have split. After a failure, PTE mappings remain."""
         for one in self.segments:
             for start, end in bitmaps.runs(units[one.region]):
                 begin = max(start * LARGE_PAGE - one.first_page * SMALL_PAGE, 0)
@@ -168,20 +168,21 @@ def _collapse(space: Space, address: int, length: int) -> None:
 
 
 def segments_of(regions: Sequence[Region]) -> list[MappedSegment]:
-    """Return the segments of the regions. Raises ProcessLookupError if a process has exited, OSError."""
+    """Return the segments of the regions. Raises ProcessLookupError if a process has exited, OSError if one cannot be
+    traced."""
     spaces = {pid: Space(pid) for pid in {segment.pid for region in regions for segment in region.segments}}
     return mapped(spaces, numbered(regions))
 
 
-def numbered(regions: Sequence[Region]) -> Iterator[tuple[int, Segment]]:
-    """Yield all segments of the regions, each with the number of its region."""
+def numbered(regions: Sequence[Placed]) -> Iterator[tuple[int, PlacedSegment]]:
+    """Yield all segments of the regions, each with the index of its region."""
     for number, region in enumerate(regions):
         yield from ((number, segment) for segment in region.segments)
 
 
-def mapped(spaces: dict[int, Space], segments: Iterable[tuple[int, Segment]]) -> list[MappedSegment]:
+def mapped(spaces: dict[int, Space], segments: Iterable[tuple[int, PlacedSegment]]) -> list[MappedSegment]:
     """Return segments in the form that the engine takes. `spaces`: address spaces of their processes, by pid;
-    `segments`: each with the number of its region."""
+    `segments`: each with the index of its region."""
     return [
         MappedSegment(spaces[segment.pid], segment.address, segment.length, number, segment.offset // SMALL_PAGE)
         for number, segment in segments

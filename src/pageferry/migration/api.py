@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from pageferry import values
 from pageferry.errors import (
@@ -15,14 +15,16 @@ from pageferry.errors import (
     OutcomeUnknown,
     PeerRefused,
     ProtocolError,
+    UnsupportedError,
     UsageError,
     WorkloadDied,
     WorkloadError,
 )
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, in_thread, synchronous
+from pageferry.migration import disk_source
 from pageferry.migration.events import MigrationResult
-from pageferry.migration.options import Options, RecoverOptions
+from pageferry.migration.options import MigrationArguments, Options, RecoverArguments, RecoverOptions
 from pageferry.migration.ownership import RECORD, Committed, committed
 from pageferry.migration.postcopy_source import serve_on
 from pageferry.migration.session import Job
@@ -39,26 +41,46 @@ from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.deferred_access import AcquiredPager, acquire_uffd, wait_complete
 from pageferry.workloads.folders import folder_of
 from pageferry.workloads.lifecycle import LocalWorkload
-from pageferry.workloads.managed import managed
-from pageferry.workloads.protocols import Migratable
+from pageferry.workloads.managed import HasArena, managed
+from pageferry.workloads.protocols import Migratable, announce, clone_of, placed_regions
 
 T = TypeVar("T")
 
 
 async def migrate_async(
-    workload: Arena | Migratable, address: str, *, listener: Listener = ignore, **options: Any
+    workload: Arena | HasArena | Migratable,
+    address: str,
+    *,
+    listener: Listener = ignore,
+    **options: Unpack[MigrationArguments],
 ) -> MigrationResult:
-    """Migrate a running workload to the receiver at `address` (unix:PATH, HOST:PORT). On return, it runs there.
+    """Migrate a running workload to the receiver at `address` (unix:PATH, HOST:PORT). When the call returns, the
+    workload runs there.
 
     `options` are the fields of `pageferry.migration.options.Options`: mode, max_downtime (seconds), max_rounds,
-    auto_converge, trace_granularity, large_pages, populate, codec, adaptive, bandwidth (bytes per second), streams,
-    disks, timeout (seconds), insecure, tls, tls_hostname. `listener` is called with an event after every round.
+    auto_converge, trace_granularity, large_pages, memory, populate, codec, adaptive, bandwidth (bytes per second),
+    streams, disks, copy_disks, timeout (seconds), insecure, tls, tls_hostname. `listener` is called with an event after
+    every round.
 
     Raises UsageError for invalid options, and MigrationError if the migration failed. The workload then keeps running
     at the source, with two exceptions. After OutcomeUnknown, it is paused until `recover` has learned the outcome.
     After PostcopyPaused, it runs at the destination and waits for pages that `recover` sends.
+
+    Examples:
+        >>> from queue import Queue
+        >>> from threading import Thread
+        >>> import pageferry
+        >>> addresses, received = Queue(), Queue()
+        >>> def receive():  # usually another program, on this host or another one
+        ...     received.put(pageferry.receive("127.0.0.1:0", listening=addresses.put))
+        >>> Thread(target=receive).start()
+        >>> arena = pageferry.Arena("1MiB")
+        >>> memoryview(arena)[5000] = 7
+        >>> result = pageferry.migrate(arena, addresses.get())
+        >>> print(result.status, arena.status, memoryview(received.get())[5000])
+        completed moved 7
     """
-    managed(workload)
+    workload = managed(workload)
     values.function("listener", listener)
     check_listener("listener", listener)
     chosen = values.options(Options, options)
@@ -74,6 +96,9 @@ migrate = synchronous(migrate_async)
 
 
 async def _migrate(workload: Migratable, address: str, options: Options, listener: Listener) -> MigrationResult:
+    workload.check_migratable()
+    _check_clone(workload, options)
+    disk_source.check(workload, options)
     trust = options.trust()
     target = resolve(address, insecure=options.insecure, what="destination", trust=trust)
     folder = folder_of(workload)
@@ -97,10 +122,25 @@ async def _migrate(workload: Migratable, address: str, options: Options, listene
             await asyncio.shield(in_thread(hold.release))
 
 
+def _check_clone(workload: Migratable, options: Options) -> None:
+    """Raise UnsupportedError if a clone would be migrated in a mode that clones do not support, UsageError if an option
+    for clones is given for another workload."""
+    clone = clone_of(workload)
+    if clone is None and options.memory == "shared":
+        raise UsageError(
+            f"`memory` shared is not possible for {workload.name}: it does not share the memory of an image; omit it"
+        )
+    if clone is not None and options.mode != "precopy":
+        raise UnsupportedError(
+            f"cannot migrate {workload.name} in {options.mode} mode: it shares the memory of {clone.image}; use `mode` "
+            "precopy"
+        )
+
+
 async def _of_arena(
     arena: Arena, work: Callable[[LocalWorkload, Listener], Coroutine[Any, Any, T]], listener: Listener = ignore
 ) -> T:
-    """Run an operation on an arena outside its caller's event loop, as a separate controller (see `lifecycle`)."""
+    """Run an operation on an arena outside the caller's event loop, as a separate controller (see `lifecycle`)."""
 
     async def run(heard: Listener) -> T:
         workload = arena.workload()
@@ -123,6 +163,8 @@ async def _state_of(workload: Migratable) -> str:
 async def _page_tables(workload: Migratable, options: Options) -> AcquiredPager | None:
     """Ensure that write traces can be installed. Return the acquired pager of a workload with deferred memory,
     otherwise None."""
+    if clone_of(workload) is not None:
+        return None  # its base is loaded by another pager, and checkpoints leave no trace
     if options.mode == "postcopy":
         # The destination may request any page once the workload runs there, so all pages must be loaded first.
         await wait_complete(workload)
@@ -138,11 +180,11 @@ async def _page_tables(workload: Migratable, options: Options) -> AcquiredPager 
 
 
 async def recover_async(
-    workload: Arena | Migratable,
+    workload: Arena | HasArena | Migratable,
     doubt: OutcomeUnknown | None = None,
     *,
     listener: Listener = ignore,
-    **options: Any,
+    **options: Unpack[RecoverArguments],
 ) -> Owner:
     """Resolve a migration whose outcome is unknown, or reconnect one that lost its link in post-copy.
 
@@ -154,9 +196,20 @@ async def recover_async(
     tls_hostname (default: the name that the migration was sent to).
 
     Raises UsageError if there is no such migration, OutcomeUnknown if the peer cannot be reached or has no record of
-    it, PostcopyPaused if pages cannot be sent.
+    the migration, PostcopyPaused if pages cannot be sent.
+
+    Examples:
+        >>> import pageferry
+        >>> arena = pageferry.Arena("1MiB")
+        >>> try:
+        ...     result = pageferry.migrate(arena, "127.0.0.1:1")  # no process listens there
+        ... except pageferry.errors.OutcomeUnknown as doubt:
+        ...     print(pageferry.recover(arena, doubt))
+        ... except pageferry.errors.MigrationError:
+        ...     print(arena.status)  # the migration failed, and nothing has changed
+        running
     """
-    managed(workload)
+    workload = managed(workload)
     values.function("listener", listener)
     check_listener("listener", listener)
     values.optional(values.instance, "doubt", doubt, OutcomeUnknown)
@@ -175,7 +228,7 @@ async def _recover(
     record = _in_doubt(workload, doubt)
     trust = options.trust(record.hostname)
     address = resolve(record.peer, insecure=options.insecure, what="peer", trust=trust)
-    owners = peer_users.owners_of(segment.pid for region in workload.regions for segment in region.segments)
+    owners = peer_users.owners_of(segment.pid for region in placed_regions(workload) for segment in region.segments)
     async with _asked(address, record, workload.name, options.timeout, trust, owners) as (outcome, channel):
         if outcome.owner == "destination":
             if record.keeps_pages and not outcome.complete:
@@ -197,20 +250,28 @@ async def _recover(
     return outcome.owner
 
 
-async def take_back_async(workload: Arena | Migratable, doubt: OutcomeUnknown | None = None) -> None:
+async def take_back_async(workload: Arena | HasArena | Migratable, doubt: OutcomeUnknown | None = None) -> None:
     """Restore the workload at the source to its state before the migration: running, or paused if its user had paused
     it.
 
-    Only for a caller that knows that the destination does not run the workload and never will. `doubt`: as for
-    `recover`. Raises UsageError if the workload was not handed over.
+    Call this function only if the destination does not run the workload and never will. `doubt`: as for `recover`.
+    Raises UsageError if the workload was not handed over.
+
+    Examples:
+        >>> import pageferry
+        >>> arena = pageferry.Arena("1MiB")
+        >>> pageferry.take_back(arena)  # it was not migrated
+        Traceback (most recent call last):
+        pageferry.errors.UsageError: cannot recover ...: no migration of it is pending recovery
     """
-    managed(workload)
+    workload = managed(workload)
     values.optional(values.instance, "doubt", doubt, OutcomeUnknown)
     if isinstance(workload, Arena):
         await _of_arena(workload, lambda moved, _: take_back_async(moved, doubt))
         return
     record = _in_doubt(workload, doubt)
     await workload.revert(record.changes)
+    await announce(workload)
     if (folder := folder_of(workload)) is not None:
         folder.forget(RECORD)
 
@@ -223,7 +284,7 @@ def _in_doubt(workload: Migratable, doubt: OutcomeUnknown | None) -> Committed:
     if doubt is not None and doubt.migration and (record is None or record.migration != doubt.migration):
         return Committed(migration=doubt.migration, peer=doubt.peer, hostname=doubt.hostname)
     if record is None:
-        raise UsageError(f"no migration of {workload.name} is pending recovery")
+        raise UsageError(f"cannot recover {workload.name}: no migration of it is pending recovery")
     return record
 
 

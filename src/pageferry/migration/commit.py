@@ -92,7 +92,7 @@ class Commit:
         job, peer = self._session.job, self._session.statistics.peer
         ask = f"pageferry migrate {job.workload.name} --recover" if job.folder else "pageferry.recover"
         return OutcomeUnknown(
-            f"{job.workload.name}: no reply to the commit from {peer} ({reason_of(error)}). The workload "
+            f"{job.workload.name}: no reply from {peer} to the commit ({reason_of(error)}). The workload "
             f"stays paused on this host; to learn the outcome, run: {ask}",
             job.migration,
             peer,

@@ -11,7 +11,9 @@ STALL_ROUNDS = 4
 """Number of consecutive rounds without progress that count as a stall."""
 HYBRID_BUDGET = 1.8
 """Budget of a hybrid migration: number of times that each byte may be sent on average before the migration switches to
-post-copy. Less than 2, because a round may leave more than the previous one."""
+post-copy. It is less than 2, because a round may leave more than the previous one."""
+NO_DISKS = (0, 0.0)
+"""Remaining bytes and seconds of a migration that copies no disks."""
 PROGRESS = 0.9
 """Fraction of the lowest remainder so far. A round makes progress if it leaves less than this."""
 
@@ -30,9 +32,9 @@ class Decision(Enum):
 class Convergence:
     """Policy that decides after each round from the number of bytes left to send.
 
-    Switches over if the remaining bytes can be sent within `max_downtime` seconds at the measured bandwidth. Reports a
-    stall after `max_rounds` rounds, after `STALL_ROUNDS` consecutive rounds without progress, or if sending all
-    remaining pages twice could exceed the budget.
+    The policy switches over if the remaining bytes can be sent within `max_downtime` seconds at the measured bandwidth.
+    It reports a stall after `max_rounds` rounds, after `STALL_ROUNDS` consecutive rounds without progress, or if
+    sending all remaining pages twice could exceed the budget.
     """
 
     max_downtime: float
@@ -43,8 +45,8 @@ class Convergence:
     throttles: int = 0
     """Number of throttle steps left. One is applied after each round without progress."""
     bandwidth: float = 0.0
-    """Smoothed bandwidth, bytes of memory per second. Counts the memory covered, not the bytes sent, so zero pages and
-    compression raise it."""
+    """Smoothed bandwidth, bytes of memory covered per second. Zero pages and compression raise it, because the bytes
+    sent do not count."""
     rounds: int = 0
     stalled: int = 0
     least: float = field(default=float("inf"))
@@ -54,17 +56,21 @@ class Convergence:
     covered: int = 0
     """Bytes of memory covered by all rounds together."""
 
-    def after_round(self, covered: int, seconds: float, remaining: int) -> Decision:
+    def after_round(
+        self, covered: int, seconds: float, remaining: int, disks: tuple[int, float] = NO_DISKS
+    ) -> Decision:
         """Return the decision after a round that covered `covered` bytes of memory in `seconds` seconds and left
-        `remaining` bytes to send."""
+        `remaining` bytes to send. `disks`: bytes of disks left to copy, and the expected time to copy them, seconds."""
         self.rounds += 1
         self._measure(covered, seconds)
         self.first = self.first or covered
         self.covered += covered
-        if self.expected_downtime(remaining) <= self.max_downtime:
+        more, more_seconds = disks
+        if self.expected_downtime(remaining) + more_seconds <= self.max_downtime:
             return Decision.SWITCH_OVER
-        self.stalled = 0 if remaining < self.least * PROGRESS else self.stalled + 1
-        self.least = min(self.least, remaining)
+        left = remaining + more
+        self.stalled = 0 if left < self.least * PROGRESS else self.stalled + 1
+        self.least = min(self.least, left)
         if self.stalled and self.throttles and self.rounds < self.max_rounds:
             self.throttles, self.stalled = self.throttles - 1, 0
             return Decision.THROTTLE
@@ -87,7 +93,7 @@ class Convergence:
         return remaining / self.bandwidth if self.bandwidth else float("inf")
 
     def _measure(self, covered: int, seconds: float) -> None:
-        # Smoothed, because a short round measures the latency of the link rather than its bandwidth.
+        # It is smoothed, because a short round measures the latency of the link rather than its bandwidth.
         if covered and seconds > 0:
             latest = covered / seconds
             self.bandwidth = latest if not self.bandwidth else SMOOTHING * latest + (1 - SMOOTHING) * self.bandwidth

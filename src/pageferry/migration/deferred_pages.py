@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from pageferry._engine import BlockSender, Mapping, PageSet
+from pageferry._engine import BlockSender, Mapping, PageSet, ProcessRange
 from pageferry.host.fault_points import fault_point
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.migration.engine_call import off_loop
@@ -22,11 +22,15 @@ MIN_PARTS = 16
 """Divisor for the maximum size of a part: the number of all pages divided by `MIN_PARTS`, but at least `FIRST_PART`."""
 
 Part = tuple[int, int, int]
-"""Part of a region: region number, first page, number of pages."""
+"""Part of a region, as (index of the region, first page, number of pages)."""
 
 
 async def send_deferred(
-    hold: AcquiredPager, sender: BlockSender, mappings: Sequence[Mapping], pages: Sequence[PageSet], number: int
+    hold: AcquiredPager,
+    sender: BlockSender,
+    mappings: Sequence[Mapping | ProcessRange],
+    pages: Sequence[PageSet],
+    number: int,
 ) -> None:
     """Send these pages, one set per region, as round `number`, and load deferred pages ahead of sending them.
 
@@ -72,7 +76,7 @@ def parts(regions: Sequence[int]) -> Iterator[Part]:
 async def load_all(hold: AcquiredPager, regions: Sequence[int]) -> None:
     """Load all deferred pages. `regions`: number of pages of each region.
 
-    Required in post-copy, where the source must hold every page that it serves.
+    Post-copy requires this: the source must hold every page that it serves.
     """
     for part in parts(regions):
         await _load(hold, part)

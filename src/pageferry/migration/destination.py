@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from logging import getLogger
 from typing import NoReturn
 
 from pageferry.errors import ConnectionLost, PageferryError, PeerRefused, UnsupportedError
-from pageferry.host.blocking import in_thread
+from pageferry.host.blocking import ignoring_cancellation, in_thread
 from pageferry.host.fault_points import fault_point
 from pageferry.host.stopwatch import Stopwatch
 from pageferry.memory.view import Memory
-from pageferry.migration.engine_call import to_the_end, within_grace
-from pageferry.migration.incoming import Incoming, ReceivingHost, compare_regions
+from pageferry.migration.disk_destination import ReceivedDisks
+from pageferry.migration.engine_call import within_grace
+from pageferry.migration.incoming import BaseChoice, Incoming, ReceivingHost, compare_regions
 from pageferry.migration.loading import Loading
 from pageferry.migration.message_order import MessageOrder
 from pageferry.migration.ownership import CommitDecision
-from pageferry.migration.placement import Placement
+from pageferry.migration.placement import Placement, TargetMemory
 from pageferry.migration.recovery_server import RecoveryServer
 from pageferry.migration.takeover import DestinationState, TakeOver, destination_states
 from pageferry.migration.transfer import Transfer
@@ -33,7 +34,7 @@ from pageferry.migration.transport import messages
 from pageferry.migration.transport.connection import ConnectionListener, PageStream
 from pageferry.pager import page_faults
 from pageferry.pager.page_faults import CannotHandleFaults
-from pageferry.workloads.protocols import DISKS, Migratable
+from pageferry.workloads.protocols import BASE, DISKS, Migratable
 
 log = getLogger(__name__)
 
@@ -43,7 +44,7 @@ source."""
 
 
 class Destination:
-    """Receives one workload. `prepare` is called for every source that connects, until one is accepted.
+    """Receiver of one workload. `prepare` is called for every source that connects, until one is accepted.
 
     The receiver keeps listening after it has refused a source. It accepts only one source, even if that migration
     fails. `ended`: function that raises WorkloadDied when the process that waits for the device state exits; None if
@@ -70,11 +71,13 @@ class Destination:
         """Accepted migration; None until a source has been accepted."""
         self._transfer: Transfer | None = None
         """Transfer of the pages; None until the page streams are connected."""
+        self._disks: ReceivedDisks | None = None
+        """Disks that the source copies; None if it copies none."""
         self._take_over: TakeOver | None = None
         """Take-over of the workload; None until the source has committed."""
 
     async def run(self) -> Migratable:
-        """Receive a workload, and return it once it runs on this host. Raises MigrationError if it stays at the source.
+        """Receive a workload, and return it once this host owns it. Raises MigrationError if it stays at the source.
 
         Other connections are served until `close`.
         """
@@ -90,7 +93,7 @@ class Destination:
                 await incoming.receive_one(messages.Commit)
             incoming.times.phase("resume")
             self._take_over = TakeOver(incoming, transfer, self.host.decisions, self.recovery)
-            await to_the_end(self._take_over.run())
+            await ignoring_cancellation(self._take_over.run())
         except BaseException as error:
             if not await within_grace(self._give_up(incoming, error), error):
                 log.warning("the received workload does not respond: it may not have been discarded")
@@ -110,7 +113,7 @@ class Destination:
             self._opened.close()
 
     async def finish(self) -> None:
-        """Send the report, then wait until the source knows that the workload runs on this host (see
+        """Send the report, then wait until the source knows that this host owns the workload (see
         `RecoveryServer.wait_acknowledged`)."""
         await self.report()
         await self.recovery.wait_acknowledged(self.host.timeout)
@@ -131,7 +134,7 @@ class Destination:
 
     @property
     def prepared(self) -> bool:
-        """Whether Ready was sent, so the source may send Recover."""
+        """Whether Ready was sent, so that the source may send Recover."""
         return not self.state.is_in(DestinationState.LISTENING, DestinationState.RECEIVING, DestinationState.GIVEN_UP)
 
     @property
@@ -178,9 +181,9 @@ class Destination:
                 match first:
                     case messages.Hello() as hello:
                         messages.check_version(hello.version)
-                        workload = await self._prepared(hello)
+                        workload, base = await self._prepared(hello)
                         channel.limit = messages.MAX_MESSAGE
-                        return Incoming(channel, hello, workload, MessageOrder(len(hello.regions), hello.mode))
+                        return Incoming(channel, hello, workload, MessageOrder(len(hello.regions), hello.mode), base)
                     case _:
                         self.recovery.attend_aside(channel, first)
                         continue
@@ -189,8 +192,9 @@ class Destination:
                 await channel.abort(str(error))
             await channel.close()
 
-    async def _prepared(self, hello: messages.Hello) -> Migratable:
-        """Prepare the workload for a migration. If this fails, delete the records of the migration."""
+    async def _prepared(self, hello: messages.Hello) -> tuple[Migratable, BaseChoice | None]:
+        """Prepare the workload for a migration, and choose the memory of a clone. If this fails, delete the records of
+        the migration."""
         decisions = self.host.decisions
         decisions.begin(hello.migration)
         try:
@@ -198,10 +202,19 @@ class Destination:
             compare_regions(workload, hello.regions)
             if hello.mode != "precopy":
                 await check_page_faults(workload)
+            base = await self._choose_base(hello, workload)
         except BaseException:
             decisions.forget(hello.migration)
             raise
-        return workload
+        return workload, base
+
+    async def _choose_base(self, hello: messages.Hello, workload: Migratable) -> BaseChoice | None:
+        """Choose the memory of a clone; return None for any other workload."""
+        if BASE not in hello.details and self.host.memory != "shared":
+            return None
+        from pageferry.migration.clone_destination import choose_base
+
+        return await choose_base(hello, workload, self.host)
 
     # -- receiving
 
@@ -209,16 +222,23 @@ class Destination:
         """Receive the pages and the state, load them, and send Ready."""
         fault_point("destination.accepted")
         hello, count = incoming.hello, incoming.hello.streams
-        memory = self._opened.enter_context(contextlib.closing(Memory(incoming.workload)))
+        pages = count if hello.mode == "precopy" else 2 * count + 1
+        self._disks = disks = await ReceivedDisks.open(incoming)
+        memory = self._opened.enter_context(contextlib.closing(await self._open_memory(incoming)))
         with contextlib.ExitStack() as opened:  # the engine has duplicated the descriptors
-            streams = await self._streams(incoming, count if hello.mode == "precopy" else 2 * count + 1)
+            streams = await self._streams(incoming, pages)
             for stream in streams:
                 opened.enter_context(stream)
+            if disks is not None:
+                await disks.receive(streams[pages:])
+                incoming.progress = disks.transferred
             placement = await Placement.open(incoming, memory, streams[:count], self.host.timeout)
             self._opened.callback(placement.close)
             self._transfer = transfer = Transfer(incoming, placement, self.host)
             incoming.times.phase("copy")
-            state = await transfer.run(streams[count:])
+            state = await transfer.run(streams[count:pages])
+        if disks is not None:
+            await incoming.channel.during(disks.complete(self.host.timeout))
         ready = await Loading(incoming, transfer).run(state)
         fault_point("destination.loaded")
         self.state.enter(DestinationState.PREPARED)
@@ -226,12 +246,32 @@ class Destination:
         fault_point("destination.promised")
         return transfer
 
-    async def _streams(self, incoming: Incoming, count: int) -> list[PageStream]:
+    async def _open_memory(self, incoming: Incoming) -> TargetMemory:
+        """Open the memory of the workload. A clone that shares the memory of an image on this host gets a private
+        mapping of its base first."""
+        if (choice := incoming.base) is None or choice.image is None:
+            return Memory(incoming.workload)
+        from pageferry.migration.clone_destination import share_base
+
+        return await incoming.channel.during(share_base(choice, incoming.workload, self.host))
+
+    async def _streams(self, incoming: Incoming, pages: int) -> list[PageStream]:
+        """Accept the source, and return its connections: `pages` for pages, then one for each disk."""
         channel, details = incoming.channel, incoming.hello.details
-        token = secrets.token_bytes(messages.TOKEN_BYTES)
+        token = os.urandom(messages.TOKEN_BYTES)
         self.connections.expect(token, channel)
-        await channel.send(messages.Welcome(token=token, disks=DISKS in details))
-        return await channel.during(self.connections.streams(token, count, self.host.timeout))
+        copied = self._disks.numbers if self._disks is not None else None
+        base = incoming.base
+        await channel.send(
+            messages.Welcome(
+                token=token,
+                disks=DISKS in details,
+                copied=copied,
+                shares_base=base is not None and base.image is not None,
+                base_note=base.note if base is not None else "",
+            )
+        )
+        return await channel.during(self.connections.streams(token, pages + len(copied or ()), self.host.timeout))
 
     # -- failure and acknowledgement
 
@@ -245,10 +285,16 @@ class Destination:
             self._note_decision(incoming, error)
             if self._transfer is not None:
                 await self._transfer.abandon()
+            if self._disks is not None:
+                await self._disks.abandon()
             with contextlib.suppress(PageferryError):
                 await incoming.workload.discard()
         finally:
-            await incoming.channel.close()
+            try:
+                await incoming.channel.close()
+            finally:
+                if self._disks is not None:
+                    await self._disks.end_flush()
 
     def _note_decision(self, incoming: Incoming, error: BaseException) -> None:
         """Enter the final state. Delete the records if the source knows the decision or does not need it; otherwise
@@ -258,7 +304,7 @@ class Destination:
         if isinstance(error, PeerRefused) or not prepared:
             self._acknowledge(incoming)
         elif not isinstance(error, ConnectionLost):
-            # Reported, but not confirmed: the records stay, so that a later receiver can report the decision again.
+            # The source may not have received the decision: the records stay, so that a later receiver can report it.
             self.acknowledged.set()
 
     def _acknowledge(self, incoming: Incoming) -> None:

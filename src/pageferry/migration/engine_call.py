@@ -1,4 +1,4 @@
-"""Engine calls from coroutines: run in a thread, cancellable, with engine errors translated to pageferry's."""
+"""Engine calls from coroutines: run in a thread, cancellable, with engine errors translated to pageferry errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from pageferry._engine import TlsError
 from pageferry.errors import (
     AuthenticationError,
     Cancelled,
@@ -16,7 +17,7 @@ from pageferry.errors import (
     WorkloadDied,
     WorkloadError,
 )
-from pageferry.host.blocking import on_thread
+from pageferry.host.blocking import ignoring_cancellation, on_thread
 
 T = TypeVar("T")
 
@@ -36,18 +37,6 @@ async def off_loop(call: Callable[[], T], cancel: Callable[[], None] | None = No
         raise translate(error) from error
 
 
-async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Complete `work`, regardless of cancellations, and return its result.
-
-    Cancellations are dropped: the effects of `work` cannot be undone, and its result reports them.
-    """
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait((task,))
-    return task.result()
-
-
 async def within_grace(work: Coroutine[Any, Any, object], error: BaseException) -> bool:
     """Run `work`, which cleans up after `error`. If `error` is a cancellation, wait for at most GRACE seconds. Return
     whether `work` has completed.
@@ -56,7 +45,7 @@ async def within_grace(work: Coroutine[Any, Any, object], error: BaseException) 
     removes the write traces.
     """
     if not isinstance(error, asyncio.CancelledError):
-        await to_the_end(work)
+        await ignoring_cancellation(work)
         return True
     task = asyncio.ensure_future(work)
     deadline = asyncio.get_running_loop().time() + GRACE
@@ -79,7 +68,7 @@ def translate(error: OSError | ValueError) -> MigrationError | WorkloadError:
             # An errno marks an error of the kernel, whose text does not name the connection.
             what = f"the page stream failed: {error.strerror}" if error.errno else str(error)
             return ConnectionLost(what)
-        case PermissionError() if error.errno is None:
+        case TlsError():
             return AuthenticationError(str(error))
         case ProcessLookupError():
             return WorkloadDied(str(error))

@@ -1,4 +1,4 @@
-"""Events and result of a migration. Names are those of QEMU's MigrationStats where it has an equivalent."""
+"""Events and result of a migration. Names are those of QEMU's MigrationStats where QEMU has an equivalent."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
     mbps: float
     """Megabits per second on the wire."""
     dirty_rate: int
-    """Bytes of memory modified per second; 0 for a round of the switch-over, for which it is not measured."""
+    """Bytes of memory modified per second; 0 for a round of the switch-over, for which the rate is not measured."""
     cpu_throttle_percentage: int = 0
     """CPU time withheld from the workload during the round, per cent (auto-converge)."""
     switch_over: bool = False
@@ -88,7 +88,7 @@ class RoundEvent(Event, frozen=True, kw_only=True, tag="round"):
 
 
 class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
-    """Progress of a round. Sent several times a second."""
+    """Progress of a round, sent several times a second."""
 
     round: int
     done: int
@@ -99,8 +99,25 @@ class ProgressEvent(Event, frozen=True, kw_only=True, tag="progress"):
     """Megabits per second on the wire."""
 
 
+class DiskProgressEvent(Event, frozen=True, kw_only=True, tag="disk-progress"):
+    """Progress of the copies of all disks together, sent several times a second."""
+
+    done: int
+    """Bytes copied so far, including those copied again because the guest has written to them."""
+    total: int
+    """Bytes to copy, as known so far. Writes of the guest increase it."""
+    remaining: int
+    """Bytes left to copy."""
+    ready: bool
+    """Whether every disk has been copied once."""
+    sent: int
+    """Bytes on the wire for the disks so far. Zeros need few bytes."""
+    mbps: float
+    """Megabits per second on the wire for the disks."""
+
+
 class PostcopyEvent(Event, frozen=True, kw_only=True, tag="postcopy"):
-    """Progress of post-copy, at the source or the destination. Sent several times a second."""
+    """Progress of post-copy at the source or the destination, sent several times a second."""
 
     status: PostcopyStatus
     remaining: int
@@ -127,6 +144,8 @@ class Downtime(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Mapping memory at the destination, after the state is loaded."""
     resume: float
     """Resuming the workload at the destination, in phase `hand-over`."""
+    disks: float = 0.0
+    """Completing the copies of disks, before the device state is saved."""
 
 
 class LargePageCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -198,8 +217,32 @@ class DirectIo(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Number of pages sent during the pause because they belong to buffers registered with io_uring."""
 
 
+class DiskCopy(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Disk that was copied to the destination. The disk at the source is unchanged since the pause, and not in use."""
+
+    name: str
+    """Name of the drive or of the block node."""
+    path: str
+    """File or device at the source."""
+    size: int
+    """Size of the disk, bytes."""
+
+
+class CloneMove(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Memory of a clone that was migrated."""
+
+    image: str
+    """Image whose memory it shared at the source."""
+    shared: bool
+    """Whether it shares the memory of that image at the destination, so that only private pages were sent."""
+    private: int
+    """Private memory at the start of the migration, bytes."""
+    reason: str | None = None
+    """Reason why it does not share the memory at the destination; None if it does."""
+
+
 class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
-    """Result of a migration. Times in milliseconds, sizes in bytes."""
+    """Result of a migration. Times are in milliseconds, sizes in bytes."""
 
     status: Status
     mode: Mode
@@ -212,11 +255,12 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     downtime: float
     downtime_parts: Downtime
     phases: dict[str, float] = msgspec.field(default_factory=dict)
-    """Duration of the consecutive phases, which add up to `total-time`: setup, copy, prepare (for the pause), stop,
-    last-pages (with saving the state), load (until the destination is ready), hand-over (until the workload runs
-    there), and postcopy or report. The phases from stop to hand-over are the downtime."""
+    """Duration of the consecutive phases, which add up to `total-time`: setup, copy, disks (wait until disks are
+    copied, with --copy-disks), prepare (for the pause), stop, last-pages (with completing the copies of disks and
+    saving the state), load (until the destination is ready), hand-over (until the workload runs there), and postcopy or
+    report. The phases from stop to hand-over are the downtime."""
     transferred: int
-    """Bytes on the wire, without control messages and device state."""
+    """Bytes on the wire, without control messages, device state and disks."""
     memory: int
     normal: int
     """Number of pages sent with their contents."""
@@ -239,6 +283,12 @@ class MigrationResult(Event, frozen=True, kw_only=True, tag="migration"):
     """Number of pages that the destination requested because of page faults."""
     postcopy: PostcopyCount | None = None
     """Post-copy phase; None if every page was present before the workload resumed."""
+    disks: list[DiskCopy] = msgspec.field(default_factory=list)
+    """Disks that were copied."""
+    disks_transferred: int = 0
+    """Bytes on the wire for the disks."""
+    clone: CloneMove | None = None
+    """Memory of a clone; None for any other workload."""
 
 
 class Listening(Event, frozen=True, tag="listening"):

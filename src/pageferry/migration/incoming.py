@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from pageferry.errors import WorkloadError
 from pageferry.events import Listener, ignore
-from pageferry.host.registry import Folder
+from pageferry.host.registry import Folder, Registry
 from pageferry.host.stopwatch import Stopwatch
+from pageferry.images.metadata import ImageIdentity
 from pageferry.migration.message_order import MessageOrder
+from pageferry.migration.options import MoveMemory
 from pageferry.migration.ownership import CommitDecisions
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.channel import Channel
 from pageferry.workloads.protocols import Migratable
 
 M = TypeVar("M", bound=messages.Message)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseChoice:
+    """Decision of the destination whether a clone shares the memory of an image on this host."""
+
+    identity: ImageIdentity
+    image: Path | None
+    """Image on this host; None if the clone receives separate memory."""
+    note: str = ""
+    """Reason for separate memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +44,13 @@ class ReceivingHost:
     folder: Callable[[], Folder | None] = lambda: None
     """Function that returns the directory for records of post-copy, or None for a workload without a name."""
     listener: Listener = ignore
+    registry: Registry = field(default_factory=Registry)
+    """Run directory with the records of bases."""
+    memory: MoveMemory = "auto"
+    """Memory of a received clone: shared with its image if this host has it (`auto`), always shared, or separate
+    (`own`)."""
+    bases: Sequence[Path] = ()
+    """Images whose memory received clones may share, and directories of such images."""
 
 
 @dataclass(slots=True)
@@ -40,12 +61,19 @@ class Incoming:
     hello: messages.Hello
     workload: Migratable
     order: MessageOrder
+    base: BaseChoice | None = None
+    """Choice of the memory of a clone; None for any other workload, and for a clone whose source sends all pages."""
+    progress: Callable[[], int] = lambda: 0
+    """Function that returns the number of bytes that the connections of disks have transferred."""
     times: Stopwatch = field(default_factory=lambda: Stopwatch("setup"))
 
     async def receive(self) -> messages.AnyMessage:
-        """Return the next message. Raises ProtocolError if the message is invalid in the current state, and the errors
-        of `Channel.receive_any`."""
-        message = await self.channel.receive_any(self.order.expected)
+        """Return the next message. While bytes of disks are transferred, the wait is not limited: the source sends no
+        messages until all disks have been copied once.
+
+        Raises ProtocolError if the message is invalid in the current state, and the errors of `Channel.receive_any`.
+        """
+        message = await self.channel.receive_any(self.order.expected, self.progress)
         self.order.receive(message)
         return message
 
@@ -67,8 +95,8 @@ def compare_regions(workload: Migratable, regions: list[messages.RegionInfo]) ->
     theirs = [(region.name, region.length) for region in regions]
     if ours != theirs:
         raise WorkloadError(
-            f"the memory does not match: the source has {_describe(theirs)}, the destination has "
-            f"{_describe(ours)}; start the destination with the options of the source"
+            f"cannot receive {workload.name}: the source has {_describe(theirs)}, the destination {_describe(ours)}; "
+            "start the destination with the options of the source"
         )
 
 

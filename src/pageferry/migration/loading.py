@@ -16,7 +16,7 @@ log = getLogger(__name__)
 
 
 class Loading:
-    """Loads the state of a workload whose pages have been received, and populates its page tables (S1, S5)."""
+    """Step that loads the state of a workload whose pages were received, and populates its page tables (S1, S5)."""
 
     def __init__(self, incoming: Incoming, transfer: Transfer) -> None:
         self._incoming = incoming
@@ -52,7 +52,7 @@ class Loading:
             await off_loop(lambda: placer.finish(populate_rest=mode == "all"))
         except PageferryError as error:
             log.warning("page-table entries are created on first access: %s", error)
-        if mode != "none":
+        if mode != "none" and not self._transfer.placement.is_clone:  # pages of a clone are mapped on first access
             await self._prefault(hot if mode == "hot" else None)
 
     async def _populate_present(self, postcopy: PostcopyMemory) -> None:
@@ -62,7 +62,7 @@ class Loading:
             await self._prefault(self._whole_units())
 
     def _whole_units(self) -> dict[int, list[int]]:
-        """Return the units, per region, that are backed by huge pages and have all of their pages."""
+        """Return the units, per region, that are backed by huge pages and whose pages are all present."""
         missing = [pages.unit_counts() for pages in self._transfer.missing.sets]
         large = self._transfer.placement.memory.large_units()
         return {

@@ -112,7 +112,7 @@ class MessageOrder:
         if following is None:
             raise self._refused(kind)
         if isinstance(message, Missing) and self._mode == "precopy":
-            raise ProtocolError("the source announced pre-copy but withholds pages")
+            raise ProtocolError("the peer sent missing pages, although it has announced pre-copy")
         self.state = following
         if isinstance(message, LargePages | Hot | Missing):
             self._count(message)
@@ -128,8 +128,8 @@ class MessageOrder:
     def _count(self, message: LargePages | Hot | Missing) -> None:
         """Check the region of a message, and change the state after the last region."""
         if message.region != self._region:
-            what = "bitmap of huge pages" if isinstance(message, LargePages) else type(message).__name__
-            raise ProtocolError(f"{what} of region {message.region}, expected {self._region}")
+            what = "the bitmap of huge pages" if isinstance(message, LargePages) else type(message).__name__
+            raise ProtocolError(f"the peer sent {what} of region {message.region} instead of region {self._region}")
         if not isinstance(message, Missing) or message.last:
             self._region += 1
         if self._region == self._regions:
@@ -138,4 +138,4 @@ class MessageOrder:
     def _refused(self, kind: type[Message]) -> ProtocolError:
         if len(_RECEIVED.get(self.state, {})) == 1:
             return ProtocolError(f"the peer sent {kind.__name__} instead of {self.expected}")
-        return ProtocolError(f"the peer sent {kind.__name__} during the transfer; expected {self.expected}")
+        return ProtocolError(f"the peer sent {kind.__name__} during the transfer instead of {self.expected}")

@@ -52,8 +52,8 @@ async def send_missing(channel: Channel, sets: Sequence[PageSet]) -> None:
     for region, pages in enumerate(sets):
         packed = pages.pack()
         for start in range(0, max(len(packed), 1), MISSING_CHUNK):
-            piece = packed[start : start + MISSING_CHUNK]
-            await channel.send(Missing(region=region, data=piece, last=start + MISSING_CHUNK >= len(packed)))
+            chunk = packed[start : start + MISSING_CHUNK]
+            await channel.send(Missing(region=region, data=chunk, last=start + MISSING_CHUNK >= len(packed)))
 
 
 async def receive_missing(channel: Channel, pages: Sequence[int]) -> list[PageSet]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 from pageferry.errors import UsageError
 from pageferry.migration.transport.messages import MAX_STREAMS, Codec, Mode, Populate
@@ -16,19 +16,52 @@ if TYPE_CHECKING:
 
 Granularity = Literal["4K", "2M", "auto"]
 LargePages = Literal["keep", "ignore"]
+MoveMemory = Literal["auto", "shared", "own"]
 Disks = Literal["checked", "shared"]
 TIMEOUT = Duration(0.1, 3600.0)
 """Type of a timeout: seconds of silence after which a peer counts as lost."""
 
 AUTO_RELEASE = 256
-"""Number of fired traces, of the 512 of a huge page, at which `auto` releases the page. At 256, half of them, at most
-twice the written memory is sent. Lower values help fast writers, but can prevent a migration from converging
+"""Number of written base pages, of the 512 of a huge page, at which `auto` unprotects the whole huge page. With 256, at
+most twice the written memory is sent. Lower values help fast writers, but can prevent a migration from converging
 (docs/benchmarks.md)."""
+
+
+class MigrationArguments(TypedDict, total=False):
+    """Keyword arguments of `migrate` for the fields of `Options`."""
+
+    mode: Mode
+    max_downtime: float | str
+    max_rounds: int
+    auto_converge: bool
+    trace_granularity: Granularity
+    large_pages: LargePages
+    memory: MoveMemory
+    populate: Populate
+    codec: Codec
+    adaptive: bool
+    bandwidth: int | str
+    streams: int
+    disks: Disks
+    copy_disks: bool
+    timeout: float | str
+    tls: str | os.PathLike[str] | None
+    tls_hostname: str | None
+    insecure: bool
+
+
+class RecoverArguments(TypedDict, total=False):
+    """Keyword arguments of `recover` for the fields of `RecoverOptions`."""
+
+    timeout: float | str
+    tls: str | os.PathLike[str] | None
+    tls_hostname: str | None
+    insecure: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a migration, as those of `pageferry migrate`.
+    """Options of a migration, the same as those of `pageferry migrate`.
 
     Durations are in seconds and rates in bytes per second, or strings such as `30ms` and `100M`. Raises UsageError.
     """
@@ -43,12 +76,15 @@ class Options:
     auto_converge: Annotated[bool, "copying"] = False
     """Throttle the CPU time of the workload in steps while the rounds do not converge (control groups)."""
     trace_granularity: Annotated[Granularity, "copying"] = "auto"
-    """Unit of the write trace: base pages, huge pages, or adapted to the writes."""
+    """Unit of the write trace: base pages, huge pages, or a unit adapted to the writes."""
     large_pages: Annotated[LargePages, "memory at the destination"] = "keep"
     """Preserve huge pages at the destination, or ignore them."""
+    memory: Annotated[MoveMemory, "memory at the destination"] = "auto"
+    """Memory of a clone, which shares the memory of an image: send only its private pages if the destination has that
+    image (`auto`), require this (`shared`), or send all pages (`own`); see docs/clones.md."""
     populate: Annotated[Populate, "memory at the destination"] = "all"
-    """Page-table entries created before the workload resumes: of all pages, during the transfer; of the pages modified
-    during the migration (`hot`); or none."""
+    """Page-table entries created before the workload resumes: those of all pages, during the transfer (`all`), those of
+    the pages modified during the migration (`hot`), or none."""
     codec: Annotated[Codec, "copying"] = "none"
     """Compression of page blocks."""
     adaptive: Annotated[bool, "copying"] = False
@@ -58,8 +94,11 @@ class Options:
     streams: Annotated[int, Count(1, MAX_STREAMS), "copying"] = 2
     """Number of parallel page streams."""
     disks: Annotated[Disks, "disks of a guest"] = "checked"
-    """Require disks of a guest that are known to be the same at the destination (docs/disks.md), or accept files,
-    devices and exports that may be others (`shared`), because the storage is shared in a way that cannot be checked."""
+    """Require that the disks of a guest are known to be the same at the destination (`checked`), or trust the user that
+    files, devices and exports which cannot be compared are the same (`shared`); see docs/disks.md."""
+    copy_disks: Annotated[bool, "disks of a guest"] = False
+    """Copy the writable disks of a guest that are not the same at the destination. The corresponding disks of the
+    receiver must be empty and of equal size. The disks at the source are not changed."""
     timeout: Annotated[float, TIMEOUT, "connection"] = 30.0
     """Fail when the peer has been silent for this time, such as 30s or 1m."""
     tls: Annotated[str | os.PathLike[str] | None, PathName(metavar="DIR"), "connection"] = None
@@ -73,7 +112,16 @@ class Options:
     def __post_init__(self) -> None:
         check(self)
         if self.auto_converge and self.mode != "precopy":
-            raise UsageError(f"`auto_converge` requires `mode` precopy: {self.mode} ends at any dirty rate")
+            raise UsageError(
+                f"`auto_converge` requires `mode` precopy: {self.mode} ends at any dirty rate; remove `auto_converge`"
+            )
+        for name in ("max_rounds", "trace_granularity"):
+            if self.mode == "postcopy" and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UsageError(f"`{name}` has no effect with `mode` postcopy, which has no rounds; remove it")
+        if self.adaptive and self.codec == "none":
+            raise UsageError(
+                "`adaptive` requires a `codec`, without which nothing is compressed: choose one, or remove `adaptive`"
+            )
         _check_hostname(self.tls_hostname, self.tls)
 
     def trust(self) -> Trust | None:
@@ -82,13 +130,13 @@ class Options:
 
     @property
     def release_after(self) -> int:
-        """Number of fired traces at which `trace_granularity` releases a huge page; 0 if it releases none."""
+        """Number of written base pages at which the write trace unprotects a huge page; 0 if it never does."""
         return {"4K": 0, "2M": 1, "auto": AUTO_RELEASE}[self.trace_granularity]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoverOptions:
-    """Options of a recovery, as those of a migration. Raises UsageError."""
+    """Options of a recovery, with the meaning that they have for a migration. Raises UsageError."""
 
     timeout: Annotated[float, TIMEOUT] = 30.0
     """Fail when the peer has been silent for this time."""
@@ -119,4 +167,7 @@ def _trust(tls: str | os.PathLike[str] | None, hostname: str | None) -> Trust | 
 
 def _check_hostname(hostname: str | None, tls: str | os.PathLike[str] | None) -> None:
     if hostname is not None and tls is None:
-        raise UsageError("`tls_hostname` requires `tls`: without certificates there is no name to compare")
+        raise UsageError(
+            "`tls_hostname` requires `tls`: without certificates there is no name to compare; remove `tls_hostname`, "
+            "or add `tls`"
+        )

@@ -1,10 +1,10 @@
 """Ownership of the workload: what each side persists before it takes a step that cannot be undone.
 
 1. The source records that it has committed before it sends Commit. From then on it never runs the workload on its own.
-2. The destination decides once: COMMITTED before it resumes the workload, ABORTED before it reports that it will not.
-   The decision that is written first holds, regardless of the process that writes it (`CommitDecisions.decide`).
-   COMMITTED is withdrawn in one case: the process that was to run the workload exited before it was requested to run
-   it.
+2. The destination decides once: COMMITTED before it resumes the workload, ABORTED before it reports that it will not
+   resume it. The decision that is written first holds, regardless of the process that writes it
+   (`CommitDecisions.decide`). COMMITTED is withdrawn in one case: the process that was to run the workload exited
+   before the request to do so.
 3. In post-copy, the source keeps every page until the destination has recorded that it has all of them, and has
    reported this.
 
@@ -37,7 +37,7 @@ VERSION = 2
 
 
 class Committed(msgspec.Struct, frozen=True, kw_only=True):
-    """Record of the source that it has committed a workload. The outcome may be unknown."""
+    """Record that the source has committed a workload. The outcome may be unknown."""
 
     version: int = 1
     migration: str
@@ -53,7 +53,8 @@ class Committed(msgspec.Struct, frozen=True, kw_only=True):
     codec: Codec = "none"
     bandwidth: int = 0
     adaptive: bool = False
-    """Option of the migration, as are `streams`, `codec` and `bandwidth`. They apply to the missing pages too."""
+    """`streams`, `codec`, `bandwidth` and `adaptive` are the options of the migration; they apply to the missing pages
+    too."""
     changes: dict[str, Any] = {}
     """Changes to undo before the workload runs at the source again: see `workloads.protocols.Migratable`. Empty if
     unknown."""
@@ -64,7 +65,8 @@ def committed(folder: Folder | None) -> Committed | None:
     record = folder.load(RECORD, Committed) if folder is not None else None
     if record is not None and record.version > VERSION:
         raise WorkloadError(
-            f"unsupported version {record.version} of {RECORD}: expected up to {VERSION}; use a newer pageferry"
+            f"cannot read {RECORD}: unsupported version {record.version}, this pageferry supports up to {VERSION}; use "
+            "a newer pageferry"
         )
     return record
 
@@ -111,7 +113,7 @@ class CommitDecisions:
         try:
             os.close(files.open_private(self._begun(migration), os.O_WRONLY | os.O_EXCL))
         except FileExistsError as known:
-            raise UsageError(f"the id {migration} of the migration was used before on this host") from known
+            raise UsageError(f"cannot begin migration {migration}: this host has already used the id; retry") from known
         try:
             for decision in CommitDecision:
                 files.replace_file(self._prepared(migration, decision), decision.value.encode(), synced=True)
@@ -126,7 +128,7 @@ class CommitDecisions:
         return self._begun(migration).exists()
 
     def decide(self, migration: str, decision: CommitDecision) -> CommitDecision:
-        """Decide `decision`, unless a decision exists. Return the decision that holds; it is durable.
+        """Record `decision`, unless a decision exists. Return the decision that holds; it is durable.
 
         Raises WorkloadError if the decision cannot be written; in that case, nothing has been decided.
         """
@@ -134,7 +136,7 @@ class CommitDecisions:
         try:
             if target.exists():
                 return CommitDecision(target.read_text(encoding="ascii"))
-            if not prepared.exists():  # begun by an earlier release
+            if not prepared.exists():  # begun by an earlier version of pageferry
                 files.replace_file(prepared, decision.value.encode(), synced=True)
             self._spare(migration).unlink(missing_ok=True)  # frees an inode: tmpfs counts a hard link as a file
             try:
@@ -179,8 +181,8 @@ class CommitDecisions:
 
     def forget(self, migration: str) -> None:
         """Delete all records of a migration whose source knows the decision and will not send Recover."""
-        # The `begun` file first: a migration without it is unknown. A migration that is begun but has no decision
-        # could be decided again.
+        # The `begun` file is deleted first: a migration without it is unknown, whereas a migration that has begun but
+        # has no decision could be decided again.
         self._begun(migration).unlink(missing_ok=True)
         self._decision(migration).unlink(missing_ok=True)
         self._arrived(migration).unlink(missing_ok=True)
@@ -193,7 +195,7 @@ class CommitDecisions:
         return."""
         try:
             prepared.rename(target)
-        except FileNotFoundError:  # begun by an earlier release
+        except FileNotFoundError:  # begun by an earlier version of pageferry
             files.replace_file(target, contents.encode(), synced=True)
         self._sync()
 

@@ -44,19 +44,19 @@ class Sending(Protocol):
 
 
 class PageService:
-    """Sends the `missing` pages of a paused workload over the `late` connections, the first of which is for
+    """Service that sends the `missing` pages of a paused workload over `connections`, the first of which is for
     requests."""
 
     def __init__(
         self,
         memory: Memory,
         missing: Sequence[PageSet],
-        late: Sequence[PageStream],
+        connections: Sequence[PageStream],
         sending: Sending,
         timeout: float,
     ) -> None:
         self.pages = sum(map(len, missing))
-        urgent, *streams = [connection.handle for connection in late]
+        urgent, *streams = [connection.handle for connection in connections]
         # The engine duplicates the descriptors, and keeps the mappings.
         self._server = PageServer(
             memory.mappings,
@@ -89,7 +89,7 @@ class PageService:
         )
 
     def start(self) -> None:
-        """Start to serve requests. Only `send_all` pushes pages, because the workload does not run at the destination
+        """Start to serve requests. Only `send_all` pushes pages, because the workload is not running at the destination
         yet."""
         self._server.start()
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import time
 from collections.abc import Sequence
 from logging import getLogger
@@ -49,7 +48,8 @@ EVENT_INTERVAL = 0.5
 
 
 class PostcopyMemory:
-    """Fetches the missing pages of one workload. Started by `begin`, or by `reconnect` if the workload already runs.
+    """Memory of one workload, and the fetching of its missing pages. `begin` starts the fetching, or `reconnect` if the
+    workload is already running.
 
     The constructor raises CannotHandleFaults, ProcessLookupError.
     """
@@ -74,15 +74,15 @@ class PostcopyMemory:
 
     # -- the first link
 
-    async def begin(self, missing: Sequence[PageSet], late: Sequence[PageStream], channel: Channel) -> None:
-        """Start the pager, so that accesses to missing pages wait until the pages are received. The workload does not
-        run yet.
+    async def begin(self, missing: Sequence[PageSet], streams: Sequence[PageStream], channel: Channel) -> None:
+        """Start the pager, so that accesses to missing pages wait until the pages are received. The workload is not
+        running yet.
 
-        `late`: post-copy streams, the first one for requests. Raises UnsupportedError, WorkloadError.
+        `streams`: post-copy streams, the first one for requests. Raises UnsupportedError, WorkloadError.
         """
         self._channel = channel
         self._linked.set()
-        self._source = source = self._peer(late)
+        self._source = source = self._peer(streams)
 
         def make(userfaults: dict[int, int], flags: int) -> Pager:
             Pager.set_flags(flags, missing)
@@ -91,14 +91,14 @@ class PostcopyMemory:
         await off_loop(lambda: self.service.start(make))
         self.record = msgspec.structs.replace(self.record, userfaults=self.service.userfaults)
         if self.folder is not None:
-            # Stored only after the pager has set the bitmap: a record with an empty bitmap would mean that all
-            # pages are present.
+            # The record is stored only after the pager has set the bitmap: a record with an empty bitmap would mean
+            # that all pages are present.
             self.folder.store(records.POSTCOPY, self.record, synced=False)
         self._serve()
 
-    async def _take_over(self, late: Sequence[PageStream]) -> None:
+    async def _take_over(self, streams: Sequence[PageStream]) -> None:
         """Start a pager that takes over from one that was killed."""
-        self._source = source = self._peer(late)
+        self._source = source = self._peer(streams)
         start = self.service.start
         await off_loop(
             lambda: start(
@@ -120,8 +120,8 @@ class PostcopyMemory:
             checks_removals=os.getpid() in self.service.spaces,
         )
 
-    def _peer(self, late: Sequence[PageStream]) -> PeerSource:
-        urgent, *streams = [connection.handle for connection in late]
+    def _peer(self, connected: Sequence[PageStream]) -> PeerSource:
+        urgent, *streams = [connection.handle for connection in connected]
         return PeerSource(urgent, streams, timeout=self.host.timeout)
 
     def _targets(self) -> list[TargetRegion]:
@@ -140,22 +140,22 @@ class PostcopyMemory:
     # -- further links
 
     async def reconnect(self, channel: Channel, connections: ConnectionListener) -> None:
-        """Continue with new connections of the source, regardless of the state of the old ones. Raises
+        """Continue with new connections from the source, regardless of the state of the old ones. Raises
         MigrationError."""
         serve = await channel.receive(messages.Serve)
-        token = secrets.token_bytes(messages.TOKEN_BYTES)
+        token = os.urandom(messages.TOKEN_BYTES)
         connections.expect(token, channel)
         await channel.send(messages.Welcome(token=token))
-        late = await channel.during(connections.streams(token, 1 + serve.streams, self.host.timeout))
+        streams = await channel.during(connections.streams(token, 1 + serve.streams, self.host.timeout))
         try:
             if self.service.started:
-                source = self._peer(late)
+                source = self._peer(streams)
                 await off_loop(lambda: self._pager.reconnect(source))
                 self._source = source
             else:
-                await self._take_over(late)
+                await self._take_over(streams)
         finally:
-            for connection in late:
+            for connection in streams:
                 connection.close()
         pager = self._pager
         missing = await off_loop(lambda: [pager.missing(number) for number in range(len(self.service.regions))])
@@ -184,7 +184,7 @@ class PostcopyMemory:
                 return channel
             if channel is self._channel:
                 self._linked.clear()
-                self._report_link(f"the link to the source is gone ({why})")
+                self._report_link(f"the link to the source is lost ({why})")
                 self._report_progress("postcopy-paused")
                 log.warning(
                     "%s: waiting for memory from its source: connection lost (%s); at the source, run pageferry "
@@ -195,7 +195,7 @@ class PostcopyMemory:
                 )
 
     def _report_link(self, paused: str | None) -> None:
-        """Set the reason for which no pages are received, for clients of the pager; None if they are received."""
+        """Set the reason for which no pages are received, for clients of the pager; None if pages are received."""
         if self.service.server is not None:
             self.service.server.paused = paused
 
@@ -256,7 +256,7 @@ class PostcopyMemory:
     def arrived(self) -> messages.Arrived:
         """Return the message that reports completion to the source, after `wait_complete`."""
         if self._arrived is None:
-            raise RuntimeError("pages are missing")
+            raise RuntimeError("cannot report completion: pages are missing")
         return self._arrived
 
     def _report_progress(self, status: events.PostcopyStatus) -> None:
@@ -286,10 +286,10 @@ class PostcopyMemory:
 
 
 class Resumption:
-    """Takes over the missing pages of a workload whose receiver was killed: `pageferry receive --resume`.
+    """Take-over of the missing pages of a workload whose receiver was killed: `pageferry receive --resume`.
 
-    Raises UsageError if there is nothing to resume or another process resumes the workload already, RestoreError,
-    WorkloadError.
+    Raises UsageError if there is nothing to resume, or if another process resumes the workload. Also raises
+    RestoreError and WorkloadError.
     """
 
     def __init__(self, folder: Folder, connections: ConnectionListener, host: ReceivingHost) -> None:
@@ -300,26 +300,26 @@ class Resumption:
             )
         for failure in join_groups_of(record.regions[0].segments[0].pid):
             log.info("%s: memory is charged to the control group of this receiver: %s", folder.name, failure)
-        self.late = PostcopyMemory(record, [records.open_region(one) for one in record.regions], host)
-        self.late.service.take_bitmap(folder)
+        self.memory = PostcopyMemory(record, [records.open_region(one) for one in record.regions], host)
+        self.memory.service.take_bitmap(folder)
         self.recovery = RecoveryServer(connections, host.decisions)
-        self.recovery.arrivals = self.late
+        self.recovery.arrivals = self.memory
 
     async def run(self) -> None:
         """Fetch the missing pages, and report to the source that all pages are present. If the report fails, wait for a
-        recovery request of the source. Raises WorkloadDied if the workload has exited."""
-        self.recovery.begin(self.late.record.migration)
+        recovery request from the source. Raises WorkloadDied if the workload has exited."""
+        self.recovery.begin(self.memory.record.migration)
         try:
-            channel = await self.late.wait_complete()
+            channel = await self.memory.wait_complete()
             try:
-                await channel.send(self.late.arrived())
+                await channel.send(self.memory.arrived())
                 await channel.receive(messages.Done)
-                self.late.host.decisions.forget(self.late.record.migration)
+                self.memory.host.decisions.forget(self.memory.record.migration)
             except PageferryError as error:
-                log.warning("%s: all memory received; the source may not be informed yet: %s", self.late.name, error)
-                await self.recovery.wait_acknowledged(self.late.host.timeout)
+                log.warning("%s: all memory received; the source may not know this: %s", self.memory.name, error)
+                await self.recovery.wait_acknowledged(self.memory.host.timeout)
             finally:
                 await channel.close()
         finally:
             self.recovery.close()
-            self.late.close()
+            self.memory.close()

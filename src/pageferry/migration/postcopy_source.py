@@ -11,10 +11,10 @@ from logging import getLogger
 
 from pageferry.errors import PageferryError, PostcopyPaused
 from pageferry.events import Listener, ignore
+from pageferry.host.blocking import ignoring_cancellation
 from pageferry.host.fault_points import fault_point
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.memory.view import Memory
-from pageferry.migration.engine_call import to_the_end
 from pageferry.migration.missing_pages import receive_missing
 from pageferry.migration.ownership import Committed
 from pageferry.migration.page_service import PageService
@@ -48,7 +48,7 @@ class Postcopy:
             with statistics.times.measure("postcopy"):
                 statistics.arrived = await service.send_all(session.channel, session.job.listener)
         except BaseException as error:
-            await to_the_end(self._keep_pages())
+            await ignoring_cancellation(self._keep_pages())
             lost = paused(session.job.workload.name, statistics.peer, error)
             if isinstance(error, PageferryError):
                 raise lost from error
@@ -77,20 +77,20 @@ async def serve_on(
     timeout: float,
     listener: Listener = ignore,
 ) -> messages.Arrived:
-    """Send the pages that the destination lacks over new connections, once its Outcome has reported that pages are
-    missing. Return its report of the completion.
+    """Over new connections, send the pages that the destination lacks, once its Outcome has reported that pages are
+    missing. Return the destination's report of the completion.
 
     Raises PostcopyPaused if this fails; the call can be repeated.
     """
-    late: list[PageStream] = []
+    streams: list[PageStream] = []
     service: PageService | None = None
     try:
         memory = Memory(workload)
         await channel.send(messages.Serve(streams=record.streams))
         welcome = await channel.receive(messages.Welcome)
-        late = await connect_streams(channel, address, welcome.token, range(1 + record.streams))
+        streams = await connect_streams(channel, address, welcome.token, range(1 + record.streams))
         missing = await receive_missing(channel, [region.length // SMALL_PAGE for region in memory.regions])
-        service = PageService(memory, missing, late, record, timeout)
+        service = PageService(memory, missing, streams, record, timeout)
         listener(service.event("postcopy-recover"))
         service.start()
         fault_point("source.serves-again")
@@ -102,7 +102,7 @@ async def serve_on(
     finally:
         if service is not None:
             service.close()
-        for connection in late:
+        for connection in streams:
             connection.close()
 
 
@@ -110,5 +110,5 @@ def paused(name: str, peer: str, error: BaseException) -> PostcopyPaused:
     """Return the error for a link that was lost before all pages were sent."""
     return PostcopyPaused(
         f"{name} runs at {peer} and waits for its remaining memory: {str(error) or type(error).__name__}. This "
-        f"host keeps it, paused; to send the remaining pages, run pageferry migrate {name} --recover"
+        f"host keeps the remaining pages; to send them, run pageferry migrate {name} --recover"
     )

@@ -18,28 +18,28 @@ from pageferry.migration.engine_call import off_loop
 _TIMEOUT = 1.0
 """Maximum time for allocating huge pages in post-copy, while the workload runs at the source, seconds. The pager
 allocates the remaining huge pages."""
-_PIECE = 32
+_CHUNK = 32
 """Number of huge pages allocated per call. A call takes about 10 ms."""
 
 
 async def compact(regions: Sequence[Region], large: Sequence[Sequence[bool]]) -> None:
     """Compact memory until as many huge pages are free as the source uses. Pages of hugetlbfs are not counted, because
-    they are reserved already."""
+    they are already reserved."""
     wanted = sum(sum(units) for region, units in zip(regions, large, strict=True) if region.page_size == SMALL_PAGE)
     await in_thread(compact_memory, wanted)
 
 
 async def allocate(placer: Placer, large: Sequence[Sequence[bool]]) -> None:
-    """Allocate huge pages for at most `_TIMEOUT` seconds. The first access to an allocated page need not wait until the
-    kernel has cleared it."""
+    """Allocate huge pages for at most `_TIMEOUT` seconds. The first access to a page then need not wait until
+    the kernel has cleared the page."""
     deadline = time.monotonic() + _TIMEOUT
     for region, units in enumerate(large):
         chosen = [unit for unit, is_large in enumerate(units) if is_large]
-        for start in range(0, len(chosen), _PIECE):
+        for start in range(0, len(chosen), _CHUNK):
             if time.monotonic() > deadline:
                 return
-            piece = chosen[start : start + _PIECE]
-            await off_loop(lambda: placer.allocate_ahead(region, piece))  # noqa: B023
+            chunk = chosen[start : start + _CHUNK]
+            await off_loop(lambda: placer.allocate_ahead(region, chunk))  # noqa: B023
 
 
 def check_space(regions: Sequence[Region], missing: Sequence[PageSet]) -> None:

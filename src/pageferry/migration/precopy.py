@@ -10,7 +10,7 @@ from pageferry.errors import NotConverging
 from pageferry.host.fault_points import fault_point
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.migration import switchover_request
-from pageferry.migration.convergence import HYBRID_BUDGET, Convergence, Decision
+from pageferry.migration.convergence import HYBRID_BUDGET, NO_DISKS, Convergence, Decision
 from pageferry.migration.options import Options
 from pageferry.migration.rounds import Round, Rounds, count, subtract, union
 from pageferry.migration.session import Session
@@ -26,7 +26,7 @@ class Rest:
     """Pages whose current contents have not been sent when the workload is about to be paused."""
 
     pages: list[PageSet]
-    late: bool
+    postcopy: bool
     """Whether the pages are sent after the switch-over (post-copy)."""
 
 
@@ -42,6 +42,8 @@ class Precopy:
         self._requests = session.job.folder if self._hybrid else None
         """Directory in which a switch to post-copy can be requested."""
         self._convergence = convergence_of(options)
+        self._wire = 0.0
+        """Highest rate of a round so far, bytes on the wire per second."""
 
     async def run(self) -> Rest:
         """Send all pages in round 1, and in each further round those modified since, until the policy decides to
@@ -59,6 +61,8 @@ class Precopy:
                     self._session.deferred = None  # round 1 has loaded all pages
                 fault_point("source.between-rounds")
                 pages = await self._collect_after(sent)
+                if self._session.disks is not None:
+                    await self._await_disks(sent, pages)
                 if (rest := await self._after(sent, pages)) is not None:
                     return rest
 
@@ -71,19 +75,27 @@ class Precopy:
         self._rounds.measure(sent)
         return pages
 
+    async def _await_disks(self, sent: Round, pages: list[PageSet]) -> None:
+        """Wait until the disks have been copied, and add the pages that were modified during the wait to `pages`:
+        further rounds during the copies would only send the same pages again."""
+        self._wire = max(self._wire, sent.transferred.sent / sent.seconds)
+        await self._session.disks_copied(self._wire)
+        sent.remaining = count(union(pages, await self._trace.collect()))
+
     async def _after(self, sent: Round, pages: list[PageSet]) -> Rest | None:
         """Report the round, and decide how to continue. Return the remaining pages for a switch-over, or None for
         another round. Raises NotConverging."""
         remaining = sent.remaining * SMALL_PAGE
-        decision = self._convergence.after_round(sent.transferred.covered, sent.seconds, remaining)
+        disks = await self._session.disks.rest(self._wire) if self._session.disks is not None else NO_DISKS
+        decision = self._convergence.after_round(sent.transferred.covered, sent.seconds, remaining, disks)
         self._rounds.report(sent)
         if self._switch_requested() or (decision is Decision.STALLED and self._hybrid):
-            return Rest(pages, late=True)
+            return Rest(pages, postcopy=True)
         match decision:
             case Decision.SWITCH_OVER:
-                return Rest(pages, late=False)
+                return Rest(pages, postcopy=False)
             case Decision.STALLED:
-                raise self._not_converging(remaining, sent.seconds)
+                raise self._not_converging(remaining, sent.seconds, disks)
             case Decision.THROTTLE:
                 await self._tighten_throttle()
             case Decision.CONTINUE:
@@ -113,10 +125,11 @@ class Precopy:
         self._session.statistics.cpu_throttle_percentage = throttle.highest
         fault_point("source.throttled")
 
-    def _not_converging(self, remaining: int, seconds: float) -> NotConverging:
-        """Return the error after a round of `seconds` that left `remaining` bytes."""
+    def _not_converging(self, remaining: int, seconds: float, disks: tuple[int, float]) -> NotConverging:
+        """Return the error after a round that took `seconds` seconds and left `remaining` bytes of memory. `disks`: as
+        for `Convergence.after_round`."""
         job, convergence = self._session.job, self._convergence
-        expected = convergence.expected_downtime(remaining)
+        expected = convergence.expected_downtime(remaining) + disks[1]
         slower = "" if job.options.auto_converge else ", throttle the workload with `auto_converge`"
         rate, limit = convergence.bandwidth, job.options.bandwidth
         own = 0 < limit <= OWN_LIMIT * rate
@@ -125,11 +138,12 @@ class Precopy:
             if own
             else f"{self._session.statistics.peer} takes {rate / 2**20:.0f}"
         )
-        faster = "Raise `bandwidth`, allow" if own else "Allow"
+        faster = "raise `bandwidth`, allow" if own else "allow"
         return NotConverging(
-            f"migration of {job.workload.name} does not converge: the workload modifies "
-            f"{remaining / seconds / 2**20:.0f} MiB/s and {taken} MiB/s; {remaining >> 20} MiB remain after "
-            f"{convergence.rounds} rounds. The workload is still running on this host. {faster} `max_downtime` "
+            f"cannot complete the migration of {job.workload.name}: the workload modifies "
+            f"{remaining / seconds / 2**20:.0f} MiB/s and {taken} MiB/s; {remaining >> 20} MiB "
+            f"{f'and {disks[0] >> 20} MiB of its disks ' if disks[0] else ''}remain after "
+            f"{convergence.rounds} rounds, and the workload stays on this host; {faster} `max_downtime` "
             f"{expected * 1e3:.0f}ms{slower}, or use post-copy with `mode` hybrid"
         )
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from pageferry import values
 from pageferry.errors import UsageError
@@ -25,12 +25,12 @@ from pageferry.migration.transport.connection import ConnectionListener
 from pageferry.migration.transport.tls import Trust
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.arena.limits import MAX_ARENA
-from pageferry.workloads.arena.options import ArenaOptions
+from pageferry.workloads.arena.options import ArenaArguments, ArenaOptions
 from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.protocols import Migratable
 
 _reports: set[asyncio.Task[None]] = set()
-"""Tasks that send a report. Referenced here, because the event loop has only weak references to its tasks."""
+"""Tasks that send a report. This set keeps them alive: the event loop has only weak references to its tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,27 @@ class ListenOptions:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.allow and self.tls is None:
-            raise UsageError("`allow` requires `tls`: sources are identified by their certificates")
+            raise UsageError(
+                "`allow` requires `tls`: sources are identified by their certificates; remove `allow`, or add `tls`"
+            )
 
     def open(self, address: str) -> ConnectionListener:
         """Open the listener. Raises UsageError."""
         trust = None if self.tls is None else Trust(Path(self.tls), "receiver", allow=tuple(self.allow))
         target = resolve(address, insecure=self.insecure, what="address to listen on", trust=trust)
         return ConnectionListener(target, self.timeout, trust)
+
+
+class ReceiveArguments(ArenaArguments, total=False):
+    """Keyword arguments of `receive` for the fields of `ReceiveOptions`."""
+
+    name: str | None
+    max_size: int | str | None
+    listening: Callable[[str], object] | None
+    timeout: float | str
+    insecure: bool
+    tls: str | os.PathLike[str] | None
+    allow: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +102,36 @@ class ReceiveOptions(ArenaOptions, ListenOptions):
         return Arena.from_file(fresh.descriptor, fresh.length, self.name, private=True, **self.arguments())
 
 
-async def receive_async(address: str, **options: Any) -> Arena:
+async def receive_async(address: str, **options: Unpack[ReceiveArguments]) -> Arena:
     """Listen at `address` for an arena, and return it when it runs in this process.
 
     `address`: unix:PATH, for sources on this host, or HOST:PORT (port 0: any free port). Without certificates, a source
     on this host is accepted only if its process belongs to root or to our user.
 
     `options` are the fields of `pageferry.migration.receiving.ReceiveOptions`. Those of `Arena` are name, state,
-    on_pause, on_resume, on_moved, direct_io and loop (default: the running event loop). `on_resume` is called when this
-    process becomes the owner of the arena. `listening` is called with the address once sources can connect. An arena
-    larger than max_size bytes (default: the available memory) is rejected. timeout: seconds of silence that end the
-    migration. tls: a directory of certificates (docs/tls.md); then only sources with a certificate are accepted. allow:
-    names of the certificates to accept (default: all certificates of the authority). insecure: listen on addresses
-    other than loopback without tls.
+    on_pause, on_resume, on_moved, direct_io, capacity and loop (default: the running event loop). `on_resume` is
+    called when this process becomes the owner of the arena. `listening` is called with the address once sources can
+    connect. An arena larger than max_size bytes (default: the available memory) is rejected. timeout: seconds of
+    silence that end the migration. tls: a directory of certificates (docs/tls.md); then only sources with a certificate
+    are accepted. allow: names of the certificates to accept (default: all certificates of the authority). insecure:
+    listen on addresses other than loopback without tls.
 
     A post-copy or hybrid migration is rejected: a thread of this program that waits for a page may hold a lock that the
     other threads need. Raises MigrationError, UsageError.
+
+    Examples:
+        >>> from queue import Queue
+        >>> from threading import Thread
+        >>> import pageferry
+        >>> addresses, received = Queue(), Queue()
+        >>> def receive():  # usually another program, on this host or another one
+        ...     received.put(pageferry.receive("127.0.0.1:0", listening=addresses.put))
+        >>> Thread(target=receive).start()
+        >>> arena = pageferry.Arena("1MiB")
+        >>> memoryview(arena)[5000] = 7
+        >>> result = pageferry.migrate(arena, addresses.get())
+        >>> print(result.status, arena.status, memoryview(received.get())[5000])
+        completed moved 7
     """
     chosen = values.options(ReceiveOptions, options)
 
@@ -126,7 +154,7 @@ async def _receive(connections: ConnectionListener, options: ReceiveOptions) -> 
             raise UsageError(
                 "cannot receive an arena in post-copy: all of its memory must be sent first; use `mode` precopy"
             )
-        fresh = arena_for(hello, options.max_size)
+        fresh = arena_for(hello, options.max_size, options.capacity)
         arena = options.arena(fresh)
         received.append(arena)
         return arena.workload()
@@ -146,13 +174,15 @@ async def _receive(connections: ConnectionListener, options: ReceiveOptions) -> 
     return received[-1]
 
 
-def arena_for(hello: messages.Hello, max_size: int | None = None) -> Arena:
-    """Create an empty arena for a Hello. Raises UsageError if the workload is not an arena or is too large."""
+def arena_for(hello: messages.Hello, max_size: int | None = None, capacity: int | str | None = None) -> Arena:
+    """Create an empty arena for a Hello. The arena can grow to `capacity` bytes. Raises UsageError if the workload is
+    not an arena, is too large, or is larger than `capacity`."""
     if hello.kind != "arena" or [region.name for region in hello.regions] != ["arena"]:
         raise UsageError(f"cannot receive {hello.name}: its kind is {hello.kind}, and this receiver expects an arena")
     size, most = hello.regions[0].length, max_size or meminfo()["MemAvailable"]
     if size > most:
         raise UsageError(
-            f"cannot receive {hello.name}: it has {size >> 20} MiB, and this receiver accepts at most {most >> 20} MiB"
+            f"cannot receive {hello.name}: it has {size >> 20} MiB, and this receiver accepts at most "
+            f"{most >> 20} MiB; raise `max_size`, or free memory"
         )
-    return Arena(size)
+    return Arena(size, capacity=capacity)

@@ -32,7 +32,7 @@ MAX_ASIDE = 8
 
 
 class RecoveryServer:
-    """Serves the connections of a listener concurrently, so that none of them delays a source."""
+    """Server of the connections of a listener. It serves them concurrently, so that none of them delays a source."""
 
     def __init__(self, connections: ConnectionListener, decisions: CommitDecisions) -> None:
         self.connections = connections
@@ -42,7 +42,7 @@ class RecoveryServer:
         self.arrivals: Arrivals | None = None
         """Receiver of the missing pages; None unless the workload may run before all of its pages are received."""
         self.acknowledged = asyncio.Event()
-        """Set once the source of this migration knows the outcome."""
+        """Event that is set once the source of this migration knows the outcome."""
         self._task: asyncio.Task[None] | None = None
         self._aside: dict[asyncio.Task[None], Channel] = {}
         """Tasks that serve a connection, oldest first, except those in `_links`."""
@@ -56,15 +56,15 @@ class RecoveryServer:
         self._task = asyncio.create_task(self._attend())
 
     async def wait_acknowledged(self, timeout: float) -> None:
-        """Wait until the source knows the outcome, for at most `ANSWER` times `timeout` seconds, and log a warning if
-        it does not. The decision is durable in any case."""
+        """Wait until the source knows the outcome, for at most `ANSWER` times `timeout` seconds. After that time, log a
+        warning. The decision is durable in any case."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANSWER * timeout):
                 await self.acknowledged.wait()
         if not self.acknowledged.is_set():
             log.warning(
                 "the source has not requested the outcome of the migration; a receiver at %s on this host will "
-                "reply if it does",
+                "reply to a later request",
                 self.connections.address,
             )
 
@@ -100,7 +100,9 @@ class RecoveryServer:
         """Reply to the first message, or refuse it. Return whether the channel has been taken over."""
         try:
             if isinstance(first, messages.Hello):
-                raise UsageError("this receiver has accepted another workload; start another receiver")
+                raise UsageError(
+                    f"cannot receive {first.name}: this receiver has accepted another workload; start another receiver"
+                )
             return await self.answer(channel, first)
         except (PageferryError, OSError) as error:
             if not isinstance(error, PeerRefused):
@@ -108,16 +110,16 @@ class RecoveryServer:
             await channel.abort(str(error))
             return False
 
-    async def answer(self, channel: Channel, question: messages.AnyMessage) -> bool:
+    async def answer(self, channel: Channel, request: messages.AnyMessage) -> bool:
         """Reply to Recover with the owner of the workload. If there is no decision yet, decide ABORTED: the owner is
         the source.
 
         Return whether the channel has been taken over by a source that sends missing pages.
         """
-        if not isinstance(question, messages.Recover):
-            raise ProtocolError(f"the peer sent {type(question).__name__} as its first message")
-        messages.check_version(question.version)
-        migration = question.migration
+        if not isinstance(request, messages.Recover):
+            raise ProtocolError(f"the peer sent {type(request).__name__} as its first message")
+        messages.check_version(request.version)
+        migration = request.migration
         if not self.decisions.knows(migration):
             await channel.send(messages.Outcome(owner="unknown", complete=False))
             return False
@@ -152,6 +154,6 @@ class RecoveryServer:
         except PageferryError:
             return
         raise UsageError(
-            "the workload runs on the host of this receiver and waits for deferred pages, but this receiver does "
-            "not serve it; start `pageferry receive --resume NAME` there with its name"
+            "cannot receive the missing pages: the workload belongs to the host of this receiver, but this receiver "
+            "does not serve it; start `pageferry receive --resume NAME` on that host"
         )

@@ -22,7 +22,7 @@ CHUNKS = 8
 """Number of chunks into which the memory is divided for a round that may stop early. `MIN_CHUNK` and `MAX_CHUNK` limit
 their size."""
 MIN_CHUNK, MAX_CHUNK = (16 << 20) // SMALL_PAGE, (256 << 20) // SMALL_PAGE
-"""Bounds of the size of a chunk, pages: 16 MiB, because each chunk costs a round trip, and 256 MiB."""
+"""Bounds of the size of a chunk, pages: 16 MiB (each chunk costs a round trip) and 256 MiB."""
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress events."""
 
@@ -73,7 +73,7 @@ class Round:
 
 
 class Rounds:
-    """Sends the rounds of a migration in all of its phases, counts them, and reports them."""
+    """Rounds of a migration in all of its phases: sends, counts and reports them."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

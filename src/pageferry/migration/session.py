@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import secrets
+import asyncio
+import os
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pageferry._engine import BlockSender
+from pageferry.errors import WorkloadError
 from pageferry.events import Listener, ignore
 from pageferry.host.registry import Folder
-from pageferry.memory.view import Memory
+from pageferry.migration.disk_source import DiskSource
 from pageferry.migration.options import Options
 from pageferry.migration.page_service import PageService
+from pageferry.migration.source_memory import SourceMemory
 from pageferry.migration.statistics import MigrationStatistics
 from pageferry.migration.throttle import Throttle
 from pageferry.migration.transport import messages
 from pageferry.migration.transport.addresses import Address
-from pageferry.migration.transport.channel import Channel
+from pageferry.migration.transport.channel import REASON_TIMEOUT, Channel
 from pageferry.migration.transport.connection import PageStream, connect_streams
 from pageferry.migration.transport.tls import Trust
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.direct_io import Drains
 from pageferry.workloads.protocols import Migratable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +44,7 @@ class Job:
     """Certificates that authenticate the destination; None without TLS."""
     hold: AcquiredPager | None = None
     """Acquired pager of a workload with deferred memory, released by the caller."""
-    migration: str = field(default_factory=lambda: secrets.token_hex(16))
+    migration: str = field(default_factory=lambda: os.urandom(16).hex())
     """Identifier of the migration."""
 
 
@@ -79,7 +86,7 @@ class Session:
     """Migration that is connected to its destination: the memory of the workload, its traces, and the connections."""
 
     def __init__(
-        self, job: Job, memory: Memory, link: Link, hello: messages.Hello, statistics: MigrationStatistics
+        self, job: Job, memory: SourceMemory, link: Link, hello: messages.Hello, statistics: MigrationStatistics
     ) -> None:
         self.job = job
         self.memory = memory
@@ -87,7 +94,7 @@ class Session:
         self.hello = hello
         """Description of the workload that the destination has accepted."""
         self.statistics = statistics
-        self.deferred = job.hold
+        self.deferred: AcquiredPager | None = job.hold
         """Pager that has to load pages before they are sent; None once all pages are loaded."""
         self.trace: WriteTrace | None = None
         """Write traces; None in `postcopy` mode, in which no page is sent while the workload runs at the source."""
@@ -95,6 +102,8 @@ class Session:
         """CPU throttle of the workload; None without `auto_converge`."""
         self.service: PageService | None = None
         """Service of the missing pages, once the migration has switched to post-copy."""
+        self.disks: DiskSource | None = None
+        """Copies of the disks; None if no disk is copied."""
 
     @property
     def channel(self) -> Channel:
@@ -108,7 +117,32 @@ class Session:
 
     async def drain(self) -> None:
         """Complete I/O that had pinned pages before the last collection, so that the data sent include its writes."""
-        await self.channel.during(self.drains.drain_if_due())
+        if self.disks is None or not self.drains.due or not await self.job.workload.does_direct_io():
+            await self.channel.during(self.drains.drain_if_due())
+            return
+        async with self.disks.quiet():
+            await self.channel.during(self.drains.drain_if_due())
+
+    async def beside_disks(self, work: Awaitable[T]) -> T:
+        """Return the result of `work`. If the copy of a disk fails first, cancel `work`, and raise the error."""
+        if self.disks is None:
+            return await work
+        try:
+            return await self.disks.during(work)
+        except WorkloadError:
+            await asyncio.sleep(REASON_TIMEOUT)  # the cause may be a lost link, or an Abort of the peer
+            if self.channel.failure is not None:
+                raise self.channel.failure from None
+            raise
+
+    async def disks_copied(self, bandwidth: float = 0.0) -> None:
+        """Wait until all disks have been copied once, and the remaining writes can be sent in the pause. `bandwidth`:
+        see `DiskSource.rest`. Raises NotConverging."""
+        if self.disks is not None:
+            times = self.statistics.times
+            times.phase("disks")
+            await self.channel.during(self.disks.wait_small(bandwidth))
+            times.phase("copy")
 
     async def end_throttle(self) -> None:
         """Remove the CPU limit of the workload permanently."""
@@ -129,6 +163,8 @@ class Session:
         """Stop the page service, close the post-copy streams, and release the objects of the engine at once: an
         exception may keep a reference to this object."""
         self.stop_service()
+        if self.disks is not None:
+            self.disks.close()
         for stream in self.link.postcopy:
             stream.close()
         del self.memory, self.link, self.service, self.trace

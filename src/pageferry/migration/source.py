@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from logging import getLogger
 from typing import Literal
 
 from pageferry.errors import MigrationError, PageferryError, ProtocolError, WorkloadError
+from pageferry.host.blocking import ignoring_cancellation
 from pageferry.host.fault_points import fault_point
-from pageferry.memory.view import Memory
+from pageferry.memory.view import Extent, Memory
 from pageferry.migration import events
 from pageferry.migration.commit import Commit, reason_of
-from pageferry.migration.engine_call import off_loop, to_the_end, within_grace
+from pageferry.migration.disk_source import DiskSource, buffer_of, numbers_of
+from pageferry.migration.engine_call import off_loop, within_grace
 from pageferry.migration.ownership import RECORD
 from pageferry.migration.postcopy_source import Postcopy
 from pageferry.migration.precopy import Precopy, Rest
 from pageferry.migration.rounds import Rounds
 from pageferry.migration.session import Job, Session, open_link
+from pageferry.migration.source_memory import SourceMemory, open_memory
 from pageferry.migration.source_state import SourceState, source_states
 from pageferry.migration.statistics import MigrationStatistics, milliseconds
 from pageferry.migration.switchover import PostcopySwitchOver, PrecopySwitchOver, SwitchOver
@@ -31,11 +35,12 @@ from pageferry.migration.throttle import Throttle
 from pageferry.migration.transport import messages, peer_users
 from pageferry.migration.transport.addresses import Address
 from pageferry.migration.transport.channel import Channel
-from pageferry.migration.transport.connection import connect_control
+from pageferry.migration.transport.connection import connect_control, connect_streams
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.deferred_access import large_units
 from pageferry.workloads.direct_io import Drains
-from pageferry.workloads.protocols import DISKS, SHARED, update_details
+from pageferry.workloads.disk_copies import CopiesDisks
+from pageferry.workloads.protocols import COPIED, DISKS, SHARED, announce, update_details
 
 log = getLogger(__name__)
 
@@ -51,7 +56,7 @@ class Source:
         self.state = source_states(job.workload.name)
         self.statistics = MigrationStatistics(job.workload.name, job.options, Drains(job.workload))
         self._control: Channel | None = None
-        """Connection to the destination; None until it is connected."""
+        """Connection to the destination; None until it is established."""
         self._session: Session | None = None
         """Session with the destination; None until the destination has accepted the migration."""
 
@@ -62,19 +67,20 @@ class Source:
         runs at the destination and waits for pages that are still at the source.
         """
         self.state.enter(SourceState.SETUP)
-        with contextlib.closing(Memory(self.job.workload)) as memory:
+        with contextlib.closing(open_memory(self.job.workload)) as memory:
             try:
                 return await self._run(address, memory)
             finally:
                 if self._session is not None:
                     self._session.close()
 
-    async def _run(self, address: Address, memory: Memory) -> events.MigrationResult:
+    async def _run(self, address: Address, memory: SourceMemory) -> events.MigrationResult:
         try:
             session = await self._set_up(address, memory)
             rounds = Rounds(session)
-            switch_over = await self._copy(session, rounds)
+            switch_over = await session.beside_disks(self._copy(session, rounds))
             await self._switch_over(switch_over)
+            self.statistics.disks_sent = session.disks.sent if session.disks is not None else 0
             self.statistics.running = await Commit(session, self.state).run()
         except BaseException as error:
             if not await within_grace(self._fail(error), error):
@@ -86,14 +92,14 @@ class Source:
             rounds.report(sent)
         await self._send_missing_pages(session, rounds)
         # The workload has moved, and its remains must be removed: from here on, cancellations are ignored.
-        await to_the_end(self._retire(session))
+        await ignoring_cancellation(self._retire(session))
         self.state.enter(SourceState.COMPLETED)
         self._report_destination(memory)
         return self.statistics.result()
 
     # -- set-up
 
-    async def _set_up(self, address: Address, memory: Memory) -> Session:
+    async def _set_up(self, address: Address, memory: SourceMemory) -> Session:
         """Connect to the destination, and install the write traces."""
         with self.statistics.times.measure("setup"):
             self.statistics.memory = memory.size
@@ -109,7 +115,7 @@ class Source:
             fault_point("source.set-up")
         return session
 
-    async def _connect(self, address: Address, memory: Memory) -> Session:
+    async def _connect(self, address: Address, memory: SourceMemory) -> Session:
         job = self.job
         self.statistics.peer = str(address)
         await job.workload.check_mappers()
@@ -124,12 +130,28 @@ class Source:
         welcome = await control.receive(messages.Welcome)
         if DISKS in hello.details and not welcome.disks and job.options.disks != "shared":
             raise ProtocolError(
-                "the receiver does not compare the disks of the guest, because its release is older; use the same "
-                'release of pageferry on both hosts, or --disks shared (in Python disks="shared")'
+                "cannot compare the disks of the guest: the release of the receiver is older and does not support "
+                'this; use the same release of pageferry on both hosts, or --disks shared (in Python disks="shared")'
             )
         link = await open_link(job.options, control, address, welcome.token)
-        self._session = Session(job, memory, link, hello, self.statistics)
-        return self._session
+        self._session = session = Session(job, memory, link, hello, self.statistics)
+        if not isinstance(memory, Memory):
+            agreement = await control.during(memory.agree(welcome, hello, job.options))
+            self.statistics.clone, session.deferred = agreement.move, agreement.loader
+        if numbers := numbers_of(welcome, hello, job.options):
+            await self._copy_disks(session, address, welcome.token, numbers)
+        return session
+
+    async def _copy_disks(self, session: Session, address: Address, token: bytes, numbers: Sequence[int]) -> None:
+        """Connect a stream for each of these disks, and start to copy them."""
+        options, workload = self.job.options, self.job.workload
+        assert isinstance(workload, CopiesDisks), "only guests describe disks"
+        mirrors = workload.disk_mirrors(numbers, buffer_of(options, len(numbers)))
+        first = options.streams + len(session.link.postcopy)
+        streams = await connect_streams(session.channel, address, token, range(first, first + len(numbers)))
+        session.disks = DiskSource(mirrors, streams, session.link.sender, options, self.job.listener)
+        self.statistics.disks = mirrors.disks
+        await session.channel.during(session.disks.start())
 
     async def _observe(self, session: Session) -> None:
         """Install the write traces, except in post-copy mode. Start to measure the CPU time of a workload that may be
@@ -147,11 +169,13 @@ class Source:
         self.state.enter(SourceState.COPYING)
         self.statistics.times.phase("copy")
         if session.trace is None:
-            switch_over = PostcopySwitchOver(session, rounds, Rest(session.memory.page_sets(full=True), late=True))
+            await session.disks_copied()
+            switch_over = PostcopySwitchOver(session, rounds, Rest(session.memory.page_sets(full=True), postcopy=True))
             await switch_over.announce()
             return switch_over
         rest = await Precopy(session, session.trace, rounds).run()
-        if rest.late:
+        if rest.postcopy:
+            await session.disks_copied()
             return PostcopySwitchOver(session, rounds, rest)
         return PrecopySwitchOver(session, rounds, rest, session.trace)
 
@@ -202,6 +226,7 @@ class Source:
     async def _fail(self, error: BaseException) -> None:
         """Clean up after an error: unless the outcome is unknown, resume the workload at the source and send Abort."""
         undecided = self.state.is_in(SourceState.COMMITTED)
+        pauses = not self.state.is_in(SourceState.SETUP, SourceState.COPYING)
         try:
             if undecided:
                 await self._untrace()  # `take_back` may resume the workload later
@@ -209,12 +234,19 @@ class Source:
                 await self._restore()
         finally:
             await self._disconnect(None if undecided else error)
+        if pauses and not undecided:
+            # The destination may have announced the workload as well.
+            await announce(self.job.workload)
 
     async def _restore(self) -> None:
         """Restore the state before the migration: resume the workload if it was paused, delete the record of the
         commit, remove the write traces, and restore PMD mappings."""
+        disks = None
         if self._session is not None:
             self._session.stop_service()
+            disks = self._session.disks
+        if disks is not None:  # before the workload resumes, so that no request to its disks waits for the link
+            await disks.abandon()
         touched = not self.state.is_in(SourceState.SETUP, SourceState.COPYING)
         self.state.enter(SourceState.FAILED)
         try:
@@ -222,13 +254,15 @@ class Source:
                 await self.job.workload.resume()
             if self.job.folder is not None:
                 self.job.folder.forget(RECORD)
+            if disks is not None:
+                await disks.mirrors.cancel()
         finally:
             await self._untrace()
 
     async def _untrace(self) -> None:
         if (session := self._session) is not None and session.trace is not None:
             await session.remove_trace()
-            if self.job.hold is None:  # otherwise the pager does so once no page is deferred
+            if self.job.hold is None:  # otherwise the pager restores them once no page is deferred
                 await off_loop(lambda: session.memory.restore_large_mappings(list(self.statistics.large)))
 
     async def _disconnect(self, error: BaseException | None) -> None:
@@ -244,7 +278,7 @@ class Source:
 
     # -- events
 
-    def _report_setup(self, memory: Memory) -> None:
+    def _report_setup(self, memory: SourceMemory) -> None:
         """Report the peer, the size of the memory and its huge pages."""
         statistics = self.statistics
         self.job.listener(
@@ -258,7 +292,7 @@ class Source:
         )
         self._report_large_pages("source", memory, list(statistics.large))
 
-    def _report_destination(self, memory: Memory) -> None:
+    def _report_destination(self, memory: SourceMemory) -> None:
         """Report the huge pages at the destination. Maps that do not match our regions are ignored."""
         report, large = self.statistics.report, self.statistics.large
         if report is None or len(report.units) != len(large):
@@ -268,17 +302,18 @@ class Source:
             self._report_large_pages("destination", memory, units)
 
     def _report_large_pages(
-        self, side: Literal["source", "destination"], memory: Memory, units: list[list[bool]]
+        self, side: Literal["source", "destination"], memory: SourceMemory, units: list[list[bool]]
     ) -> None:
+        regions: Sequence[Extent] = memory.regions
         maps = [
-            events.LargeMap.of(region.name, region.length, large)
-            for region, large in zip(memory.regions, units, strict=True)
+            events.LargeMap.of(region.name, region.length, large) for region, large in zip(regions, units, strict=True)
         ]
         self.job.listener(events.LargePagesEvent(side=side, regions=maps))
 
 
-def hello_of(job: Job, memory: Memory) -> messages.Hello:
-    """Return the first message of a migration, with the options of `job`. Raises WorkloadError if it is too long."""
+def hello_of(job: Job, memory: SourceMemory) -> messages.Hello:
+    """Return the first message of a migration, with the options of `job`. Raises WorkloadError if a detail is too
+    long."""
     identity, options = job.workload.identity, job.options
     for key, value in identity.details.items():
         if isinstance(value, str) and len(value) > messages.MAX_DETAIL:
@@ -291,7 +326,10 @@ def hello_of(job: Job, memory: Memory) -> messages.Hello:
         migration=job.migration,
         kind=identity.kind,
         name=identity.name,
-        details=identity.details | ({SHARED: True} if options.disks == "shared" else {}),
+        details=identity.details
+        | ({SHARED: True} if options.disks == "shared" else {})
+        | ({COPIED: True} if options.copy_disks else {})
+        | ({} if isinstance(memory, Memory) else memory.details(options.memory)),
         regions=[
             messages.RegionInfo(name=region.name, length=region.length, page_size=region.page_size)
             for region in memory.regions
@@ -304,7 +342,7 @@ def hello_of(job: Job, memory: Memory) -> messages.Hello:
     )
 
 
-def close_mappings(memory: Memory) -> None:
+def close_mappings(memory: SourceMemory) -> None:
     """Make an arena read-only in the other processes that map it, because their writes would be lost."""
     # The first segment belongs to the program of the arena, which write-protects its own mapping.
     for segment in memory.segments[1:]:

@@ -14,6 +14,7 @@ from pageferry.migration import events
 from pageferry.migration.options import Options
 from pageferry.migration.transport import messages
 from pageferry.workloads.direct_io import Drains
+from pageferry.workloads.disk_copies import CopiedDisk
 
 
 class Counters(NamedTuple):
@@ -101,8 +102,14 @@ class MigrationStatistics:
     """Number of pages missing at the switch-over."""
     arrived: messages.Arrived | None = None
     """Report of the completion of post-copy; None unless the migration has switched to post-copy."""
+    disks: Sequence[CopiedDisk] = ()
+    """Disks that are copied."""
+    disks_sent: int = 0
+    """Bytes on the wire for the disks."""
     report: messages.Report | None = None
     """Report of the destination; None if it has not been received."""
+    clone: events.CloneMove | None = None
+    """Memory of a clone; None for any other workload."""
 
     def result(self) -> events.MigrationResult:
         """Return the result of the completed migration."""
@@ -133,6 +140,9 @@ class MigrationStatistics:
             direct_io=self._direct_io(),
             postcopy_requests=self.postcopy_requests,
             postcopy=self._postcopy(),
+            disks=[events.DiskCopy(name=disk.name, path=disk.path, size=disk.size) for disk in self.disks],
+            disks_transferred=self.disks_sent,
+            clone=self.clone,
         )
 
     def _downtime(self) -> events.Downtime:
@@ -146,6 +156,7 @@ class MigrationStatistics:
             device_state=milliseconds(times.seconds("save") + ready.load),
             populate=milliseconds(ready.populate),
             resume=milliseconds(running.resume),
+            disks=times.milliseconds("disks"),
         )
 
     def _large_pages(self) -> events.LargePageCount:

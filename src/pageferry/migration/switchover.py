@@ -10,6 +10,7 @@ from typing import Any
 from pageferry._engine import PageSet
 from pageferry.errors import WorkloadError
 from pageferry.host.fault_points import fault_point
+from pageferry.memory.view import Memory
 from pageferry.migration.deferred_pages import load_all
 from pageferry.migration.engine_call import off_loop
 from pageferry.migration.missing_pages import send_missing
@@ -20,10 +21,13 @@ from pageferry.migration.session import Session
 from pageferry.migration.transport import messages
 from pageferry.migration.write_trace import WriteTrace
 from pageferry.workloads.direct_io import registered_buffers
-from pageferry.workloads.protocols import SHARED, pause_to_save
+from pageferry.workloads.protocols import BASE, BASE_REQUIRED, COPIED, SHARED, pause_to_save
+
+_OF_MIGRATION = (SHARED, COPIED, BASE, BASE_REQUIRED)
+"""Details in Hello that describe the migration, not the workload."""
 
 MAX_SHOWN = 1000
-"""Maximum number of characters of a detail that a message quotes."""
+"""Maximum number of characters of a detail that an error message quotes."""
 
 
 class SwitchOver(ABC):
@@ -46,6 +50,8 @@ class SwitchOver(ABC):
         session, times = self._session, self._session.statistics.times
         times.phase("prepare")
         await self._prepare()
+        if session.disks is not None:
+            await session.disks.stop_measuring()
         if session.throttle is not None:
             session.throttle.lift()
         await self._pause()
@@ -94,8 +100,8 @@ class SwitchOver(ABC):
             self._session.deferred = None
 
     async def _pause(self) -> None:
-        """Pause the workload. The downtime begins when the workload stops; the first part of its device state may have
-        been sent by then."""
+        """Pause the workload. The downtime begins when the workload stops; the first part of its device state may
+        already have been sent."""
         session, times = self._session, self._session.statistics.times
         stopped = await pause_to_save(session.job.workload, self._send_ahead)
         times.start("downtime", at=stopped)
@@ -111,7 +117,7 @@ class SwitchOver(ABC):
         matches."""
         workload = self._session.job.workload
         sent, now = self._session.hello.details, workload.identity.details
-        told = {key: value for key, value in sent.items() if key != SHARED}
+        told = {key: value for key, value in sent.items() if key not in _OF_MIGRATION}
         if changed := [key for key in told | now if told.get(key) != now.get(key)]:
             raise WorkloadError(
                 f"{workload.name} was reconfigured during its migration: "
@@ -123,7 +129,7 @@ class SwitchOver(ABC):
 
     @abstractmethod
     async def _finish_memory(self) -> bytes:
-        """Save the device state, and send the last pages or their numbers; return the state."""
+        """Save the device state, and send the last pages or the sets of missing pages; return the state."""
 
     async def _pinned(self) -> list[PageSet]:
         """Return the pages in buffers that stay pinned: the trace does not report writes to them."""
@@ -144,18 +150,26 @@ class SwitchOver(ABC):
         if self.sent:
             self.sent[-1].remaining = count(pages)
 
-    async def _send_ahead(self, piece: bytes) -> None:
-        """Send a piece of the device state that the destination loads at once. The workload may still run."""
-        await self._send_state(piece, ahead=True)
+    async def _send_ahead(self, chunk: bytes) -> None:
+        """Send a chunk of the device state that the destination loads at once. The workload may still run."""
+        await self._send_state(chunk, ahead=True)
 
     async def _save_state(self) -> bytes:
         """Save the device state, and send the unsent part of its first `EARLY_STATE` bytes. Return the whole state.
 
         The destination queues these bytes until it has received the last pages.
         """
+        await self._finish_disks()
         state = await self._session.job.workload.save_state()
         await self._send_state(state[self._state_sent : messages.EARLY_STATE])
         return state
+
+    async def _finish_disks(self) -> None:
+        """Complete the copies of the disks, before QEMU releases the disks to save its state."""
+        session = self._session
+        if session.disks is not None:
+            with session.statistics.times.measure("disks"):
+                await session.channel.during(session.disks.finish())
 
     async def _send_state(self, part: bytes, *, ahead: bool = False) -> None:
         for start in range(0, len(part), messages.STATE_CHUNK):
@@ -225,7 +239,8 @@ class PostcopySwitchOver(SwitchOver):
     async def _finish_memory(self) -> bytes:
         """Save the device state, send the sets of missing pages, and start to serve requests for them. Return the
         state."""
-        session, times = self._session, self._session.statistics.times
+        session, times, memory = self._session, self._session.statistics.times, self._session.memory
+        assert isinstance(memory, Memory), "clones are migrated in pre-copy mode"
         with times.measure("save"):
             state = await self._save_state()
         if session.trace is not None:
@@ -233,12 +248,12 @@ class PostcopySwitchOver(SwitchOver):
             with times.measure("last pages"):
                 await self._send(session.memory.page_sets())
             self._rest = union(union(await session.trace.collect(), self._rest), await self._pinned())
-        missing = await off_loop(lambda: session.memory.data_of(self._rest))
+        missing = await off_loop(lambda: memory.data_of(self._rest))
         self._note_remaining(missing)
         await send_missing(session.channel, missing)
         fault_point("source.missing-sent")
         options = session.job.options
-        session.service = PageService(session.memory, missing, session.link.postcopy, options, options.timeout)
+        session.service = PageService(memory, missing, session.link.postcopy, options, options.timeout)
         session.service.start()
         return state
 

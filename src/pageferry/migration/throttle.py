@@ -14,7 +14,7 @@ from logging import getLogger
 from pageferry.errors import PageferryError, WorkloadDied
 from pageferry.host import proc
 from pageferry.host.cpu_quota import CpuQuota
-from pageferry.memory.regions import Region
+from pageferry.memory.regions import Placed
 from pageferry.migration.engine_call import off_loop
 
 log = getLogger(__name__)
@@ -24,9 +24,9 @@ STEPS = (20, 50, 80, 95, 99)
 
 
 class Throttle:
-    """Limits the CPU time of a workload's processes, relative to their usage since this object was created."""
+    """Limit on the CPU time of a workload's processes, relative to their usage since this object was created."""
 
-    def __init__(self, name: str, regions: Sequence[Region]) -> None:
+    def __init__(self, name: str, regions: Sequence[Placed]) -> None:
         self._name = name
         self._pids = sorted({segment.pid for region in regions for segment in region.segments})
         self._steps = iter(STEPS)
@@ -54,7 +54,7 @@ class Throttle:
             raise
         except PageferryError as error:
             log.warning(
-                "%s: cannot throttle: %s; rounds continue without --auto-converge (see `pageferry check`, cpu-quota)",
+                "%s: not throttled: %s; rounds continue without --auto-converge (see `pageferry check`, cpu-quota)",
                 self._name,
                 error,
             )
@@ -63,7 +63,7 @@ class Throttle:
         return True
 
     def lift(self) -> None:
-        """Remove the limit. Takes microseconds."""
+        """Remove the limit, which takes microseconds."""
         if self._quota is not None:
             with contextlib.suppress(OSError):  # the group may have been removed with its processes
                 self._quota.lift()

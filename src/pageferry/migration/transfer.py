@@ -9,6 +9,7 @@ from hashlib import blake2b
 from pageferry.errors import ProtocolError
 from pageferry.host.fault_points import fault_point
 from pageferry.memory.regions import SMALL_PAGE
+from pageferry.memory.view import Memory
 from pageferry.migration import preallocate
 from pageferry.migration.engine_call import off_loop
 from pageferry.migration.incoming import Incoming, ReceivingHost
@@ -34,9 +35,11 @@ class DeviceState:
         """Add the next chunk. Raises ProtocolError if the state becomes too long, or if a chunk to be loaded ahead
         follows one that is not."""
         if len(self._data) + len(message.data) > messages.MAX_STATE:
-            raise ProtocolError(f"the peer sent more than {messages.MAX_STATE} bytes of device state")
+            raise ProtocolError(
+                f"the peer sent more than {messages.MAX_STATE} bytes of device state, which is the limit"
+            )
         if message.ahead and not self._only_ahead:
-            raise ProtocolError("the peer sent a part of the state too late to load it ahead of the memory")
+            raise ProtocolError("the peer sent a chunk of the state to be loaded ahead after one that is not")
         self._only_ahead = message.ahead
         self._data += message.data
         self._digest.update(message.data)
@@ -44,17 +47,17 @@ class DeviceState:
     def verified(self, end: messages.StateEnd) -> bytes:
         """Return the complete state. Raises ProtocolError if its length or digest differs from that in `end`."""
         if end.length != len(self._data) or end.digest != self._digest.digest():
-            raise ProtocolError("the state of the workload was corrupted in transfer")
+            raise ProtocolError("cannot load the state of the workload: it was corrupted in transfer; retry")
         return bytes(self._data)
 
 
 class Transfer:
-    """Receives the pages and the device state, until both are complete. In post-copy, some pages remain missing."""
+    """Transfer of the pages and the device state, until both are complete. In post-copy, some pages remain missing."""
 
     def __init__(self, incoming: Incoming, placement: Placement, host: ReceivingHost) -> None:
         self.placement = placement
         self.hot: dict[int, list[int]] = {}
-        """Numbers of the units that were modified during the migration, by region; empty if the source has not sent
+        """Indexes of the units that were modified during the migration, by region; empty if the source has not sent
         them."""
         self.missing = MissingPages([region.length // SMALL_PAGE for region in incoming.hello.regions])
         self.postcopy: PostcopyMemory | None = None
@@ -65,8 +68,8 @@ class Transfer:
         self._preparing: asyncio.Task[None] | None = None
         """Preparation for loading the state; None until the first round is complete."""
 
-    async def run(self, late: Sequence[PageStream]) -> bytes:
-        """Receive all messages up to StateEnd, and return the device state. `late`: post-copy streams.
+    async def run(self, streams: Sequence[PageStream]) -> bytes:
+        """Receive all messages up to StateEnd, and return the device state. `streams`: post-copy streams.
 
         Raises MigrationError, WorkloadError.
         """
@@ -78,7 +81,7 @@ class Transfer:
                 return state
             await self._handle(message)
             if self.missing.complete and self.postcopy is None:
-                await self._start_postcopy(late)
+                await self._start_postcopy(streams)
 
     async def _handle(self, message: messages.AnyMessage) -> None:
         match message:
@@ -94,34 +97,38 @@ class Transfer:
                 if message.ahead:
                     await self._load_ahead(message.data)
 
-    async def _load_ahead(self, piece: bytes) -> None:
-        """Load a piece of the state, while the workload runs at the source."""
+    async def _load_ahead(self, chunk: bytes) -> None:
+        """Load a chunk of the state, while the workload runs at the source."""
         workload = self._incoming.workload
         if not isinstance(workload, StateAhead):
             kind = workload.identity.kind
-            raise ProtocolError(f"the peer sent a part of the state ahead; a workload of kind {kind} cannot load it")
+            raise ProtocolError(
+                f"the peer sent state to be loaded ahead, which a workload of kind {kind} does not support"
+            )
         await self.prepared()
-        await self._incoming.channel.during(workload.load_ahead(piece))
+        await self._incoming.channel.during(workload.load_ahead(chunk))
 
     async def _receive_round(self, message: messages.Round) -> None:
         fault_point("destination.in-round")
         receiver = self.placement.receiver
         await self._incoming.channel.during(off_loop(lambda: receiver.receive(message.number), cancel=receiver.cancel))
+        await self.placement.finish_round()
         if self._preparing is None:
-            # Not earlier: the preparation keeps the monitor of a guest open, and the first round takes a long time. Not
-            # later: any further round may be the last.
+            # The preparation starts after the first round, which takes a long time, because it keeps the monitor of a
+            # guest open. It does not start later, because any further round may be the last.
             self._preparing = asyncio.create_task(self._incoming.workload.prepare_load())
         await self._incoming.send(messages.RoundDone(number=message.number))
 
     def _verified(self, end: messages.StateEnd) -> bytes:
         state, absent = self._state.verified(end), self.placement.placer.missing
         if absent and self.postcopy is None:
-            raise ProtocolError(f"the source has not sent {absent} pages")
+            raise ProtocolError(f"cannot run the workload: the source has not sent {absent} pages")
         return state
 
-    async def _start_postcopy(self, late: Sequence[PageStream]) -> None:
+    async def _start_postcopy(self, streams: Sequence[PageStream]) -> None:
         """Start the pager (post-copy): from here on, accesses to missing pages wait until the pages are received."""
         placement, memory = self.placement, self.placement.memory
+        assert isinstance(memory, Memory), "clones are received in pre-copy mode"
         await off_loop(lambda: placement.placer.finish(populate_rest=False))
         preallocate.check_space(memory.regions, self.missing.sets)
         record = PostcopyRecord(
@@ -133,7 +140,7 @@ class Transfer:
         )
         self.postcopy = PostcopyMemory(record, memory.regions, self._host)
         channel = self._incoming.channel
-        await channel.during(self.postcopy.begin(self.missing.sets, late, channel))
+        await channel.during(self.postcopy.begin(self.missing.sets, streams, channel))
         fault_point("destination.pager-begun")
 
     async def prepared(self) -> None:

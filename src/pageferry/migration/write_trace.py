@@ -5,26 +5,31 @@ from __future__ import annotations
 from pageferry._engine import PageSet, Trace
 from pageferry.memory.view import Memory
 from pageferry.migration.engine_call import off_loop
+from pageferry.migration.source_memory import SourceMemory
 from pageferry.migration.statistics import MigrationStatistics
 from pageferry.workloads.deferred_access import AcquiredPager
 
 
 class WriteTrace:
-    """Write traces of a running workload. Removed by `remove`, or by the kernel when this process exits."""
+    """Write traces of a running workload. `remove` removes them, or the kernel when this process exits."""
 
-    def __init__(self, trace: Trace, memory: Memory, statistics: MigrationStatistics) -> None:
+    def __init__(self, trace: Trace, memory: SourceMemory, statistics: MigrationStatistics) -> None:
         self._trace: Trace | None = trace
         self._statistics = statistics
         self.hot = memory.page_sets()
         """Pages that were modified since the traces were installed, by region."""
 
     @classmethod
-    async def install(cls, memory: Memory, statistics: MigrationStatistics, hold: AcquiredPager | None) -> WriteTrace:
+    async def install(
+        cls, memory: SourceMemory, statistics: MigrationStatistics, hold: AcquiredPager | None
+    ) -> WriteTrace:
         """Install the traces in a helper thread. The workload is not stopped.
 
         `hold`: acquired pager of a workload with deferred memory, which lends its userfaultfd; otherwise None.
         """
-        if hold is None:
+        if not isinstance(memory, Memory):
+            trace = await off_loop(memory.install_trace)
+        elif hold is None:
             large, release_after = memory.collapsible(list(statistics.large)), statistics.options.release_after
             trace = await off_loop(lambda: Trace(memory.segments, release_after, large))
         else:
@@ -58,7 +63,7 @@ class WriteTrace:
     @property
     def _installed(self) -> Trace:
         if self._trace is None:
-            raise RuntimeError("the write traces have been removed")
+            raise RuntimeError("cannot use the write traces: they have been removed")
         return self._trace
 
     def _empty(self) -> list[PageSet]:

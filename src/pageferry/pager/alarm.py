@@ -1,5 +1,5 @@
-"""Pause of a guest that waits for an unreadable page. This is a separate module, because it is rarely needed and slow
-to import: a guest waits for the start of its pager.
+"""Pause of a guest that waits for an unreadable page. This code is a separate module because it is slow to import and
+rarely needed, and a guest waits while its pager starts.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ _TIMEOUT = 3.0
 class PauseRequest:
     """Request to pause a guest by QMP, sent by a separate thread.
 
-    QEMU may not respond before the page is loaded: its main loop waits for the page itself, or for a lock that a vCPU
-    holds during its access, or for a vCPU to return from its access. The request then stays open, and the guest pauses
+    QEMU may be unable to respond before the page is loaded: its main loop waits for the page, for a lock that the
+    accessing vCPU holds, or for that vCPU to complete its access. The request then stays open, and the guest pauses
     shortly after the access.
     """
 
     def __init__(self, qmp_socket: str) -> None:
         self._qmp_socket = qmp_socket
         self.error: str | None = None
-        """Reason why QEMU rejected the request; None if it did not."""
+        """Reason why the request failed; None if it has not failed."""
         self._thread = threading.Thread(target=self._run, name="pageferry-pause", daemon=True)
         self._thread.start()
 
     @property
     def open(self) -> bool:
-        """Return whether QEMU has not responded yet."""
+        """Whether QEMU has not responded yet."""
         return self._thread.is_alive()
 
     def wait(self) -> str:
-        """Wait until QEMU responds, for at most `_TIMEOUT` seconds. Return the state of the guest, for a message."""
+        """Wait until QEMU responds, for at most `_TIMEOUT` seconds. Return the state of the guest
+        as a predicate, such as "is paused"."""
         self._thread.join(_TIMEOUT)
         if self.open:
-            return "waits at the access, and pauses when the page is loaded: it does not respond to the request yet"
+            return "waits at the access, and pauses when the page is loaded: QEMU has not responded to the request yet"
         return "is paused" if self.error is None else f"cannot be paused: {self.error}"
 
     def _run(self) -> None:

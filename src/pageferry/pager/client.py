@@ -22,7 +22,7 @@ from pageferry.pager.protocol import PagerRequest, PagerStatus
 from pageferry.pager.records import FLAGS, POSTCOPY, RECORD, SOCKET, Deferred, is_restoring
 
 _TIMEOUT = 5.0
-"""Timeout of replies that do not wait for pages, seconds."""
+"""Timeout for replies to requests that load no pages, seconds."""
 
 HANDOVER = 1.0
 """Maximum time between the exit of one pager and the start of the next, seconds."""
@@ -53,7 +53,7 @@ class Connection:
         self._socket.sendall(msgspec.json.encode(request) + b"\n")
         line = self._replies.readline()
         if not line:
-            raise ConnectionResetError("the pager closed the connection")
+            raise ConnectionResetError("the pager closed the connection without a reply")
         return msgspec.json.decode(line, type=kind)
 
     def ask(self, request: PagerRequest, kind: type[Reply]) -> Reply:
@@ -90,7 +90,7 @@ def connect(folder: Folder) -> Connection:
         time.sleep(0.02)
 
 
-def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT) -> PagerStatus | None:
+def ask(folder: Folder, request: PagerRequest, timeout: float | None = _TIMEOUT) -> PagerStatus | None:
     """Send a request to the pager of a workload; return its reply, or None if no restore is in progress.
 
     Raises RestoreError if the pager of a restore in progress does not respond, ImageError if the image cannot be read.
@@ -101,7 +101,7 @@ def ask(folder: Folder, question: PagerRequest, timeout: float | None = _TIMEOUT
     while True:
         try:
             with contextlib.closing(Connection(folder, timeout)) as connection:
-                status = connection.exchange(question, PagerStatus)
+                status = connection.exchange(request, PagerStatus)
             break
         except (OSError, msgspec.MsgspecError) as failed:
             if not is_restoring(folder):  # the restore has just been completed
@@ -125,7 +125,7 @@ def check(status: PagerStatus) -> None:
 def gone(folder: Folder, failed: Exception) -> RestoreError:
     """Return the error for a pager that does not respond."""
     return RestoreError(
-        f"the pager of {folder.name} does not respond ({failed}): memory is deferred, to be loaded from "
+        f"cannot reach the pager of {folder.name}: {failed}; some memory remains to be loaded from "
         f"{_next_pager(folder)} starts another pager"
     )
 
@@ -145,8 +145,8 @@ def status(folder: Folder) -> PagerStatus | None:
 def deferred_bits(folder: Folder) -> tuple[int, tuple[str, ImageIdentity] | None] | None:
     """Return the deferred bitmap of a workload, and the image with its deferred pages; None if no page is deferred.
 
-    The bitmap is a descriptor, which the caller closes. The image is None if contents are fetched from another host, or
-    loaded from a cold store, which is done on demand only. Raises RestoreError.
+    The bitmap is a descriptor, which the caller closes. The image is None if the contents are fetched from another
+    host, or are in a cold store, whose pager loads them on demand only. Raises RestoreError.
     """
     record = folder.load(RECORD, Deferred)
     image = (record.image, record.identity) if record is not None and record.cold is None else None

@@ -1,6 +1,6 @@
 """Loading of all contents before the workload runs, for hosts where its page faults cannot be handled (S10).
 
-This uses the pager of a lazy restore, without an address space to watch. The background thread of the pager loads all
+`load` uses the pager of a lazy restore, without an address space to watch. The background thread of the pager loads all
 contents before the workload runs, so that no access and no system call reaches a page that is not loaded.
 """
 
@@ -25,7 +25,7 @@ read."""
 
 
 def load(image: ImageFile, targets: Sequence[TargetRegion], report: Report) -> Pager:
-    """Load all contents of an image into the memory of a workload that does not run yet. Return the pager, which has
+    """Load all contents of an image into the memory of a workload that is not running yet. Return the pager, which has
     finished.
 
     Raises ImageError for a page that cannot be read.

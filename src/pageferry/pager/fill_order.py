@@ -23,10 +23,10 @@ class FillOrder(NamedTuple):
     windows: Sequence[int]
     """Windows of 16 pages, numbered over all regions."""
     blocks: Sequence[tuple[int, int]]
-    """Storage blocks: number of the image in its chain (0: the image itself), number of the block."""
+    """Storage blocks, each as (index of the image in its chain, index of the block); index 0 is the image itself."""
 
 
 def fill_order(image: ImageFile, working_set: Sequence[int]) -> FillOrder:
     """Return the order in which to load an image. `working_set`: windows of 16 pages."""
-    blocks = [(number, block) for number, link in enumerate(image.links) for block in range(len(link.image.blocks))]
+    blocks = [(number, block) for number, link in enumerate(image.links) for block in range(link.image.block_count)]
     return FillOrder(working_set, blocks)

@@ -38,15 +38,15 @@ log = logging.getLogger("pageferry.pager")
 _POLL = 0.05
 """Interval of checks whether the workload still runs, seconds."""
 _SELDOM = 0.5
-"""Interval of checks whether the workload still runs, for the pager of a cold store, which rarely has work, seconds."""
+"""Interval of the same checks by the pager of a cold store, which rarely has work, seconds."""
 _MOST_KEPT = 1 << 17
 """Maximum number of touched windows in the summary: 8 GiB of memory."""
 
 
 class ImagePager:
-    """Pager that loads the memory of one workload from an image: on demand, and after `fill` in the background too.
+    """Pager that loads the memory of one workload from an image: on demand and, after `fill`, also in the background.
 
-    The constructor raises RestoreError, WorkloadError, UsageError if another pager is running, and CannotHandleFaults.
+    The constructor raises RestoreError, WorkloadError, CannotHandleFaults, and UsageError if another pager is running.
     After an error, nothing of this pager is left behind.
     """
 
@@ -68,8 +68,8 @@ class ImagePager:
                 self._request_pause()
             self._start(taken_over)
             fault_point("pager.registered")
-            # Stored only after the pager has set the bitmap: a record with an empty bitmap would mean that all pages
-            # are present.
+            # The record is stored only after the pager has set the bitmap: a record with an empty bitmap would mean
+            # that all pages are present.
             self._store(userfaults=self.service.userfaults)
             self.service.serve(str(image.path), image.identity)
             if self._pause is not None:  # when the takeover has completed, a client of the guest may resume it
@@ -102,8 +102,8 @@ class ImagePager:
         )
 
     def _watched(self) -> Iterator[tuple[int, Segment]]:
-        """Yield the segments that this pager watches, with the number of their region: all mappings, or for a cold
-        store only the parts that are in it."""
+        """Yield the segments that this pager watches, each with the index of its region: all mappings, or only those
+        parts that are in the cold store."""
         for number, region in enumerate(self.regions):
             parts = [(0, region.length)] if self.work.cold is None else self.work.cold[number]
             for segment in region.segments:
@@ -126,12 +126,14 @@ class ImagePager:
             self.service.pager.evicted()
 
     def run(self) -> None:
-        """Serve until all contents are loaded, the workload has exited, or the pager is asked to stop."""
-        known = 0
+        """Serve until all contents are loaded, the workload has exited, or a client requests the exit of the pager."""
+        known: set[tuple[int, int, bool]] = set()
+        """Failures that have been reported: region, page, whether the workload has accessed it."""
+        pages = 0
         poll = _POLL if self.work.cold is None else _SELDOM
         server = self.service.server
         assert server is not None
-        while not self.service.pager.wait(poll, known):
+        while not self.service.pager.wait(poll, pages):
             if self.service.ended() is not None:
                 log.info("%s has ended", self.folder.name)
                 self._remove_store()
@@ -139,9 +141,11 @@ class ImagePager:
             if server.asked_to_stop.is_set():
                 return
             failures = self.service.pager.failures
-            if len(failures) > known:
-                known = len(failures)
-                self._complain(server.describe(failures[known - 1]), accessed=failures[known - 1].accessed)
+            pages = len(failures)
+            for failure in failures:
+                if (key := (failure.region, failure.page, failure.accessed)) not in known:
+                    known.add(key)
+                    self._complain(server.describe(failure), accessed=failure.accessed)
             self._check_pause()
         self._finish()
 
@@ -194,7 +198,7 @@ class ImagePager:
         else:
             self._make_large()
         status = server.status(touched=pager.touched[:_MOST_KEPT])
-        self.folder.store(records.SUMMARY, status)  # before the record is removed: its readers then read the summary
+        self.folder.store(records.SUMMARY, status)  # stored first: a client that finds no record reads the summary
         self.service.forget(records.RECORD)
         fault_point("pager.forgotten")
         self.service.release_userfaults()
@@ -203,8 +207,8 @@ class ImagePager:
         log.info("%s: restore complete: %d faults, %d bytes read", self.folder.name, status.faults, status.bytes_read)
 
     def _make_large(self) -> None:
-        """Collapse the split pages to huge pages again, where possible. Revert MADV_DONTFORK, unless the workload is a
-        guest."""
+        """Collapse the split pages into huge pages again, where possible. Revert MADV_DONTFORK, unless the workload is
+        a guest."""
         for number, segment in self._watched():
             if self.regions[number].page_size == SMALL_PAGE:
                 space = self.service.spaces[segment.pid]

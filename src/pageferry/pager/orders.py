@@ -1,6 +1,6 @@
 """Orders of a command to the pager process that it starts, and the replies.
 
-Each message is a length (8 bytes, little endian) and MessagePack, sent over a socket that the pager process inherits::
+Each message is a length (8 bytes, little endian) followed by MessagePack. The pager process inherits the socket::
 
     command                 pager process
     Open ─────────────────▶                 open and verify the image, while QEMU starts
@@ -17,6 +17,23 @@ contents before the workload runs::
 
     Load ─────────────────▶
            ◀─────────────── Loading, repeatedly, until `finished`
+
+For a guest that shares the memory of the image, the command sends these orders to the pager of the base, which it has
+started or found running::
+
+    OpenBase ─────────────▶                 create the base, or open the one that clones of an exited pager have
+           ◀─────────────── BaseOpened      (BaseElsewhere: another pager serves the base)
+    Share ────────────────▶                 QEMU has the descriptor of the base: replace its memory
+           ◀─────────────── Shared
+    GetBase ──────────────▶
+           ◀─────────────── BaseState
+
+A Python program maps the base itself, and sends these orders to the pager::
+
+    Join ─────────────────▶                 serve the userfaultfd of the program; without one, load the base completely
+           ◀─────────────── Joined
+    Ensure ───────────────▶                 load a range of the base now
+           ◀─────────────── Ensured
 """
 
 from __future__ import annotations
@@ -28,6 +45,8 @@ import msgspec
 from pageferry import errors
 from pageferry.errors import PageferryError, RestoreError
 from pageferry.images.metadata import ImageIdentity, Metadata
+from pageferry.pager.base_protocol import BaseStatus
+from pageferry.pager.base_records import CloneRecord
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.records import Deferred
 
@@ -36,7 +55,7 @@ _FAILURES = {"CannotHandleFaults": CannotHandleFaults}
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Base of the messages of a command."""
+    """Base class of the messages of a command."""
 
 
 class Open(Order, frozen=True, kw_only=True):
@@ -47,7 +66,7 @@ class Open(Order, frozen=True, kw_only=True):
     expected: ImageIdentity | None = None
     """Identity of the image that the restore began with; None for a new restore."""
     name: str
-    """Name of the workload, for messages."""
+    """Name of the workload, for error messages."""
 
 
 class Serve(Order, frozen=True, kw_only=True):
@@ -58,7 +77,7 @@ class Serve(Order, frozen=True, kw_only=True):
     name: str
     work: Deferred
     taken_over: bool = False
-    """Whether another pager has served the workload."""
+    """Whether another pager served the workload before."""
     evicting: bool = False
     """Whether pages will be evicted."""
 
@@ -70,7 +89,7 @@ class Load(Order, frozen=True, kw_only=True):
 
 
 class Fill(Order, frozen=True, kw_only=True):
-    """Order to load in the background too. It has no reply."""
+    """Order to load contents in the background too. It has no reply."""
 
 
 class Evict(Order, frozen=True, kw_only=True):
@@ -85,8 +104,42 @@ class EndEvictions(Order, frozen=True, kw_only=True):
     """Order to finish when all pages are loaded."""
 
 
+class OpenBase(Order, frozen=True, kw_only=True):
+    """Order to serve the base of the open image."""
+
+    registry: str
+    """Run directory."""
+
+
+class Share(Order, frozen=True, kw_only=True):
+    """Order to replace the memory of a guest with a private mapping of the base, before the guest runs."""
+
+    name: str
+    work: CloneRecord
+
+
+class Join(Order, frozen=True, kw_only=True):
+    """Order to serve a program that maps the base, or will map it when it is complete."""
+
+    name: str
+    work: CloneRecord
+
+
+class Ensure(Order, frozen=True, kw_only=True):
+    """Order to load a range of the base (`offset` and `length` in bytes)."""
+
+    offset: int
+    length: int
+    image: str
+    """Path of the image, for error messages."""
+
+
+class GetBase(Order, frozen=True, kw_only=True):
+    """Order to return the state of the base."""
+
+
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Base of the messages of a pager process."""
+    """Base class of the messages of a pager process."""
 
 
 class Failed(Reply, frozen=True, kw_only=True):
@@ -140,8 +193,51 @@ class Evicted(Reply, frozen=True, kw_only=True):
     """Number of pages: evicted pages in the reply to `Evict`, deferred pages in the reply to `EndEvictions`."""
 
 
-AnyOrder = Open | Serve | Load | Fill | Evict | EndEvictions
-AnyReply = Failed | Opened | Serving | Loading | Evicted
+class BaseOpened(Reply, frozen=True, kw_only=True):
+    """Reply to `OpenBase`."""
+
+    pager: int
+    """Process id of the pager."""
+    descriptor: int
+    """Number of the descriptor of the base in that process."""
+    device: int
+    """Device of the file of the base, as in `os.stat_result.st_dev`."""
+    inode: int
+    identity: ImageIdentity
+    """Identity of the image."""
+
+
+class BaseElsewhere(Reply, frozen=True, kw_only=True):
+    """Reply to `OpenBase` if another pager serves the base."""
+
+    socket: str
+    """Path of the socket for orders to that pager."""
+    pager: int
+    """Process id of that pager."""
+
+
+class Shared(Reply, frozen=True, kw_only=True):
+    """Reply to `Share`: the guest can access its memory from now on."""
+
+
+class Joined(Reply, frozen=True, kw_only=True):
+    """Reply to `Join`: accesses to the base may begin."""
+
+
+class Ensured(Reply, frozen=True, kw_only=True):
+    """Reply to `Ensure`: the range is in the base."""
+
+
+class BaseState(Reply, frozen=True, kw_only=True):
+    """Reply to `GetBase`."""
+
+    status: BaseStatus
+
+
+AnyOrder = Open | Serve | Load | Fill | Evict | EndEvictions | OpenBase | Share | Join | Ensure | GetBase
+AnyReply = (
+    Failed | Opened | Serving | Loading | Evicted | BaseOpened | BaseElsewhere | Shared | Joined | Ensured | BaseState
+)
 
 _orders = msgspec.msgpack.Decoder(AnyOrder)
 _replies = msgspec.msgpack.Decoder(AnyReply)

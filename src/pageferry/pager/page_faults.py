@@ -18,18 +18,18 @@ class CannotHandleFaults(UnsupportedError):
     """Error for a process whose page faults cannot be handled: permissions or kernel support are missing."""
 
 
-def userfaults(spaces: Mapping[int, Space]) -> tuple[dict[int, int], dict[int, int]]:
+def userfaults(spaces: Mapping[int, Space], *, discards: bool = True) -> tuple[dict[int, int], dict[int, int]]:
     """Create a userfaultfd in each process. Return, by pid, the descriptors in this process, and the numbers of the
     descriptors that the processes keep.
 
-    The userfaultfds report discarded ranges. Raises CannotHandleFaults or ProcessLookupError; no descriptor is left in
-    any process then.
+    With `discards`, the userfaultfds report discarded ranges. Raises CannotHandleFaults or ProcessLookupError; after an
+    error, no descriptor is left in any process.
     """
     ours: dict[int, int] = {}
     kept: dict[int, int] = {}
     try:
         for pid, space in spaces.items():
-            made = space.missing_faults(discards=True)
+            made = space.missing_faults(discards=discards)
             ours[pid] = made.descriptor
             if made.number is not None:
                 kept[pid] = made.number
@@ -43,7 +43,8 @@ def userfaults(spaces: Mapping[int, Space]) -> tuple[dict[int, int], dict[int, i
 
 
 def open_spaces(pids: Iterable[int]) -> dict[int, Space]:
-    """Open the address spaces of processes. Raises CannotHandleFaults if one cannot be traced, ProcessLookupError."""
+    """Open the address spaces of processes. Raises CannotHandleFaults if a process cannot be traced, ProcessLookupError
+    if it has exited."""
     spaces = {}
     for pid in pids:
         try:
@@ -56,7 +57,7 @@ def open_spaces(pids: Iterable[int]) -> dict[int, Space]:
 
 
 def check(pids: Iterable[int]) -> None:
-    """Raise CannotHandleFaults if page faults of these processes cannot be handled. Leaves no descriptors in them."""
+    """Raise CannotHandleFaults if page faults of these processes cannot be handled. Leave no descriptors in them."""
     spaces = open_spaces(pids)
     close(spaces, *userfaults(spaces))
 

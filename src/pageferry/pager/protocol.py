@@ -33,10 +33,10 @@ class HoldGiven(msgspec.Struct, frozen=True, kw_only=True):
     pager: int
     """Process id of the pager."""
     userfaults: dict[int, int] | None = None
-    """Number of the userfaultfd in the pager's process, by pid of the workload's processes. None if the pager was not
-    acquired, because that is not supported, no page is deferred, or the pager is `busy`."""
+    """Numbers of the userfaultfds in the pager's process, by pid of the workload's processes. None if the pager was not
+    acquired, because acquisition is not supported, no page is deferred, or the pager is `busy`."""
     large: list[bytes] = []
-    """One byte per 2 MiB unit of each region: 1 if the unit will be backed by a huge page."""
+    """Per region, one byte per 2 MiB unit: 1 if the unit will be backed by a huge page."""
     busy: bool = False
     """Whether another client has acquired the pager."""
 

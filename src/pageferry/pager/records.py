@@ -4,7 +4,7 @@ During a restore or the post-copy phase of a migration, the directory of the wor
 
     restore.json    parameters of the restore: all that another pager needs to take over; or
     postcopy.json   the same for a post-copy migration
-    pager.flags     deferred bitmap: one bit per page, set until its contents are loaded
+    pager.flags     deferred bitmap: one bit per page, set until the page is loaded
     pager.sock      request socket of the pager: one JSON object per line in each direction
     pager.log       log of the pager
 
@@ -81,11 +81,11 @@ class Deferred(msgspec.Struct, frozen=True, kw_only=True):
     eager: bool
     cold: list[list[tuple[int, int]]] | None = None
     """Huge pages split for a cold store (S3), per region, as (first byte, length); None for a restore. All other memory
-    is present. Pages are loaded on demand only. When all are loaded, the images in `own` are removed."""
+    is present. Pages are loaded on demand only. When all pages are loaded, the images in `own` are removed."""
     own: list[OwnImage] = []
     """Images that reclaim has created for this cold store. A pager removes these and no other files."""
     pausing: bool = False
-    """The guest has accessed an unreadable page, and QEMU has not responded to the request to pause yet."""
+    """Whether the guest has accessed an unreadable page, and QEMU has not responded to the request to pause yet."""
 
 
 class PostcopyRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +93,7 @@ class PostcopyRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     migration: str
     source: str
-    """Name of the workload at the source, for messages."""
+    """Name of the workload at the source, shown in errors and output."""
     regions: list[RegionRecord]
     large: list[bytes]
     """Units of each region that are backed by huge pages at the source: one bit per 2 MiB, least significant bit
@@ -131,7 +131,7 @@ def open_region(record: RegionRecord) -> Region:
         if mapping.address <= first.address < mapping.address + mapping.length:
             descriptor = proc.open_mapped_file(first.pid, mapping)
             return Region(record.name, record.length, descriptor, record.file_offset, record.page_size, segments)
-    raise WorkloadError(f"process {first.pid} no longer maps the memory of {record.name}")
+    raise WorkloadError(f"cannot open region {record.name}: process {first.pid} no longer maps it")
 
 
 def create_flags(folder: Folder | None, length: int) -> int:
@@ -160,7 +160,7 @@ def open_flags(folder: Folder, length: int) -> int:
     _lock(folder, descriptor)
     if os.fstat(descriptor).st_size != length:
         os.close(descriptor)
-        raise RestoreError(f"{folder.path / FLAGS} does not match the memory of {folder.name}: its length differs")
+        raise RestoreError(f"cannot use {folder.path / FLAGS}: its length does not match the memory of {folder.name}")
     return descriptor
 
 

@@ -20,7 +20,7 @@ from pageferry.pager.protocol import MAX_TOUCHED, HoldGiven, PagerRequest, Pager
 
 
 class _Hold:
-    """Acquisition of the pager by one client, released with its connection."""
+    """Acquisition of the pager by one client; ends when the client releases the pager or closes the connection."""
 
     def __init__(self, pager: Pager) -> None:
         self._pager = pager
@@ -47,8 +47,8 @@ class _Hold:
 class PagerServer:
     """Server that replies to requests on a socket until it is closed, with one thread per client.
 
-    `origin`: origin of the contents, for messages; `regions`: name and length of each region; `flags`: path of the
-    deferred bitmap, if not in the workload's directory; `identity`: identity of the image.
+    `origin`: origin of the contents, for error messages; `regions`: name and length of each region; `flags`: path of
+    the deferred bitmap, if not in the workload's directory; `identity`: identity of the image.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PagerServer:
         self.flags = flags
         self.identity = identity
         self.paused: str | None = None
-        """Reason why no pages can be received now; None if they can."""
+        """Reason why no pages can be received now; None if pages can be received."""
         self.asked_to_stop = threading.Event()
         self.closed = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
@@ -145,28 +145,28 @@ class PagerServer:
 
     def _answer(self, line: bytes, hold: _Hold) -> PagerStatus | HoldGiven:
         try:
-            question = msgspec.json.decode(line, type=PagerRequest)
-            if question.what == "hold":
+            request = msgspec.json.decode(line, type=PagerRequest)
+            if request.what == "hold":
                 return hold.give(len(self.regions))
-            if question.what == "release":
+            if request.what == "release":
                 hold.release()
-            return self._do(question)
+            return self._do(request)
         except (ValueError, OSError) as error:
             return self.status(f"{self.origin}: {error}")
 
-    def _do(self, question: PagerRequest) -> PagerStatus:
-        if self.paused is not None and question.what in ("ensure", "settle"):
+    def _do(self, request: PagerRequest) -> PagerStatus:
+        if self.paused is not None and request.what in ("ensure", "settle"):
             return self.status(f"cannot load deferred contents from {self.origin}: {self.paused}")
-        match question.what:
+        match request.what:
             case "ensure":
-                self.pager.ensure(question.region, question.first, question.count)
+                self.pager.ensure(request.region, request.first, request.count)
             case "settle":
                 for number, (_, length) in enumerate(self.regions):
                     self.pager.ensure(number, 0, length // SMALL_PAGE)
                 while not self.pager.wait(1.0, len(self.pager.failures)):
                     pass
             case "touched":
-                return self.status(touched=self.pager.touched[question.first :][:MAX_TOUCHED])
+                return self.status(touched=self.pager.touched[request.first :][:MAX_TOUCHED])
             case "stop":
                 self.asked_to_stop.set()
             case "status" | "hold" | "release":

@@ -1,7 +1,7 @@
 """Pager service of one workload: everything that does not depend on the source of the contents.
 
 The source is an image (`image_pager`), including that of a cold store, or the source of a post-copy migration
-(`migration.postcopy_destination`). The users of the service provide a function that creates the engine's pager.
+(`migration.postcopy_destination`). The callers provide a function that creates the engine's pager.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pageferry.pager import page_faults, records
 from pageferry.pager.server import PagerServer
 
 MakePager = Callable[[dict[int, int], int], Pager]
-"""Function that creates a pager from this process's descriptors of the userfaultfds, by process ID, and from the
+"""Function that creates a pager from this process's descriptors of the userfaultfds, by process id, and from the
 descriptor of the deferred bitmap."""
 
 
 class PagerService:
-    """Memory of a workload, its userfaultfds and deferred bitmap, its pager, and the server for requests to it.
+    """Memory of a workload, its userfaultfds and deferred bitmap, its pager, and the server for requests to the pager.
 
     `folder`: directory of the workload; None for a workload that is not registered. The constructor raises
     CannotHandleFaults, ProcessLookupError.
@@ -58,7 +58,7 @@ class PagerService:
         """Start the pager. `taken_over`: by pid, the numbers of the userfaultfds that another pager has left in the
         processes; requires `take_bitmap`. If None, create a userfaultfd in each process, and a bitmap.
 
-        Raises CannotHandleFaults; no process keeps a new descriptor then.
+        Raises CannotHandleFaults; after an error, no process keeps a new descriptor.
         """
         if taken_over is None:
             ours, self.userfaults = page_faults.userfaults(self.spaces)
@@ -81,7 +81,7 @@ class PagerService:
 
     def serve(self, origin: str, identity: ImageIdentity | None = None) -> None:
         """Start to serve requests on the socket in the workload's directory, if there is a directory. `origin`: origin
-        of the contents, for messages."""
+        of the contents, for error messages."""
         if self.folder is not None:
             extents = [(region.name, region.length) for region in self.regions]
             path = self.folder.socket_path(records.SOCKET)
@@ -98,12 +98,12 @@ class PagerService:
     def pager(self) -> Pager:
         """Pager. Raises RuntimeError before `start`."""
         if self._pager is None:
-            raise RuntimeError("the pager is not started")
+            raise RuntimeError("cannot use the pager: it has not been started")
         return self._pager
 
     @property
     def server(self) -> PagerServer | None:
-        """Server of requests; None before `serve`, after `close`, and without a directory."""
+        """Server of requests; None before `serve`, after `close`, or if the workload has no directory."""
         return self._server
 
     def ended(self) -> int | None:
@@ -115,8 +115,8 @@ class PagerService:
     def forget(self, record: str) -> None:
         """Remove the record and the bitmap, after all contents are loaded.
 
-        The record is removed first, and before `release_userfaults`: no other pager could take over with the record
-        alone.
+        The record is removed first, because another pager cannot take over with a record alone. For the same reason,
+        call this method before `release_userfaults`.
         """
         if self.folder is not None:
             self.folder.forget(record)

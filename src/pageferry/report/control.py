@@ -8,7 +8,7 @@ from rich.text import Text
 
 from pageferry.control.events import RunStateResult, RunStateResults, StopResult
 from pageferry.report.text import PlainView
-from pageferry.report.units import duration
+from pageferry.report.units import ms
 
 
 class ControlView(PlainView):
@@ -20,8 +20,8 @@ class ControlView(PlainView):
             case RunStateResults(results=results):
                 return Text("\n".join(map(_run_state, results)))
             case StopResult():
-                how = "stopped, because it did not shut down" if result.forced else "shut down"
-                return Text(f"{result.workload}: {how} ({duration(result.duration_ms / 1e3)})")
+                how, why = ("stopped", ", because it did not shut down") if result.forced else ("shut down", "")
+                return Text(f"{result.workload}: {how} after {ms(result.duration_ms)}{why}")
             case _:
                 return super().result(result)
 

@@ -173,13 +173,17 @@ class Log:
             rows = files.read_regular(path, MAX_LENGTH).split(b"\n")
         except OSError as error:
             raise UsageError(f"cannot read the event log {path}: {error.strerror}") from error
-        # Text after the last line feed is an incomplete line, whose command was killed or is still running.
+        # Text after the last line feed is an incomplete line: the command was killed or is still running.
         cut = bool(rows.pop())
         if not rows or not rows[0].startswith(b'{"at-ms":'):
-            raise UsageError(f"{path} is not an event log: use a file that a verb has written with --log FILE")
+            raise UsageError(
+                f"cannot read {path}: it is not an event log; use a file that a verb has written with --log FILE"
+            )
         lines = [_line(path, number, row) for number, row in enumerate(rows, 1)]
         if lines[0].tag != "log":
-            raise UsageError(f"{path} is not an event log: the type of its first line is {lines[0].tag!r}, not 'log'")
+            raise UsageError(
+                f"cannot read {path}: its first line has the type {lines[0].tag!r}, not 'log'; use the whole event log"
+            )
         if (schema := lines[0].fields.get("schema")) != SCHEMA:
             raise UsageError(
                 f"cannot read {path}: unsupported schema {schema}, this pageferry supports {SCHEMA}; use the "
@@ -190,7 +194,7 @@ class Log:
             end, ended_at = (last.to(LogEnd), last.at) if last is not None else (None, None)
             return cls(path, lines[0].to(LogHeader), lines[1:], end, ended_at, cut)
         except msgspec.ValidationError as wrong:
-            raise UsageError(f"cannot read {path}: its first or last line is damaged ({wrong})") from wrong
+            raise UsageError(f"cannot read {path}: its first or last line is invalid: {wrong}") from wrong
 
 
 def _line(path: Path, number: int, row: bytes) -> Line:
@@ -198,4 +202,4 @@ def _line(path: Path, number: int, row: bytes) -> Line:
         fields = msgspec.json.decode(row, type=dict[str, Any])
         return Line(float(fields.pop("at-ms")), str(fields.pop("type")), fields)
     except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as wrong:
-        raise UsageError(f"cannot read {path}: line {number} is not an event ({wrong})") from wrong
+        raise UsageError(f"cannot read {path}: line {number} is not an event: {wrong}") from wrong

@@ -7,13 +7,35 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.images.events import Difference, DiskSummary, Flattened, ImageSummary, Verification
+from pageferry.control.events import ImageDeleted
+from pageferry.images.events import (
+    Difference,
+    DiskSummary,
+    ExportedSnapshot,
+    Flattened,
+    ImageSummary,
+    ImportedSnapshot,
+    Verification,
+)
+from pageferry.report.disks import deleted
+from pageferry.report.stores import progress, stored
 from pageferry.report.text import PlainView, named_values
 from pageferry.report.units import size
+from pageferry.stores.events import StoreProgress
 
 
 class ImageView(PlainView):
     """View of the results of `pageferry image`."""
+
+    def line(self, event: msgspec.Struct) -> str | None:
+        """Return None for progress."""
+        return None if isinstance(event, StoreProgress) else super().line(event)
+
+    def live(self, event: msgspec.Struct) -> RenderableType | None:
+        """Return the progress of a transfer."""
+        if isinstance(event, StoreProgress):
+            return progress(event)
+        return super().live(event)
 
     def result(self, result: msgspec.Struct) -> RenderableType:
         """Return a summary as a table, and any other result as lines."""
@@ -25,10 +47,16 @@ class ImageView(PlainView):
                 return Group(Text(summary), *(Text(finding) for finding in result.findings))
             case Difference():
                 return _difference(result)
+            case ImportedSnapshot():
+                return Text(_imported(result))
+            case ExportedSnapshot():
+                return Text(f"{result.memory}: {size(result.length)}; {result.vmstate}")
             case Flattened():
                 return Text(f"{result.path}: {size(result.length)}")
+            case ImageDeleted():
+                return Text("\n".join(deleted(result)))
             case _:
-                return super().result(result)
+                return stored(result) or super().result(result)
 
 
 def _summary(image: ImageSummary) -> RenderableType:
@@ -59,7 +87,17 @@ def _disk(disk: DiskSummary) -> str:
         return f"{name}: {chain}, part of the state"
     text = f"{name}: {chain}, {size(disk.size)}" + (", read-only" if disk.read_only else "")
     modified = disk.layers[0].modified
+    if disk.saved:
+        text += ", frozen" if disk.frozen else f", copied to {disk.saved[0].path} ({disk.saved[0].format})"
+        return text + (f", needed by {', '.join(disk.needed_by)}" if disk.needed_by else "")
     return text + (f", modified {modified}" if modified is not None else "")
+
+
+def _imported(result: ImportedSnapshot) -> str:
+    based = f", based on {result.parent}" if result.parent is not None else ""
+    return (
+        f"{result.path}: {size(result.length)} for {size(result.memory)} of memory, {result.stored} pages stored{based}"
+    )
 
 
 def _difference(found: Difference) -> RenderableType:

@@ -64,6 +64,20 @@ METRICS = (
         1e6 / 8,
     ),
     Metric(
+        "pageferry_migration_disks_copied_bytes",
+        "counter",
+        "Bytes of disks copied.",
+        ("disk-progress",),
+        "done",
+    ),
+    Metric(
+        "pageferry_migration_disks_remaining_bytes",
+        "gauge",
+        "Bytes of disks left to copy.",
+        ("disk-progress",),
+        "remaining",
+    ),
+    Metric(
         "pageferry_migration_postcopy_remaining_bytes",
         "gauge",
         "Deferred bytes at the destination.",

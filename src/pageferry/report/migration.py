@@ -10,7 +10,9 @@ from rich.text import Text
 
 from pageferry.demo.events import DemoResult
 from pageferry.migration.events import (
+    CloneMove,
     DirectIo,
+    DiskProgressEvent,
     LargePagesEvent,
     Listening,
     MigrationResult,
@@ -21,7 +23,7 @@ from pageferry.migration.events import (
     SetupEvent,
 )
 from pageferry.report.text import PlainView, named_values
-from pageferry.report.units import duration, ms, rate, size
+from pageferry.report.units import duration, ms, rate, size, us
 
 BAR = 32
 """Width of the progress bar, columns."""
@@ -32,6 +34,8 @@ class MigrationView(PlainView):
 
     def __init__(self) -> None:
         self._rounds: list[str] = []
+        self._bars: dict[type[msgspec.Struct], RenderableType] = {}
+        """Latest progress bar, of the current round and of the disks, by the type of its event."""
 
     def line(self, event: msgspec.Struct) -> str | None:
         """Return a line for the end of a phase or round; None for progress."""
@@ -51,7 +55,7 @@ class MigrationView(PlainView):
                     f"{size(event.remaining)} remaining"
                     + (f", throttled by {event.cpu_throttle_percentage} %" if event.cpu_throttle_percentage else "")
                 )
-            case ProgressEvent() | LargePagesEvent():
+            case ProgressEvent() | LargePagesEvent() | DiskProgressEvent():
                 return None
             case PostcopyEvent():
                 return postcopy_line(event) if event.status != "postcopy-active" else None
@@ -65,8 +69,11 @@ class MigrationView(PlainView):
             self._rounds.append(line)
         for done in self._rounds:
             shown.add_row(Text(done))
-        if isinstance(event, ProgressEvent):
-            shown.add_row(_bar(event))
+        self._bars |= {type(event): bar} if (bar := _bar(event)) is not None else {}
+        if isinstance(event, RoundEvent):
+            self._bars.pop(ProgressEvent, None)
+        for bar in self._bars.values():
+            shown.add_row(bar)
         if isinstance(event, PostcopyEvent) and event.status == "postcopy-active":
             shown.add_row(Text(postcopy_line(event)))
         return shown
@@ -120,10 +127,18 @@ def _sent(event: RoundEvent) -> str:
     return f"{event.pages:,} pages, {size(event.sent)} in {duration(event.ms / 1e3)} ({speed})"
 
 
-def _bar(event: ProgressEvent) -> RenderableType:
+def _bar(event: msgspec.Struct) -> RenderableType | None:
+    """Return the progress bar for an event; None for an event of another kind."""
+    match event:
+        case ProgressEvent():
+            what, more = f"round {event.round}", ""
+        case DiskProgressEvent():
+            what, more = "disks", f", {size(event.remaining)} remaining"
+        case _:
+            return None
     bar = Table.grid(padding=(0, 1))
     progress = ProgressBar(total=max(event.total, 1), completed=event.done, width=BAR)
-    bar.add_row(Text(f"round {event.round}"), progress, Text(rate(event.mbps * 1e6 / 8)))
+    bar.add_row(Text(what), progress, Text(rate(event.mbps * 1e6 / 8) + more))
     return bar
 
 
@@ -134,6 +149,23 @@ def _state(paused: bool) -> str:
 def _direct_io(direct: DirectIo) -> str:
     drained = f"{direct.drains} short pauses, {ms(direct.time)} in total, at most {ms(direct.longest)}"
     return drained + (f"; {direct.pinned_pages:,} pinned pages" if direct.pinned_pages else "")
+
+
+def _clone(clone: CloneMove) -> str:
+    if clone.shared:
+        return f"{size(clone.private)} private; shares the memory of {clone.image} at the destination too"
+    return f"separate memory at the destination: {clone.reason}"
+
+
+def _disks(result: MigrationResult) -> list[tuple[str, str]]:
+    if not result.disks:
+        return []
+    kept = ", ".join(f"{disk.path} ({disk.name})" for disk in result.disks)
+    copied = f"{size(sum(disk.size for disk in result.disks))} copied, {size(result.disks_transferred)} sent"
+    return [
+        ("disks", f"{copied}, completed in {ms(result.downtime_parts.disks)} of the downtime"),
+        ("disks at the source", f"{kept}: unused, with the contents of the switch-over"),
+    ]
 
 
 def _rows(result: MigrationResult) -> list[tuple[str, str]]:
@@ -158,16 +190,19 @@ def _rows(result: MigrationResult) -> list[tuple[str, str]]:
         ("huge pages", kept + (f", {large.fallbacks} not preserved" if large.fallbacks else "")),
         ("populated", f"{populated.mode}: {mapped}"),
     ]
+    if result.clone is not None:
+        rows.append(("clone", _clone(result.clone)))
+    rows += _disks(result)
     if result.cpu_throttle_percentage:
         rows.append(("auto-converge", f"throttled by up to {result.cpu_throttle_percentage} %"))
     if (direct := result.direct_io).drains or direct.pinned_pages:
         rows.append(("direct I/O", _direct_io(direct)))
-    if (late := result.postcopy) is not None:
+    if (post := result.postcopy) is not None:
         fetched = (
-            f"{late.pages:,} pages in {ms(late.time)}, {result.postcopy_requests:,} requests; {late.faults:,} faults, "
-            f"mean {late.service_us:.0f} us, p99 {late.waits.p99_us:.0f} us, maximum {late.waits.longest_us:.0f} us"
+            f"{post.pages:,} pages in {ms(post.time)}, {result.postcopy_requests:,} requests; {post.faults:,} faults, "
+            f"mean {us(post.service_us)}, p99 {us(post.waits.p99_us)}, maximum {us(post.waits.longest_us)}"
         )
         rows.append(("post-copy", fetched))
     if (faults := result.faults_after_resume) is not None:
-        rows.append(("faults in the first second", f"{faults.minor} minor, {faults.major} major"))
+        rows.append(("faults in the first second", f"{faults.minor:,} minor, {faults.major:,} major"))
     return rows

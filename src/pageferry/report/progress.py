@@ -40,6 +40,8 @@ class Progress:
         self._most = 0
         self._clock = clock
         self._written = float("-inf")
+        self._round_at = float("-inf")
+        """Time of the last event about a round of pages."""
 
     def __enter__(self) -> Self:
         self._write()
@@ -67,8 +69,8 @@ class Progress:
             jobs.write(folder, self.job)
 
     def _changes(self, event: Event) -> dict[str, Any]:
-        """Return the changes of the record. An event's module is imported here, where it has been imported already:
-        this module does not import the events of other commands."""
+        """Return the changes of the record. The methods for a kind of event import its module only when such an event
+        is received, so that no command imports the events of other commands."""
         match type(event).__module__:
             case "pageferry.migration.events":
                 changes = self._after_migration(event)
@@ -90,8 +92,11 @@ class Progress:
 
         match event:
             case events.ProgressEvent():
+                self._round_at = self._clock()
                 rate = round(event.mbps * 1e6 / 8)
                 return {"phase": f"round {event.round}", "fraction": _part(event.done, event.total), "rate": rate}
+            case events.DiskProgressEvent() if self._clock() - self._round_at > 1:  # no round is in progress
+                return {"phase": "disks", "fraction": _part(event.done, event.total)}
             case events.RoundEvent():
                 return {"dirty_rate": event.dirty_rate, "rate": round(event.mbps * 1e6 / 8)}
             case events.PostcopyEvent():

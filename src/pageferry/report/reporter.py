@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """Receiver of the events and the result of a command. Leaving its context ends a live display."""
+    """Receiver of the events and the result of a command. The end of its context ends a live display."""
 
     def event(self, event: Event) -> None:
         """Emit an event, such as the end of a round."""

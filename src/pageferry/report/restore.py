@@ -10,8 +10,10 @@ from rich.text import Text
 
 from pageferry.checkpoints.events import EagerEvent, ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
 from pageferry.pager.events import TakenOver
+from pageferry.report.stores import progress
 from pageferry.report.text import PlainView, named_values
-from pageferry.report.units import duration, ms, size
+from pageferry.report.units import duration, ms, size, us
+from pageferry.stores.events import StoreProgress
 
 BAR = 32
 """Width of the progress bar, columns."""
@@ -37,19 +39,21 @@ class RestoreView(PlainView):
                 return "\n".join(f"warning: {failure}" for failure in new) or None
             case EagerEvent():
                 return f"loading all {size(event.length)} of {event.image} first, not on demand: {event.reason}"
-            case TouchedEvent():
+            case TouchedEvent() | StoreProgress():
                 return None
             case _:
                 return super().line(event)
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Return a progress bar of the loaded memory."""
+        """Return a progress bar of the loaded memory, or the progress of the download of the image."""
+        if isinstance(event, StoreProgress):
+            return progress(event)
         if not isinstance(event, ProgressEvent):
             return self.line(event)
         self._most = max(self._most, event.deferred)
         bar = ProgressBar(total=self._most, completed=self._most - event.deferred, width=BAR)
         row = Table.grid(padding=(0, 1))
-        row.add_row(bar, Text(f"{size(event.deferred)} deferred, {event.faults} faults"))
+        row.add_row(bar, Text(f"{size(event.deferred)} deferred, {event.faults:,} faults"))
         lines = Table.grid()
         lines.add_row(row)
         for failure in event.failures:
@@ -85,8 +89,8 @@ def _rows(result: RestoreResult) -> list[tuple[str, str]]:
     state = f"{size(result.deferred)} deferred" if result.status == "active" else "all memory loaded"
     times = result.service_times
     faults = (
-        f"{result.faults}, of which {result.missed} on deferred pages; mean {result.service_us:.0f} us, "
-        f"p99 {duration(times.p99_us / 1e6)}, maximum {duration(times.longest_us / 1e6)}"
+        f"{result.faults:,}, of which {result.missed:,} on deferred pages; mean {us(result.service_us)}, "
+        f"p99 {us(times.p99_us)}, maximum {us(times.longest_us)}"
     )
     rows = [("loaded in advance", result.eager_reason)] if result.eager_reason is not None else []
     return [
@@ -94,5 +98,5 @@ def _rows(result: RestoreResult) -> list[tuple[str, str]]:
         *rows,
         ("time to running" if not result.paused else "time to ready", ran),
         ("faults", faults),
-        ("read", f"{size(result.bytes_read)} of {result.image}; {result.prefetched} pages prefetched"),
+        ("read", f"{size(result.bytes_read)} of {result.image}; {result.prefetched:,} pages prefetched"),
     ]

@@ -30,6 +30,11 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us"
 
 
+def us(microseconds: float) -> str:
+    """Format microseconds, in the same form as `duration`."""
+    return duration(microseconds / 1e6)
+
+
 def ms(milliseconds: float) -> str:
     """Format milliseconds, in the same form as `duration`."""
     return duration(milliseconds / 1e3)

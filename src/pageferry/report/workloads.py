@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from pageferry.report.tables import table, with_notes
 from pageferry.report.text import PlainView
 from pageferry.report.units import size
-from pageferry.workloads.events import EndedWorkload, Listing, WorkloadInfo
+from pageferry.workloads.events import BaseListing, EndedWorkload, Listing, WorkloadInfo
 
 COLUMNS = ("NAME", "KIND", "PID", "STATUS", "MEMORY", "RESIDENT", "DEFERRED")
 
@@ -20,7 +20,9 @@ class WorkloadsView(PlainView):
     """View of workloads as a table with one row per workload."""
 
     def result(self, result: msgspec.Struct) -> RenderableType:
-        """Return the table of a `Listing` or of a single `WorkloadInfo`. Reasons are below the table."""
+        """Return the table of a `Listing`, a `BaseListing` or a single `WorkloadInfo`. Reasons are below the table."""
+        if isinstance(result, BaseListing):
+            return _bases(result)
         listing = result if isinstance(result, Listing) else Listing([result])  # type: ignore[list-item]
         rows = table(COLUMNS, right=("PID", "MEMORY", "RESIDENT", "DEFERRED"))
         for one in listing.workloads:
@@ -36,10 +38,25 @@ class WorkloadsView(PlainView):
         )
 
 
+def _bases(listing: BaseListing) -> RenderableType:
+    """Return the table of bases, with the names of the clones below."""
+    columns = ("IMAGE", "PAGER", "CLONES", "MEMORY", "RESIDENT", "DEFERRED")
+    rows = table(columns, right=columns[1:])
+    notes = []
+    for one in listing.bases:
+        sizes = (size(one.memory), _size(one.resident), size(one.deferred) if one.deferred else "-")
+        rows.add_row(one.image, "-" if one.pager is None else str(one.pager), str(len(one.clones)), *sizes)
+        if one.stall_reason is not None:
+            notes.append((one.image, one.stall_reason))
+    return with_notes(rows, notes)
+
+
 def _reasons(one: WorkloadInfo) -> Iterator[tuple[str, str]]:
     for note in (one.reason, one.stall_reason):
         if note is not None:
             yield one.name, note
+    for disk in one.overlays:
+        yield one.name, f"disk {disk.name}: writes to {disk.overlay}; {disk.frozen} is frozen"
 
 
 def _end(one: EndedWorkload) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "SharingResult", "find", "find_async", "share", "share_async", "undo", "undo_async"]
 
-# Loaded on demand, like the names of the package `pageferry`.
+# These names are imported on first use, like those of the package `pageferry`.
 __getattr__, __dir__ = lazily(
     __name__,
     {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Unpack
 
 import msgspec
 
@@ -18,7 +18,7 @@ from pageferry.pager import records
 from pageferry.pager.records import Deferred
 from pageferry.sharing import apply, estimate, policy, ranges
 from pageferry.sharing.events import SharingResult
-from pageferry.sharing.options import Options, Selection
+from pageferry.sharing.options import Options, Selection, SelectionArguments
 from pageferry.sharing.scan import Findings, look
 from pageferry.workloads.deferred_access import wait_complete
 from pageferry.workloads.folders import folder_of
@@ -32,6 +32,16 @@ async def find_async(
 
     `threshold`: minimum number of shareable base pages for which a huge page would be split; None to derive it from the
     available memory. Raises UsageError, and the same errors as `open_target` and `scan.look`.
+
+    Examples:
+        >>> import subprocess, pageferry
+        >>> program = subprocess.Popen(["sleep", "60"])
+        >>> found = pageferry.sharing.find([f"pid:{program.pid}"])
+        >>> len(found.workloads)
+        1
+        >>> program.kill()
+        >>> program.wait()
+        -9
     """
     _check(options, listener)
     values.optional(values.count, "threshold", threshold, 1, 512)
@@ -49,16 +59,29 @@ async def share_async(
     *,
     hot: Collection[tuple[int, int]] = frozenset(),
     listener: Listener = ignore,
-    **selection: Any,
+    **selection: Unpack[SelectionArguments],
 ) -> SharingResult:
     """Scan the targets, then share duplicate pages in the huge pages that the policy selects.
 
     Pages are shared only between targets that the caller has named: a process that shares pages can infer from the
     duration of its writes whether another process has the same contents. `selection` are the fields of
     `pageferry.sharing.options.Selection`: threshold, max_large_pages, merge_with_others. `hot`: huge pages in use (S3),
-    which are not split, as (number of the target, address or byte offset in its region). A restore in progress is
+    which are not split, as (index of the target, address or byte offset in its region). A restore in progress is
     completed first (S8). Raises the same errors as `find_async`, and UnsupportedError if KSM is required and cannot be
     used.
+
+    Examples:
+        >>> import subprocess, pageferry
+        >>> program = subprocess.Popen(["sleep", "60"])
+        >>> try:
+        ...     result = pageferry.sharing.share([f"pid:{program.pid}"], threshold=256)
+        ...     print(result.large_pages_broken)  # sleep uses no huge pages
+        ... except pageferry.errors.UnsupportedError:  # for example, another program uses KSM
+        ...     print(0)
+        0
+        >>> program.kill()
+        >>> program.wait()
+        -9
     """
     chosen = values.options(Selection, selection)
     _check(options, listener)
@@ -96,7 +119,16 @@ async def _share(
 
 
 async def undo_async(names: Sequence[str]) -> int:
-    """Undo sharing: unmerge pages, allow huge pages, and collapse the ranges. Return the number of bytes processed."""
+    """Undo sharing: unmerge pages, allow huge pages, and collapse the ranges. Return the number of bytes processed.
+
+    Examples:
+        >>> import subprocess, pageferry
+        >>> program = subprocess.Popen(["sleep", "60"])
+        >>> freed = pageferry.sharing.undo([f"pid:{program.pid}"])
+        >>> program.kill()
+        >>> program.wait()
+        -9
+    """
     async with _opened(names, "the undoing of sharing") as targets:
         return sum([await in_thread(ranges.undo, target) for target in targets])
 
@@ -105,7 +137,7 @@ undo = synchronous(undo_async)
 
 
 async def _complete(target: Target) -> None:
-    """Complete a restore in progress. Memory in a cold store stays there."""
+    """Complete a restore in progress. Memory in a cold store is not loaded."""
     if target.workload is not None:
         folder = folder_of(target.workload)
         record = folder.load(records.RECORD, Deferred) if folder is not None else None
@@ -126,8 +158,8 @@ def _threshold(asked: int | None) -> int:
 
 @asynccontextmanager
 async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterator[list[Target]]:
-    """Open the targets. With `work`, exclude other operations on managed workloads; its text is the purpose, for
-    messages."""
+    """Open the targets. `work`: purpose, for error messages; if it is given, exclude other operations on managed
+    workloads."""
     names = values.texts("names", names)
     if len(set(names)) != len(names) or not names:
         raise UsageError("invalid workload names: expected at least one workload, and each only once")
@@ -139,5 +171,5 @@ async def _opened(names: Sequence[str], work: str | None = None) -> AsyncIterato
                 stack.enter_context(Registry().folder(name).exclusively(work))
         pids = [pid for target in targets for pid in target.pids]
         if len(set(pids)) != len(pids):
-            raise UsageError("invalid workload names: two of them refer to the same process")
+            raise UsageError("invalid workload names: two of them refer to the same process; remove one of them")
         yield targets

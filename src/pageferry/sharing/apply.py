@@ -1,4 +1,5 @@
-"""Sharing of pages in chosen huge pages: with KSM in private memory, by punching out zeros in files of workloads.
+"""Sharing of pages in chosen huge pages: KSM merges private memory, and zeros are punched out of the files of
+workloads.
 
 Shared ranges are excluded from huge pages (MADV_NOHUGEPAGE). Otherwise, khugepaged would collapse them, which undoes
 the sharing. MADV_COLLAPSE would do so silently. All other huge pages remain unchanged.
@@ -123,7 +124,7 @@ async def _punch(place: Place, units: Sequence[Unit], applied: Applied, listener
         begin = time.monotonic()
         try:
             await workload.pause()
-            # Not in a thread: no other task may resume the workload in between.
+            # Run this in the event loop's thread: no other task may resume the workload before it has ended.
             left = _unpinned(workload, place, left)
             done = free_zeros(mapping, left, PAUSE, waiting).ranges
         finally:

@@ -24,13 +24,13 @@ class DeferredPages:
     known: bool
     """Whether the contents are known from an image. Unknown contents are excluded from the scan."""
     first_pages: Sequence[int]
-    """Number of the first page of each region, counted over all regions."""
+    """Index of the first page of each region, counted over all regions."""
     large: Sequence[Sequence[bool]]
-    """For each region, whether each 2 MiB unit will be backed by a huge page; empty if unknown."""
+    """Whether each 2 MiB unit will be backed by a huge page, for each region; empty if unknown."""
 
 
 def look(workload: Migratable) -> DeferredPages | None:
-    """Return the deferred contents of a workload, or None if it has none. Loads nothing.
+    """Return the deferred contents of a workload, or None if it has none. Nothing is loaded.
 
     Raises RestoreError if its pager has failed or another image has replaced the image, ImageError if the image cannot
     be opened.

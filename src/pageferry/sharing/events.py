@@ -1,4 +1,4 @@
-"""Events and results of sharing scans and of sharing."""
+"""Events and results of `pageferry sharing`: scans, merges and their undoing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ScanReport(msgspec.Struct, frozen=True, rename="kebab"):
 
 
 class SharingResult(Event, frozen=True, tag="sharing", omit_defaults=True):
-    """Memory that sharing could free, and has freed. All sizes in bytes."""
+    """Memory that sharing could free, and has freed. All sizes are in bytes."""
 
     workloads: list[str]
     memory: int

@@ -73,8 +73,8 @@ def check_unused(pids: Collection[int], *, merge_with_others: bool = False) -> N
         )
     if not Path("/proc/self/ksm_stat").exists() and int(_read("pages_shared")):
         raise UnsupportedError(
-            "cannot use KSM: it has merged pages already, and this kernel does not report of which processes; run "
-            "`pageferry sharing` without --apply, or use Linux 6.1 or later"
+            "cannot use KSM: it has already merged pages, and this kernel does not report which processes they "
+            "belong to; run `pageferry sharing` without --apply, or use Linux 6.1 or later"
         )
     others = [] if merge_with_others else [pid for pid in _users() if pid not in pids]
     if others:
@@ -112,14 +112,16 @@ def _running() -> Iterator[None]:
     guardian = Guardian("the settings of KSM")
     try:
         if not guardian.confirm():
-            raise WorkloadError("cannot use KSM: the guardian process of its settings did not start")
+            raise WorkloadError("cannot use KSM: the guardian process of its settings did not start; retry")
         guardian.plan([WriteFile(str(FOLDER / name), value) for name, value in undo_order(before)])
         for name in before:
             (FOLDER / name).write_text(SWITCHES[name])
         yield
     finally:
         if not guardian.finish():  # the guardian restores them now, as it would if this process exited
-            raise WorkloadError(f"cannot restore the settings of KSM: {FOLDER} should read {before}")
+            raise WorkloadError(
+                f"cannot restore the settings of KSM in {FOLDER}: the guardian process has failed; write {before} there"
+            )
 
 
 def undo_order(switches: dict[str, str]) -> list[tuple[str, str]]:

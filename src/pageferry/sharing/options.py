@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 from pageferry.options import API_ONLY, Count, Fraction, Size, check
 
@@ -25,6 +25,14 @@ class Options:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+class SelectionArguments(TypedDict, total=False):
+    """Keyword arguments of `share` for the fields of `Selection`."""
+
+    threshold: int | None
+    max_large_pages: int | None
+    merge_with_others: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ def choose(
     """Choose the units to share in: units of base pages, and huge pages that are not hot and have at least `least`
     pages that can be shared on this host.
 
-    `hot`: (number of the place's workload, start) of huge pages in use. `most`: maximum number of huge pages to split.
+    `hot`: huge pages in use, as (index of the workload, start). `most`: maximum number of huge pages to split.
     """
     chosen = []
     broken = 0

@@ -40,7 +40,7 @@ def joined(ranges: Iterable[Range]) -> list[Range]:
 
 
 def advise(target: Target, one: Range, *advices: Advice) -> None:
-    """Apply each advice in turn to a range, inside its process.
+    """Apply all advice, in order, to a range, inside its process.
 
     Raises WorkloadDied, UnsupportedError if no call can be executed in the process, WorkloadError if the call failed.
     """
@@ -50,10 +50,10 @@ def advise(target: Target, one: Range, *advices: Advice) -> None:
     except ProcessLookupError as gone:
         raise WorkloadDied(f"{target.name}: process {one.pid} has exited") from gone
     except PermissionError as refused:
-        raise UnsupportedError(f"{target.name}: {refused}") from refused
+        raise UnsupportedError(f"cannot advise the kernel about memory of {target.name}: {refused}") from refused
     except OSError as error:
         where = f"{one.length >> 10} KiB at {one.address:#x} of process {one.pid}"
-        raise WorkloadError(f"{target.name}: cannot advise the kernel about {where}: {error}") from error
+        raise WorkloadError(f"cannot advise the kernel about memory of {target.name} ({where}): {error}") from error
 
 
 def take_back(target: Target, one: Range) -> None:
@@ -74,8 +74,8 @@ def affordable(pid: int, ranges: Sequence[Range]) -> Sequence[Range]:
 
 
 def pss(ranges: Sequence[Range]) -> int:
-    """Return the memory that these ranges cost their processes, bytes, with shared pages in proportion (Pss of smaps).
-    Each range must be a mapping."""
+    """Return the proportional memory (Pss of smaps, bytes) of these ranges in their processes. Each range must be a
+    mapping."""
     total = 0
     for pid in {one.pid for one in ranges}:
         ours = [one for one in ranges if one.pid == pid]

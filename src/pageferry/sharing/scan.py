@@ -40,7 +40,7 @@ class Place:
     """Memory to scan: a region, or an anonymous area of a process."""
 
     workload: int
-    """Number of the target, in the order of the scan."""
+    """Index of the target, in the order of the scan."""
     target: Target
     area: Area | None
     """Anonymous area; None for a region."""
@@ -79,7 +79,7 @@ class Unit:
     """Contents of a 2 MiB unit, or of the part of a unit that belongs to an area. Counts are of base pages."""
 
     number: int
-    """Number of the unit in the scan."""
+    """Index of the unit in the scan."""
     place: Place
     start: int
     """Offset in the region, or address in the process, bytes."""
@@ -103,8 +103,8 @@ class Unit:
 
     @property
     def possible(self) -> int:
-        """Number of shareable pages that can be shared. In private memory, all of them. In a shared file, the zero
-        pages if the page size is 4 KiB, otherwise none."""
+        """Number of shareable pages that can be shared on this host: in private memory, all of them; in a shared file,
+        the zero pages if the page size is 4 KiB, otherwise none."""
         if self.place.anonymous:
             return self.shareable
         assert self.place.region is not None

@@ -12,14 +12,13 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from contextvars import ContextVar
 from typing import Any
 
 from pageferry.errors import WorkloadError
-from pageferry.host.blocking import CALLER
+from pageferry.host.blocking import CALLER, is_blocked
 
 Plain = Callable[[], object]
 Callback = Plain | AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
@@ -31,7 +30,6 @@ _POLL = 0.5
 _ASYNCIO = (asyncio.Lock, asyncio.Event, asyncio.Condition, asyncio.Semaphore, asyncio.Queue)
 _THREADING = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore)
 _DECORATORS = (contextlib.ContextDecorator, contextlib.AsyncContextDecorator)
-_blocked: ContextVar[asyncio.AbstractEventLoop | None] = ContextVar("blocked", default=None)
 
 
 def check(name: str, callback: object, *, gate: bool = False) -> None:
@@ -40,12 +38,12 @@ def check(name: str, callback: object, *, gate: bool = False) -> None:
     function = _underlying(callback)
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(
-            f"{name} is a generator function, which does nothing when it is called: decorate it with "
-            f"contextlib.contextmanager or contextlib.asynccontextmanager"
+            f"invalid `{name}`: it is a generator function, which does nothing when it is called; decorate it with "
+            "contextlib.contextmanager or contextlib.asynccontextmanager"
         )
     if not callable(callback) and not (gate and is_manager(callback)):
         expected = "a function, a coroutine function or a context manager" if gate else "a function"
-        raise TypeError(f"{name} is of type {type(callback).__name__}: expected {expected}")
+        raise TypeError(f"invalid `{name}` of type {type(callback).__name__}: expected {expected}")
 
 
 def check_listener(name: str, listener: object) -> None:
@@ -53,8 +51,8 @@ def check_listener(name: str, listener: object) -> None:
     check(name, listener)
     if inspect.iscoroutinefunction(_underlying(listener)):
         raise TypeError(
-            f"{name} is a coroutine function, which would never be awaited: pass a plain function, such as "
-            "asyncio.Queue.put_nowait"
+            f"invalid `{name}`: it is a coroutine function, which would never be awaited; pass a plain function, such "
+            "as asyncio.Queue.put_nowait"
         )
 
 
@@ -73,20 +71,6 @@ def acquires_lock(callback: object) -> bool:
     return getattr(callback, "__name__", "") == "acquire" and isinstance(
         getattr(callback, "__self__", None), _THREADING
     )
-
-
-@contextlib.contextmanager
-def blocking_loop() -> Iterator[None]:
-    """Mark the event loop of the calling thread as blocked, so that callbacks that need the loop are refused."""
-    try:
-        token = _blocked.set(asyncio.get_running_loop())
-    except RuntimeError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        _blocked.reset(token)
 
 
 class Callbacks:
@@ -171,7 +155,7 @@ class Callbacks:
             if future.done():
                 return future.result()
             if not loop.is_running():
-                raise WorkloadError(f"{name} did not finish: the event loop of the program was closed")
+                raise WorkloadError(f"cannot finish {name}: the event loop of the program was closed")
 
     def _usable_loop(self, name: str) -> asyncio.AbstractEventLoop:
         loop = self.loop if self.loop is not None and self.loop.is_running() else CALLER.get()
@@ -180,7 +164,7 @@ class Callbacks:
                 f"cannot run {name}: it is a coroutine function, and there is no event loop; create the arena in "
                 "a coroutine, or pass its event loop as `loop`"
             )
-        if loop is _blocked.get():
+        if is_blocked(loop):
             raise WorkloadError(
                 f"cannot run {name}: it is a coroutine function, and its event loop is blocked by this call; make "
                 "the call in a thread with asyncio.to_thread, and pass the event loop as `loop`"

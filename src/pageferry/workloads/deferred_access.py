@@ -49,8 +49,8 @@ class AcquiredPager(Protocol):
 
 
 async def acquire_uffd(workload: Migratable) -> AcquiredPager | None:
-    """Acquire the pager of a workload. Return None if no contents are deferred any longer, so no userfaultfd covers the
-    workload.
+    """Acquire the pager of a workload. Return None if no contents are deferred any longer, and no userfaultfd covers
+    the workload.
 
     A pager of a cold store cannot be acquired, nor can any other pager if the kernel lacks asynchronous write
     protection. In these cases, wait until the pager has loaded all contents, and return None.
@@ -65,13 +65,13 @@ async def acquire_uffd(workload: Migratable) -> AcquiredPager | None:
 
 
 def large_units(memory: Readable, hold: AcquiredPager | None) -> list[list[bool]]:
-    """Return whether each 2 MiB unit of each region is backed by a huge page, or will be once the pager has loaded
-    it."""
+    """Return whether each 2 MiB unit of each region is backed by a huge page, or will be when the pager has loaded the
+    unit."""
     units = memory.large_units()
     if hold is None:
         return units
     return [
-        [now or late for now, late in zip(ours, theirs, strict=True)]
+        [now or later for now, later in zip(ours, theirs, strict=True)]
         for ours, theirs in zip(units, hold.large, strict=True)
     ]
 
@@ -192,7 +192,7 @@ async def wait_complete(workload: Migratable, *, traces: bool = True) -> None:
 
 def load_pages(pager: Pager, first: int, count: int, origin: str = "") -> None:
     """Load `count` pages from page `first` on, with a pager of this process. `origin`: source of the contents, for
-    messages.
+    error messages.
 
     Raises ImageError for a damaged page, RestoreError if the pager has stopped.
     """

@@ -1,10 +1,10 @@
 """Direct I/O: devices and the kernel write to pinned pages directly, without the page tables of the process.
 
-`get_user_pages` for write marks a page as written when it pins the page, and a write trace (S2) records that. The trace
-does not record the later write of the device. Therefore, no page may be read after its collection before any I/O that
-had pinned the page has completed: `Drains` waits for such I/O. Buffers registered with io_uring stay pinned until they
-are unregistered, and all of their pages are sent in the pause (`registered_buffers`). docs/decisions/0012 gives the
-rationale.
+`get_user_pages` for writing marks a page as written when it pins the page, and a write trace (S2) records that. The
+trace does not record the later write of the device. Therefore, after a collection, a page may be read only when all I/O
+that had pinned the page has completed: `Drains` waits for such I/O. Buffers registered with io_uring stay pinned until
+they are unregistered, and all of their pages are sent in the pause (`registered_buffers`). docs/decisions/0012 gives
+the rationale.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Protocol
 
 from pageferry._engine import PageSet
 from pageferry.errors import WorkloadError
-from pageferry.memory.regions import SMALL_PAGE, Region
+from pageferry.memory.regions import SMALL_PAGE, Placed
 
 DRAIN_TIMEOUT = 10.0
 """Maximum duration of a drain, seconds. The workload may be paused for this time."""
@@ -97,8 +97,8 @@ async def pause_briefly(workload: Pausable) -> float:
     return time.perf_counter() - started
 
 
-def registered_buffers(regions: Sequence[Region]) -> list[PageSet]:
-    """Return, per region, the pages in buffers that the mapping processes have registered with io_uring.
+def registered_buffers(regions: Sequence[Placed]) -> list[PageSet]:
+    """Return, per region, the pages in buffers that the processes of its segments have registered with io_uring.
 
     Such pages are pinned until the buffer is unregistered, and no trace records writes through the pins. Raises
     WorkloadError if the list of buffers of a process stays locked, PermissionError.

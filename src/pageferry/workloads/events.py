@@ -1,4 +1,5 @@
-"""Descriptions of workloads: results of `list`, `run`, `adopt` and `top`."""
+"""Descriptions of workloads, bases and host memory (results of `list`, `run`, `adopt` and `top`), and progress of disk
+operations."""
 
 from __future__ import annotations
 
@@ -8,6 +9,25 @@ import msgspec
 
 from pageferry.events import Event
 from pageferry.host.jobs import Job
+
+
+class DisksProgress(Event, frozen=True, kw_only=True, tag="disks-progress"):
+    """Progress of copies of disks, or of overlays that are written back, sent several times a second."""
+
+    workload: str
+    done: int
+    """Number of bytes processed."""
+    total: int
+
+
+class OverlayInfo(msgspec.Struct, frozen=True, rename="kebab"):
+    """Disk of a guest that is an overlay over a frozen file (docs/disks.md)."""
+
+    name: str
+    overlay: str
+    """File to which the guest writes."""
+    frozen: str
+    """File with the contents as of a checkpoint, which the command line of the guest may still name."""
 
 
 class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
@@ -31,7 +51,10 @@ class WorkloadInfo(Event, frozen=True, kw_only=True, tag="workload"):
     deferred: int = 0
     """Deferred contents, to be loaded from an image or fetched from another host, bytes."""
     stall_reason: str | None = None
-    """Reason why deferred contents cannot be loaded: no pager, no connection, or unreadable pages; None if they can."""
+    """Reason why deferred contents cannot be loaded: no pager, no connection, or unreadable pages; None if they can
+    be loaded."""
+    overlays: list[OverlayInfo] = msgspec.field(default_factory=list)
+    """Disks that are overlays over frozen files."""
 
 
 class EndedWorkload(Event, frozen=True, kw_only=True, tag="ended-workload"):
@@ -47,7 +70,7 @@ class EndedWorkload(Event, frozen=True, kw_only=True, tag="ended-workload"):
     time: float
     """Time at which pageferry found that the process had exited, seconds since 1970."""
     exact: bool
-    """Whether the process exited at that time. Otherwise it had exited before."""
+    """Whether the process exited at that time. If False, it had exited at an unknown earlier time."""
     exit_code: int | None
     """Exit code; None if the process was killed by a signal, or if the code is unknown."""
     signal: str | None
@@ -55,7 +78,7 @@ class EndedWorkload(Event, frozen=True, kw_only=True, tag="ended-workload"):
     log: bool
     """Whether `pageferry logs` prints a log."""
     last_line: str | None
-    """Last line of the log; None if it is empty."""
+    """Last line of the log; None if the log is empty."""
 
 
 class Listing(Event, frozen=True, tag="workloads"):
@@ -64,6 +87,33 @@ class Listing(Event, frozen=True, tag="workloads"):
     workloads: list[WorkloadInfo]
     ended: list[EndedWorkload] = msgspec.field(default_factory=list)
     """Workloads that have ended, if they were requested."""
+
+
+class BaseInfo(Event, frozen=True, kw_only=True, tag="base"):
+    """Description of a base: memory that the clones of one image share."""
+
+    image: str
+    """Path of the image."""
+    pager: int | None
+    """Process id of the pager; None if it has exited."""
+    memory: int
+    """Size of the memory of one clone, bytes."""
+    resident: int | None = None
+    """Memory that the base occupies, bytes; None without a pager."""
+    deferred: int = 0
+    """Contents that are not loaded yet, bytes."""
+    clones: list[str]
+    """Names of the clones."""
+    faults: list[int] = msgspec.field(default_factory=list)
+    """Number of faults of each clone that the pager has resolved."""
+    stall_reason: str | None = None
+    """Reason why contents cannot be loaded; None if they can be loaded."""
+
+
+class BaseListing(Event, frozen=True, tag="bases"):
+    """All bases of a host."""
+
+    bases: list[BaseInfo]
 
 
 class HostMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -91,7 +141,7 @@ class WorkloadMemory(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     deferred: int
     """Deferred contents, to be loaded from an image or fetched from another host, bytes."""
     stall_reason: str | None
-    """Reason why deferred contents cannot be loaded; None if they can."""
+    """Reason why deferred contents cannot be loaded; None if they can be loaded."""
     dirty_rate: int | None
     """Memory modified per second, bytes, as measured by a running migration in its last round; None without a
     migration."""

@@ -1,14 +1,14 @@
-"""Folders for the persistent records of workloads."""
+"""Directories for the persistent records of workloads."""
 
 from __future__ import annotations
 
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.host.registry import Folder, Registry
-from pageferry.workloads.protocols import Migratable
+from pageferry.workloads.protocols import Migratable, placed_regions
 
 
 def folder_of(workload: Migratable) -> Folder | None:
-    """Return the folder of a registered workload; None for a workload that is not registered on this host."""
+    """Return the directory of a registered workload; None for a workload that is not registered on this host."""
     if not workload.registered:
         return None
     try:
@@ -17,5 +17,5 @@ def folder_of(workload: Migratable) -> Folder | None:
     except (UsageError, WorkloadError):
         return None
     # An unregistered workload may have the same name as a registered one.
-    pids = {segment.pid for region in workload.regions for segment in region.segments}
+    pids = {segment.pid for region in placed_regions(workload) for segment in region.segments}
     return Folder(registry, workload.name) if entry.pid in pids else None

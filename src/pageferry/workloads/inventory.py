@@ -22,9 +22,10 @@ from pageferry.host.processes import signal_name
 from pageferry.host.registry import AnyEntry, Folder, Registry
 from pageferry.memory.regions import Region
 from pageferry.pager import client
-from pageferry.workloads.events import EndedWorkload, HostMemory, Overview, WorkloadInfo, WorkloadMemory
+from pageferry.pager.base_records import CloneRecord, clone_record
+from pageferry.workloads.events import EndedWorkload, HostMemory, OverlayInfo, Overview, WorkloadInfo, WorkloadMemory
 from pageferry.workloads.open import open_workload
-from pageferry.workloads.protocols import Migratable
+from pageferry.workloads.protocols import HasOverlays, Migratable
 
 TIMEOUT = 1.0
 """Seconds to wait for the monitor of a guest, which another command may be using."""
@@ -45,17 +46,26 @@ def describe_ended(registry: Registry | None = None) -> list[EndedWorkload]:
     return [_ended(registry, record) for record in registry.ended_workloads()]
 
 
-async def describe(workload: Migratable) -> WorkloadInfo:
-    """Return the description of an open workload. Raises WorkloadDied."""
+async def describe(workload: Migratable, clone: CloneRecord | None = None) -> WorkloadInfo:
+    """Return the description of an open workload. `clone`: record of a guest that shares the memory of its image.
+
+    Raises WorkloadDied.
+    """
     condition = await workload.condition()
+    overlays = await workload.overlays() if isinstance(workload, HasOverlays) else []
+    if clone is not None:
+        memory, resident = clone.length, private_pages(clone)
+    else:
+        memory, resident = sum(region.length for region in workload.regions), sum(map(_allocated, workload.regions))
     return WorkloadInfo(
         name=workload.name,
         kind=workload.identity.kind,
         pid=workload.pid,
         status=condition.status,
         reason=condition.reason,
-        memory=sum(region.length for region in workload.regions),
-        resident=sum(map(_allocated, workload.regions)),
+        memory=memory,
+        resident=resident,
+        overlays=[OverlayInfo(*one) for one in overlays],
     )
 
 
@@ -84,7 +94,7 @@ async def _query(registry: Registry, name: str, entry: AnyEntry) -> WorkloadInfo
 async def _described(registry: Registry, name: str) -> WorkloadInfo:
     workload = await open_workload(name, registry=registry, timeout=TIMEOUT)
     try:
-        return await describe(workload)
+        return await describe(workload, clone_record(Folder(registry, name)))
     finally:
         workload.close()
 
@@ -93,10 +103,21 @@ def _allocated(region: Region) -> int:
     return os.fstat(region.fd).st_blocks * 512
 
 
+def private_pages(clone: CloneRecord) -> int:
+    """Return the size of the private pages of a clone, bytes. Raises WorkloadDied."""
+    addresses = {segment.address for region in clone.regions for segment in region.segments}
+    return sum(one.counts["Anonymous"] for one in smaps.smaps(clone.pid) if one.mapping.address in addresses)
+
+
 def _deferred(registry: Registry, name: str) -> tuple[int, str | None]:
     """Return the number of deferred bytes, and the reason why they are not loaded."""
+    folder = Folder(registry, name)
+    if (clone := clone_record(folder)) is not None:
+        from pageferry.workloads import bases  # rarely needed
+
+        return bases.deferred_of(folder, clone)
     try:
-        status = client.status(Folder(registry, name))
+        status = client.status(folder)
     except RestoreError as error:
         return 0, str(error)
     return (0, None) if status is None else (status.deferred, status.stall_reason)

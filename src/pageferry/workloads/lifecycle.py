@@ -21,16 +21,18 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from pageferry._engine import Pager
 from pageferry.errors import WorkloadError
-from pageferry.host.blocking import CALLER, in_thread
+from pageferry.host import forks
+from pageferry.host.blocking import CALLER, blocking_loop, in_thread
 from pageferry.host.workers import Workers
 from pageferry.memory.mappers import Sharing
 from pageferry.memory.regions import Identity, Region
-from pageferry.workloads.callbacks import blocking_loop
+from pageferry.workloads.access_page import Access, AccessPage
 from pageferry.workloads.direct_io import pause_briefly
+from pageferry.workloads.handle import Handle
 from pageferry.workloads.program import ProgramWorkload
 from pageferry.workloads.protocols import Condition, Faults, OwnershipRecord
 
@@ -46,11 +48,27 @@ class Status(StrEnum):
     MOVED = "moved"
 
 
+_ACCESS = {Status.RUNNING: Access.OPEN, Status.PAUSED: Access.PAUSED}
+
+
+class MemoryVersion(NamedTuple):
+    """Version of the memory of a workload. If it changes after an operation has started, the operation fails."""
+
+    resizes: int
+    """Number of times that the memory was extended."""
+    mark: int
+    """Mark of the last process that has mapped the memory (see `access_page`)."""
+
+
 class Controlled(Protocol):
     """Workload of this process, as used by `Lifecycle`. Its methods are synchronous, and called one at a time in one
     thread."""
 
     name: str
+
+    @property
+    def access(self) -> AccessPage:
+        """Page by which processes that map the memory are found, and wait while the workload is paused."""
 
     @property
     def registered(self) -> bool:
@@ -78,6 +96,9 @@ class Controlled(Protocol):
 
     def observed_by(self, pid: int) -> None:
         """Record a pageferry process that receives a descriptor of the memory."""
+
+    def attached_by(self, pid: int) -> Handle:
+        """Return a handle for a process that attaches the memory, and thus may write to it."""
 
     def check_mappers(self, regions: Sequence[Region]) -> None:
         """See `Migratable`."""
@@ -108,19 +129,24 @@ class Controlled(Protocol):
 
 
 class Lifecycle:
-    """Life cycle of one workload. Permits one controller at a time, and ensures that the workload has exactly one
+    """Life cycle of one workload. It permits one controller at a time, and ensures that the workload has exactly one
     owner.
 
     Calls may come from any thread. Each raises WorkloadError if the status does not permit it, or if the workload has
-    another controller. A call that would not change the status does nothing. All calls run in one thread of the
-    lifecycle, so that a lock that a callback acquires (a reentrant lock) can be released by a later callback.
+    another controller. A call that would not change the status does nothing. All calls but `resize` run in one thread
+    of the lifecycle, so that a lock that a callback acquires (a reentrant lock) can be released by a later callback.
     """
 
     def __init__(self, workload: Controlled, received: bool = False) -> None:
         self.workload = workload
+        self._page = workload.access
         self.thread = Workers("pageferry-callbacks", 1)
-        self._status = Status.PAUSED if received else Status.RUNNING
+        self._enter(Status.PAUSED if received else Status.RUNNING)
         self._controller: object | None = None
+        self._changing = forks.Lock()
+        """Lock that is held while the memory is extended, and while the status `running` ends, but not during
+        callbacks."""
+        self._resizes = 0
 
     @property
     def status(self) -> Status:
@@ -135,9 +161,34 @@ class Lifecycle:
         """Resume the workload."""
         self._run(lambda: self._resumed(controller))
 
-    def save_state(self, controller: object) -> bytes:
-        """Return the state of the paused workload."""
-        return self._run(lambda: self._saved(controller))
+    def resize(self, grow: Callable[[], object]) -> None:
+        """Extend the memory of the running workload by calling `grow`.
+
+        The call does not wait for a callback that pauses the workload, because that callback may wait for the lock that
+        the calling thread holds. The controller then finds the memory extended, and fails.
+        """
+        with self._changing:
+            self._check(None, "resized", Status.RUNNING)
+            grow()
+            self._resizes += 1
+
+    @property
+    def memory_version(self) -> MemoryVersion:
+        """Current version of the memory. A controller reads it before the regions."""
+        return MemoryVersion(self._resizes, self._page.mark)
+
+    def check_mappers(self, version: MemoryVersion) -> None:
+        """Raise WorkloadError if another process has mapped the memory since a version."""
+        if self._page.mark != version.mark:
+            raise WorkloadError(
+                f"cannot trace {self.workload.name}: another process mapped the memory during the operation, so that "
+                "writes may be missing from the trace; retry now that the memory is mapped"
+            )
+
+    def save_state(self, controller: object, version: MemoryVersion | None = None) -> bytes:
+        """Return the state of the paused workload. `version`: version of the memory when the controller read the
+        regions. Raises WorkloadError if the memory has since been resized, or mapped by another process."""
+        return self._run(lambda: self._saved(controller, version))
 
     def load_state(self, controller: object, state: bytes) -> None:
         """Load a state into the paused workload."""
@@ -156,7 +207,7 @@ class Lifecycle:
         self._run(lambda: self._lost(controller))
 
     def abandon(self, controller: object) -> None:
-        """Like `lost`, but return at once. Cancel the running callback if it is a coroutine."""
+        """Do the same as `lost`, but return at once. Cancel the running callback if it is a coroutine."""
         self.workload.cancel()
         self.thread.submit(lambda: self._lost(controller))
 
@@ -172,18 +223,26 @@ class Lifecycle:
         self._check(controller, "paused", Status.RUNNING, Status.PAUSED)
         if self._status is Status.RUNNING:
             self._pause()
-        self._status = Status.PAUSED
-        self._controller = controller
+        with self._changing:
+            self._enter(Status.PAUSED)
+            self._controller = controller
 
     def _resumed(self, controller: object) -> None:
         self._check(controller, "resumed", Status.RUNNING, Status.PAUSED, Status.COMMITTED)
         if self._status is not Status.RUNNING:
             self.workload.resume()
-        self._status = Status.RUNNING
+        self._enter(Status.RUNNING)
         self._controller = None
 
-    def _saved(self, controller: object) -> bytes:
+    def _saved(self, controller: object, version: MemoryVersion | None) -> bytes:
         self._check(controller, "asked for its state", Status.PAUSED, Status.COMMITTED)
+        if version is not None:
+            self.check_mappers(version)
+        if version is not None and version.resizes != self._resizes:
+            raise WorkloadError(
+                f"cannot save {self.workload.name}: it was resized during the operation, and its new memory is "
+                "missing; retry"
+            )
         return self.workload.save_state()
 
     def _loaded(self, controller: object, state: bytes) -> None:
@@ -192,13 +251,13 @@ class Lifecycle:
 
     def _committed(self, controller: object) -> None:
         self._check(controller, "committed", Status.PAUSED, Status.COMMITTED)
-        self._status = Status.COMMITTED
+        self._enter(Status.COMMITTED)
         self._controller = controller
 
     def _discarded(self, controller: object) -> None:
         self._check(controller, "discarded", Status.PAUSED, Status.COMMITTED, Status.MOVED)
         if self._status is not Status.MOVED:
-            self._status = Status.MOVED
+            self._enter(Status.MOVED)
             self.workload.discard()
         self._controller = None
 
@@ -207,6 +266,11 @@ class Lifecycle:
             self._controller = None
             if self._status is Status.PAUSED:
                 self._resumed(None)
+
+    def _enter(self, status: Status) -> None:
+        """Change the status, and permit or prevent mappings of the memory by other processes."""
+        self._status = status
+        self._page.set(_ACCESS.get(status, Access.CLOSED))
 
     def _pause(self) -> None:
         try:
@@ -217,11 +281,11 @@ class Lifecycle:
 
     def _check(self, controller: object, done: str, *fitting: Status) -> None:
         if self._status not in fitting:
-            raise WorkloadError(f"{self.workload.name} is {self._status} and cannot be {done}")
+            raise WorkloadError(f"cannot use {self.workload.name}: it is {self._status} and cannot be {done}")
         if self._controller not in (None, controller):
             raise WorkloadError(
-                f"{self.workload.name} is {self._status} by another migration or checkpoint; retry when that has "
-                "finished"
+                f"cannot use {self.workload.name}: it is {self._status} by another migration or checkpoint; retry when "
+                "that has finished"
             )
 
 
@@ -235,6 +299,7 @@ class LocalWorkload(ProgramWorkload):
         self._abandoned = False
         """Whether a call was cancelled. The workload then resumes as soon as its callback has returned."""
         self.name = lifecycle.workload.name
+        self._version = lifecycle.memory_version
         self.regions = lifecycle.workload.regions
 
     @property
@@ -266,17 +331,21 @@ class LocalWorkload(ProgramWorkload):
         """Return the status of the lifecycle."""
         return Condition(str(self._lifecycle.status))
 
+    def check_migratable(self) -> None:
+        """Do nothing: only pageferry manages this workload."""
+
     async def check_mappers(self) -> None:
         """See `Migratable`."""
         await in_thread(lambda: self._lifecycle.workload.check_mappers(self.regions))
+        self._lifecycle.check_mappers(self._version)
 
     async def prepare_pause(self) -> None:
         """Start the thread of the callbacks."""
         await self._run(lambda: None)
 
     async def does_direct_io(self) -> bool:
-        """Return whether the program may do direct I/O; False without a pause callback, because no callback could wait
-        for the I/O."""
+        """Return whether the program may do direct I/O that a pause callback can wait for; False if there is no pause
+        callback."""
         return self._lifecycle.workload.direct_io
 
     async def drain(self) -> float | None:
@@ -297,7 +366,7 @@ class LocalWorkload(ProgramWorkload):
 
     async def save_state(self) -> bytes:
         """Return the result of the state callback of the workload."""
-        return await self._cancellable(lambda: self._lifecycle.save_state(self))
+        return await self._cancellable(lambda: self._lifecycle.save_state(self, self._version))
 
     async def commit(self, record: OwnershipRecord | None = None) -> None:
         """Leave the workload paused until `resume` or `discard`, even if this object is deleted.
@@ -318,7 +387,8 @@ class LocalWorkload(ProgramWorkload):
             await self._run(lambda: self._lifecycle.discard(self))
 
     async def running(self) -> bool:
-        """Return whether the workload runs. Never raises WorkloadDied, because the workload ends with this process."""
+        """Return whether the workload runs. The method never raises WorkloadDied, because the workload ends with this
+        process."""
         return self._lifecycle.status is Status.RUNNING
 
     def faults(self) -> Faults:

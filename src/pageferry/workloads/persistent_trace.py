@@ -2,12 +2,12 @@
 
 The trace is a userfaultfd in asynchronous mode: no process has to read it, and no write waits for a reader. The traced
 process keeps the descriptor open. A record contains all other data for the next checkpoint. It is stored as
-`trace.json` in the workload's folder, or, for an arena without a name, in the memory of its program.
+`trace.json` in the workload's directory, or, for an arena without a name, in the memory of its program.
 
-A record is valid only if the processes, mappings and descriptors are the same as when it was stored, and if the program
-has not forked since. The next checkpoint must have the recorded image as its parent. Other operations that need the
-workload's page tables (a migration, huge-page management) remove the trace with `forget`; so does `pageferry checkpoint
---no-track`.
+A record is valid only if the processes, mappings and descriptors have not changed since it was stored, and the program
+has not forked in that time. The next checkpoint must have the recorded image as its parent. Other operations that need
+the workload's page tables (a migration, huge-page management) remove the trace with `forget`; so does `pageferry
+checkpoint --no-track`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Descriptor(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Traced mapping: process, address, length in bytes, number of the region, and its first page in the region."""
+    """Traced mapping: process, address, length in bytes, index of the region, and first page within the region."""
 
     pid: int
     address: int
@@ -110,11 +110,11 @@ def take_up(workload: Migratable, segments: Sequence[MappedSegment], image: tupl
     if record.image != image:
         raise Unusable("the write trace was installed by a checkpoint to another image")
     if record.places != _places(segments):
-        raise Unusable("its memory is no longer mapped at the addresses at which it was saved")
+        raise Unusable("the memory is no longer mapped at the addresses at which it was saved")
     if record.forks != _forks(workload):
         raise Unusable("the program has forked since the checkpoint")
     if workload.handed_out:
-        raise Unusable("the descriptor of its memory was passed on: a process may have written without a trace")
+        raise Unusable("the descriptor of the memory was handed out: a process may have written without a trace")
     if not all(_is_there(pid, descriptor) for pid, descriptor in record.descriptors.items()):
         raise Unusable("the userfaultfd of the write trace was closed")
     _store(workload, msgspec.structs.replace(record, image=None))
@@ -123,11 +123,11 @@ def take_up(workload: Migratable, segments: Sequence[MappedSegment], image: tupl
         for pid, descriptor in record.descriptors.items():
             ours[pid] = os.dup(descriptor.number) if pid == os.getpid() else Space(pid).descriptor(descriptor.number)
             if os.fstat(ours[pid]).st_ino != descriptor.inode:
-                raise OSError("the process has replaced it")
+                raise OSError(f"cannot use userfaultfd {descriptor.number} of process {pid}: it was replaced")
     except OSError as gone:
         for number in ours.values():
             os.close(number)
-        raise Unusable("its userfaultfd cannot be opened") from gone
+        raise Unusable("the userfaultfd of the write trace cannot be opened") from gone
     return ours
 
 
@@ -155,7 +155,7 @@ def forget(workload: Migratable) -> None:
 
 
 def record_fork(folder: Folder) -> None:
-    """Record a fork of the program in the folder of its arena."""
+    """Record a fork of the program in the directory of its arena."""
     with contextlib.suppress(OSError):
         descriptor = files.open_private(folder.path / _FORKS, os.O_WRONLY | os.O_APPEND)
         os.write(descriptor, b".")
@@ -165,7 +165,7 @@ def record_fork(folder: Folder) -> None:
 def _describe(pid: int, number: int) -> Descriptor:
     started = proc.start_time(pid)
     if started is None:
-        raise ProcessLookupError(f"process {pid} has exited")
+        raise ProcessLookupError(f"cannot describe userfaultfd {number}: process {pid} has exited")
     return Descriptor(number, _inode(pid, number) or 0, started)
 
 

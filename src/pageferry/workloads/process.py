@@ -53,12 +53,15 @@ class ProcessWorkload:
         """Open the process `pid`. `ranges`, separated by commas: `heap`, `stack`, `anon` (all private anonymous memory
         that the process may write to), or START-END in hexadecimal.
 
-        Raises UsageError for ranges that do not exist, or for the process of the caller; WorkloadDied, WorkloadError.
+        Raises UsageError for ranges that do not exist, or for the process of the caller. Raises WorkloadDied if there
+        is no such process. Also raises WorkloadError.
         """
         if proc.start_time(pid) is None:
-            raise WorkloadDied(f"no process {pid}")
+            raise WorkloadDied(f"cannot open process {pid}: there is no such process")
         if pid == os.getpid():
-            raise UsageError("cannot save the process of this command: it cannot stop itself")
+            raise UsageError(
+                "cannot save the process of this command: it cannot stop itself; save it with another command"
+            )
         self.name = f"{PREFIX}{pid}"
         self.pid = pid
         self._command = proc.command(pid)
@@ -69,8 +72,8 @@ class ProcessWorkload:
 
     @classmethod
     def named(cls, name: str, ranges: str | None) -> ProcessWorkload:
-        """Open the process with a name such as `pid:4711`. Raises the same errors as the constructor, and UsageError
-        for an invalid name or without `ranges`."""
+        """Open the process with a name such as `pid:4711`. Raises the same errors as the constructor, and UsageError if
+        the name is invalid or `ranges` is None."""
         number = name.removeprefix(PREFIX)
         if not number.isdecimal():
             raise UsageError(f"invalid process {name}: expected pid: and a number")
@@ -117,7 +120,7 @@ class ProcessWorkload:
             if time.monotonic() > end:
                 await self.resume()
                 raise WorkloadError(
-                    f"cannot stop {self.name} within {_STOP_TIMEOUT:g} s: it is blocked in the kernel; retry"
+                    f"cannot stop {self.name}: it has been blocked in the kernel for {_STOP_TIMEOUT:g} s; retry"
                 )
             await asyncio.sleep(0.001)
 

@@ -1,8 +1,8 @@
 """Interfaces of workloads that can be paused, saved to an image, or migrated.
 
-`Saveable` extends `Pausable`, and `Migratable` extends `Saveable`. QEMU guests and arenas, of this or of another
-process, are migratable; a process that pageferry does not manage can only be saved. Calls that change the state of a
-workload are coroutines: they send requests to another process, or run callbacks of the program.
+`Saveable` extends `Pausable`, and `Migratable` extends `Saveable`. QEMU guests, and arenas of this or another process,
+are migratable; a process that pageferry does not manage can only be saved. Calls that change the state of a workload
+are coroutines: they send requests to another process, or run callbacks of the program.
 """
 
 from __future__ import annotations
@@ -11,16 +11,27 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from pageferry._engine import Pager
-from pageferry.memory.regions import Identity, Region
+from pageferry.memory.regions import Identity, Placed, Region
 from pageferry.memory.view import Extent, Readable
+
+if TYPE_CHECKING:  # imported by the operations on clones
+    from pageferry.pager.base_records import CloneRecord
+    from pageferry.pager.launcher import PagerConnection
+    from pageferry.pager.orders import BaseOpened
 
 DISKS = "disks"
 """Detail of an identity: record of the disks of a guest (see `workloads.qemu.block_devices`)."""
 SHARED = "disks-shared"
 """Detail with which the source of a migration asserts that both sides have the same disks."""
+COPIED = "disks-copied"
+"""Detail with which the source of a migration announces that it copies the disks that are not shared."""
+BASE = "base"
+"""Detail with which the source of a migration names the image whose memory the workload shares: `ID:DIGEST`."""
+BASE_REQUIRED = "base-required"
+"""Detail with which the source of a migration requires that the destination shares the memory of that image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +69,7 @@ class Pausable(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the workload on this host, or text that identifies it in messages."""
+        """Name of the workload on this host, or text that identifies it in error messages and logs."""
 
     @property
     def identity(self) -> Identity:
@@ -66,8 +77,8 @@ class Pausable(Protocol):
 
     @property
     def stays_paused(self) -> bool:
-        """Whether `resume` leaves the workload paused, because its user had paused it. Valid from `prepare_pause` or
-        `load_state` on, until `resume` is called.
+        """Whether `resume` leaves the workload paused, because its user had paused it. The value is valid from
+        `prepare_pause` or `load_state` on, until `resume` is called.
         """
 
     async def prepare_pause(self) -> None:
@@ -77,7 +88,7 @@ class Pausable(Protocol):
         """Stop all threads that can access the memory. Return when no thread and no device can access it."""
 
     async def resume(self) -> None:
-        """Resume the workload. Also called after a failed migration, in which `save_state` may have been called.
+        """Resume the workload. It is also called after a failed migration, in which `save_state` may have been called.
 
         A WorkloadDied with `never_ran` guarantees that this call has not resumed the workload, and that it will never
         run.
@@ -99,7 +110,7 @@ class Saveable(Pausable, Protocol):
 
     @property
     def regions(self) -> Sequence[Extent]:
-        """Memory to be saved. Constant while the workload is open."""
+        """Memory to be saved, constant while the workload is open."""
 
     @property
     def live(self) -> Migratable | None:
@@ -127,7 +138,7 @@ class Migratable(Saveable, Protocol):
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """Memory to be managed. Constant while the workload is open."""
+        """Memory to be managed, constant while the workload is open."""
 
     @property
     def pager(self) -> Pager | None:
@@ -142,10 +153,13 @@ class Migratable(Saveable, Protocol):
     async def condition(self) -> Condition:
         """Return the status for display. Raises WorkloadDied if the workload has exited."""
 
+    def check_migratable(self) -> None:
+        """Raise UnsupportedError if the workload cannot leave this host, because another program manages it."""
+
     async def check_mappers(self) -> None:
         """Check that no process other than those in `regions` can write to the memory.
 
-        Raises WorkloadError if there is one, UnsupportedError if this user may not inspect the processes.
+        Raises WorkloadError if there is one, UnsupportedError if this user cannot inspect the processes.
         """
 
     async def does_direct_io(self) -> bool:
@@ -195,8 +209,8 @@ class Migratable(Saveable, Protocol):
     async def prefault(self, units: Mapping[int, Sequence[int]] | None = None) -> int:
         """Populate the second-stage page tables (EPT, NPT) of a paused guest. Return the number of bytes mapped.
 
-        The page tables of its process must be complete. `units`: 2 MiB units by number of region; None: all memory that
-        is present. Raises OSError, WorkloadError; the workload can be resumed even after an error.
+        The page tables of its process must be complete. `units`: 2 MiB units by index of the region; None: all memory
+        that is present. Raises OSError, WorkloadError; the workload can be resumed even after an error.
         """
 
     async def discard(self) -> None:
@@ -204,7 +218,7 @@ class Migratable(Saveable, Protocol):
 
 
 StateSink = Callable[[bytes], Awaitable[None]]
-"""Function that receives the beginning of a state, in consecutive pieces."""
+"""Function that receives the beginning of a state, in consecutive chunks."""
 
 
 @runtime_checkable
@@ -212,11 +226,11 @@ class StateAhead(Protocol):
     """Workload whose state can be saved and loaded in part while it runs at the source, which shortens the pause."""
 
     async def pause_to_save(self, sink: StateSink) -> float:
-        """Like `pause`, but pass the beginning of the result of `save_state` to `sink` in advance. Return the time at
-        which the workload stopped, on the clock of `time.perf_counter`."""
+        """Pause as `pause` does, but pass the beginning of the result of `save_state` to `sink` in advance. Return the
+        time at which the workload stopped, on the clock of `time.perf_counter`."""
 
-    async def load_ahead(self, piece: bytes) -> None:
-        """Load a piece that was passed to the sink, before the memory is complete. `load_state` receives the whole
+    async def load_ahead(self, chunk: bytes) -> None:
+        """Load a chunk that was passed to the sink, before the memory is complete. `load_state` receives the whole
         state later."""
 
 
@@ -238,10 +252,123 @@ class HasSnapshotDetails(Protocol):
         """Update the details of `identity`. Raises WorkloadError."""
 
     async def note_details(self) -> None:
-        """Note the details of the paused workload. Called after `save_state`."""
+        """Record the details of the paused workload, for `snapshot_details`. Call this after `save_state`."""
 
     async def snapshot_details(self) -> SnapshotDetails:
-        """Return the details that `note_details` has noted. The workload may run again."""
+        """Return the details that `note_details` has recorded. The workload may run again."""
+
+
+@runtime_checkable
+class Announcing(Protocol):
+    """Workload with network addresses, which switches have to find again after it has moved."""
+
+    async def announce(self) -> bool:
+        """Announce the network addresses of the workload, which has been resumed. An announcement that is not possible
+        raises no error. Return False if the workload does not respond now."""
+
+
+async def announce(workload: Pausable) -> bool:
+    """Announce the network addresses of a resumed workload, if it has any. Return False if the workload does not
+    respond now."""
+    return not isinstance(workload, Announcing) or await workload.announce()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedDisk:
+    """Disk whose contents were saved together with the memory of a guest."""
+
+    id: str
+    name: str
+    path: str
+    """File with the contents as of the snapshot point."""
+    overlay: str | None = None
+    """File to which the guest writes instead; None if the contents were copied."""
+
+
+class DiskSaver(Protocol):
+    """Object that saves the disks of a workload, for one attempt at a checkpoint."""
+
+    @property
+    def saved(self) -> tuple[SavedDisk, ...]:
+        """Disks that `complete` has saved."""
+
+    async def prepare(self) -> None:
+        """Create and open all files while the workload runs, after `prepare_pause`."""
+
+    async def flush(self) -> None:
+        """Flush cached data of the disks, just before the pause."""
+
+    async def freeze(self) -> None:
+        """Freeze the disks of the paused workload, or start to copy them. Call this before `save_state`."""
+
+    async def resumed(self) -> None:
+        """Copy without a speed limit, because the pause has ended. If there is a bandwidth limit, only the memory uses
+        it until `finish`."""
+
+    async def finish(self, details: dict[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Wait until the disks are saved, and return the details of `snapshot_details` with the saved disks. `progress`
+        is called with the bytes done and the total. Raises WorkloadError."""
+
+    async def abandon(self) -> None:
+        """Undo all steps after a failure. The workload runs, unless its user had paused it."""
+
+
+@runtime_checkable
+class SavesDisks(Protocol):
+    """Workload that has disks."""
+
+    def save_disks(self, mode: str, folder: Path | None, image: Path, image_id: str, bandwidth: int = 0) -> DiskSaver:
+        """Return the saver of the disks for an image. `mode`: `record`, `snapshot` or `copy`; `folder`: directory of
+        new files, None for the default; `bandwidth`: limit for copies, bytes per second, 0 for none."""
+
+
+@runtime_checkable
+class CanBeClone(Protocol):
+    """Workload that can share the memory of an image."""
+
+    @property
+    def clone(self) -> CloneRecord | None:
+        """Record of the clone; None if the workload shares no memory."""
+
+
+@runtime_checkable
+class CanShareBase(Protocol):
+    """Workload whose memory can be replaced by private pages over a base before it runs."""
+
+    async def share_base(self, pager: PagerConnection, opened: BaseOpened, work: CloneRecord) -> None:
+        """Replace the memory of this workload, which waits for its state, by private pages over an opened base. `work`:
+        record of the clone; the pager adds the descriptors.
+
+        Raises UnsupportedError for memory that cannot be replaced, RestoreError, CannotHandleFaults, WorkloadError.
+        """
+
+
+class Overlaid(NamedTuple):
+    """Disk that is an overlay over a file that a checkpoint has frozen, or that was saved with an image."""
+
+    name: str
+    overlay: str
+    """File to which the guest writes."""
+    frozen: str
+
+
+@runtime_checkable
+class HasOverlays(Protocol):
+    """Workload whose disks can be overlays."""
+
+    async def overlays(self) -> list[Overlaid]:
+        """Return the disks that are overlays over frozen files. Raises WorkloadError."""
+
+
+def clone_of(workload: object) -> CloneRecord | None:
+    """Return the record of a clone; None for any other workload."""
+    return workload.clone if isinstance(workload, CanBeClone) else None
+
+
+def placed_regions(workload: Migratable) -> Sequence[Placed]:
+    """Return the regions of a workload with their mappings; for a clone, those of its record."""
+    record = clone_of(workload)
+    return workload.regions if record is None else record.regions
 
 
 async def update_details(workload: Saveable) -> None:
@@ -251,7 +378,7 @@ async def update_details(workload: Saveable) -> None:
 
 
 async def save_and_note(workload: Saveable) -> bytes:
-    """Return the state of a paused workload, and note its details for `snapshot_details`."""
+    """Return the state of a paused workload, and record its details for `snapshot_details`."""
     state = await workload.save_state()
     if isinstance(workload, HasSnapshotDetails):
         await workload.note_details()
@@ -263,8 +390,8 @@ async def snapshot_details(workload: Saveable) -> SnapshotDetails:
     return await workload.snapshot_details() if isinstance(workload, HasSnapshotDetails) else SnapshotDetails({})
 
 
-async def _ignore(piece: bytes) -> None:
-    """Ignore the piece: `save_state` will return it again."""
+async def _ignore(chunk: bytes) -> None:
+    """Ignore the chunk: `save_state` will return it again."""
 
 
 async def pause_to_save(workload: Saveable, sink: StateSink = _ignore) -> float:

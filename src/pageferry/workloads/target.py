@@ -42,7 +42,7 @@ class Area:
     kind: Kind
     """`shared`: mapping of a memory file, which other processes may map too; `anon`: private anonymous memory."""
     region: int | None
-    """Number of the mapped region of the target; None for anonymous memory."""
+    """Index of the mapped region in the target; None for anonymous memory."""
     offset: int
     """Start of the mapping within that region, bytes."""
     page_size: int
@@ -65,7 +65,7 @@ class Area:
 
 @dataclass(slots=True)
 class Target:
-    """Memory of one target. Must be closed, or used in a `with` block."""
+    """Memory of one target. Close the object, or use it in a `with` block."""
 
     name: str
     """Name as given by the caller."""
@@ -96,7 +96,7 @@ class Target:
             raise WorkloadDied(f"{self.name}: process {pid} has exited") from gone
         except PermissionError as refused:
             raise UnsupportedError(
-                f"{self.name}: cannot access process {pid}: permission denied; run as root"
+                f"cannot access process {pid} of {self.name}: permission denied; run as root"
             ) from refused
         self.check_alive(pid)
         return found
@@ -127,7 +127,17 @@ async def open_target_async(text: str) -> Target:
     """Open the target `NAME` or `pid:N`.
 
     Raises UsageError, NoSuchWorkload, WorkloadDied, WorkloadError if the workload does not reply, UnsupportedError if
-    this user may not inspect the memory.
+    this user cannot inspect the memory.
+
+    Examples:
+        >>> import subprocess, pageferry
+        >>> program = subprocess.Popen(["sleep", "60"])
+        >>> with pageferry.large_pages.open_target(f"pid:{program.pid}") as target:
+        ...     print(program.pid in target.pids)
+        True
+        >>> program.kill()
+        >>> program.wait()
+        -9
     """
     if values.text("text", text).startswith("pid:"):
         digits = text.removeprefix("pid:")
@@ -142,7 +152,15 @@ open_target = synchronous(open_target_async)
 
 
 def workload_target(workload: Migratable) -> Target:
-    """Return a managed workload as a target. Closing the target closes the workload object."""
+    """Return a managed workload as a target. Closing the target closes the workload object.
+
+    Examples:
+        >>> import pageferry
+        >>> arena = pageferry.Arena("4MiB")
+        >>> with pageferry.large_pages.workload_target(arena.workload()) as target:
+        ...     print(len(target.regions), target.regions[0].length)
+        1 4194304
+    """
     managed(workload)
     areas = [
         Area(
@@ -164,9 +182,20 @@ def workload_target(workload: Migratable) -> Target:
 
 def process_target(pid: int) -> Target:
     """Return a process as a target. Raises NoSuchWorkload if no process has this id, UnsupportedError if access is
-    denied."""
+    denied.
+
+    Examples:
+        >>> import subprocess, pageferry
+        >>> program = subprocess.Popen(["sleep", "60"])
+        >>> with pageferry.large_pages.process_target(program.pid) as target:
+        ...     print(target.workload)  # the process is not managed
+        None
+        >>> program.kill()
+        >>> program.wait()
+        -9
+    """
     if proc.start_time(values.count("pid", pid, 1, (1 << 31) - 1)) is None:
-        raise NoSuchWorkload(f"no process {pid}")
+        raise NoSuchWorkload(f"cannot open process {pid}: there is no such process")
     files = _Files(pid)
     areas: list[Area] = []
     found = smaps(pid)
@@ -206,7 +235,7 @@ class _Files:
         self._mappings: dict[tuple[int, int], list[proc.Mapping]] = {}
 
     def add(self, mapping: proc.Mapping) -> None:
-        """Add a mapping, and open its file unless it is open already. Skip files that are not memory files."""
+        """Add a mapping, and open its file unless it is already open. Skip files that are not memory files."""
         identity = mapping.identity
         if identity not in self._mappings:
             if os.major(mapping.device):  # file on a disk: tmpfs and hugetlbfs have major number 0

@@ -8,7 +8,7 @@ use twox_hash::XxHash3_128;
 
 use crate::uapi::check;
 
-/// Size of the secret that makes page hashes unpredictable, bytes.
+/// Size in bytes of the secret that makes page hashes unpredictable.
 const SECRET_LEN: usize = 192;
 
 /// Map from the 128-bit hash of page contents to the place where the contents are stored. The hash uses a random
@@ -33,13 +33,13 @@ impl DedupIndex {
         XxHash3_128::oneshot_with_secret(&self.secret, contents).expect("the secret is long enough")
     }
 
-    /// Returns the storage block (or the ticket for it) and the slot of the contents with this hash, or `None` if the
-    /// contents are not stored.
+    /// Returns the storage block and the slot of the contents with this hash, or `None` if the contents are not stored.
+    /// A checkpoint identifies a block by a ticket until the block is written.
     pub fn place(&self, hash: u128) -> Option<(u32, u16)> {
         self.places.get(&hash).copied()
     }
 
-    /// Records the storage block (or the ticket for it) and the slot of the contents with this hash.
+    /// Records the storage block, or its ticket, and the slot of the contents with this hash.
     pub fn insert(&mut self, hash: u128, place: (u32, u16)) {
         self.places.insert(hash, place);
     }

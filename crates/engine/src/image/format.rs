@@ -25,11 +25,11 @@ pub const MAGIC: [u8; 8] = *b"PFIMAGE\n";
 pub const FOOTER_MAGIC: [u8; 8] = *b"PFINDEX\n";
 /// Version of the format.
 pub const VERSION: u16 = 1;
-/// Alignment of sections and of the first storage block, bytes.
+/// Alignment in bytes of sections and of the first storage block.
 pub const ALIGN: u64 = 4096;
 /// Maximum number of sections.
 pub const MAX_SECTIONS: usize = 24;
-/// Maximum size of an image, bytes.
+/// Maximum size of an image in bytes.
 pub const MAX_LEN: u64 = 1 << 48;
 /// Maximum number of pages of all regions: 16 TiB of memory.
 pub const MAX_PAGES: u64 = 1 << 32;
@@ -77,7 +77,7 @@ pub enum ImageError {
     Block {
         /// Number of the storage block.
         number: u32,
-        /// Offset in the file, bytes.
+        /// Offset in the file, in bytes.
         offset: u64,
         /// Cause.
         error: BlockError,
@@ -116,9 +116,9 @@ pub struct FileHeader {
     pub features: U32,
     /// Bit set of features that a reader may ignore.
     pub optional: U32,
-    /// Page size, bytes: 4096.
+    /// Page size in bytes: 4096.
     pub page: U32,
-    /// Data bytes per page block, before compression.
+    /// Number of data bytes per page block, before compression.
     pub page_block: U32,
     /// Maximum number of data bytes of a storage block, before compression.
     pub storage_block: U32,
@@ -154,9 +154,9 @@ pub const FLAG_IN_PARENT: u8 = 1;
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct BlockEntry {
-    /// Offset in the file, bytes.
+    /// Offset in the file, in bytes.
     pub offset: U64,
-    /// Size in the file, bytes, header included.
+    /// Size of the block in bytes, including its header.
     pub len: U32,
     /// Reserved; written as 0.
     pub reserved: U32,
@@ -172,9 +172,9 @@ pub struct SectionEntry {
     pub kind: U32,
     /// Reserved; written as 0.
     pub reserved: U32,
-    /// Offset in the file, bytes.
+    /// Offset in the file, in bytes.
     pub offset: U64,
-    /// Size, bytes.
+    /// Size in bytes.
     pub len: U64,
     /// xxh3-64 of the section.
     pub checksum: U64,
@@ -192,7 +192,7 @@ pub struct Footer {
     pub regions: U32,
     /// Identifier from the header, to detect an index of another file.
     pub id: [u8; 16],
-    /// Size of the file, bytes.
+    /// Size of the file in bytes.
     pub file_len: U64,
     /// Section table; unused entries are zero.
     pub table: [SectionEntry; MAX_SECTIONS],
@@ -202,7 +202,7 @@ pub struct Footer {
     pub checksum: U64,
 }
 
-/// Size of the footer, bytes.
+/// Size of the footer in bytes.
 pub const FOOTER_LEN: usize = size_of::<Footer>();
 const _: () = assert!(size_of::<FileHeader>() == 64 && size_of::<PageEntry>() == 16);
 const _: () = assert!(size_of::<BlockEntry>() == 24 && size_of::<SectionEntry>() == 32 && FOOTER_LEN == 1024);

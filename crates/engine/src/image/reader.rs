@@ -18,7 +18,7 @@ use crate::block::{self, BlockError, Class, Header};
 use crate::checksum::{Checksum, checksum};
 use crate::mapping::prefer_large;
 
-/// Maximum size of a section other than the page map, bytes.
+/// Maximum size in bytes of a section other than the page map.
 const MAX_SECTION: u64 = 1 << 30;
 
 /// Number of table records per read. Records are validated while they are in the CPU cache.
@@ -112,12 +112,12 @@ impl Image {
         self.digest
     }
 
-    /// Returns the number of regions. Their lengths are in a section of Python code.
+    /// Returns the number of regions. Their lengths are in a section that Python code writes.
     pub fn regions(&self) -> usize {
         self.regions
     }
 
-    /// Returns the size of the file, bytes.
+    /// Returns the size of the file in bytes.
     #[expect(clippy::len_without_is_empty, reason = "there is always a header")]
     pub fn len(&self) -> u64 {
         self.len
@@ -133,7 +133,7 @@ impl Image {
         &self.blocks
     }
 
-    /// Returns the size of a page block before compression, bytes. The last page block of a storage block may be
+    /// Returns the size of a page block in bytes, before compression. The last page block of a storage block may be
     /// shorter.
     pub fn page_block(&self) -> usize {
         self.page_block
@@ -200,6 +200,17 @@ impl Image {
         Ok(StoredBlock { number, offset: entry.offset.get(), bytes, start, ends, head, page_block: self.page_block })
     }
 
+    /// Asks the kernel to read a storage block into the page cache, without waiting. Ignores blocks that do not exist.
+    pub fn read_ahead(&self, number: u32) {
+        if let Some(entry) = self.blocks.get(number as usize)
+            && let Ok(offset) = i64::try_from(entry.offset.get())
+        {
+            let (file, len) = (self.file.as_raw_fd(), i64::from(entry.len.get()));
+            // SAFETY: posix_fadvise takes no pointers. It is a hint, so its result is ignored.
+            unsafe { libc::posix_fadvise(file, offset, len, libc::POSIX_FADV_WILLNEED) };
+        }
+    }
+
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), ImageError> {
         self.file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => ImageError::NoFooter,
@@ -254,7 +265,7 @@ impl Image {
         finding.map(|()| records)
     }
 
-    /// Returns the first offset with data, starting at `offset`, or `u64::MAX` if only a hole follows. If the file
+    /// Returns the offset of the first data at or after `offset`, or `u64::MAX` if only a hole follows. If the file
     /// system does not report holes, returns `offset`.
     fn next_data(&self, offset: u64) -> u64 {
         match self.seek(offset, libc::SEEK_DATA) {
@@ -266,7 +277,8 @@ impl Image {
 
     fn seek(&self, offset: u64, whence: libc::c_int) -> io::Result<u64> {
         let offset = i64::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: lseek takes no pointers, and no other code uses the position of the file.
+        // SAFETY: lseek takes no pointers. The position of the file does not matter, because all reads state their
+        // offsets.
         let found = unsafe { libc::lseek(self.file.as_raw_fd(), offset, whence) };
         u64::try_from(found).map_err(|_| io::Error::last_os_error())
     }
@@ -306,7 +318,7 @@ impl Image {
         let fits = |entry: &PageEntry| {
             (entry.class <= Class::Data as u8) & (!stored(entry) | (u64::from(entry.block.get()) < blocks))
         };
-        // Branch-free over all entries; the invalid entry is searched for only if there is one.
+        // The check of all entries has no branches. The invalid entry is searched for only if there is one.
         if entries.iter().fold(true, |all, entry| all & fits(entry)) {
             return Ok(());
         }
@@ -374,10 +386,28 @@ impl StoredBlock {
     /// # Errors
     /// If there is no such page block, or if it is damaged.
     pub fn unpack(&self, index: usize, out: &mut Vec<u8>) -> Result<(), ImageError> {
+        self.head.unpack(index, self.stored(index)?, out).map_err(|error| self.wrong(error))
+    }
+
+    /// Like [`unpack`](Self::unpack), but writes to `out`, whose length must be the data length of the page block.
+    ///
+    /// # Errors
+    /// If there is no such page block, or if it is damaged.
+    pub fn unpack_into(&self, index: usize, out: &mut [u8]) -> Result<(), ImageError> {
+        let stored = self.stored(index)?;
+        let raw = self.head.page_blocks[index].raw_len.get() as usize;
+        if out.len() != raw {
+            return Err(value("data bytes of a page block", raw as u64, "those of its pages"));
+        }
+        self.head.unpack_into(index, stored, out).map_err(|error| self.wrong(error))
+    }
+
+    /// Returns the stored bytes of a page block.
+    fn stored(&self, index: usize) -> Result<&[u8], ImageError> {
         let end = self.ends.get(index).copied();
         let end = end.ok_or_else(|| value("page block", index as u64, "one of the storage block"))?;
         let start = if index == 0 { self.start } else { self.ends[index - 1] };
-        self.head.unpack(index, &self.bytes[start..end], out).map_err(|error| self.wrong(error))
+        Ok(&self.bytes[start..end])
     }
 }
 

@@ -15,8 +15,8 @@ pub struct Finding {
     pub message: String,
 }
 
-/// Returns the pages whose contents are stored in `image`, not in a parent, as (entry, page), in the order of the
-/// storage blocks.
+/// Returns the pages whose contents are stored in `image` itself rather than in a parent, as (entry, page), in the
+/// order of their storage blocks.
 pub fn stored_pages(image: &Image) -> Vec<(PageEntry, usize)> {
     let own = |entry: &PageEntry| matches!(entry.class(), Some(Class::Data | Class::SameAs)) && !entry.in_parent();
     let mut pages: Vec<_> = image

@@ -21,7 +21,7 @@ pub const WRITE_LEN: usize = 1 << 20;
 /// Block sizes of an image.
 #[derive(Debug, Clone, Copy)]
 pub struct Sizes {
-    /// Data bytes of a page block, before compression.
+    /// Number of data bytes of a page block, before compression.
     pub page_block: usize,
     /// Maximum number of data bytes of a storage block, before compression.
     pub storage_block: usize,
@@ -164,7 +164,7 @@ impl ImageWriter {
 pub struct Finished {
     /// Digest of the image: the checksum of the footer, by which an incremental image refers to its parent.
     pub digest: u64,
-    /// Size of the file, bytes.
+    /// Size of the file in bytes.
     pub len: u64,
     /// Number of write calls.
     pub writes: u64,

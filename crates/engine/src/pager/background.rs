@@ -1,4 +1,4 @@
-//! Background loading: the remaining pages of storage blocks that were read for faults, and pages that were not
+//! Background loading of the remaining pages of storage blocks that were read for faults, and of pages that were not
 //! requested, in an order that the user of the engine gives (S10).
 
 use std::mem::take;
@@ -10,16 +10,24 @@ use crossbeam_channel::Receiver;
 
 use super::blocks::{Blocks, Fetched};
 use super::config::FillOrder;
-use super::memory::{Scratch, WINDOW};
+use super::memory::{Installer, LoadError, Scratch, WINDOW};
 use super::source::PageSource;
 use super::{Failure, PagerState};
 use crate::SLOTS;
 
-/// Initial and maximum pause of the background thread after each load. The pause is doubled while there are faults, and
-/// halved otherwise.
+/// Minimum and maximum pause of the background thread after a load. The pause is doubled while there are faults, and
+/// halved otherwise; a pause below the minimum is omitted.
 const PAUSES: (Duration, Duration) = (Duration::from_micros(250), Duration::from_millis(16));
-/// Maximum number of threads that load eagerly.
+/// Maximum number of threads that load.
 const MAX_THREADS: usize = 8;
+/// Number of consecutive storage blocks that one thread loads. Together they fill at least one huge page, so that
+/// threads rarely wait for each other's allocations.
+const GROUP: usize = 4;
+/// Number of storage blocks (of 1 MiB before compression) that the kernel reads ahead during eager loading.
+const DEPTH: usize = 32;
+/// Like `DEPTH`, but for loading that gives precedence to faults. It is lower, because the reads of faults wait for the
+/// reads that the disk has begun.
+const LAZY_DEPTH: usize = 4;
 
 /// Installs the remaining pages of storage blocks that were loaded for a fault.
 pub fn install_rest(shared: &PagerState, jobs: &Receiver<Fetched>) {
@@ -30,7 +38,7 @@ pub fn install_rest(shared: &PagerState, jobs: &Receiver<Fetched>) {
             return;
         }
         // Ignore errors: a fault on an affected page reports them.
-        let _ = shared.loader.install_block(blocks, &fetched, &mut scratch);
+        let _ = shared.loader.install_block(blocks, fetched.0, &fetched.1, &mut scratch);
     }
 }
 
@@ -38,17 +46,17 @@ pub fn install_rest(shared: &PagerState, jobs: &Receiver<Fetched>) {
 /// blocks and all remaining pages. With a peer, which pushes all pages, only allocates huge pages.
 ///
 /// If loading is eager, several threads take windows and blocks from the order. Otherwise, faults have precedence, and
-/// one thread is enough.
+/// half of the cores are left to the workload.
 pub fn fill(shared: &PagerState, order: &FillOrder, everything: bool) {
     let PageSource::Images(blocks) = &shared.loader.source else { return allocate_large_pages(shared) };
-    let steps = Steps { order, everything, next: AtomicUsize::new(0) };
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let (threads, depth) = if shared.eager.load(Ordering::Relaxed) { (cores, DEPTH) } else { (cores / 2, LAZY_DEPTH) };
+    let steps = Steps { order, everything, depth, next: 0.into(), ahead: 0.into(), present: 0.into() };
     let work = || steps.work(shared, blocks);
     thread::scope(|scope| {
-        if shared.eager.load(Ordering::Relaxed) {
-            for _ in 1..thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS) {
-                // If no thread can be started, the others load the pages.
-                let _ = thread::Builder::new().name("pf-fill".into()).spawn_scoped(scope, work);
-            }
+        for _ in 1..threads.min(MAX_THREADS) {
+            // If no thread can be started, the others load the pages.
+            let _ = thread::Builder::new().name("pf-fill".into()).spawn_scoped(scope, work);
         }
         work();
     });
@@ -61,7 +69,14 @@ pub fn fill(shared: &PagerState, order: &FillOrder, everything: bool) {
 struct Steps<'a> {
     order: &'a FillOrder,
     everything: bool,
+    /// Number of storage blocks that the kernel reads ahead.
+    depth: usize,
+    /// Next step: a window, or a group of storage blocks.
     next: AtomicUsize,
+    /// Number of storage blocks for which reading ahead has begun.
+    ahead: AtomicUsize,
+    /// Number of pages at the beginning of the memory that were present when last checked.
+    present: AtomicUsize,
 }
 
 impl Steps<'_> {
@@ -69,22 +84,49 @@ impl Steps<'_> {
     fn work(&self, shared: &PagerState, blocks: &Blocks) {
         let mut pace = DemandThrottle { shared, faults: 0, pause: Duration::ZERO };
         let mut scratch = Scratch::default();
-        let windows = &self.order.windows;
-        while !shared.stopping() && shared.loader.memory.flags.any() {
+        let (loader, windows) = (&shared.loader, &self.order.windows);
+        while !shared.stopping() && self.any_deferred(shared) {
             let step = self.next.fetch_add(1, Ordering::Relaxed);
-            let loaded = if let Some(&window) = windows.get(step) {
+            if let Some(&window) = windows.get(step) {
                 let first = window as usize * WINDOW;
                 let end = (first + WINDOW).min(shared.pages());
-                shared.loader.load(first.min(end), end, &mut scratch)
-            } else if let Some(&block) = self.order.blocks.get(step - windows.len()).filter(|_| self.everything) {
-                shared.loader.load_block(blocks, block, &mut scratch)
-            } else {
+                // Ignore errors: a fault on the page, or `rest`, reports them.
+                let _ = loader.load(first.min(end), end, &mut scratch);
+                pace.count(&mut scratch);
+                continue;
+            }
+            let first = (step - windows.len()) * GROUP;
+            if first >= self.order.blocks.len() || !self.everything {
                 return;
-            };
-            // Ignore errors: a fault on the page, or `rest`, reports them.
-            drop(loaded);
-            shared.loader.memory.counters.prefetched.fetch_add(take(&mut scratch.installed), Ordering::Relaxed);
-            pace.yield_to_demand();
+            }
+            let end = self.order.blocks.len().min(first + GROUP);
+            self.read_ahead(blocks, end + self.depth);
+            for &block in self.order.blocks[first..end].iter().take_while(|_| !shared.stopping()) {
+                let _ = loader.load_block(blocks, block, &mut scratch);
+                pace.count(&mut scratch);
+            }
+        }
+    }
+
+    /// Makes the kernel read ahead all storage blocks up to `end`, so that the disk always has several requests.
+    fn read_ahead(&self, blocks: &Blocks, end: usize) {
+        let end = end.min(self.order.blocks.len());
+        let begun = self.ahead.fetch_max(end, Ordering::Relaxed).min(end);
+        for &(image, block) in self.order.blocks[begun..end].iter().filter(|&&block| !blocks.is_done(block)) {
+            blocks.chain().images()[image].read_ahead(block);
+        }
+    }
+
+    /// Returns whether any page is deferred. The search begins where the last call found a deferred page: a search of
+    /// the whole bitmap for each block would take a time proportional to the square of the memory size.
+    fn any_deferred(&self, shared: &PagerState) -> bool {
+        let flags = &shared.loader.memory.flags;
+        match flags.next(self.present.load(Ordering::Relaxed), flags.pages()) {
+            Some(page) => {
+                self.present.store(page, Ordering::Relaxed);
+                true
+            }
+            None => flags.any(),
         }
     }
 }
@@ -92,6 +134,7 @@ impl Steps<'_> {
 /// Allocates the huge pages of deferred contents in advance. Otherwise, the first access to each huge page would wait
 /// until the kernel has cleared all of its 512 base pages.
 fn allocate_large_pages(shared: &PagerState) {
+    let Installer::Files(placer) = &shared.loader.memory.installer else { return };
     for (number, (region, large)) in shared.loader.memory.regions.iter().zip(&shared.large).enumerate() {
         for (unit, _) in large.iter().enumerate().filter(|(_, large)| **large) {
             let first = (region.base + unit * SLOTS).min(region.end());
@@ -99,13 +142,13 @@ fn allocate_large_pages(shared: &PagerState) {
                 return;
             }
             if shared.loader.memory.flags.next(first, region.end().min(first + SLOTS)).is_some() {
-                shared.loader.memory.placer.allocate_ahead(number, unit);
+                placer.allocate_ahead(number, unit);
             }
         }
     }
 }
 
-/// Loads the remaining pages: those of no storage block, namely patterns and duplicates, and those that the order leaves
+/// Loads the remaining pages: patterns and duplicates, which no storage block lists, and pages that the order leaves
 /// out. Records a failure for each page that cannot be loaded.
 fn rest(shared: &PagerState, blocks: &Blocks, scratch: &mut Scratch) {
     let (mut at, pages) = (0, shared.pages());
@@ -116,9 +159,18 @@ fn rest(shared: &PagerState, blocks: &Blocks, scratch: &mut Scratch) {
         at = page + 1;
         let region = shared.loader.memory.region_of(page);
         let window = shared.loader.memory.regions[region].window(page);
-        if let Err(error) = shared.loader.load_with(blocks, page, window, scratch) {
-            let page = page - shared.loader.memory.regions[region].base;
-            shared.fail(Failure { region, page, accessed: false, message: error.to_string() });
+        match shared.loader.load_with(blocks, page, window, scratch) {
+            Ok(_) => {}
+            Err(LoadError::Removing) => {
+                // The demand threads read the event of the removal.
+                thread::sleep(PAUSES.0);
+                at = page;
+            }
+            Err(LoadError::Exited) => return,
+            Err(error) => {
+                let page = page - shared.loader.memory.regions[region].base;
+                shared.fail(Failure { region, page, accessed: false, message: error.to_string() });
+            }
         }
     }
 }
@@ -131,6 +183,12 @@ struct DemandThrottle<'a> {
 }
 
 impl DemandThrottle<'_> {
+    /// Counts the pages that a thread has installed, and gives precedence to faults.
+    fn count(&mut self, scratch: &mut Scratch) {
+        self.shared.loader.memory.counters.prefetched.fetch_add(take(&mut scratch.installed), Ordering::Relaxed);
+        self.yield_to_demand();
+    }
+
     fn yield_to_demand(&mut self) {
         let missed = self.shared.loader.memory.counters.missed.load(Ordering::Relaxed);
         let (shortest, longest) = PAUSES;

@@ -6,8 +6,10 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
+use super::memory::LoadError;
 use crate::SMALL_PAGE;
-use crate::image::{Chain, Image, ImageError, StoredBlock};
+use crate::block::{BlockError, Class};
+use crate::image::{Chain, Image, ImageError, StoredBlock, fill};
 
 /// Maximum number of cached storage blocks.
 const KEPT: usize = 32;
@@ -20,6 +22,14 @@ pub type Number = (usize, u32);
 /// Storage block that has been read, with its number.
 pub type Fetched = (Number, Arc<StoredBlock>);
 type Cell = Arc<OnceLock<Result<Arc<StoredBlock>, Arc<ImageError>>>>;
+
+/// Buffers of [`Blocks::read_pages`].
+#[derive(Debug, Default)]
+pub struct PageScratch {
+    block: Vec<u8>,
+    /// Stored pages: storage block, page block in it, page in that, page of the range.
+    stored: Vec<(Number, usize, usize, usize)>,
+}
 
 /// Storage blocks of a chain, read on first use.
 #[derive(Debug)]
@@ -72,14 +82,78 @@ impl Blocks {
         let cell = self.cell(number);
         let found = cell.get_or_init(|| {
             let buffer = self.spare.lock().pop().unwrap_or_default();
-            let block = self.chain.images()[number.0].read_block_into(number.1, buffer)?;
-            self.bytes.fetch_add(block.len() as u64, Ordering::Relaxed);
-            Ok(Arc::new(block))
+            Ok(Arc::new(self.read(number, buffer)?))
         });
         if found.is_err() {
-            self.lock().retain(|(other, _)| *other != number);
+            self.forget(number);
         }
         found.clone()
+    }
+
+    /// Removes a storage block from the cache, such as one with a damaged page block: the next call reads it again.
+    pub fn forget(&self, number: Number) {
+        self.lock().retain(|(other, _)| *other != number);
+    }
+
+    /// Reads a storage block that will not be needed again, without keeping it in the cache. `buffer`: see
+    /// [`Image::read_block_into`].
+    ///
+    /// # Errors
+    /// The error of reading or verifying the block.
+    pub fn read(&self, number: Number, buffer: Vec<u8>) -> Result<StoredBlock, ImageError> {
+        let block = self.chain.images()[number.0].read_block_into(number.1, buffer)?;
+        self.bytes.fetch_add(block.len() as u64, Ordering::Relaxed);
+        Ok(block)
+    }
+
+    /// Returns a storage block if it is in the cache.
+    pub fn cached(&self, number: Number) -> Option<Arc<StoredBlock>> {
+        let recent = self.lock();
+        let (_, cell) = recent.iter().find(|(other, _)| *other == number)?;
+        cell.get()?.as_ref().ok().cloned()
+    }
+
+    /// Reads the contents of consecutive pages from page `first` on, counted over all regions, into `out`, which must
+    /// contain zeros. Unpacks each page block once. Absent pages are zeros.
+    ///
+    /// # Errors
+    /// If a page cannot be read or verified.
+    pub fn read_pages(&self, first: usize, out: &mut [u8], scratch: &mut PageScratch) -> Result<(), LoadError> {
+        scratch.stored.clear();
+        for at in 0..out.len() / SMALL_PAGE {
+            let (image, entry) = self.chain.find(first + at)?;
+            match entry.class() {
+                Some(Class::Data | Class::SameAs) => {
+                    let (slot, per_block) = (usize::from(entry.slot.get()), self.per_block(image));
+                    let number = (image, entry.block.get());
+                    scratch.stored.push((number, slot / per_block, slot % per_block, at));
+                }
+                Some(Class::Pattern) => fill(page_mut(out, at), entry.signature.get()),
+                Some(Class::Absent | Class::Zero) => {}
+                None => return Err(ImageError::NotStored(first + at).into()),
+            }
+        }
+        scratch.stored.sort_unstable();
+        self.copy_stored(out, scratch)
+    }
+
+    /// Copies the pages of `scratch.stored` into `out`.
+    fn copy_stored(&self, out: &mut [u8], scratch: &mut PageScratch) -> Result<(), LoadError> {
+        let PageScratch { block, stored } = scratch;
+        for group in stored.chunk_by(|one, other| (one.0, one.1) == (other.0, other.1)) {
+            let (number, index, ..) = group[0];
+            let found = self.get(number)?;
+            found.unpack(index, block).inspect_err(|_| self.forget(number))?;
+            for &(_, _, within, at) in group {
+                let start = within * SMALL_PAGE;
+                let Some(contents) = block.get(start..start + SMALL_PAGE) else {
+                    let (field, value, allowed) = ("page", within as u64, "one of its data pages");
+                    return Err(found.wrong(BlockError::Field { field, value, allowed }).into());
+                };
+                page_mut(out, at).copy_from_slice(contents);
+            }
+        }
+        Ok(())
     }
 
     fn cell(&self, number: Number) -> Cell {
@@ -112,4 +186,8 @@ impl Blocks {
     fn lock(&self) -> parking_lot::MutexGuard<'_, VecDeque<(Number, Cell)>> {
         self.recent.lock()
     }
+}
+
+fn page_mut(pages: &mut [u8], at: usize) -> &mut [u8] {
+    &mut pages[at * SMALL_PAGE..(at + 1) * SMALL_PAGE]
 }

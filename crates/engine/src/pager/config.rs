@@ -24,6 +24,9 @@ pub enum PagerError {
         /// Number of pages of the image.
         image: usize,
     },
+    /// Clones may have read zeros in a unit of the base.
+    #[error("{}", super::memory::given_up(*.0))]
+    GivenUp(usize),
     /// The image is invalid.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -31,7 +34,7 @@ pub enum PagerError {
     #[error("cannot unmap deferred pages from the workload: {0}")]
     Mapped(#[from] AdoptError),
     /// The workload maps pages again after they were unmapped.
-    #[error("cannot unmap deferred pages from the workload: it maps them again; pause it first")]
+    #[error("cannot unmap deferred pages from the workload: the workload maps them again; pause it first")]
     Running,
     /// The peer connection cannot be used.
     #[error("{0}")]
@@ -57,9 +60,9 @@ pub enum Begin {
 /// Page that could not be loaded.
 #[derive(Debug, Clone)]
 pub struct Failure {
-    /// Index of the region.
+    /// Index of the region; the number of regions for a fault outside all of them.
     pub region: usize,
-    /// Index of the page in the region.
+    /// Index of the page in the region; for a fault outside all regions, in the address space.
     pub page: usize,
     /// Whether a thread of the workload waits for the page.
     pub accessed: bool,
@@ -76,12 +79,39 @@ pub enum Origin {
     Peer(Arc<PeerSource>),
 }
 
+/// Region of private memory, which the pager cannot map. Its contents are installed by UFFDIO_COPY.
+///
+/// The workload has registered the memory for MISSING faults. A page that is not deferred and not present is zeros.
+#[derive(Debug, Clone, Copy)]
+pub struct PrivateRegion {
+    /// Number of base pages.
+    pub pages: usize,
+    /// Page size, bytes: 4 KiB, or 2 MiB for memory of hugetlbfs. Every segment must consist of whole pages.
+    pub page_size: usize,
+}
+
+/// Regions of a workload. All of them have the same kind of memory.
+#[derive(Debug)]
+pub enum Targets {
+    /// Files, which the pager maps as well. Their `large` units are allocated as huge pages.
+    Files(Vec<Target>),
+    /// Private memory.
+    Private(Vec<PrivateRegion>),
+}
+
+impl Targets {
+    /// Returns whether the pager maps the memory as well.
+    pub fn are_files(&self) -> bool {
+        matches!(self, Self::Files(_))
+    }
+}
+
 /// Order of background loading from images. Pages that it leaves out are loaded last, one after the other.
 #[derive(Debug, Default)]
 pub struct FillOrder {
     /// Windows of 16 pages to load first, in this order.
     pub windows: Vec<u32>,
-    /// Storage blocks to load next, in this order: number of the image in the chain, number of the block.
+    /// Storage blocks to load next, in this order, as (index of the image in the chain, number of the block).
     pub blocks: Vec<(usize, u32)>,
 }
 
@@ -110,8 +140,8 @@ impl FillOrder {
 pub struct Plan {
     /// Origin of the contents.
     pub from: Origin,
-    /// Regions. Their `large` units are allocated as huge pages.
-    pub targets: Vec<Target>,
+    /// Regions.
+    pub targets: Targets,
     /// Mappings of the regions by the workload, with the userfaultfd of their address space.
     pub watched: Vec<(Segment, Arc<Userfault>)>,
     /// Deferred bitmap of all pages of all regions.

@@ -3,20 +3,22 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::memory::Scratch;
+use super::memory::{Installer, LoadError, Scratch};
 use super::source::Loaded;
 use super::{Failure, PagerState};
 use crate::SMALL_PAGE;
-use crate::faults::Event;
+use crate::faults::{BATCH, Event};
 use crate::uapi::{self, Userfault};
 
 /// Interval at which a waiting thread checks whether to stop.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// Number of faults after which a thread reads its CPU time.
+const METERED: u32 = 64;
 
 /// Userfaultfd, and the addresses of faults that were read from it and that no thread has taken.
 #[derive(Debug)]
@@ -34,9 +36,11 @@ impl Inbox {
 /// Resolves the faults of one address space until the pager stops.
 pub fn serve(shared: &PagerState, inbox: &Inbox) {
     uapi::short_slices();
-    let (mut scratch, mut events) = (Scratch::default(), Vec::new());
+    let (mut scratch, mut events, mut cpu) = (Scratch::default(), Vec::new(), CpuMeter::default());
     while !shared.stopping() {
-        let Some(address) = next(shared, inbox, &mut events) else { continue };
+        let next = next(shared, inbox, &mut events);
+        cpu.count(&shared.loader.memory.counters.demand_cpu, next.is_none());
+        let Some(address) = next else { continue };
         let begin = Instant::now();
         shared.demanding.fetch_add(1, Ordering::AcqRel);
         let loaded = answer(shared, inbox, address, &mut scratch);
@@ -51,6 +55,28 @@ pub fn serve(shared: &PagerState, inbox: &Inbox) {
     }
 }
 
+/// Meter of the CPU time of one thread.
+#[derive(Debug, Default)]
+struct CpuMeter {
+    /// Number of faults since the CPU time was last read, which takes a system call.
+    faults: u32,
+    /// CPU time in nanoseconds when it was last read.
+    read: u64,
+}
+
+impl CpuMeter {
+    /// Counts a fault, unless `idle` is true. Every `METERED` faults, and if `idle` is true, adds the CPU time since
+    /// the last addition to `total`.
+    fn count(&mut self, total: &AtomicU64, idle: bool) {
+        self.faults += 1;
+        if idle || self.faults >= METERED {
+            let now = uapi::thread_cpu_time();
+            total.fetch_add(now.saturating_sub(self.read), Ordering::Relaxed);
+            (self.faults, self.read) = (0, now);
+        }
+    }
+}
+
 /// Returns the address of the next fault; `None` if there was no fault within `POLL_INTERVAL`. One thread holds the
 /// lock and waits for events; the others wait for the lock.
 fn next(shared: &PagerState, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u64> {
@@ -58,10 +84,20 @@ fn next(shared: &PagerState, inbox: &Inbox, events: &mut Vec<Event>) -> Option<u
     if waiting.is_empty() && inbox.uffd.wait(POLL_INTERVAL).ok()? {
         // Reading a removal event lets the removal proceed. No thread may write to the removed pages until the event
         // has been handled.
-        let alone = shared.loader.memory.removing.write();
+        let alone = shared.loader.memory.no_writes();
         events.clear();
+        // See `removals`: the event must be available before the notifications of the file system are read, and no
+        // further event may be read after them.
+        let limit = if shared.loader.memory.removals.checked {
+            if !inbox.uffd.wait(Duration::ZERO).ok()? {
+                return None;
+            }
+            1
+        } else {
+            BATCH
+        };
         shared.loader.memory.take_reports(&alone);
-        if inbox.uffd.read(events).is_err() {
+        if inbox.uffd.read(events, limit).is_err() {
             std::thread::sleep(POLL_INTERVAL);
         }
         let mut removed = Vec::new();
@@ -86,11 +122,18 @@ fn answer(shared: &PagerState, inbox: &Inbox, address: u64, scratch: &mut Scratc
     let memory = &shared.loader.memory;
     memory.counters.faults.fetch_add(1, Ordering::Relaxed);
     let Some(page) = shared.page_at(&inbox.uffd, address) else {
-        let _ = inbox.uffd.wake(address, SMALL_PAGE as u64);
+        outside(shared, inbox, address);
         return None;
     };
     match shared.loader.touch(page, scratch) {
         Ok(loaded) => Some(loaded),
+        Err(LoadError::Exited) => None,
+        Err(LoadError::Removing) => {
+            // The thread faults again, and the next read returns the event of the removal.
+            let len = memory.regions[memory.region_of(page)].page_size as u64;
+            let _ = inbox.uffd.wake(address / len * len, len);
+            None
+        }
         Err(error) => {
             let (region, base) = (memory.region_of(page), memory.regions[memory.region_of(page)].base);
             let failure = Failure { region, page: page - base, accessed: true, message: error.to_string() };
@@ -111,4 +154,17 @@ fn answer(shared: &PagerState, inbox: &Inbox, address: u64, scratch: &mut Scratc
             None
         }
     }
+}
+
+/// Handles a fault at an address that no segment maps. A thread of a workload that has registered more memory than it
+/// has described would fault again for ever if it were woken, so it stays blocked, and the fault is a failure.
+fn outside(shared: &PagerState, inbox: &Inbox, address: u64) {
+    let memory = &shared.loader.memory;
+    if matches!(memory.installer, Installer::Files(_)) {
+        let _ = inbox.uffd.wake(address, SMALL_PAGE as u64);
+        return;
+    }
+    let page = usize::try_from(address / SMALL_PAGE as u64).unwrap_or(usize::MAX);
+    let message = format!("fault at address {address:#x}, outside the memory that the workload has described");
+    shared.fail(Failure { region: memory.regions.len(), page, accessed: true, message });
 }

@@ -1,6 +1,6 @@
 //! Eviction of pages (S3): discards pages whose contents are in the chain; a later access loads them again.
 //!
-//! The order of the steps keeps memory consistent even if the pager exits before the last one:
+//! The order of the steps keeps memory consistent even if the pager exits before the last step:
 //!
 //! 1. The 2 MiB units of the pages are unmapped and registered. From then on, every write faults first, so the stored
 //!    copies stay valid.
@@ -19,10 +19,11 @@ use crate::{SLOTS, SMALL_PAGE};
 /// Evicts pages of a region; see [`super::Pager::evict`].
 pub fn evict(memory: &Memory, region: usize, pages: &PageSet) -> Result<usize, PagerError> {
     let Some(found) = memory.regions.get(region) else { return Ok(0) };
-    if found.page_size != SMALL_PAGE || pages.pages() != found.mapping.pages() {
-        let error = std::io::Error::new(std::io::ErrorKind::InvalidInput, "cannot evict: not a region of base pages");
-        return Err(PagerError::Io(error));
-    }
+    let mapping = found.mapping.as_ref().filter(|_| found.page_size == SMALL_PAGE && pages.pages() == found.pages);
+    let Some(mapping) = mapping else {
+        let words = "cannot evict: not a region of base pages of a file";
+        return Err(PagerError::Io(std::io::Error::new(std::io::ErrorKind::InvalidInput, words)));
+    };
     // Block loads, which would write to pages that are about to be punched out.
     let alone = memory.removing.write();
     memory.decide(found.base, found.end());
@@ -38,10 +39,10 @@ pub fn evict(memory: &Memory, region: usize, pages: &PageSet) -> Result<usize, P
     let mut count = 0;
     for (first, end) in pages.runs() {
         // Pages discarded since they were stored are holes, and remain zeros.
-        for (start, stop) in found.mapping.data_within(first * SMALL_PAGE, end * SMALL_PAGE)? {
+        for (start, stop) in mapping.data_within(first * SMALL_PAGE, end * SMALL_PAGE)? {
             let (first, end) = ((start / SMALL_PAGE).max(first), (stop / SMALL_PAGE).min(end));
             (found.base + first..found.base + end).for_each(|page| memory.lack(page));
-            found.mapping.punch(first * SMALL_PAGE, (end - first) * SMALL_PAGE)?;
+            mapping.punch(first * SMALL_PAGE, (end - first) * SMALL_PAGE)?;
             count += end - first;
         }
     }

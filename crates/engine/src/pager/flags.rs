@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::mapping::Mapping;
-use crate::pages::PageSet;
+use crate::pages::{PageSet, masks};
 
 /// Deferred bits of all pages of all regions, in a shared mapping of a file, so that another pager can take over.
 ///
@@ -18,7 +18,7 @@ pub struct Flags {
     pages: usize,
 }
 
-/// Returns the size of a bitmap file for `pages` pages, bytes.
+/// Returns the size in bytes of a bitmap file for `pages` pages.
 pub fn file_len(pages: usize) -> usize {
     pages.div_ceil(64).max(1).next_multiple_of(512) * 8
 }
@@ -78,6 +78,18 @@ impl Flags {
     /// Marks the contents of a page as present in memory.
     pub fn clear(&self, page: usize) {
         self.word(page / 64).fetch_and(!(1 << (page % 64)), Ordering::AcqRel);
+    }
+
+    /// Marks the contents of pages `[first, end)` as present in memory.
+    pub fn clear_all(&self, first: usize, end: usize) {
+        for (index, mask) in masks(first, end) {
+            self.word(index).fetch_and(!mask, Ordering::AcqRel);
+        }
+    }
+
+    /// Returns whether all pages of `[first, end)` are deferred.
+    pub fn all_set(&self, first: usize, end: usize) -> bool {
+        masks(first, end).all(|(index, mask)| self.word(index).load(Ordering::Acquire) & mask == mask)
     }
 
     /// Returns the first deferred page of `[first, end)`, if any.

@@ -1,14 +1,16 @@
-//! Memory of a restored workload. For every page, the contents are written first, then the deferred bit is cleared, and
-//! then the page is mapped.
+//! Memory of a restored workload. For every page of a file, the contents are written first, then the deferred bit is
+//! cleared, and then the page is mapped. In private memory, one call writes and maps a page; see [`super::private`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use thiserror::Error;
 
+use super::blocks::PageScratch;
 use super::flags::Flags;
+use super::private::PrivateMemory;
 use super::removals::Removals;
 use crate::image::ImageError;
 use crate::mapping::Mapping;
@@ -30,12 +32,41 @@ pub enum LoadError {
     /// Memory for the page could not be allocated.
     #[error("{0}")]
     Place(Arc<PlaceError>),
+    /// Clones may have read zeros in a unit of the base, so the pager loads no further pages.
+    #[error("{}", given_up(*.0))]
+    GivenUp(usize),
     /// The connection to the peer is lost.
     #[error("lost the connection to the source of the page: {0}")]
     Lost(String),
+    /// The workload does not accept the page.
+    #[error("cannot install pages {first} to {end} of region {region}: {error}; the workload has unmapped the memory")]
+    Unmapped {
+        /// Index of the region.
+        region: usize,
+        /// First page.
+        first: usize,
+        /// Page after the last.
+        end: usize,
+        /// Cause.
+        error: String,
+    },
+    /// The workload is removing pages. The page can be loaded once the event of the removal has been read.
+    #[error("the workload is removing pages")]
+    Removing,
+    /// The process of the workload has exited.
+    #[error("the process of the workload has exited")]
+    Exited,
     /// The pager has stopped; another pager must load the page.
     #[error("the pager has stopped")]
     Ended,
+}
+
+/// Returns the message for a base that was given up because of a unit.
+pub fn given_up(unit: usize) -> String {
+    format!(
+        "the base was given up: a write of unit {unit} was incomplete, and clones may have read zeros there; end all \
+         clones of the image, and start them again"
+    )
 }
 
 impl From<Arc<ImageError>> for LoadError {
@@ -56,12 +87,14 @@ impl From<PlaceError> for LoadError {
     }
 }
 
-/// Region whose contents are loaded by the pager.
+/// Region whose contents the pager loads.
 #[derive(Debug)]
 pub struct PagedRegion {
-    /// Pager's mapping of the region's file.
-    pub mapping: Arc<Mapping>,
-    /// Page size of the file, bytes.
+    /// Pager's mapping of the region's file; `None` for private memory.
+    pub mapping: Option<Arc<Mapping>>,
+    /// Number of base pages.
+    pub pages: usize,
+    /// Page size of the memory in bytes.
     pub page_size: usize,
     /// Index of the first page, counted over all regions.
     pub base: usize,
@@ -70,10 +103,10 @@ pub struct PagedRegion {
 impl PagedRegion {
     /// Returns the index of the page after the last one.
     pub fn end(&self) -> usize {
-        self.base + self.mapping.pages()
+        self.base + self.pages
     }
 
-    /// Returns the number of base pages per page of the file. These base pages are mapped together.
+    /// Returns the number of base pages per page of the memory. These base pages are mapped together.
     pub fn granule(&self) -> usize {
         self.page_size / SMALL_PAGE
     }
@@ -104,9 +137,15 @@ pub struct Counters {
     pub prefetched: AtomicU64,
     /// Number of pages loaded.
     pub loaded: AtomicU64,
-    /// Total service time of all faults, nanoseconds.
+    /// Number of times that a thread of the pager waited for [`Memory::removing`].
+    pub waits: AtomicU64,
+    /// Total time of these waits in nanoseconds.
+    pub waited: AtomicU64,
+    /// CPU time of the demand threads in nanoseconds. Updated every 64 faults of a thread, and when the thread is idle.
+    pub demand_cpu: AtomicU64,
+    /// Total service time of all faults in nanoseconds.
     pub service: AtomicU64,
-    /// Longest service time of a fault, nanoseconds.
+    /// Longest service time of a fault in nanoseconds.
     pub longest: AtomicU64,
     /// Number of faults by service time. Bin 0 counts faults of less than 1 us, and bin `k` faults of 2^(k-1) us to
     /// less than 2^k us. The last bin has no upper limit.
@@ -114,6 +153,17 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Acquires a lock with `take`. If this fails, waits for the lock with `wait`, and counts the wait.
+    fn counted<T>(&self, take: impl FnOnce() -> Option<T>, wait: impl FnOnce() -> T) -> T {
+        take().unwrap_or_else(|| {
+            let begin = Instant::now();
+            let taken = wait();
+            self.waits.fetch_add(1, Ordering::Relaxed);
+            self.waited.fetch_add(u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+            taken
+        })
+    }
+
     /// Counts a resolved fault and its service time.
     pub fn served(&self, time: Duration) {
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
@@ -124,16 +174,25 @@ impl Counters {
     }
 }
 
+/// Way in which contents get into the memory of the workload.
+#[derive(Debug)]
+pub enum Installer {
+    /// Contents are written to the files, and then mapped.
+    Files(Placer),
+    /// Contents are written into the private memory of the workload by the kernel.
+    Private(PrivateMemory),
+}
+
 /// Memory of the workload, in which the pager installs contents.
 #[derive(Debug)]
 pub struct Memory {
     pub regions: Vec<PagedRegion>,
     pub watched: Vec<Watched>,
     pub flags: Flags,
-    pub placer: Placer,
+    pub installer: Installer,
     pub counters: Counters,
     /// Pages that a thread has claimed in order to write their contents, or that were discarded.
-    claims: AtomicBits,
+    pub(super) claims: AtomicBits,
     /// Lock held shared while contents are written, and exclusively while removals are read or pages are evicted. The
     /// lock prevents contents from being written to pages after their removal.
     pub removing: RwLock<()>,
@@ -151,10 +210,14 @@ pub struct Memory {
 /// Buffers of one thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
+    /// Buffers for reading the pages of a huge page.
+    pub pages: PageScratch,
     /// Verified contents.
     pub contents: Vec<u8>,
-    /// Pages to install, each with the offset of its contents in `contents`, bytes.
+    /// Pages to install, each with the offset in bytes of its contents in `contents`.
     pub wanted: Vec<(usize, usize)>,
+    /// Buffer for the next storage block that is read without the cache.
+    pub buffer: Vec<u8>,
     /// Number of pages that this thread has installed.
     pub installed: u64,
 }
@@ -164,14 +227,34 @@ impl Memory {
         regions: Vec<PagedRegion>,
         watched: Vec<Watched>,
         flags: Flags,
-        placer: Placer,
+        installer: Installer,
         removals: Removals,
     ) -> Self {
         let pages = regions.last().map_or(0, PagedRegion::end);
         let (claims, noted) = (AtomicBits::new(pages), AtomicBits::new(pages.div_ceil(WINDOW)));
         let (counters, removing, touched) = (Counters::default(), RwLock::default(), Mutex::default());
         let protecting = AtomicBool::new(false);
-        Self { regions, watched, flags, placer, counters, claims, removing, removals, touched, noted, protecting }
+        Self { regions, watched, flags, installer, counters, claims, removing, removals, touched, noted, protecting }
+    }
+
+    /// Locks `removing` shared: until the lock is released, no removal is read, and no page is evicted.
+    pub(super) fn no_removals(&self) -> RwLockReadGuard<'_, ()> {
+        self.counters.counted(|| self.removing.try_read(), || self.removing.read())
+    }
+
+    /// Locks `removing` exclusively: until the lock is released, no thread writes contents.
+    pub fn no_writes(&self) -> RwLockWriteGuard<'_, ()> {
+        self.counters.counted(|| self.removing.try_write(), || self.removing.write())
+    }
+
+    /// Returns whether the pages of any region can only be installed as whole huge pages.
+    pub fn any_private_huge(&self) -> bool {
+        (0..self.regions.len()).any(|region| self.is_private_huge(region))
+    }
+
+    /// Returns whether the pages of a region can only be installed as whole huge pages.
+    pub fn is_private_huge(&self, region: usize) -> bool {
+        matches!(self.installer, Installer::Private(_)) && self.regions[region].granule() > 1
     }
 
     /// Returns the index of the region of a page.
@@ -199,17 +282,49 @@ impl Memory {
             let (run, others) = rest.split_at(count);
             rest = others;
             scratch.installed += self.write(region, run, &scratch.contents)?;
-            self.map_with(region, first, first + count, self.protecting.load(Ordering::Acquire));
+            self.map_written(first, first + count);
         }
         Ok(())
     }
 
-    /// Returns the number of pages that this thread has written.
+    /// Allocates memory for pages `[first, end)` of a region, counted over all regions, which are about to be mapped.
+    pub fn allocate(&self, region: usize, first: usize, end: usize) -> Result<(), LoadError> {
+        if let Installer::Files(placer) = &self.installer {
+            placer.slots(region, first - self.regions[region].base, end - first)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a run of consecutive pages. Returns the number of pages that this thread has written.
     fn write(&self, region: usize, run: &[(usize, usize)], contents: &[u8]) -> Result<u64, LoadError> {
+        match &self.installer {
+            Installer::Files(placer) => self.write_slots(placer, region, run, contents),
+            Installer::Private(_) => self.copy_run(region, run, contents),
+        }
+    }
+
+    fn write_slots(
+        &self,
+        placer: &Placer,
+        region: usize,
+        run: &[(usize, usize)],
+        contents: &[u8],
+    ) -> Result<u64, LoadError> {
         let first = run[0].0 - self.regions[region].base;
-        let _no_removals = self.removing.read();
+        let _no_removals = self.no_removals();
         self.decide(run[0].0, run[0].0 + run.len());
-        let slots = self.placer.slots(region, first, run.len())?;
+        let slots = placer.slots(region, first, run.len())?;
+        let (start, end) = (run[0].0, run[0].0 + run.len());
+        let (from, len) = (run[0].1, run.len() * SMALL_PAGE);
+        let in_order = run.iter().enumerate().all(|(at, &(_, offset))| offset == from + at * SMALL_PAGE);
+        if in_order && self.claim_all(start, end) {
+            let from = contents[from..from + len].as_ptr();
+            // SAFETY: as below, for all pages of the run at once.
+            unsafe { std::ptr::copy_nonoverlapping(from, slots, len) };
+            self.flags.clear_all(start, end);
+            self.counters.loaded.fetch_add(run.len() as u64, Ordering::Relaxed);
+            return Ok(run.len() as u64);
+        }
         let mut done = 0;
         for (at, &(page, offset)) in run.iter().enumerate() {
             if !self.claim(page) {
@@ -227,8 +342,58 @@ impl Memory {
         Ok(done)
     }
 
+    /// Writes the pages `[first, end)` of a region through `unpack`, and clears their deferred bits, but does not map them.
+    /// Returns false, and writes nothing, if any of them is present or claimed by another thread, or in private memory.
+    ///
+    /// If `unpack` fails, the pages stay deferred. Their claims are released, so that another thread can try to load
+    /// them.
+    pub fn unpack_all(
+        &self,
+        (first, end): (usize, usize),
+        unpack: impl FnOnce(&mut [u8]) -> Result<(), ImageError>,
+    ) -> Result<bool, LoadError> {
+        let Installer::Files(placer) = &self.installer else { return Ok(false) };
+        let region = self.region_of(first);
+        let base = self.regions[region].base;
+        let _no_removals = self.no_removals();
+        self.decide(first, end);
+        let slots = placer.slots(region, first - base, end - first)?;
+        if !self.claim_all(first, end) {
+            return Ok(false);
+        }
+        // SAFETY: the pages lie in our mapping, and `slots` has allocated their memory. The claims make this thread the
+        // only writer of the pages; the workload has not mapped them, because their deferred bits are set.
+        let memory = unsafe { std::slice::from_raw_parts_mut(slots, (end - first) * SMALL_PAGE) };
+        if let Err(error) = unpack(memory) {
+            self.claims.take_run(first, end);
+            return Err(error.into());
+        }
+        self.flags.clear_all(first, end);
+        self.counters.loaded.fetch_add((end - first) as u64, Ordering::Relaxed);
+        Ok(true)
+    }
+
+    /// Claims deferred pages for writing. Returns false, and claims none of them, if any of them is present or claimed
+    /// by another thread. Another thread may find a page claimed for a moment even then, and must not take this to mean
+    /// that the page will be written.
+    fn claim_all(&self, first: usize, end: usize) -> bool {
+        self.flags.all_set(first, end) && self.claims.set_run(first, end)
+    }
+
+    /// Waits while another thread that has claimed a deferred page writes it. Returns false if that thread has released
+    /// its claim without writing the page.
+    pub fn await_claim(&self, page: usize) -> bool {
+        while self.flags.is_set(page) {
+            if !self.claims.get(page) {
+                return false;
+            }
+            std::thread::yield_now();
+        }
+        true
+    }
+
     /// Claims a deferred page for writing. Returns false if the page is present or claimed by another thread.
-    fn claim(&self, page: usize) -> bool {
+    pub(super) fn claim(&self, page: usize) -> bool {
         self.flags.is_set(page) && !self.claims.set(page)
     }
 
@@ -250,11 +415,22 @@ impl Memory {
     }
 
     /// Maps the present pages of `[first, end)` in all mappings of the workload, and wakes the threads blocked on them.
+    /// In private memory, pages that are not deferred and not present are zeros.
     pub fn map(&self, region: usize, first: usize, end: usize) {
         self.map_with(region, first, end, false);
     }
 
+    /// Maps pages whose contents have just been written; see `protecting`. Private pages are mapped already.
+    pub fn map_written(&self, first: usize, end: usize) {
+        if first < end && matches!(self.installer, Installer::Files(_)) {
+            self.map_with(self.region_of(first), first, end, self.protecting.load(Ordering::Acquire));
+        }
+    }
+
     fn map_with(&self, region: usize, first: usize, end: usize, protect: bool) {
+        if self.watched.is_empty() {
+            return;
+        }
         let found = &self.regions[region];
         let granule = found.granule();
         let (first, end) = if granule > 1 { (found.window(first).0, found.window(end - 1).1) } else { (first, end) };
@@ -272,13 +448,15 @@ impl Memory {
     fn map_run(&self, region: usize, start: usize, stop: usize, protect: bool) {
         let page = self.regions[region].page_size as u64;
         for Watched { segment, uffd } in self.watched.iter().filter(|watched| watched.segment.region == region) {
-            if let Some((address, len)) = segment.part(start, stop) {
-                let _ = uffd.resolve(address, len, page, protect);
-            }
+            let Some((address, len)) = segment.part(start, stop) else { continue };
+            let _ = match &self.installer {
+                Installer::Files(_) => uffd.resolve(address, len, page, protect),
+                Installer::Private(private) => private.map_zeros(uffd, address, len, page),
+            };
         }
     }
 
-    /// Counts a fault on a deferred page. Records the window of the page, unless it has been recorded before.
+    /// Counts a fault on a deferred page. Records the window of the page at the first fault in it.
     pub fn missed(&self, page: usize) {
         if let Ok(window) = u32::try_from(page / WINDOW)
             && !self.noted.set(page / WINDOW)
@@ -289,21 +467,26 @@ impl Memory {
     }
 
     /// Maps a present page together with the adjacent present pages of its window, or with all pages of its huge page
-    /// if none of them is deferred. Does nothing if the page itself is deferred.
+    /// if none of them is deferred. Maps a page of private memory alone. Does nothing if the page itself is deferred.
     pub fn map_present(&self, region: usize, page: usize) -> Result<(), LoadError> {
+        let Installer::Files(placer) = &self.installer else {
+            self.map(region, page, page + 1);
+            return Ok(());
+        };
         let found = &self.regions[region];
         let (first, end) = found.window(page);
         // The lock prevents a discard of these pages until their slots are allocated.
-        let _no_removals = self.removing.read();
+        let _no_removals = self.no_removals();
         let runs = self.flags.clear_runs(first, end);
         let Some(&(start, stop)) = runs.iter().find(|(start, stop)| (*start..*stop).contains(&page)) else {
             return Ok(());
         };
-        self.placer.slots(region, start - found.base, stop - start)?;
+        placer.slots(region, start - found.base, stop - start)?;
         // If the file has a huge page for the unit and none of its pages is deferred, map all of it.
         let unit = (page - found.base) / SLOTS * SLOTS;
         let (head, tail) = (found.base + unit, found.base + unit + SLOTS);
-        if tail <= found.end() && self.flags.next(head, tail).is_none() && self.is_large(region, unit) {
+        let is_large = || is_large(placer, found, unit);
+        if tail <= found.end() && self.flags.next(head, tail).is_none() && is_large() {
             self.map_run(region, unit, unit + SLOTS, false);
         } else {
             self.map_run(region, start - found.base, stop - found.base, false);
@@ -312,11 +495,12 @@ impl Memory {
     }
 
     /// Maps the present pages of a region: huge pages without deferred pages by PMD entries, all other pages as base
-    /// pages.
+    /// pages. Does nothing for private memory, whose present pages are mapped.
     pub fn populate(&self, region: usize) -> std::io::Result<()> {
         let found = &self.regions[region];
-        let large = if found.granule() > 1 { Vec::new() } else { found.mapping.large_units()? };
-        for (start, end) in found.mapping.data_ranges()? {
+        let Some(mapping) = &found.mapping else { return Ok(()) };
+        let large = if found.granule() > 1 { Vec::new() } else { mapping.large_units()? };
+        for (start, end) in mapping.data_ranges()? {
             let (mut at, end) = (start / SMALL_PAGE, end / SMALL_PAGE);
             while at < end {
                 let stop = end.min((at / SLOTS + 1) * SLOTS);
@@ -339,11 +523,6 @@ impl Memory {
         touching
             .filter(|watched| watched.segment.touches(start, end))
             .all(|watched| watched.segment.map_large(start, end))
-    }
-
-    fn is_large(&self, region: usize, page: usize) -> bool {
-        let start = self.regions[region].mapping.page(page) as u64;
-        self.placer.own().large_mapped(start, LARGE_PAGE as u64).is_ok_and(|found| !found.is_empty())
     }
 
     /// Resolves the open removal as a discard if the file system has reported a punched hole. Must be called before
@@ -371,4 +550,11 @@ impl Memory {
     fn discard_all(&self, runs: &[(usize, usize)]) {
         runs.iter().for_each(|&(first, end)| self.discard(first, end));
     }
+}
+
+/// Returns whether our mapping of a region's file maps the unit that begins at `page` of the region by a PMD entry.
+fn is_large(placer: &Placer, region: &PagedRegion, page: usize) -> bool {
+    let Some(mapping) = &region.mapping else { return false };
+    let start = mapping.page(page) as u64;
+    placer.own().large_mapped(start, LARGE_PAGE as u64).is_ok_and(|found| !found.is_empty())
 }

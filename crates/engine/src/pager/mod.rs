@@ -15,11 +15,17 @@
 //! mapped in parts as its contents are loaded. When all pages are loaded, the memory is unregistered, and huge pages
 //! are mapped by PMD entries.
 //!
+//! Private memory, which the pager cannot map, is filled by UFFDIO_COPY instead (see `private`); everything else is the
+//! same.
+//!
 //! The deferred bitmap is in a file. If a pager exits, the workload blocks at its next access to a deferred page, and
 //! the next pager continues from the bitmap ([`Begin::TakenOver`]). No pager thread takes a lock that a faulting thread
 //! can hold: each could otherwise wait for the other.
 
 mod background;
+mod base;
+mod base_fill;
+mod base_marks;
 mod blocks;
 mod config;
 mod demand;
@@ -27,6 +33,7 @@ mod evict;
 mod flags;
 mod memory;
 mod peer;
+mod private;
 mod register;
 mod removals;
 mod source;
@@ -41,13 +48,16 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex, RwLock};
 
+pub use base::{BaseCounters, BaseFailure, BasePager};
+pub use base_fill::BaseFile;
 use blocks::{Blocks, Fetched};
-pub use config::{Begin, Failure, FillOrder, Origin, PagerError, Plan};
+pub use config::{Begin, Failure, FillOrder, Origin, PagerError, Plan, PrivateRegion, Targets};
 use demand::Inbox;
 pub use flags::{Flags, file_len};
 pub use memory::{Counters, LoadError};
-use memory::{Memory, PagedRegion, Scratch, Watched};
+use memory::{Installer, Memory, PagedRegion, Scratch, Watched};
 use peer::Peer;
+use private::PrivateMemory;
 use register::{mark, register};
 use removals::Removals;
 use source::{Loader, PageSource};
@@ -56,9 +66,10 @@ use uffd_lending::Held;
 use crate::block::Head;
 use crate::pages::PageSet;
 use crate::placer::{Placer, Target};
+use crate::segment::Segment;
 use crate::uapi::{self, Userfault};
 use crate::wire::PeerSource;
-use crate::{SLOTS, SMALL_PAGE};
+use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
 /// Number of threads that resolve faults, per address space.
 const SERVERS: usize = 2;
@@ -110,7 +121,7 @@ impl PagerState {
     }
 
     fn pages(&self) -> usize {
-        self.loader.memory.regions.iter().map(|region| region.mapping.pages()).sum()
+        self.loader.memory.regions.iter().map(|region| region.pages).sum()
     }
 
     /// Queues a storage block, so that its remaining pages are loaded. Does nothing if the pager does not load whole
@@ -141,6 +152,11 @@ impl PagerState {
             None => {
                 if failures.len() < MAX_FAILURES {
                     failures.push(failure);
+                } else if failure.accessed
+                    && let Some(other) = failures.iter_mut().find(|other| !other.accessed)
+                {
+                    // The workload waits for this page, so the caller must see it.
+                    *other = failure;
                 }
                 true
             }
@@ -185,7 +201,7 @@ impl PagerState {
     /// Unregisters all memory.
     fn unregister(&self) {
         for Watched { segment, uffd } in &self.loader.memory.watched {
-            // Fails only for exited processes.
+            // This fails only for exited processes.
             let _ = uffd.unregister(segment.address, segment.len);
         }
     }
@@ -221,7 +237,7 @@ impl PagerState {
         for (number, region) in
             self.loader.memory.regions.iter().enumerate().filter(|(_, region)| region.page_size == SMALL_PAGE)
         {
-            let large = region.mapping.large_units().unwrap_or_default();
+            let large = region.mapping.as_ref().and_then(|mapping| mapping.large_units().ok()).unwrap_or_default();
             for (unit, _) in large.iter().enumerate().filter(|(_, large)| **large) {
                 self.loader.memory.map_large(number, unit * SLOTS);
             }
@@ -256,15 +272,17 @@ impl Pager {
             let words = format!("deferred bitmap does not match the regions: {} pages, expected {base}", flags.pages());
             return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, words)));
         }
+        if matches!(plan.from, Origin::Peer(_)) && !plan.targets.are_files() {
+            return Err(PagerError::Peer("cannot load private memory from a peer"));
+        }
         let source = source(plan.from, plan.begin, &flags)?;
         source.check(&plan.order)?;
         let segments = plan.watched.iter().map(|(segment, _)| segment.clone()).collect();
-        let large = plan.targets.iter().map(|target| target.large.clone()).collect();
-        let placer = Placer::new(plan.targets, segments, true, 0)?;
+        let (installer, large) = installer(plan.targets, segments)?;
         let watched = plan.watched.into_iter().map(|(segment, uffd)| Watched { segment, uffd }).collect();
-        let files = regions.iter().map(|region| region.mapping.file()).collect();
+        let files = regions.iter().filter_map(|region| Some(region.mapping.as_ref()?.file())).collect();
         let removals = Removals::new(plan.checks_removals.then_some(files))?;
-        let memory = Memory::new(regions, watched, flags, placer, removals);
+        let memory = Memory::new(regions, watched, flags, installer, removals);
         register(&memory, plan.begin)?;
         memory.removals.forget_reports();
         let (rest, jobs) = bounded(MAX_REST);
@@ -294,7 +312,7 @@ impl Pager {
         self.spawn_servers()?;
         if begin == Begin::TakenOver {
             // Remove the write traces of the process that had acquired the previous pager. The demand threads must be
-            // running, because this fails while the event of a discard has not been read.
+            // running, because the removal fails while the event of a discard has not been read.
             uffd_lending::unprotect(&self.shared.loader.memory);
         }
         let shared = self.shared.clone();
@@ -387,7 +405,7 @@ impl Pager {
     /// Returns the deferred pages of a region; `None` if there is no such region.
     pub fn missing(&self, region: usize) -> Option<PageSet> {
         let found = self.shared.loader.memory.regions.get(region)?;
-        Some(self.shared.loader.memory.flags.set_in(found.base, found.base + found.mapping.pages()))
+        Some(self.shared.loader.memory.flags.set_in(found.base, found.end()))
     }
 
     /// Returns the counters.
@@ -441,13 +459,13 @@ impl Pager {
     /// If a page cannot be loaded, or if the pager has been stopped.
     pub fn ensure(&self, region: usize, first: usize, count: usize) -> Result<(), LoadError> {
         let Some(found) = self.shared.loader.memory.regions.get(region) else { return Ok(()) };
-        let pages = found.mapping.pages();
+        let pages = found.pages;
         let (start, end) = (found.base + first.min(pages), found.base + first.saturating_add(count).min(pages));
         let (loader, mut scratch) = (&self.shared.loader, Scratch::default());
         let _bringing = self.shared.loading.read();
         for first in (start..end).step_by(MAX_LOAD) {
             let last = end.min(first + MAX_LOAD);
-            // Another pager may have taken over, so that this pager could overwrite newer contents.
+            // Another pager may have taken over: this pager could overwrite newer contents.
             if self.shared.stopping() && loader.memory.flags.next(first, last).is_some() {
                 return Err(LoadError::Ended);
             }
@@ -460,13 +478,13 @@ impl Pager {
         Ok(())
     }
 
-    /// Returns the 2 MiB units of a region that are backed by huge pages once their contents are present.
+    /// Returns, for each 2 MiB unit of a region, whether it is backed by a huge page once its contents are present.
     pub fn large(&self, region: usize) -> &[bool] {
         self.shared.large.get(region).map_or(&[], Vec::as_slice)
     }
 
     /// Maps all present pages into the workload's page tables (S1): huge pages without deferred pages by PMD entries,
-    /// all other pages as base pages. For a workload that is about to resume on existing memory.
+    /// all other pages as base pages. Call this for a workload that is about to resume on existing memory.
     ///
     /// # Errors
     /// Errors of lseek(2), or of reading the pager's own page tables.
@@ -525,13 +543,59 @@ impl Drop for Pager {
     }
 }
 
-fn paged_regions(targets: &[Target]) -> Vec<PagedRegion> {
-    let place = |base: &mut usize, target: &Target| {
-        let region = PagedRegion { mapping: target.mapping.clone(), page_size: target.page_size, base: *base };
-        *base = region.end();
-        Some(region)
+fn paged_regions(targets: &Targets) -> Vec<PagedRegion> {
+    let mut regions: Vec<PagedRegion> = match targets {
+        Targets::Files(files) => files.iter().map(file_region).collect(),
+        Targets::Private(private) => private.iter().map(private_region).collect(),
     };
-    targets.iter().scan(0, place).collect()
+    let mut base = 0;
+    for region in &mut regions {
+        region.base = base;
+        base = region.end();
+    }
+    regions
+}
+
+fn file_region(target: &Target) -> PagedRegion {
+    let (mapping, pages) = (Some(target.mapping.clone()), target.mapping.pages());
+    PagedRegion { mapping, pages, page_size: target.page_size, base: 0 }
+}
+
+fn private_region(&PrivateRegion { pages, page_size }: &PrivateRegion) -> PagedRegion {
+    PagedRegion { mapping: None, pages, page_size, base: 0 }
+}
+
+/// Returns the installer of contents, and for each region, the units that are backed by huge pages once their contents
+/// are present.
+fn installer(targets: Targets, segments: Vec<Segment>) -> io::Result<(Installer, Vec<Vec<bool>>)> {
+    match targets {
+        Targets::Files(files) => {
+            let large = files.iter().map(|target| target.large.clone()).collect();
+            Ok((Installer::Files(Placer::new(files, segments, true, 0)?), large))
+        }
+        Targets::Private(regions) => {
+            check_private(&regions, &segments)?;
+            Ok((Installer::Private(PrivateMemory::new()), vec![Vec::new(); regions.len()]))
+        }
+    }
+}
+
+/// Checks that regions of private memory have a supported page size, and that their segments consist of whole pages.
+fn check_private(regions: &[PrivateRegion], segments: &[Segment]) -> io::Result<()> {
+    let invalid = |words: &str| io::Error::new(io::ErrorKind::InvalidInput, words);
+    if regions.iter().any(|region| ![SMALL_PAGE, LARGE_PAGE].contains(&region.page_size)) {
+        return Err(invalid("invalid page size of private memory: expected 4 KiB or 2 MiB"));
+    }
+    for segment in segments {
+        let region = regions.get(segment.region).ok_or_else(|| invalid("invalid segment: no such region"))?;
+        let (first, end) = segment.extent();
+        let whole = |value: u64| value.is_multiple_of(region.page_size as u64);
+        let aligned = whole(segment.address) && whole(segment.len) && whole((first * SMALL_PAGE) as u64);
+        if !aligned || end > region.pages {
+            return Err(invalid("invalid segment: not whole pages of its region"));
+        }
+    }
+    Ok(())
 }
 
 /// Opens the origin of the contents, and sets the deferred bitmap from the image if `begin` is [`Begin::Empty`].

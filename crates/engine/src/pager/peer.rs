@@ -93,7 +93,7 @@ impl Peer {
         let want = Want { page, accessed, since: now, requested: now };
         {
             let mut waiting = self.waiting();
-            // Do not add an entry for present pages: entries are only removed when pages are installed.
+            // Do not add an entry for present pages: entries are removed only when pages are installed.
             if memory.flags.next(range.0, range.1).is_none() || waiting.contains_key(&range) {
                 return;
             }

@@ -2,7 +2,7 @@
 //! contents.
 
 use super::flags::Flags;
-use super::memory::{Memory, Watched};
+use super::memory::{Installer, Memory, Watched};
 use super::{Begin, PagerError};
 use crate::block::Class;
 use crate::image::{Chain, PageEntry};
@@ -22,7 +22,8 @@ pub fn mark(chain: &Chain, flags: &Flags) {
 }
 
 /// Registers the workload's mappings, so that every access to an unmapped page is reported. Removes old contents:
-/// unmaps deferred pages ([`Begin::Kept`]), or empties the files ([`Begin::Empty`]).
+/// unmaps deferred pages ([`Begin::Kept`]), or empties the files ([`Begin::Empty`]). The workload has registered
+/// private memory itself, and has not accessed it.
 pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
     for watched in &memory.watched {
         let Watched { segment, uffd } = watched;
@@ -32,7 +33,7 @@ pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
         if begin == Begin::TakenOver {
             // Wake the threads whose faults the previous pager had read but not resolved: they fault again.
             uffd.wake(segment.address, segment.len)?;
-        } else {
+        } else if matches!(memory.installer, Installer::Files(_)) {
             uffd.register(segment.address, segment.len, uapi::REGISTER_MODE_MISSING | uapi::REGISTER_MODE_MINOR)?;
         }
         if begin == Begin::Kept {
@@ -40,10 +41,10 @@ pub fn register(memory: &Memory, begin: Begin) -> Result<(), PagerError> {
         }
     }
     if begin == Begin::Empty {
-        for region in &memory.regions {
+        for mapping in memory.regions.iter().filter_map(|region| region.mapping.as_ref()) {
             // Discard the pages that the workload wrote before its state was loaded, so that accesses to them fault
             // too.
-            region.mapping.punch(0, region.mapping.len())?;
+            mapping.punch(0, mapping.len())?;
         }
     }
     Ok(())

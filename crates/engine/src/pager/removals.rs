@@ -6,18 +6,21 @@
 //! difference, because it already has a hole at these pages. However, the file system reports every punched hole
 //! (inotify, IN_MODIFY) before the call returns.
 //!
-//! A removal of deferred pages is therefore *open* at first. The pager reads the notifications of the file system
-//! before it reads events. A notification that is sent after this belongs to a removal whose event is read in the same
-//! pass or in a later one. The pager resolves an open removal
+//! A removal of deferred pages is therefore *open* at first. The pager waits until an event is available, reads the
+//! notifications of the file system, and then reads this one event. If the event is a removal, the thread that makes the
+//! call has returned from its earlier calls, whose notifications have therefore been read. A notification that is sent
+//! later belongs to this removal or to a later one. The pager resolves an open removal
 //!
 //! - as a discard, if there is a notification: its pages are zeros;
-//! - as MADV_DONTNEED, if the event of the next removal is read and no notification has preceded it, because a thread
-//!   makes only one such call at a time;
-//! - before contents are written to its pages, but not earlier than [`GRACE`] after its event was read, because the
-//!   call may be running until then: as a discard if there is a notification, otherwise as MADV_DONTNEED.
+//! - as MADV_DONTNEED, if the event of the next removal is read first: a thread makes one such call at a time, so its
+//!   earlier call has returned without a notification;
+//! - before contents are written to its pages: as a discard if there is a notification, otherwise as MADV_DONTNEED. The
+//!   pager waits until [`GRACE`] has passed since the event was read, because the call may be running until then.
 //!
-//! Concurrent removals by several threads are resolved together. For a guest, the distinction is not required: QEMU
-//! punches holes before it unmaps pages, so each removal is a discard.
+//! These rules are exact if only one thread removes pages. The kernel does not report which of several threads has
+//! punched a hole. If a thread removes pages before the notification of another thread's MADV_REMOVE is sent, the
+//! notification counts for the later removal. For a guest, the distinction is not required: QEMU punches holes before
+//! it unmaps pages, so each removal is a discard.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -82,7 +85,7 @@ impl Removals {
         let _ = self.punched();
     }
 
-    /// Closes the watch. Must be called only once no page is deferred.
+    /// Closes the watch. Must not be called while a page is deferred.
     pub fn close(&self) {
         drop(self.watch.lock().take());
     }

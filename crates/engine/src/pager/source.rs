@@ -2,11 +2,12 @@
 //! same way ([`Memory::install`]).
 
 use std::io;
+use std::mem::take;
 use std::sync::Arc;
 
 use super::blocks::{Blocks, Fetched, Number};
 use super::config::FillOrder;
-use super::memory::{LoadError, Memory, Scratch};
+use super::memory::{Installer, LoadError, Memory, Scratch};
 use super::peer::Peer;
 use crate::SMALL_PAGE;
 use crate::block::{BlockError, Class, Head};
@@ -16,7 +17,7 @@ use crate::placer::PlaceError;
 /// Maximum number of zero pages that are installed at a time.
 const ZEROS: usize = 512;
 
-/// Origin of contents.
+/// Origin of the contents of pages.
 #[derive(Debug)]
 pub enum PageSource {
     /// Image chain, from which requested pages are read synchronously.
@@ -26,7 +27,7 @@ pub enum PageSource {
 }
 
 impl PageSource {
-    /// Checks an order of background loading; without images, it is not used.
+    /// Checks an order of background loading. A pager that loads from a peer does not use the order.
     ///
     /// # Errors
     /// See [`FillOrder::check`].
@@ -68,13 +69,17 @@ impl Loader {
             self.memory.map_present(region, page)?;
             return Ok(Loaded::All);
         }
+        if self.memory.is_private_huge(region) && self.memory.flags.next(first, end).is_none() {
+            self.memory.map(region, first, end);
+            return Ok(Loaded::All);
+        }
         self.memory.missed(page);
         let loaded = self.load_for_fault(page, (first, end), scratch)?;
         if matches!(loaded, Loaded::Later) {
             return Ok(loaded);
         }
         if found.granule() > 1 {
-            self.memory.placer.slots(region, first - found.base, end - first)?;
+            self.memory.allocate(region, first, end)?;
             self.memory.map(region, first, end);
         } else {
             self.memory.map(region, page, page + 1);
@@ -144,7 +149,7 @@ impl Loader {
     pub fn install_sent(&self, head: &Head, scratch: &mut Scratch) -> Result<(), LoadError> {
         let number = head.region as usize;
         let region = self.memory.regions.get(number).ok_or(PlaceError::Region(number, self.memory.regions.len()))?;
-        let pages = region.mapping.pages();
+        let pages = region.pages;
         for run in &head.runs {
             let (first, end) = (run.first, run.first.saturating_add(run.count));
             if end > pages {
@@ -203,6 +208,10 @@ impl Loader {
         (first, end): (usize, usize),
         scratch: &mut Scratch,
     ) -> Result<Option<Fetched>, LoadError> {
+        let region = self.memory.region_of(page);
+        if self.memory.is_private_huge(region) {
+            return self.load_huge(blocks, region, page, scratch).map(|()| None);
+        }
         let (image, entry) = blocks.chain().find(page)?;
         let mut fetched = None;
         scratch.wanted.clear();
@@ -211,7 +220,7 @@ impl Loader {
                 let (number, index, block) = self.unpack(blocks, image, &entry, &mut scratch.contents)?;
                 fetched = Some((number, block));
                 for page in (first..end).filter(|&page| self.memory.flags.is_set(page)) {
-                    self.want(blocks, page, number, index, scratch)?;
+                    self.want(blocks, page, (number, index), 0, scratch)?;
                 }
             }
             Some(Class::Pattern) => {
@@ -228,49 +237,179 @@ impl Loader {
             }
         }
         self.memory.install(scratch)?;
-        // Wait if another thread has claimed the page and is copying it.
-        while self.memory.flags.is_set(page) {
-            std::thread::yield_now();
-        }
-        Ok(fetched)
+        // Another thread may have claimed the page. If it does not write the page, this thread loads it.
+        if self.memory.await_claim(page) { Ok(fetched) } else { self.load_with(blocks, page, (first, end), scratch) }
     }
 
-    /// Reads a storage block, unless all of its pages are loaded, and installs its deferred pages.
+    /// Loads the huge page of private memory that contains a page.
+    fn load_huge(&self, blocks: &Blocks, region: usize, page: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
+        let Installer::Private(private) = &self.memory.installer else { return Ok(()) };
+        let (first, end) = self.memory.regions[region].window(page);
+        let _loading = private.loading(first).lock();
+        if self.memory.flags.next(first, end).is_none() {
+            return Ok(());
+        }
+        scratch.contents.clear();
+        scratch.contents.resize((end - first) * SMALL_PAGE, 0);
+        blocks.read_pages(first, &mut scratch.contents, &mut scratch.pages)?;
+        scratch.installed += self.memory.copy_huge(region, first, &scratch.contents)?;
+        Ok(())
+    }
+
+    /// Reads a storage block, unless all of its pages are loaded, and installs its deferred pages. Does not keep the
+    /// block in the cache: its buffer is reused for the next block while it is in the caches of the CPU.
     pub fn load_block(&self, blocks: &Blocks, number: Number, scratch: &mut Scratch) -> Result<(), LoadError> {
         if blocks.is_done(number) {
             return Ok(());
         }
+        if self.memory.any_private_huge() {
+            return self.load_huge_pages_of(blocks, number, scratch);
+        }
+        if let Some(block) = blocks.cached(number) {
+            return self.install_block(blocks, number, &block, scratch);
+        }
+        let block = blocks.read(number, take(&mut scratch.buffer))?;
+        let installed = self.install_block(blocks, number, &block, scratch);
+        scratch.buffer = block.into_buffer();
+        installed
+    }
+
+    /// Loads the huge pages of private memory that have pages in a storage block. They may need further storage blocks,
+    /// so these are read through the cache.
+    fn load_huge_pages_of(&self, blocks: &Blocks, number: Number, scratch: &mut Scratch) -> Result<(), LoadError> {
         let block = blocks.get(number)?;
-        self.install_block(blocks, &(number, block), scratch)
+        let number_of = block.head().region as usize;
+        let Some(region) = self.memory.regions.get(number_of) else { return Ok(()) };
+        for run in block.head().runs.iter().filter(|run| run.class == Class::Data) {
+            let end = region.end().min(region.base.saturating_add(run.first).saturating_add(run.count));
+            let mut page = region.base.saturating_add(run.first);
+            while page < end {
+                self.load_huge(blocks, number_of, page, scratch)?;
+                page = region.window(page).1;
+            }
+        }
+        blocks.done(number);
+        Ok(())
     }
 
     /// Installs the deferred pages of a storage block, and records that all pages of the block are loaded.
     pub fn install_block(
         &self,
         blocks: &Blocks,
-        (number, block): &Fetched,
+        number: Number,
+        block: &StoredBlock,
         scratch: &mut Scratch,
     ) -> Result<(), LoadError> {
-        let number = *number;
-        let base = self.memory.regions.get(block.head().region as usize).map_or(usize::MAX, |region| region.base);
-        let total = self.memory.regions.last().map_or(0, |region| region.end());
+        let region = self.memory.regions.get(block.head().region as usize);
+        let (base, limit) = region.map_or((usize::MAX, 0), |region| (region.base, region.end()));
         let runs = block.head().runs.iter().filter(|run| run.class == Class::Data);
         let pages = runs.flat_map(|run| run.first..run.first.saturating_add(run.count));
         let pages: Vec<usize> = pages.map(|page| base.saturating_add(page)).collect();
-        let per_block = blocks.per_block(number.0);
-        for (index, pages) in pages.chunks(per_block).enumerate() {
-            if !pages.iter().any(|&page| page < total && self.memory.flags.is_set(page)) {
-                continue;
-            }
-            block.unpack(index, &mut scratch.contents)?;
-            scratch.wanted.clear();
-            for &page in pages.iter().filter(|&&page| page < total && self.memory.flags.is_set(page)) {
-                self.want(blocks, page, number, index, scratch)?;
-            }
-            self.memory.install(scratch)?;
+        if matches!(self.memory.installer, Installer::Private(_)) {
+            return self.install_private(blocks, (number, block), &pages, scratch);
         }
+        let per_block = blocks.per_block(number.0);
+        // Pages that are written and not mapped yet: one call maps as many as possible.
+        let mut written = (0, 0);
+        for (index, pages) in pages.chunks(per_block).enumerate() {
+            let (first, end) = (pages[0], pages[0].saturating_add(pages.len()));
+            let is_run = end <= limit && pages.iter().zip(first..).all(|(&page, expected)| page == expected);
+            if is_run
+                && self.is_quick(block, index)
+                && self.are_stored(blocks, (first, end), number, index)?
+                && self.memory.unpack_all((first, end), |out| block.unpack_into(index, out))?
+            {
+                scratch.installed += pages.len() as u64;
+                if written.1 != first {
+                    self.memory.map_written(written.0, written.1);
+                    written.0 = first;
+                }
+                written.1 = end;
+            } else {
+                self.install_page_block(blocks, (number, block, index), pages, scratch)?;
+            }
+        }
+        self.memory.map_written(written.0, written.1);
         blocks.done(number);
         Ok(())
+    }
+
+    /// Installs those `pages` of a page block that are deferred.
+    fn install_page_block(
+        &self,
+        blocks: &Blocks,
+        (number, block, index): (Number, &StoredBlock, usize),
+        pages: &[usize],
+        scratch: &mut Scratch,
+    ) -> Result<(), LoadError> {
+        let total = self.memory.regions.last().map_or(0, |region| region.end());
+        let is_deferred = |page: usize| page < total && self.memory.flags.is_set(page);
+        if !pages.iter().any(|&page| is_deferred(page)) {
+            return Ok(());
+        }
+        block.unpack(index, &mut scratch.contents)?;
+        scratch.wanted.clear();
+        for &page in pages.iter().filter(|&&page| is_deferred(page)) {
+            self.want(blocks, page, (number, index), 0, scratch)?;
+        }
+        self.memory.install(scratch)
+    }
+
+    /// Installs the deferred ones among the `pages` of a storage block in private memory, by few calls.
+    fn install_private(
+        &self,
+        blocks: &Blocks,
+        (number, block): (Number, &StoredBlock),
+        pages: &[usize],
+        scratch: &mut Scratch,
+    ) -> Result<(), LoadError> {
+        let total = self.memory.regions.last().map_or(0, |region| region.end());
+        let deferred = |page: usize| page < total && self.memory.flags.is_set(page);
+        scratch.contents.clear();
+        scratch.wanted.clear();
+        for (index, pages) in pages.chunks(blocks.per_block(number.0)).enumerate() {
+            if !pages.iter().any(|&page| deferred(page)) {
+                continue;
+            }
+            let start = scratch.contents.len();
+            scratch.contents.resize(start + pages.len() * SMALL_PAGE, 0);
+            block.unpack_into(index, &mut scratch.contents[start..])?;
+            for &page in pages.iter().filter(|&&page| deferred(page)) {
+                self.want(blocks, page, (number, index), start, scratch)?;
+            }
+        }
+        self.memory.install(scratch)?;
+        blocks.done(number);
+        Ok(())
+    }
+
+    /// Returns whether a page block may be unpacked in place. No thread can read faults during the unpacking, so a page
+    /// block must not be decompressed in place if the workload can fault.
+    fn is_quick(&self, block: &StoredBlock, index: usize) -> bool {
+        let plain = block.head().page_blocks.get(index).is_some_and(|record| record.stored_len == record.raw_len);
+        plain || self.memory.watched.is_empty()
+    }
+
+    /// Returns whether all pages of a run are deferred, and stored in page block `index` of a storage block, in order.
+    fn are_stored(
+        &self,
+        blocks: &Blocks,
+        (first, end): (usize, usize),
+        number: Number,
+        index: usize,
+    ) -> Result<bool, LoadError> {
+        if !self.memory.flags.all_set(first, end) {
+            return Ok(false);
+        }
+        let slot = index * blocks.per_block(number.0);
+        for page in first..end {
+            let (image, entry) = blocks.chain().find(page)?;
+            let stored = matches!(entry.class(), Some(Class::Data | Class::SameAs));
+            if !stored || (image, entry.block.get()) != number || usize::from(entry.slot.get()) != slot + page - first {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Unpacks the page block that stores a page into `contents`. Returns the number of the storage block, the index of
@@ -294,13 +433,13 @@ impl Loader {
     }
 
     /// Adds a page to `scratch.wanted` if it is stored in page block `index` of storage block `number`, which has been
-    /// unpacked into `scratch.contents`.
+    /// unpacked into `scratch.contents`, from byte `start` on.
     fn want(
         &self,
         blocks: &Blocks,
         page: usize,
-        number: Number,
-        index: usize,
+        (number, index): (Number, usize),
+        start: usize,
         scratch: &mut Scratch,
     ) -> Result<(), LoadError> {
         let (image, entry) = blocks.chain().find(page)?;
@@ -309,8 +448,9 @@ impl Loader {
             let per_block = blocks.per_block(image);
             let (found, within) =
                 (usize::from(entry.slot.get()) / per_block, usize::from(entry.slot.get()) % per_block);
-            if found == index && (within + 1) * SMALL_PAGE <= scratch.contents.len() {
-                scratch.wanted.push((page, within * SMALL_PAGE));
+            let offset = start + within * SMALL_PAGE;
+            if found == index && offset + SMALL_PAGE <= scratch.contents.len() {
+                scratch.wanted.push((page, offset));
             }
         }
         Ok(())

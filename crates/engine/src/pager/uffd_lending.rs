@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 
 use parking_lot::MutexGuard;
 
-use super::memory::{Memory, Watched};
+use super::memory::{Installer, Memory, Watched};
 use super::{Pager, PagerState};
 use crate::uapi::{REGISTER_MODE_MINOR, REGISTER_MODE_MISSING, REGISTER_MODE_WP};
 
@@ -54,10 +54,13 @@ impl Pager {
     /// unregistered.
     ///
     /// # Errors
-    /// EBUSY if the pager is already acquired, EINVAL if the kernel cannot write-protect the memory, ESRCH if a process
-    /// has exited.
+    /// EBUSY if the pager is already acquired, EINVAL if the kernel cannot write-protect the memory or if the memory is
+    /// private, ESRCH if a process has exited.
     pub fn hold(&self) -> io::Result<bool> {
         let memory = &self.shared.loader.memory;
+        if matches!(memory.installer, Installer::Private(_)) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         let mut held = self.shared.held();
         match *held {
             Held::Ending => return Ok(false),
@@ -65,7 +68,7 @@ impl Pager {
             Held::No => {}
         }
         for Watched { segment, uffd } in &memory.watched {
-            // Extends the existing registration, so that memory is registered at all times.
+            // This extends the existing registration, so that memory is registered at all times.
             let mode = REGISTER_MODE_MISSING | REGISTER_MODE_MINOR | REGISTER_MODE_WP;
             uffd.register(segment.address, segment.len, mode)?;
         }

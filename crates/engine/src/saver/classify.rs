@@ -54,7 +54,7 @@ impl<'a> Parents<'a> {
     }
 }
 
-/// Page map whose entries contain tickets, which [`Classified::page_map`] replaces with the numbers of the storage
+/// Page map whose entries contain tickets. [`Classified::page_map`] replaces them with the numbers of the storage
 /// blocks.
 #[derive(Debug)]
 pub(super) struct Classified {

@@ -20,10 +20,11 @@ use std::sync::atomic::Ordering;
 
 use crossbeam_channel::Sender;
 
-use super::SaveError;
 use super::staging::Origin;
 use super::state::SaverState;
+use super::sweep::RateLimit;
 use super::trap_blocks::{Area, Copied};
+use super::{SaveError, trouble};
 use crate::SMALL_PAGE;
 use crate::block::Class;
 use crate::image::{Chain, PageEntry};
@@ -48,13 +49,22 @@ pub(super) struct Rounds {
     present: Vec<PageSet>,
     /// Whether no memory has been discarded since the last scan.
     unchanged: bool,
+    /// Rate limit of the copies before the snapshot point.
+    pace: RateLimit,
 }
 
 impl Rounds {
-    pub(super) fn new(shared: Arc<SaverState>, trace: Trace, since: Option<Chain>, slots: Sender<Copied>) -> Self {
+    pub(super) fn new(
+        shared: Arc<SaverState>,
+        trace: Trace,
+        since: Option<Chain>,
+        slots: Sender<Copied>,
+        bandwidth: u64,
+    ) -> Self {
         let empty = || shared.areas.iter().map(|area| PageSet::new(area.source.pages())).collect::<Vec<_>>();
         let (dirty, saved, present) = (empty(), empty(), empty());
-        Self { shared, trace, slots, since, dirty, saved, present, unchanged: false }
+        let pace = RateLimit::new(bandwidth);
+        Self { shared, trace, slots, since, dirty, saved, present, unchanged: false, pace }
     }
 
     /// Sets the snapshot point: collects and saves the last pages. The workload must be paused.
@@ -160,7 +170,8 @@ impl Rounds {
         Ok(self.count())
     }
 
-    /// Copies the dirty pages. If `now` is true, allocates staging slots if none is free, instead of waiting for one.
+    /// Copies the dirty pages. With `now`, which requires a paused workload, allocates a staging slot if none is free,
+    /// instead of waiting for one, and ignores the rate limit.
     fn save(&mut self, now: bool) -> Result<(), SaveError> {
         for (region, area) in self.shared.areas.iter().enumerate() {
             let pages = area.source.pages();
@@ -169,20 +180,25 @@ impl Rounds {
             while let Some((page, _)) = set.runs_in(at, pages).next() {
                 let block = page / per_block;
                 at = (block + 1) * per_block;
-                self.save_block(region, block, set.runs_in(block * per_block, at), now)?;
+                if !now {
+                    self.pace.wait(|| self.shared.failed());
+                }
+                let bytes = self.save_block(region, block, set.runs_in(block * per_block, at), now)?;
+                self.pace.count(bytes);
             }
             self.saved[region].union(&set);
         }
         Ok(())
     }
 
+    /// Copies the given pages of a block. Returns the number of bytes copied.
     fn save_block(
         &self,
         region: usize,
         block: usize,
         runs: impl Iterator<Item = (usize, usize)>,
         now: bool,
-    ) -> Result<(), SaveError> {
+    ) -> Result<usize, SaveError> {
         let (staging, area) = (&self.shared.staging, &self.shared.areas[region]);
         let mut slot = if now {
             staging.take_now()
@@ -194,12 +210,14 @@ impl Rounds {
         for (start, end) in runs {
             self.split(region, (start, end), page, &mut there, &mut absent).map_err(SaveError::Memory)?;
         }
+        let mut bytes = 0;
         for &(start, end) in &there {
+            bytes += (end - start) * SMALL_PAGE;
             let target = &mut slot[start * SMALL_PAGE..end * SMALL_PAGE];
-            read(area, page + start, target).map_err(SaveError::Memory)?;
+            read(area, page + start, target).map_err(trouble)?;
         }
         let _ = self.slots.send(Copied { region, page, runs: there, absent, slot, origin: Origin::Sweep });
-        Ok(())
+        Ok(bytes)
     }
 
     /// Appends the present pages of a run to `there`, and its holes to `absent`, as runs relative to page `base`.

@@ -16,6 +16,9 @@
 //! * only saved blocks are unprotected;
 //! * a page that is a hole when its block is copied was a hole at the snapshot point, or has read as zeros ever since.
 //!
+//! Memory of a clone consists of private pages over a base, whose image is the parent. Only private pages are saved: all
+//! other pages equal the parent. A trace reports private pages that are written, and pages that become private.
+//!
 //! With a write trace, neither traps nor the sweep is needed (see [`incremental`]). A checkpoint by traps can leave a
 //! write trace of all writes since its snapshot point (see [`trace_handover`]).
 //!
@@ -56,7 +59,8 @@ use armed::TraceHandover;
 use classify::{Classified, Classifier};
 use incremental::Rounds;
 use output::Written;
-pub use source::{PageOrigin, ProcessRange};
+pub(crate) use source::private;
+pub use source::{Overlay, PageOrigin, ProcessRange};
 use staging::Staging;
 use state::SaverState;
 pub use state::Stats;
@@ -104,15 +108,17 @@ pub enum SaveError {
 pub struct Options {
     /// Codec of the page blocks.
     pub codec: Codec,
-    /// Data bytes of a page block, the unit of compression.
+    /// Number of data bytes of a page block, the unit of compression.
     pub page_block: usize,
     /// Maximum number of data bytes of a storage block, the unit of reading.
     pub storage_block: usize,
-    /// Bytes that a trap copies and unprotects, a power of two. In a region with larger pages, the page size applies.
+    /// Number of bytes that a trap copies and unprotects; a power of two. In a region with larger pages, the page size
+    /// applies.
     pub trap_block: usize,
-    /// Size of the staging buffer, bytes.
+    /// Size of the staging buffer in bytes.
     pub staging: usize,
-    /// Bandwidth limit of the sweep, bytes per second; 0 means unlimited.
+    /// Bandwidth limit in bytes per second of the sweep and of the rounds; 0 means unlimited. The limit does not apply
+    /// to copies at the snapshot point, nor to copies for writes of the workload.
     pub bandwidth: u64,
     /// Number of compression threads; 0 means 1.
     pub packers: usize,
@@ -123,25 +129,28 @@ pub struct Options {
 pub enum Traces {
     /// No traces.
     Without,
-    /// Traces that the checkpoint installs through these userfaultfds. They stay installed, and report all writes since
-    /// the snapshot point.
+    /// Traces that the checkpoint installs through these userfaultfds. The traces stay installed, and report all writes
+    /// since the snapshot point.
     Leave(Userfaults),
     /// Existing traces, installed through these userfaultfds since the parent. They report the pages to save, and stay
     /// installed for the next checkpoint.
     TakeUp(Userfaults),
     /// Traces that [`Saver::arm`] installs through these userfaultfds. They report the pages to save, and stay
-    /// installed after the snapshot point. For workloads with direct I/O, which could pin a page while a trace replaces
-    /// its synchronous protection.
+    /// installed after the snapshot point. This use is for workloads with direct I/O, which could pin a page while a
+    /// trace replaces the synchronous protection of the page.
     Begin(Userfaults),
-    /// Traces that [`Saver::arm`] installs through the userfaultfds of an acquired pager. For memory with deferred
-    /// contents.
+    /// Traces that [`Saver::arm`] installs through the userfaultfds of an acquired pager. This use is for memory with
+    /// deferred contents.
     Borrow(Userfaults),
+    /// Traces of the private pages of clones, which [`Saver::arm`] installs through the userfaultfds that the processes
+    /// of the clones keep. The protections remain until the next write to each page.
+    Private(Userfaults),
 }
 
 /// File and parent of the image to write.
 #[derive(Debug)]
 pub struct NewImage {
-    /// File of the image, empty.
+    /// Empty file for the image.
     pub file: OwnedFd,
     /// Random identifier of the image.
     pub id: [u8; 16],
@@ -168,11 +177,29 @@ fn install(traces: Traces, segments: Vec<Segment>, regions: usize) -> Result<Ins
         }
         Traces::Begin(userfaults) => traced(Trace::begin_on(segments, &userfaults).map_err(trouble)?),
         Traces::Borrow(userfaults) => traced(Trace::install_on(segments, &userfaults).map_err(trouble)?),
+        Traces::Private(userfaults) => {
+            let cannot = |error: io::Error| match error.raw_os_error() {
+                Some(libc::EPERM | libc::EINVAL) => SaveError::Untraceable("the kernel cannot trace private pages"),
+                _ => trouble(error),
+            };
+            traced(Trace::install_private(segments, &userfaults).map_err(cannot)?)
+        }
         Traces::TakeUp(userfaults) => {
             let lost = |_| SaveError::Untraceable("the trace since the parent does not cover all memory");
             traced(Trace::take_up(segments, &userfaults).map_err(lost)?)
         }
     }
+}
+
+/// Fails if an image without a parent cannot be written.
+fn check_without_parent(areas: &[trap_blocks::Area], as_parent: bool) -> Result<(), SaveError> {
+    if areas.iter().any(|area| area.source.is_private()) {
+        return Err(SaveError::Memory(io::Error::other("private memory requires a parent")));
+    }
+    if as_parent {
+        return Err(SaveError::Untraceable("cannot use the trace since the parent: no parent image given"));
+    }
+    Ok(())
 }
 
 /// Method of finding the pages to save.
@@ -181,7 +208,7 @@ pub enum Pages {
     /// Traps and the sweep save all pages.
     Swept,
     /// Rounds save the pages that a trace reports. All other pages are unchanged since the parent if `as_parent` is
-    /// true, otherwise holes.
+    /// true or the memory is private, otherwise holes.
     InRounds {
         /// Whether the trace has been installed since the snapshot point of the parent.
         as_parent: bool,
@@ -193,7 +220,7 @@ pub enum Pages {
 pub struct SavedRegion {
     /// Origin of the contents.
     pub source: PageOrigin,
-    /// Page size, bytes: 4 KiB, or the page size of hugetlbfs.
+    /// Page size in bytes: 4 KiB, or the page size of hugetlbfs.
     pub page_size: usize,
 }
 
@@ -215,13 +242,15 @@ impl Saver {
     /// Write-protects or traces `segments` while the workload runs, and starts the threads of the checkpoint.
     ///
     /// Pages whose contents the parent of `image` holds are not stored again. Without segments, nothing is protected,
-    /// and the workload must stay paused until the checkpoint is complete. With [`Traces::TakeUp`], [`Traces::Begin`]
-    /// or [`Traces::Borrow`], [`scan`](Self::scan) must be called before `begin`.
+    /// and the workload must stay paused until the checkpoint is complete. With all traces except [`Traces::Leave`],
+    /// [`scan`](Self::scan) must be called before `begin`. Private memory requires a parent with the contents of its
+    /// base.
     ///
     /// # Errors
     /// If a process cannot be adopted, if a segment is registered with another userfaultfd (EBUSY), if memory cannot be
     /// protected, or if the image cannot be written. With [`Traces::TakeUp`], [`SaveError::Untraceable`] if there is no
-    /// parent, or if the traces do not cover all memory.
+    /// parent, or if the traces do not cover all memory. With [`Traces::Private`], [`SaveError::Untraceable`] if the
+    /// kernel cannot trace private pages.
     pub fn arm(
         regions: Vec<SavedRegion>,
         segments: Vec<Segment>,
@@ -237,8 +266,8 @@ impl Saver {
         let staging = Staging::new(slot, options.staging.div_ceil(slot));
         let leaves = matches!(traces, Traces::TakeUp(_) | Traces::Begin(_));
         let as_parent = matches!(traces, Traces::TakeUp(_));
-        if as_parent && parent.is_none() {
-            return Err(SaveError::Untraceable("cannot use the trace since the parent: no parent image given"));
+        if parent.is_none() {
+            check_without_parent(&areas, as_parent)?;
         }
         let Installed { armed, handover, trace } = install(traces, segments, areas.len())?;
         let files = areas.iter().filter_map(|area| area.source.file());
@@ -261,7 +290,7 @@ impl Saver {
         if let Some(trace) = trace {
             let since = parent.clone().filter(|_| as_parent);
             let slots = saver.spawn(image, parent, options)?;
-            saver.rounds = Some(Rounds::new(saver.shared.clone(), trace, since, slots));
+            saver.rounds = Some(Rounds::new(saver.shared.clone(), trace, since, slots, options.bandwidth));
         } else {
             saver.spawn(image, parent, options)?;
             saver.shared.protect_all().map_err(SaveError::Memory)?;
@@ -357,7 +386,8 @@ impl Saver {
             swept.release_all();
             drop((slots, wakeups)); // ends the trap threads, then the threads that process the copied blocks
         })?);
-        let as_parent = pages == Pages::InRounds { as_parent: true };
+        let private = all.areas.iter().any(|area| area.source.is_private());
+        let as_parent = private || pages == Pages::InRounds { as_parent: true };
         let classifier = Classifier::new(shared.clone(), parent, as_parent, builders, full)?;
         self.classifier = Some(background(&all, "pf-classify", move || classifier.run(&filled))?);
         for number in 0..options.packers.max(1) {
@@ -410,12 +440,13 @@ impl Saver {
         }
     }
 
-    /// Returns whether traces cover all memory since the snapshot point. Valid after [`finish`](Self::finish).
+    /// Returns whether traces cover all memory since the snapshot point. The result is valid after
+    /// [`finish`](Self::finish).
     pub fn leaves_traces(&self) -> bool {
         self.leaves || self.shared.follow.as_ref().is_some_and(TraceHandover::whole)
     }
 
-    /// Returns how long [`arm`](Self::arm) took to start the threads and, without a trace, to protect all memory.
+    /// Returns the time that [`arm`](Self::arm) took to start the threads and, without a trace, to protect memory.
     pub fn arm_time(&self) -> Duration {
         self.arm_time
     }

@@ -23,7 +23,7 @@ pub(super) struct Full {
 #[derive(Debug)]
 pub(super) struct Packed {
     ticket: u32,
-    /// Length of header, runs and page-block table, which precede the payload, bytes.
+    /// Length in bytes of the header, the runs and the page-block table, which precede the payload.
     head: usize,
     bytes: Vec<u8>,
 }

@@ -16,7 +16,7 @@ pub(super) enum Origin {
 pub(super) struct Staging {
     state: Mutex<State>,
     more: Condvar,
-    /// Size of a slot, bytes.
+    /// Size of a slot in bytes.
     slot: usize,
     /// Number of slots reserved for traps.
     reserve: usize,
@@ -32,8 +32,8 @@ impl Staging {
     /// Allocates `count` slots of `slot` bytes, but at least two: one for traps, one for the sweep.
     pub(super) fn new(slot: usize, count: usize) -> Self {
         let count = count.max(2);
-        // Not filled with zeros: the kernel would allocate zeroed memory only on the first write, by a trap, while a
-        // thread of the workload is blocked.
+        // Do not fill the slots with zeros: the kernel would allocate zeroed memory only at the first write, which a
+        // trap thread makes while a thread of the workload is blocked.
         let free = (0..count).map(|_| vec![1; slot].into_boxed_slice()).collect();
         Self { state: Mutex::new(State { free, closed: false }), more: Condvar::new(), slot, reserve: count / 2 }
     }

@@ -18,15 +18,15 @@ use crate::image::PageEntry;
 pub struct Stats {
     /// Number of traps after the snapshot point.
     pub traps: AtomicU64,
-    /// Number of traps before the snapshot point, whose blocks were only unprotected and recorded.
+    /// Number of traps before the snapshot point. Their blocks were only unprotected and recorded.
     pub early_traps: AtomicU64,
     /// Number of blocks copied by the sweep.
     pub swept: AtomicU64,
     /// Number of traps that waited for a staging slot.
     pub staging_waits: AtomicU64,
-    /// Longest service time of a trap, nanoseconds.
+    /// Longest service time of a trap in nanoseconds.
     pub longest_trap: AtomicU64,
-    /// Total service time of all traps, nanoseconds.
+    /// Total service time of all traps in nanoseconds.
     pub trap_time: AtomicU64,
     /// Number of present pages that have been classified.
     pub pages: AtomicU64,
@@ -35,7 +35,7 @@ pub struct Stats {
     pub classes: [AtomicU64; 5],
     /// Number of pages whose contents are in the parent image.
     pub in_parent: AtomicU64,
-    /// Bytes of storage blocks written.
+    /// Number of bytes of storage blocks written.
     pub stored: AtomicU64,
     /// Number of storage blocks written.
     pub blocks: AtomicU64,

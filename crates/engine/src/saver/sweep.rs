@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
-use super::SaveError;
 use super::staging::Origin;
 use super::state::SaverState;
 use super::trace_handover::Kept;
-use super::trap_blocks::{Area, COPYING, Copied, SAVED, UNSAVED};
+use super::trap_blocks::{Area, COPYING, Copied, Runs, SAVED, UNSAVED};
+use super::{SaveError, trouble};
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
 /// Longest sleep between two checks for cancellation.
@@ -21,7 +21,7 @@ const NOTICE: Duration = Duration::from_millis(5);
 /// Saves all blocks that traps have not saved. Fails the checkpoint on an error, or if memory was discarded. Returns
 /// early if the checkpoint has failed.
 pub(super) fn run(shared: &SaverState, slots: &Sender<Copied>, bandwidth: u64) {
-    let mut pace = RateLimit { since: Instant::now(), bytes: 0, bandwidth };
+    let mut pace = RateLimit::new(bandwidth);
     for region in 0..shared.areas.len() {
         if let Err(error) = region_of(shared, slots, region, &mut pace) {
             shared.fail(error);
@@ -95,31 +95,41 @@ fn save(
     }
     let copied = area.copy(block, &mut slot);
     area.set(block, SAVED);
-    let runs = copied.map_err(SaveError::Memory)?;
+    let Runs { present: runs, absent } = copied.map_err(trouble)?;
     if let Some(kept) = kept {
         for &(first, end) in &runs {
             let (first, end) = (first * SMALL_PAGE, end * SMALL_PAGE);
             kept.keep(area.bounds(block).0 + first, &slot[first..end]);
         }
     }
-    pace.bytes += area.bounds(block).1 as u64;
+    pace.count(area.bounds(block).1);
     shared.stats.swept.fetch_add(1, Ordering::Relaxed);
     let page = area.bounds(block).0 / SMALL_PAGE;
-    let _ = slots.send(Copied { region, page, runs, absent: Vec::new(), slot, origin: Origin::Sweep });
+    let _ = slots.send(Copied { region, page, runs, absent, slot, origin: Origin::Sweep });
     Ok(())
 }
 
-/// Rate limit of the sweep: at most `bandwidth` bytes per second since `since`, unlimited if 0. `bytes` is the number
-/// of bytes copied so far.
-struct RateLimit {
+/// Rate limit of copies while the workload runs: at most `bandwidth` bytes per second since `since`, unlimited if 0.
+/// `bytes` is the number of bytes copied so far.
+#[derive(Debug)]
+pub(super) struct RateLimit {
     since: Instant,
     bytes: u64,
     bandwidth: u64,
 }
 
 impl RateLimit {
-    /// Sleeps while the sweep is ahead of the limit. Returns early if `given_up` returns true.
-    fn wait(&self, given_up: impl Fn() -> bool) {
+    pub(super) fn new(bandwidth: u64) -> Self {
+        Self { since: Instant::now(), bytes: 0, bandwidth }
+    }
+
+    /// Counts `bytes` copied bytes.
+    pub(super) fn count(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+    }
+
+    /// Sleeps while the copies are ahead of the limit. Returns early if `given_up` returns true.
+    pub(super) fn wait(&self, given_up: impl Fn() -> bool) {
         if self.bandwidth == 0 {
             return;
         }

@@ -21,7 +21,7 @@ pub(super) const RELEASED: u8 = 3;
 #[derive(Debug)]
 pub(super) struct Area {
     pub(super) source: PageOrigin,
-    /// Bytes per block; the last block may be shorter.
+    /// Number of bytes per block; the last block may be shorter.
     pub(super) trap_block: usize,
     /// Index of the first page in the page map, which covers all regions.
     pub(super) first_page: usize,
@@ -38,11 +38,35 @@ pub(super) struct Copied {
     pub(super) page: usize,
     /// Present pages of the block, as (first, end) relative to `page`.
     pub(super) runs: Vec<(usize, usize)>,
-    /// Pages to record as holes, as (first, end) relative to `page`. Used only in rounds: without rounds, pages without
-    /// a copy are holes.
+    /// Pages to record as holes, as (first, end) relative to `page`. Without rounds, other pages without a copy are
+    /// holes too, or equal the parent in memory of a clone.
     pub(super) absent: Vec<(usize, usize)>,
     pub(super) slot: Box<[u8]>,
     pub(super) origin: Origin,
+}
+
+/// Pages of a block, as (first, end) relative to the block.
+#[derive(Debug)]
+pub(super) struct Runs {
+    /// Copied pages.
+    pub(super) present: Vec<(usize, usize)>,
+    /// Pages to record as holes.
+    pub(super) absent: Vec<(usize, usize)>,
+}
+
+/// Returns the parts of a range that are outside of `holes`, which are in ascending order.
+fn without((start, end): (usize, usize), holes: &[(usize, usize)]) -> Vec<(usize, usize)> {
+    let (mut first, mut parts) = (start, Vec::new());
+    for &(from, to) in holes.iter().filter(|&&(from, to)| from < end && start < to) {
+        if first < from {
+            parts.push((first, from));
+        }
+        first = to;
+    }
+    if first < end {
+        parts.push((first, end));
+    }
+    parts
 }
 
 /// Divides regions into blocks of `trap_block` bytes, or of one page if pages are larger than `trap_block`.
@@ -90,19 +114,19 @@ impl Area {
         }
     }
 
-    /// Copies the present pages of a block, which must be protected and claimed by the caller, into `slot`. Returns
-    /// these pages as (first, end), relative to the block.
-    pub(super) fn copy(&self, block: usize, slot: &mut [u8]) -> io::Result<Vec<(usize, usize)>> {
+    /// Copies a block, which must be protected and claimed by the caller, into `slot`. Pages that are known to be zeros
+    /// are not read, and become holes.
+    pub(super) fn copy(&self, block: usize, slot: &mut [u8]) -> io::Result<Runs> {
         let (start, len) = self.bounds(block);
         let ranges =
             if self.hugetlb { vec![(start, start + len)] } else { self.source.data_within(start, start + len)? };
-        let mut runs = Vec::with_capacity(ranges.len());
-        for (from, to) in ranges {
-            let (first, end) = ((from - start) / SMALL_PAGE, (to - start).div_ceil(SMALL_PAGE));
+        let pages = |(from, to): (usize, usize)| ((from - start) / SMALL_PAGE, (to - start).div_ceil(SMALL_PAGE));
+        let absent: Vec<_> = self.source.zeros_within(start, start + len)?.into_iter().map(pages).collect();
+        let present: Vec<_> = ranges.into_iter().map(pages).flat_map(|range| without(range, &absent)).collect();
+        for &(first, end) in &present {
             let (at, len) = (first * SMALL_PAGE, (end - first) * SMALL_PAGE);
             self.source.read(start + at, &mut slot[at..at + len])?;
-            runs.push((first, end));
         }
-        Ok(runs)
+        Ok(Runs { present, absent })
     }
 }

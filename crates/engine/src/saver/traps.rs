@@ -12,9 +12,9 @@ use super::SaveError;
 use super::armed::Armed;
 use super::staging::Origin;
 use super::state::SaverState;
-use super::trap_blocks::{COPYING, Copied, RELEASED, SAVED, UNSAVED};
+use super::trap_blocks::{COPYING, Copied, RELEASED, Runs, SAVED, UNSAVED};
 use crate::SMALL_PAGE;
-use crate::faults::Event;
+use crate::faults::{BATCH, Event};
 use crate::segment::{Segment, register_for_writes};
 use crate::space::AdoptError;
 use crate::uapi::{self, Userfault};
@@ -46,7 +46,7 @@ pub(super) fn serve(shared: &SaverState, uffd: &Arc<Userfault>, wakeup: &UnixStr
     let mut idle = Instant::now();
     loop {
         events.clear();
-        if let Err(error) = uffd.read(&mut events) {
+        if let Err(error) = uffd.read(&mut events, BATCH) {
             shared.fail(SaveError::Memory(error));
             return;
         }
@@ -106,9 +106,9 @@ fn save(shared: &SaverState, region: usize, block: usize, slots: &Sender<Copied>
         if area.change(block, UNSAVED, COPYING) {
             let copied = area.copy(block, &mut slot);
             area.set(block, SAVED);
-            let runs = copied.map_err(SaveError::Memory)?;
+            let Runs { present: runs, absent } = copied.map_err(SaveError::Memory)?;
             let page = block * area.trap_block / SMALL_PAGE;
-            let _ = slots.send(Copied { region, page, runs, absent: Vec::new(), slot, origin: Origin::Trap });
+            let _ = slots.send(Copied { region, page, runs, absent, slot, origin: Origin::Trap });
             return Ok(());
         }
         shared.staging.give(slot);

@@ -5,7 +5,7 @@ use zerocopy::IntoBytes;
 use crate::SMALL_PAGE;
 use crate::checksum::checksum;
 
-/// Number of words of a base page.
+/// Number of 64-bit words of a base page.
 pub const WORDS: usize = SMALL_PAGE / size_of::<u64>();
 
 /// Contents of a base page.

@@ -12,8 +12,8 @@ use crate::SMALL_PAGE;
 use crate::mapping::Mapping;
 use crate::pager::Flags;
 
-/// Frees the zero pages in `ranges` (start and length, bytes of the mapping) by punching holes, until `budget` is
-/// exceeded.
+/// Frees the zero pages in `ranges` (start and length in bytes, relative to the mapping) by punching holes, until
+/// `budget` is exceeded.
 ///
 /// `waiting` consists of the deferred bitmap, and of the index of the mapping's first page in the bitmap. Deferred
 /// pages are skipped, because a page may be zero while it is being loaded. A hole in a huge page splits the huge page;

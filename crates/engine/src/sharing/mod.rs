@@ -57,7 +57,7 @@ pub struct Piece {
     pub source: ScannedMemory,
     /// Position of the first byte in `source`.
     pub start: u64,
-    /// Length, bytes.
+    /// Length in bytes.
     pub len: u64,
 }
 
@@ -281,7 +281,7 @@ impl Scan {
 /// Spreads the bits of a pattern's word, so that sampling by low bits selects patterns like other contents. Distinct
 /// words stay distinct.
 fn spread(word: u64) -> u64 {
-    // An odd factor, and an xor with the shifted high half: both are bijective.
+    // The multiplication by an odd factor and the xor with the shifted high half are both bijective.
     let mixed = word.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed ^ (mixed >> 32)
 }

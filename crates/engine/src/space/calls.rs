@@ -14,6 +14,7 @@ pub enum Advice {
     Cold,
     Collapse,
     Dofork,
+    Dontdump,
     Dontfork,
     Hugepage,
     Mergeable,
@@ -30,6 +31,7 @@ impl Advice {
             Self::Cold => libc::MADV_COLD,
             Self::Collapse => libc::MADV_COLLAPSE,
             Self::Dofork => libc::MADV_DOFORK,
+            Self::Dontdump => libc::MADV_DONTDUMP,
             Self::Dontfork => libc::MADV_DONTFORK,
             Self::Hugepage => libc::MADV_HUGEPAGE,
             Self::Mergeable => libc::MADV_MERGEABLE,
@@ -49,7 +51,7 @@ impl Advice {
 
 impl Space {
     /// Advises the kernel about a range. For another process, `Cold`, `Collapse` and `Pageout` use process_madvise(2),
-    /// which does not stop the process; all other advice is executed by the process itself.
+    /// which does not stop the process; the process itself executes all other advice.
     ///
     /// # Errors
     /// [`AdoptError::Call`] or [`AdoptError::Io`] with the errno of the call; other errors if the call could not be
@@ -100,7 +102,7 @@ impl Space {
         self.execute_madvise(address, len, libc::MADV_DONTNEED_LOCKED)
     }
 
-    /// Maps the pages of a range of shared memory in the process, as if it had read them (MADV_POPULATE_READ).
+    /// Maps the pages of a range of shared memory in the process, as if the process had read them (MADV_POPULATE_READ).
     ///
     /// # Errors
     /// The same errors as [`Space::madvise`].
@@ -183,7 +185,7 @@ impl Space {
     }
 
     /// Makes another process execute a system call, given by its number and arguments.
-    fn inject(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, AdoptError> {
+    pub(super) fn inject(&self, number: libc::c_long, arguments: [u64; 6]) -> Result<u64, AdoptError> {
         inject::on_stopped(self.pid, |stopped| {
             self.check_alive()?;
             stopped.call(number, arguments)

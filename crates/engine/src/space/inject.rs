@@ -15,9 +15,11 @@
 //! - *Restartable sequences.* See [`super::rseq`].
 //! - *Stacks.* Nothing is pushed, called or returned from, so red zones, signal frames and shadow stacks are preserved.
 //!
-//! Only the thread that attached may trace, and the kernel detaches the traced thread when the tracing thread exits.
-//! Each injection therefore runs in a separate thread. A thread that did not stop within the timeout is detached, so
-//! that it does not stop later.
+//! Only the thread that attached may trace, and the kernel detaches the traced thread when the tracing thread exits. If
+//! the tracing thread exits during an injection, the program continues with our registers, and crashes. Each injection
+//! therefore runs in a separate process, which completes the injection even if this process is killed (see
+//! [`super::apart`]). If the user is not permitted to trace from a separate process, the injection runs in a separate
+//! thread. A thread that did not stop within the timeout is detached, so that it does not stop later.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -27,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use super::apart::{self, Failure, Life};
 use super::rseq;
 use crate::{SMALL_PAGE, uapi};
 
@@ -89,13 +92,19 @@ pub enum AdoptError {
     Sequence(libc::pid_t, &'static str),
     /// The memory is registered with another userfaultfd.
     #[error(
-        "cannot register memory of process {0} at {1:#x}: it is registered with another userfaultfd (a trace or a \
-         post-copy in progress): {2}; finish that operation first"
+        "cannot register memory of process {0} at {1:#x}: the memory is registered with another userfaultfd (a trace \
+         or a post-copy in progress): {2}; finish that operation first"
     )]
     Registered(libc::pid_t, u64, io::Error),
     /// A userfaultfd for the page faults of the process could not be created.
     #[error("cannot handle page faults of process {0}: userfaultfd: {1}; {remedy}", remedy = faults_remedy(.1))]
     NoFaults(libc::pid_t, io::Error),
+    /// The process that injects the calls was killed.
+    #[error(
+        "the process pf-inject, which made process {0} execute system calls, was killed; process {0} may be damaged: \
+         check that it runs"
+    )]
+    Killed(libc::pid_t),
     /// The injected call failed.
     #[error("injected system call failed: {0}")]
     Call(io::Error),
@@ -126,8 +135,23 @@ fn on_stopped_within<T: Send>(
     pid: libc::pid_t,
     work: impl FnOnce(&Stopped) -> Result<T, AdoptError> + Send,
 ) -> Result<T, AdoptError> {
+    let mut work = Some(work);
+    let mut inject = |life: Option<Life>| {
+        let stopped = Stopped::attach(pid, timeout, life)?;
+        work.take().map_or_else(|| Err(AdoptError::Io(io::Error::other("injected twice"))), |work| work(&stopped))
+    };
+    match apart::run(|life| inject(Some(life))) {
+        // If kernel.yama.ptrace_scope restricts tracing, a process of an ordinary user may trace only its own
+        // descendants. The descendants of this process are not descendants of the separate process.
+        Ok(Err(AdoptError::NotPermitted(_))) | Err(Failure::NotBegun) => in_thread(|| inject(None)),
+        Ok(result) => result,
+        Err(Failure::Killed) => Err(AdoptError::Killed(pid)),
+    }
+}
+
+/// Runs `inject` in a thread of this process.
+fn in_thread<T: Send>(inject: impl FnOnce() -> Result<T, AdoptError> + Send) -> Result<T, AdoptError> {
     let panicked = |_| Err(AdoptError::Io(io::Error::other("internal error: the injecting thread panicked")));
-    let inject = || work(&Stopped::attach(pid, timeout)?);
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("pf-inject".to_owned()).spawn_scoped(scope, inject)?;
         thread.join().unwrap_or_else(panicked)
@@ -145,13 +169,15 @@ pub struct Stopped {
     held: Cell<u64>,
     /// Timeout for each injected call.
     timeout: Duration,
+    /// Lifetime of this process, if it is separate from the command.
+    life: Option<Life>,
 }
 
 impl Stopped {
-    fn attach(pid: libc::pid_t, timeout: Duration) -> Result<Self, AdoptError> {
+    fn attach(pid: libc::pid_t, timeout: Duration, life: Option<Life>) -> Result<Self, AdoptError> {
         let mut last = AdoptError::NoVdso(pid);
         for _ in 0..ATTEMPTS {
-            match Self::attach_once(pid, timeout) {
+            match Self::attach_once(pid, timeout, life) {
                 // Retry: a process that executes another program has no vdso for a moment, and a thread may soon leave
                 // 32-bit code or a restartable sequence.
                 Err(error @ (AdoptError::NoVdso(_) | AdoptError::Code32(..) | AdoptError::Sequence(..))) => {
@@ -164,17 +190,20 @@ impl Stopped {
         Err(last)
     }
 
-    fn attach_once(pid: libc::pid_t, timeout: Duration) -> Result<Self, AdoptError> {
+    fn attach_once(pid: libc::pid_t, timeout: Duration, life: Option<Life>) -> Result<Self, AdoptError> {
         let instruction = find_syscall(pid)?;
         let options = if has_seccomp(pid) { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
-        seize(pid, options)?;
-        // From here on, every error must detach the thread.
-        Self::stop(pid, instruction, timeout).inspect_err(|_| detach(pid))
+        seize(pid, options, life)?;
+        // From here on, every error must detach the thread, and no memory may be allocated: see `Life`.
+        Self::stop(pid, instruction, timeout, life).inspect_err(|_| {
+            detach(pid);
+            life.inspect(|life| life.end_with_parent());
+        })
     }
 
     /// Stops a seized thread. Does not change the thread before all checks have passed.
-    fn stop(pid: libc::pid_t, instruction: u64, timeout: Duration) -> Result<Self, AdoptError> {
-        interrupt(pid)?;
+    fn stop(pid: libc::pid_t, instruction: u64, timeout: Duration, life: Option<Life>) -> Result<Self, AdoptError> {
+        interrupt(pid, life)?;
         let mut saved = std::mem::MaybeUninit::<libc::user_regs_struct>::zeroed();
         request(libc::PTRACE_GETREGS, pid, 0, saved.as_mut_ptr() as u64)?;
         // SAFETY: all registers are integers, for which zeroed bytes are valid, and the call has filled them.
@@ -191,7 +220,7 @@ impl Stopped {
         // No signal handler of the program may run with our registers. Signals that the kernel forces must stay
         // unblocked: otherwise the kernel would reset their disposition.
         set_mask(pid, FORCED.iter().fold(u64::MAX, |mask, signal| mask & !(1 << (signal - 1))))?;
-        Ok(Self { pid, saved, mask, instruction, held: Cell::new(0), timeout })
+        Ok(Self { pid, saved, mask, instruction, held: Cell::new(0), timeout, life })
     }
 
     /// Executes one system call.
@@ -249,7 +278,7 @@ impl Stopped {
     fn step(&self) -> Result<(), AdoptError> {
         loop {
             request(libc::PTRACE_SINGLESTEP, self.pid, 0, 0)?;
-            match self.hold_back(wait_stopped(self.pid, self.timeout)?) {
+            match self.hold_back(wait_stopped(self.pid, self.timeout, self.life)?) {
                 Some(libc::SIGTRAP) => return Ok(()),
                 Some(_) => return Err(AdoptError::NoVdso(self.pid)),
                 None => {}
@@ -274,7 +303,7 @@ impl Stopped {
         if request(libc::PTRACE_INTERRUPT, self.pid, 0, 0).is_err() {
             return false;
         }
-        match wait_stopped(self.pid, STOP_TIMEOUT) {
+        match wait_stopped(self.pid, STOP_TIMEOUT, self.life) {
             Ok(stop) => {
                 self.hold_back(stop);
                 // The trap after the interrupted call may still be pending, and would kill the program. Another call
@@ -300,6 +329,7 @@ impl Drop for Stopped {
             // SAFETY: tgkill takes no pointers.
             unsafe { libc::syscall(libc::SYS_tgkill, self.pid, self.pid, signal) };
         }
+        self.life.inspect(|life| life.end_with_parent());
     }
 }
 
@@ -312,10 +342,10 @@ enum Stop {
 }
 
 /// Stops a seized thread. Signals that are received before the stop are delivered.
-fn interrupt(pid: libc::pid_t) -> Result<(), AdoptError> {
+fn interrupt(pid: libc::pid_t, life: Option<Life>) -> Result<(), AdoptError> {
     loop {
         request(libc::PTRACE_INTERRUPT, pid, 0, 0).map_err(|_| AdoptError::Gone(pid))?;
-        match wait_stopped(pid, STOP_TIMEOUT)? {
+        match wait_stopped(pid, STOP_TIMEOUT, life)? {
             Stop::Event => return Ok(()),
             Stop::Signal(signal) => request(libc::PTRACE_CONT, pid, 0, u64::from(signal.unsigned_abs()))?,
         }
@@ -365,11 +395,15 @@ pub(super) fn peek(pid: libc::pid_t, address: u64) -> io::Result<u64> {
 
 /// Attaches to a thread. If the thread is already traced, waits up to `TRACER_TIMEOUT` for the tracer to detach,
 /// because it may be another pageferry process.
-fn seize(pid: libc::pid_t, options: libc::c_int) -> Result<(), AdoptError> {
+///
+/// After a successful call, a separate process outlives its parent.
+fn seize(pid: libc::pid_t, options: libc::c_int, life: Option<Life>) -> Result<(), AdoptError> {
     let deadline = Instant::now() + TRACER_TIMEOUT;
     let mut refused = false;
     loop {
+        life.inspect(|life| life.outlive_parent());
         let Err(error) = request(libc::PTRACE_SEIZE, pid, 0, u64::from(options.unsigned_abs())) else { return Ok(()) };
+        life.inspect(|life| life.end_with_parent());
         let why = match error.raw_os_error() {
             Some(libc::ESRCH) => AdoptError::Gone(pid),
             Some(libc::EPERM) => match status_field(pid, "TracerPid:") {
@@ -389,7 +423,7 @@ fn seize(pid: libc::pid_t, options: libc::c_int) -> Result<(), AdoptError> {
 }
 
 /// Waits for the next stop of a traced thread.
-fn wait_stopped(pid: libc::pid_t, timeout: Duration) -> Result<Stop, AdoptError> {
+fn wait_stopped(pid: libc::pid_t, timeout: Duration, life: Option<Life>) -> Result<Stop, AdoptError> {
     let deadline = Instant::now() + timeout;
     loop {
         let mut status = 0;
@@ -408,6 +442,7 @@ fn wait_stopped(pid: libc::pid_t, timeout: Duration) -> Result<Stop, AdoptError>
         if Instant::now() > deadline {
             return Err(AdoptError::Stuck(pid, timeout));
         }
+        life.inspect(|life| life.release_if_orphan());
         std::thread::sleep(Duration::from_micros(20));
     }
 }
@@ -448,7 +483,7 @@ fn vdso_range(maps: &[u8]) -> Option<(u64, u64)> {
         let (head, name) = line.split_at_checked(line.len().checked_sub(b" [vdso]".len())?)?;
         let mut fields = head.split(|&byte| byte == b' ').filter(|field| !field.is_empty());
         let range = std::str::from_utf8(fields.next()?).ok()?;
-        // Range, permissions, offset, device and inode, followed only by the name.
+        // The fields are range, permissions, offset, device and inode, followed only by the name.
         if name != b" [vdso]" || fields.nth(3)? != b"0" || fields.next().is_some() {
             return None;
         }
@@ -481,6 +516,45 @@ mod tests {
         assert!(message(libc::ENOSYS).ends_with("allows userfaultfd"));
         assert!(!message(libc::ENOSYS).contains("root"));
         assert!(message(libc::EPERM).contains("run it as root"));
+    }
+
+    /// Returns the pid of a process that injects a call of 300 ms into process `target`, and is killed during the call.
+    fn killed_during_a_call(target: libc::pid_t) -> libc::pid_t {
+        // SAFETY: the child calls `on_stopped` and `_exit`. `on_stopped` allocates memory, and starts a thread if
+        // tracing from a separate process is not permitted. glibc supports both in the child of a process with threads.
+        let injecting = unsafe { libc::fork() };
+        if injecting == 0 {
+            let poll = |stopped: &Stopped| stopped.call(libc::SYS_poll, [0, 0, 300, 0, 0, 0]);
+            let _ = on_stopped(target, poll);
+            // SAFETY: `_exit` takes an integer, and ends the child at once.
+            unsafe { libc::_exit(0) };
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        // SAFETY: the pid is that of our child, which has not been waited for. No status is stored.
+        unsafe {
+            libc::kill(injecting, libc::SIGKILL);
+            libc::waitpid(injecting, std::ptr::null_mut(), 0);
+        }
+        injecting
+    }
+
+    #[test]
+    fn process_survives_the_death_of_the_injecting_process() {
+        let mut child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().expect("a shell");
+        let pid = libc::pid_t::try_from(child.id()).expect("a pid");
+        std::thread::sleep(Duration::from_millis(50));
+        let permitted = on_stopped(pid, |stopped| stopped.call(libc::SYS_getpid, [0; 6]));
+        killed_during_a_call(pid);
+        std::thread::sleep(Duration::from_millis(600));
+        let exited = child.try_wait().expect("a child");
+        let again = on_stopped(pid, |stopped| stopped.call(libc::SYS_getpid, [0; 6]));
+        child.kill().expect("a child");
+        child.wait().expect("a child");
+        if matches!(permitted, Err(AdoptError::NotPermitted(_))) {
+            return eprintln!("skipped: {permitted:?}");
+        }
+        assert_eq!(exited, None);
+        assert_eq!(again.ok(), u64::try_from(pid).ok());
     }
 
     #[test]

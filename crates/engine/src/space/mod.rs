@@ -7,8 +7,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use crate::mapping::scan;
 use crate::uapi::{self, Userfault, check, owned};
 
+pub(crate) mod apart;
 mod calls;
 mod inject;
+mod remap;
 mod rseq;
 
 pub use calls::Advice;
@@ -103,9 +105,9 @@ impl Space {
         }
     }
 
-    /// Creates a userfaultfd of this address space with `features`, of which the process keeps a copy: if our process
-    /// exits, threads that wait for a page stay blocked. Returns our descriptor, and the number of the copy in the
-    /// process; `None` for our own process.
+    /// Creates a userfaultfd of this address space with `features`. The process keeps a copy of the descriptor: if our
+    /// process exits, threads that wait for a page stay blocked. Returns our descriptor, and the number of the copy in
+    /// the process; `None` for our own process.
     ///
     /// `wanted` are additional features, enabled if the kernel supports all of them.
     ///
@@ -142,8 +144,8 @@ impl Space {
         Ok(ours)
     }
 
-    /// Makes the stopped process create a userfaultfd for these faults. Returns our copy, and its number in the
-    /// process.
+    /// Makes the stopped process create a userfaultfd for these faults. Returns our copy, and the number of the
+    /// descriptor in the process.
     fn make_userfault(&self, stopped: &inject::Stopped, faults: Faults) -> Result<(Userfault, u64), AdoptError> {
         self.check_alive()?;
         let flags = u64::from(uapi::UFFD_FLAGS.cast_unsigned());
@@ -179,7 +181,7 @@ impl Space {
             match check(unsafe { libc::poll(&raw mut poll, 1, 0) }) {
                 Ok(0) => return Ok(()),
                 Ok(_) => return Err(AdoptError::Gone(self.pid)),
-                // Interrupted by a signal to our process.
+                // A signal to our process has interrupted the call.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }

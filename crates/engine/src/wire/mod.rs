@@ -6,7 +6,7 @@
 //!
 //! After the switch-over of a post-copy migration, a [`PageServer`] at the source sends the remaining pages. It pushes
 //! them over separate streams. On another connection, it replies immediately to the requests of a [`PeerSource`] at the
-//! destination.
+//! destination. A [`Relay`] forwards the contents of a disk, which QEMU sends itself.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -22,6 +22,7 @@ use crate::placer::PlaceError;
 mod pace;
 mod peer;
 mod receiver;
+mod relay;
 mod request;
 mod sender;
 mod server;
@@ -30,6 +31,7 @@ pub mod tls;
 
 pub use peer::PeerSource;
 pub use receiver::BlockReceiver;
+pub use relay::Relay;
 pub use request::{MAX_REQUEST, Request};
 pub use sender::{BlockSender, Format};
 pub use server::PageServer;
@@ -80,7 +82,7 @@ pub struct Progress {
     pub zero: AtomicU64,
     /// Number of absent pages (holes).
     pub absent: AtomicU64,
-    /// Number of storage blocks sent without the configured codec, because the link was faster than the compression.
+    /// Number of storage blocks that adaptive compression sent uncompressed, including trials.
     pub uncompressed: AtomicU64,
 }
 

@@ -87,9 +87,9 @@ pub(super) struct Adaptive {
     codec: Codec,
     enabled: bool,
     packed: bool,
-    /// Cost of uncompressed and of compressed blocks, seconds per byte.
+    /// Cost of uncompressed and of compressed blocks, in seconds per byte.
     cost: [f64; 2],
-    /// Share of packing in the cost of compressed blocks, seconds per byte.
+    /// Share of packing in the cost of compressed blocks, in seconds per byte.
     packing: f64,
     gap: u32,
     /// Number of blocks until the next trial, or until the end of the current trial.
@@ -163,8 +163,8 @@ mod tests {
 
     const RAW: usize = 512 << 10;
 
-    /// Sends blocks over a simulated link. Returns how many of the last 1000 were compressed, and the number of mode
-    /// changes.
+    /// Sends blocks over a simulated link. Returns the number of compressed blocks among the last 1000, and the number
+    /// of mode changes.
     fn run(adaptive: &mut Adaptive, blocks: u32, packing: u64, link: u64, ratio: u64) -> (u32, u32) {
         let (mut packed, mut changes, mut before) = (0, 0, Codec::Lz4);
         // Fill and capacity of a socket buffer, in microseconds of sending. The buffer hides the link until it is full.

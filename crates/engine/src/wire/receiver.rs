@@ -188,8 +188,8 @@ fn read_in_place(socket: &Socket, head: &Head, slots: Vec<libc::iovec>) -> Resul
         let mut hash = Checksum::new();
         rest.take(record.raw_len.get() as usize, |chunk, len| {
             // SAFETY: the chunk lies in a slot that the placer has allocated. A valid source sends a page once per
-            // round, so no other stream writes to it. If an invalid source sends a page over two streams, the worst
-            // case is a checksum that does not match.
+            // round, so no other stream writes to the chunk. If an invalid source sends a page over two streams, the
+            // bytes may change while they are hashed. Any bytes are valid, so only the checksum is affected.
             hash.update(unsafe { std::slice::from_raw_parts(chunk, len) });
         });
         head.verify(index, hash.digest())?;

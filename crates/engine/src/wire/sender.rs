@@ -1,7 +1,6 @@
 //! Sender of page streams: reads the pages of a round from the mappings and sends them in storage blocks.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -9,16 +8,20 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::pace::{Adaptive, RateLimit};
+use super::relay::Relay;
 use super::socket::{Endpoint, Socket};
 use super::{Progress, WireError, at_least_one, on_all};
 use crate::block::{Builder, Class, Codec};
 use crate::hole_notifications::Discards;
 use crate::mapping::Mapping;
 use crate::pages::PageSet;
+use crate::saver::PageOrigin;
 use crate::{LARGE_PAGE, SMALL_PAGE};
 
 /// Maximum number of pages that a stream takes from a round at a time.
 const SHARE: usize = 4 * LARGE_PAGE / SMALL_PAGE;
+/// Maximum number of pages that are copied from another process at a time.
+const COPIED: usize = 64;
 
 /// Block sizes, codec and bandwidth limit of a sender.
 #[derive(Debug, Clone, Copy)]
@@ -27,7 +30,7 @@ pub struct Format {
     pub codec: Codec,
     /// Whether blocks are left uncompressed while the link is faster than the codec.
     pub adaptive: bool,
-    /// Bandwidth limit of all streams together, bytes per second; 0 means unlimited.
+    /// Bandwidth limit in bytes per second of all streams together; 0 means unlimited.
     pub bandwidth: u64,
     /// Number of data bytes of a page block.
     pub page_block: usize,
@@ -39,6 +42,7 @@ pub struct Format {
 #[derive(Debug)]
 pub struct BlockSender {
     streams: Vec<Mutex<Outgoing>>,
+    limit: Arc<RateLimit>,
     cancelled: Arc<AtomicBool>,
     progress: Progress,
     /// For each region, the pages whose contents the peer holds.
@@ -80,10 +84,24 @@ impl Outgoing {
 
     /// Adds a page that is present in memory, as a data page or as a zero page.
     pub(super) fn push_page(&mut self, mapping: &Mapping, page: usize, progress: &Progress) {
-        let before = self.builder.raw_len();
         // SAFETY: `Mapping::page` asserts that the page lies within the mapping, which is readable and lives through
         // the call.
-        unsafe { self.builder.push_page(page, mapping.page(page)) };
+        unsafe { self.push_contents(page, mapping.page(page), progress) };
+    }
+
+    /// Adds a copy of a page, as a data page or as a zero page.
+    fn push_copy(&mut self, page: usize, contents: &[u8], progress: &Progress) {
+        assert!(contents.len() == SMALL_PAGE, "a page of {} bytes", contents.len());
+        // SAFETY: the slice has the length of a page, by the assertion.
+        unsafe { self.push_contents(page, contents.as_ptr(), progress) };
+    }
+
+    /// # Safety
+    /// `contents` must be valid for reading a page.
+    unsafe fn push_contents(&mut self, page: usize, contents: *const u8, progress: &Progress) {
+        let before = self.builder.raw_len();
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.builder.push_page(page, contents) };
         let class = if self.builder.raw_len() > before { Class::Data } else { Class::Zero };
         progress.count(class, 1);
     }
@@ -142,6 +160,7 @@ impl BlockSender {
         let streams = at_least_one(sockets.into_iter().map(Into::into).map(stream).collect::<io::Result<_>>()?)?;
         Ok(Self {
             streams,
+            limit,
             cancelled,
             progress: Progress::default(),
             held: Mutex::default(),
@@ -154,6 +173,14 @@ impl BlockSender {
         &self.progress
     }
 
+    /// Starts a relay between `local` and the connection `remote`. Its bytes share the bandwidth limit of the pages.
+    ///
+    /// # Errors
+    /// The error of the socket operation or of the thread creation that failed.
+    pub fn relay(&self, local: impl Into<Endpoint>, remote: impl Into<Endpoint>) -> io::Result<Relay> {
+        Relay::with_limit(local, remote, Some(self.limit.clone()))
+    }
+
     /// Cancels all transfers; they fail with [`WireError::Cancelled`].
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
@@ -162,16 +189,23 @@ impl BlockSender {
     /// Sends the pages of `sets` (one set per region) over all streams; with `barrier`, ends the round.
     ///
     /// Also sends pages that were freed since they were sent: as holes, or as zero pages if they have been allocated
-    /// again. Freeing a page is not a write, so no trace reports it.
+    /// again. Freeing a page is not a write, so no trace reports it. The pages of a clone are never freed.
     ///
     /// # Errors
-    /// The error of lseek(2) on a region, or the first error of any stream; the other streams are then cancelled.
-    pub fn send(&self, regions: &[Arc<Mapping>], sets: &[PageSet], round: u32, barrier: bool) -> Result<(), WireError> {
+    /// The error of lseek(2) or PAGEMAP_SCAN on a region, of a read of another process, or the first error of any
+    /// stream; the other streams are then cancelled.
+    pub fn send<R>(&self, regions: &[R], sets: &[PageSet], round: u32, barrier: bool) -> Result<(), WireError>
+    where
+        R: Clone + Into<PageOrigin>,
+    {
+        let regions: &Vec<PageOrigin> = &regions.iter().cloned().map(Into::into).collect();
         // Read the notifications before the memory: the next call then sees the notification of any later discard.
-        let files = || regions.iter().map(|mapping| mapping.as_fd().as_raw_fd());
-        let discards = self.discards.get_or_init(|| Discards::watch(files()).ok());
-        let discarded = discards.as_ref().is_none_or(|discards| discards.seen().unwrap_or(true));
-        let data = regions.iter().map(|mapping| data_pages(mapping)).collect::<io::Result<Vec<_>>>()?;
+        let discarded = regions.iter().any(|region| region.file().is_some()) && {
+            let files = || regions.iter().filter_map(PageOrigin::file);
+            let discards = self.discards.get_or_init(|| Discards::watch(files()).ok());
+            discards.as_ref().is_none_or(|discards| discards.seen().unwrap_or(true))
+        };
+        let data = regions.iter().map(PageOrigin::data_pages).collect::<io::Result<Vec<_>>>()?;
         let sets = &self.with_freed(regions, sets, &data, discarded);
         let shares: Vec<(usize, usize)> = sets
             .iter()
@@ -185,21 +219,15 @@ impl BlockSender {
 
     /// Extends the sets by pages that the peer holds and that have since become holes or, after a discard, zeros.
     /// Records the result as the contents of the peer.
-    fn with_freed(
-        &self,
-        regions: &[Arc<Mapping>],
-        sets: &[PageSet],
-        data: &[PageSet],
-        discarded: bool,
-    ) -> Vec<PageSet> {
+    fn with_freed(&self, regions: &[PageOrigin], sets: &[PageSet], data: &[PageSet], discarded: bool) -> Vec<PageSet> {
         let mut held = self.held.lock();
         let known = held.len();
         held.extend(data.iter().skip(known).map(|data| PageSet::new(data.pages())));
-        let grow = |(((held, set), data), mapping): (((&mut PageSet, &PageSet), &PageSet), &Arc<Mapping>)| {
+        let grow = |(((held, set), data), region): (((&mut PageSet, &PageSet), &PageSet), &PageOrigin)| {
             let mut grown = held.clone();
             grown.subtract(data);
             grown.union(set);
-            if discarded {
+            if discarded && let PageOrigin::Shared(mapping) = region {
                 let mut kept = held.clone();
                 kept.subtract(&grown);
                 let zeros = |page: &usize| mapping.is_zero(*page);
@@ -246,11 +274,36 @@ impl BlockSender {
                 self.flush_full(out, region, round.number)?;
                 out.push_absent(at, start - at, &self.progress);
             }
-            for page in start..end {
-                self.flush_full(out, region, round.number)?;
-                out.push_page(&round.regions[region], page, &self.progress);
+            if let PageOrigin::Shared(mapping) = &round.regions[region] {
+                for page in start..end {
+                    self.flush_full(out, region, round.number)?;
+                    out.push_page(mapping, page, &self.progress);
+                }
+            } else {
+                self.send_copies(out, round, region, start, end)?;
             }
             at = end;
+        }
+        Ok(())
+    }
+
+    /// Sends pages that are not in a file mapped by this process.
+    fn send_copies(
+        &self,
+        out: &mut Outgoing,
+        round: &Round<'_>,
+        region: usize,
+        start: usize,
+        end: usize,
+    ) -> Result<(), WireError> {
+        let mut copies = Vec::new();
+        for first in (start..end).step_by(COPIED) {
+            copies.resize((end - first).min(COPIED) * SMALL_PAGE, 0);
+            round.regions[region].fetch(first * SMALL_PAGE, &mut copies)?;
+            for (page, contents) in (first..).zip(copies.chunks(SMALL_PAGE)) {
+                self.flush_full(out, region, round.number)?;
+                out.push_copy(page, contents, &self.progress);
+            }
         }
         Ok(())
     }
@@ -261,19 +314,11 @@ impl BlockSender {
 }
 
 struct Round<'a> {
-    regions: &'a [Arc<Mapping>],
+    regions: &'a [PageOrigin],
     sets: &'a [PageSet],
     data: &'a [PageSet],
     shares: Vec<(usize, usize)>,
     next: AtomicUsize,
     number: u32,
     barrier: bool,
-}
-
-pub(super) fn data_pages(mapping: &Mapping) -> io::Result<PageSet> {
-    let mut data = PageSet::new(mapping.pages());
-    for (start, end) in mapping.data_ranges()? {
-        data.insert(start / SMALL_PAGE, end.div_ceil(SMALL_PAGE));
-    }
-    Ok(data)
 }

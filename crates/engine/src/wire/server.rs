@@ -11,12 +11,13 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::pace::RateLimit;
 use super::request::{PageRequest, Request};
-use super::sender::{Format, Outgoing, data_pages};
+use super::sender::{Format, Outgoing};
 use super::socket::{Endpoint, Socket};
 use super::{POSTCOPY, Progress, WireError, at_least_one, on_all, tune};
 use crate::SLOTS;
 use crate::mapping::Mapping;
 use crate::pages::{AtomicBits, PageSet};
+use crate::saver::PageOrigin;
 use crate::uapi::short_slices;
 
 /// Maximum number of pages in a pushed block. This limit bounds the delay of a reply to a request that is received
@@ -90,7 +91,10 @@ impl PageServer {
         let push = |socket: Endpoint| outgoing(socket, libc::TCP_NOTSENT_LOWAT, UNSENT).map(Mutex::new);
         let streams = at_least_one(streams.into_iter().map(Into::into).map(push).collect::<io::Result<_>>()?)?;
         let shared = ServerState {
-            data: regions.iter().map(|mapping| data_pages(mapping)).collect::<io::Result<_>>()?,
+            data: regions
+                .iter()
+                .map(|mapping| PageOrigin::Shared(mapping.clone()).data_pages())
+                .collect::<io::Result<_>>()?,
             left: missing.iter().map(AtomicBits::from).collect(),
             remaining: AtomicUsize::new(missing.iter().map(PageSet::count).sum()),
             next: Mutex::new((0, 0)),
@@ -106,7 +110,7 @@ impl PageServer {
     }
 
     /// Starts the thread that replies to requests until the peer closes the connection or the server is cancelled. Does
-    /// nothing if the thread has been started before.
+    /// nothing if the thread is running.
     ///
     /// # Errors
     /// The error of creating the thread.
@@ -231,7 +235,7 @@ impl ServerState {
         out.barrier(POSTCOPY, &self.progress)
     }
 
-    /// Takes up to `CHUNK` pages of one 2 MiB unit to push. Returns their region and numbers; the list of numbers is
+    /// Takes up to `CHUNK` pages of one 2 MiB unit to push. Returns their region and indices; the list of indices is
     /// empty if concurrent replies have taken the pages. Returns `None` if no pages are left. The push completes a unit
     /// before it starts another.
     fn chunk(&self) -> Option<(usize, Vec<usize>)> {

@@ -103,6 +103,20 @@ impl Socket {
         }
     }
 
+    /// Reads up to `bytes.len()` bytes that are available, after waiting for at least one. Returns their number.
+    pub(super) fn read_available(&self, bytes: &mut [u8]) -> Result<usize, WireError> {
+        match &self.records {
+            None => self.read_some(bytes),
+            Some(records) => records.read_available(bytes, |bytes| self.read_some(bytes)),
+        }
+    }
+
+    /// Ends one direction of the connection, or both (shutdown(2)). Blocked calls then return.
+    pub(super) fn shut_down(&self, how: libc::c_int) {
+        // SAFETY: the descriptor is open. An error means that the connection has ended.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), how) };
+    }
+
     /// Reads the available bytes, after waiting for at least one. Returns their number.
     fn read_some(&self, bytes: &mut [u8]) -> Result<usize, WireError> {
         let mut buffer = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
@@ -183,7 +197,7 @@ impl Socket {
         }
     }
 
-    /// Waits until the socket is ready, for at most `SLICE`. Required for sockets in non-blocking mode.
+    /// Waits until the socket is ready, for at most `SLICE`. The wait is required for sockets in non-blocking mode.
     fn wait(&self, direction: Direction) {
         let events = match direction {
             Direction::In => libc::POLLIN,

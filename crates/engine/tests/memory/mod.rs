@@ -35,7 +35,7 @@ pub fn within_a_minute(work: impl FnOnce() + Send + 'static) {
 
 /// Creates and maps a memfd of `pages` base pages, all holes.
 pub fn small_file(pages: usize) -> Arc<Mapping> {
-    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
+    // SAFETY: the name is NUL-terminated. The descriptor is new and has no other owner; `from_raw_fd` panics on -1.
     let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) };
     mapped(&file, pages)
 }
@@ -55,7 +55,7 @@ pub fn large_file(pages: usize, room: u64) -> Option<Arc<Mapping>> {
 
 /// Creates and maps a hugetlbfs file with reserved pages. Returns `None` if there are too few free huge pages.
 pub fn huge_file(pages: usize) -> Option<Arc<Mapping>> {
-    // SAFETY: the name is NUL-terminated; the returned descriptor is new and has no other owner.
+    // SAFETY: the name is NUL-terminated.
     let file = unsafe { libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB) };
     if file < 0 {
         return None;
@@ -74,7 +74,7 @@ pub fn huge_file(pages: usize) -> Option<Arc<Mapping>> {
 
 fn open_unnamed(directory: i32, path: &CStr) -> File {
     let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
-    // SAFETY: the path is NUL-terminated; the returned descriptor is new and has no other owner.
+    // SAFETY: the path is NUL-terminated. The descriptor is new and has no other owner; `from_raw_fd` panics on -1.
     unsafe { File::from_raw_fd(libc::openat(directory, path.as_ptr(), flags, 0o600)) }
 }
 
@@ -83,7 +83,7 @@ fn mapped(file: &File, pages: usize) -> Arc<Mapping> {
     Arc::new(Mapping::new(file.as_fd(), pages * SMALL_PAGE, 0).expect("a mapping"))
 }
 
-/// Returns the allocated size of a file, bytes.
+/// Returns the allocated size of a file in bytes.
 pub fn allocated(mapping: &Mapping) -> u64 {
     let file = File::from(mapping.as_fd().try_clone_to_owned().expect("a descriptor"));
     file.metadata().expect("metadata").blocks() * 512

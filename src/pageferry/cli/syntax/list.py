@@ -8,8 +8,14 @@ import argparse
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.description = (
-        "List the workloads of this host: guests started by `pageferry run`, `receive` or `restore`, adopted guests, "
-        "and named arenas of Python programs. With --output json, print one object of type `workload` per line."
+        "List the workloads of this host: guests started by `pageferry run`, `receive`, `restore` or `clone`, "
+        "adopted guests, and named arenas of Python programs. With --output json, print one object of type `workload` "
+        "per line."
+    )
+    parser.add_argument(
+        "--bases",
+        action="store_true",
+        help="list the copies of memory that clones share, instead of workloads (JSON type `base`)",
     )
     parser.add_argument(
         "--all",

@@ -35,7 +35,7 @@ def _add_recovery(parser: argparse.ArgumentParser) -> None:
     after.add_argument(
         "--recover",
         action="store_true",
-        help="ask the receiver which side owns the workload, and complete or undo the migration; in post-copy, "
+        help="query the receiver for the owner of the workload, and complete or undo the migration; in post-copy, "
         "send the remaining pages",
     )
     after.add_argument(

@@ -11,7 +11,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.description = (
         "Print memory of a running workload, addressed by the offset in a region. Deferred pages of the range are "
-        "loaded first."
+        "loaded first; those of a clone are read from its image."
     )
     parser.add_argument("name", metavar="NAME", help="workload to read (see `pageferry list`)")
     parser.add_argument(

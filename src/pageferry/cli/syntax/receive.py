@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pageferry.cli.options import add_options
 from pageferry.cli.syntax.guests import GuestOptions
-from pageferry.migration.options import TIMEOUT, Options
+from pageferry.errors import UsageError
+from pageferry.migration.options import TIMEOUT, MoveMemory, Options
 from pageferry.options import Size, Text, Texts, check
 from pageferry.workloads.arena.limits import MAX_ARENA
 
@@ -26,12 +27,17 @@ class ReceiveOptions(GuestOptions):
     ] = None
     """Listen on unix:PATH, for sources on this host, or on HOST:PORT, where port 0 selects a free port."""
     resume: bool = False
-    """Receive the remaining memory of a guest that runs on this host; then run `pageferry migrate --recover` at its
+    """Receive the remaining memory of a guest that this host owns; then run `pageferry migrate --recover` at its
     source."""
     workload: Literal["demo"] | None = None
     """Receive the built-in workload instead of a QEMU guest."""
     max_size: Annotated[int | None, Size(1, MAX_ARENA, unset="the available memory")] = None
     """Maximum size of the memory to accept."""
+    memory: MoveMemory = "auto"
+    """Memory of a guest that shares the memory of an image at its source: share it if this host has that image
+    (`auto`), require this (`shared`), or receive all pages (`own`); see docs/clones.md."""
+    base: Annotated[tuple[str, ...], Texts(metavar="PATH", unset="images whose memory guests of this user share")] = ()
+    """Image whose memory such a guest may share, or a directory of images; can be repeated."""
     timeout: Annotated[float, TIMEOUT] = Options().timeout
     """Fail when the peer has been silent for this time, such as 30s or 1m."""
     tls: Annotated[str | None, Text(metavar="DIR")] = None
@@ -49,6 +55,10 @@ class ReceiveOptions(GuestOptions):
 
     def __post_init__(self) -> None:
         check(self)
+        if self.hugetlb and self.memory == "shared":
+            raise UsageError("`hugetlb` cannot be combined with shared `memory`: remove one of them")
+        if self.base and self.memory == "own":
+            raise UsageError("`base` cannot be combined with separate `memory`: remove one of them")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

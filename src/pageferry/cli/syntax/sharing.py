@@ -58,7 +58,7 @@ def _add_selection(choosing: argparse._ArgumentGroup) -> None:
         "--merge-with-others",
         action="store_true",
         help="use KSM even if other processes have mergeable memory (as QEMU has without mem-merge=off); KSM then "
-        "merges it with that of the given workloads",
+        "merges that memory with the memory of the given workloads",
     )
 
 

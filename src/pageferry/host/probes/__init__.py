@@ -2,8 +2,7 @@
 
 Versions are never compared, because distributions backport and disable features. Each probe performs the real operation
 on its own memory: a trace must report a write, a collapse must produce a huge page in the page table. No probe changes
-a
-machine-wide setting.
+a machine-wide setting.
 """
 
 from __future__ import annotations

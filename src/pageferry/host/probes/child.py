@@ -92,7 +92,7 @@ def run_all(works: Sequence[Callable[[], str]], deadline: float = DEADLINE, *, g
     """Run functions in children, in parallel. Return results and failures in the order of `works`.
 
     `deadline`: limit for all of them together, seconds. Without `groups`, the children stay in the caller's process
-    group. This is for children of a probe, which end with the probe.
+    group. This is for children of a probe, because they end with the probe.
     """
     children: list[_Child] = []
     try:
@@ -125,7 +125,7 @@ def _start(work: Callable[[], str], groups: bool) -> _Child:
     pid = os.fork()
     if pid == 0:
         try:
-            writing = fcntl.fcntl(writing, fcntl.F_DUPFD, 3)  # not 0 to 2, which `_settle` replaces
+            writing = fcntl.fcntl(writing, fcntl.F_DUPFD, 3)  # `_settle` replaces 0 to 2
             _settle(groups)
             os.write(writing, msgspec.json.encode(outcome_of(work)))
         finally:
@@ -151,7 +151,8 @@ def _settle(group: bool) -> None:
 
 
 def _reap(pid: int) -> int | None:
-    """Reap a killed process and return its wait status; None if it does not exit, because it waits in the kernel."""
+    """Reap a killed process and return its wait status; None if the process does not exit, because it is blocked in the
+    kernel."""
     end = time.monotonic() + 0.5
     while time.monotonic() < end:
         try:

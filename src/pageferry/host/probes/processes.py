@@ -24,7 +24,7 @@ _TIMEOUT = 4.0
 
 
 class Neighbour:
-    """Process that writes to pages of memory shared with this process, at the same address, on request."""
+    """Process that writes, on request, to pages of memory that it shares with this process at the same address."""
 
     def __init__(self) -> None:
         self.memory = kernel.shared_memory()
@@ -60,7 +60,7 @@ class Neighbour:
 def _with_neighbour(attempt: Callable[[Neighbour], str]) -> Callable[[], str]:
     def run() -> str:
         neighbour = Neighbour()
-        # The attempt is made by a sibling of the neighbour, not by its parent.
+        # A sibling of the neighbour makes the attempt, because the parent may have rights that other processes lack.
         (outcome,) = run_all([lambda: attempt(neighbour)], _TIMEOUT, groups=False)
         neighbour.end()
         return outcome.detail_or_raise()

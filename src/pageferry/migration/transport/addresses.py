@@ -50,8 +50,8 @@ class Address:
 def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None) -> Address:
     """Resolve `unix:PATH`, `HOST:PORT` or `[IPV6]:PORT`.
 
-    TCP without TLS is neither encrypted nor authenticated, so addresses other than loopback require `trust` or
-    `insecure`. Raises UsageError.
+    TCP without TLS is not encrypted, and only the kernel of a single host can authenticate both peers. Addresses other
+    than loopback therefore require `trust` or `insecure`. Raises UsageError.
     """
     if insecure and trust is not None:
         raise UsageError("`tls` and `insecure` are mutually exclusive: remove one of them")
@@ -70,8 +70,8 @@ def resolve(text: str, *, insecure: bool, what: str, trust: Trust | None = None)
     addresses = list(dict.fromkeys(str(one[4][0]) for one in found))[:MAX_ADDRESSES]
     if not all(map(is_loopback, addresses)) and not insecure and trust is None:
         raise UsageError(
-            f"{what} {text}: refusing to transfer memory unencrypted; use `tls` DIR, a loopback address (through "
-            "a tunnel), or `insecure` on a trusted network"
+            f"cannot use {what} {text}: memory would be transferred unencrypted; use `tls` DIR, a loopback address "
+            "(through a tunnel), or `insecure` on a trusted network"
         )
     return Address(addresses[0], int(port), host, tuple(addresses[1:]))
 
@@ -89,9 +89,10 @@ def _unix(text: str, what: str, trust: Trust | None) -> Address:
         )
     if trust is not None:
         raise UsageError(
-            f"{what} {text!r}: `tls` requires TCP; remove it: on a Unix socket, the kernel reports the user of the peer"
+            f"cannot use {what} {text!r} with `tls`, which requires TCP: remove `tls` (on a Unix socket, the kernel "
+            "reports the user of the peer)"
         )
     path = os.path.abspath(path)
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-        raise UsageError(f"invalid {what} {text!r}: the path of a socket has at most {MAX_SOCKET_PATH} bytes")
+        raise UsageError(f"invalid {what} {text!r}: expected a path of at most {MAX_SOCKET_PATH} bytes")
     return Address("", 0, path=path)

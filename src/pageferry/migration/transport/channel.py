@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -28,7 +28,7 @@ QUEUED = 16
 """Maximum number of received messages that are queued. While the queue is full, nothing is read from the peer."""
 ANSWER = 4.0
 """Time for which a side waits for the next expected message, as a multiple of the timeout. Keepalives do not extend
-it."""
+this time."""
 REASON_TIMEOUT = 0.5
 """Seconds to wait for the peer's reason after a connection has failed."""
 
@@ -67,9 +67,9 @@ class Channel:
         self.peer = peer
         """Authenticated peer; None without TLS."""
         self.address = address
-        """Address connected to; None if the peer has connected."""
+        """Address to which this side has connected; None if the peer has connected."""
         self.owners = owners
-        """Users other than root that the peer process may belong to; used without TLS only."""
+        """Users other than root that the peer process may belong to; used only without TLS."""
         self.limit = messages.MAX_MESSAGE
         """Maximum length of a message from the peer, bytes."""
         self._inbox: asyncio.Queue[AnyMessage] = asyncio.Queue(QUEUED)
@@ -101,10 +101,13 @@ class Channel:
             raise ProtocolError(f"the peer sent {type(message).__name__} instead of {kind.__name__}")
         return message
 
-    async def receive_any(self, expected: str = "the next message") -> AnyMessage:
+    async def receive_any(
+        self, expected: str = "the next message", progress: Callable[[], int] = lambda: 0
+    ) -> AnyMessage:
         """Return the next message, of any kind. `expected`: description of the message for the error if none is
-        received. Raises the same errors as `receive`."""
-        return await self._next(expected)
+        received. `progress`: number of bytes that other connections to the peer have transferred; while it changes, the
+        wait is not limited. Raises the same errors as `receive`."""
+        return await self._next(expected, progress=progress)
 
     async def during(self, work: Awaitable[T]) -> T:
         """Return the result of `work`. If the connection fails first, cancel `work` and raise the failure."""
@@ -139,14 +142,22 @@ class Channel:
             async with asyncio.timeout(REASON_TIMEOUT):
                 await self._writer.wait_closed()
 
-    async def _next(self, what: str, within: float | None = None) -> AnyMessage:
+    async def _next(
+        self, what: str, within: float | None = None, progress: Callable[[], int] = lambda: 0
+    ) -> AnyMessage:
         """Return the next message. Keepalives do not extend the wait: a paused workload may depend on the message."""
         seconds = ANSWER * self.timeout if within is None else within
+        received = asyncio.ensure_future(self.during(self._inbox.get()))
+        before = progress()
         try:
-            async with asyncio.timeout(seconds):
-                return await self.during(self._inbox.get())
-        except TimeoutError as slow:
-            raise ConnectionLost(f"the peer is alive but has not sent {what} for {seconds:g} s") from slow
+            while not (await asyncio.wait((received,), timeout=seconds))[0]:
+                if (now := progress()) == before:
+                    raise ConnectionLost(f"the peer is alive but has not sent {what} for {seconds:g} s")
+                before = now
+            return received.result()
+        finally:
+            received.cancel()
+            await asyncio.gather(received, return_exceptions=True)
 
     async def _lost(self, reason: str) -> MigrationError:
         """Return the failure to report: the peer's reason if it is received within `REASON_TIMEOUT` seconds."""
@@ -193,5 +204,7 @@ class Channel:
         sent = messages.encode(Alive())
         while True:
             await asyncio.sleep(KEEPALIVE_INTERVAL)
+            if self._failure.done():
+                return  # asyncio prints a warning for each write to a closed connection
             with contextlib.suppress(OSError):
                 self._writer.write(sent)

@@ -51,7 +51,7 @@ class PageStream:
 
     @property
     def handle(self) -> int | tuple[int, TlsSession]:
-        """Descriptor, with the TLS session if there is one, for the engine; it duplicates the descriptor."""
+        """Descriptor for the engine, which duplicates it, with the TLS session if there is one."""
         number = self.connection.fileno()
         return number if self.session is None else (number, self.session)
 
@@ -104,7 +104,9 @@ async def _authenticate(connection: socket.socket, owners: Collection[int], time
     except BaseException as error:
         connection.close()
         if isinstance(error, OSError | TimeoutError):
-            raise ConnectionLost(f"the receiver does not accept connections ({str(error) or 'timed out'})") from error
+            raise ConnectionLost(
+                f"cannot connect to the receiver: it does not accept connections ({str(error) or 'timed out'})"
+            ) from error
         raise
 
 
@@ -215,7 +217,7 @@ class ConnectionListener:
                 stream.close()
             if isinstance(error, TimeoutError):
                 raise ConnectionLost(
-                    f"only {len(found)} of {count} page streams were connected within {timeout:g} s"
+                    f"cannot open the page streams: only {len(found)} of {count} were connected within {timeout:g} s"
                 ) from error
             raise
         finally:
@@ -251,7 +253,7 @@ class ConnectionListener:
 
     async def _greet(self, connection: socket.socket) -> None:
         kept = False
-        # Before reading: once the peer has closed its socket, its user cannot be determined.
+        # The check precedes reading: once the peer has closed its socket, its user cannot be determined.
         refusal = self._refusal(connection) if self._trust is None else None
         try:
             async with asyncio.timeout(GREETING):
@@ -286,7 +288,7 @@ class ConnectionListener:
         return False
 
     def _refusal(self, connection: socket.socket) -> AuthenticationError | None:
-        """Return the error for a peer without a certificate that is not permitted to hand over a workload, else
+        """Return the error for a peer that, without a certificate, is not permitted to hand over a workload; otherwise
         None."""
         try:
             known = peer_users.check_peer(connection, self._owners)
@@ -311,7 +313,7 @@ class ConnectionListener:
         session = trust.identity.accept(list(accepted))
         await tls.shake_hands(connection, session)
         while (greeting := session.read(MAGIC_BYTES + GREETING_BYTES)) is None:
-            received = await asyncio.get_running_loop().sock_recv(connection, tls.PIECE)
+            received = await asyncio.get_running_loop().sock_recv(connection, tls.CHUNK)
             if not received:
                 raise EOFError
             await tls.feed(connection, session, received)
@@ -393,15 +395,15 @@ async def _linger(connection: socket.socket) -> None:
     with contextlib.suppress(OSError, TimeoutError):
         connection.shutdown(socket.SHUT_WR)
         async with asyncio.timeout(LINGER):
-            while await asyncio.get_running_loop().sock_recv(connection, tls.PIECE):
+            while await asyncio.get_running_loop().sock_recv(connection, tls.CHUNK):
                 pass
 
 
 async def _read_exactly(connection: socket.socket, count: int) -> bytes:
     received = b""
     while len(received) < count:
-        piece = await asyncio.get_running_loop().sock_recv(connection, count - len(received))
-        if not piece:
+        chunk = await asyncio.get_running_loop().sock_recv(connection, count - len(received))
+        if not chunk:
             raise EOFError
-        received += piece
+        received += chunk
     return received

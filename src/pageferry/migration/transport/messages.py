@@ -63,7 +63,7 @@ MAX_MESSAGE = 4 << 20
 MAX_DETAIL = 16 << 10
 """Maximum length of a detail in Hello, characters."""
 MAX_FIRST = 64 << 10
-"""Maximum length of a connection's first message, bytes: bounds the memory used for peers not accepted yet."""
+"""Maximum length of a connection's first message, bytes: bounds the memory used for peers that are not accepted yet."""
 MAX_STATE = 512 << 20
 """Maximum length of the device state, bytes."""
 STATE_CHUNK = 1 << 20
@@ -75,6 +75,10 @@ MISSING_CHUNK = 1 << 20
 """Maximum number of bytes of a packed page set per Missing message."""
 TOKEN_BYTES = 16
 MAX_STREAMS = 16
+MAX_DISKS = 64
+"""Maximum number of disks that are copied."""
+MAX_NOTE = 2048
+"""Maximum length of the reason for which a destination shares no base, characters."""
 CONTROL_MAGIC = b"PFCTRL1\n"
 STREAM_MAGIC = b"PFPAGE1\n"
 SECURE_CONTROL_MAGIC = b"PFTLSC1\n"
@@ -98,7 +102,7 @@ Mode = Literal["precopy", "postcopy", "hybrid"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Base of all messages. Unknown fields are rejected."""
+    """Base class of all messages. Unknown fields are rejected."""
 
 
 class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,12 +116,14 @@ class RegionInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Hello(Message, frozen=True):
-    """Request to migrate a workload. First message of the source; the reply is Welcome, or Abort with the reason."""
+    """Request to migrate a workload: the first message of the source. The reply is Welcome, or Abort with the
+    reason."""
 
     version: Count
     """Protocol version of the source, checked before any other field."""
     migration: Migration
-    """Random identifier chosen by the source, 32 hexadecimal digits. `Recover` refers to the migration by it."""
+    """Random identifier chosen by the source, 32 hexadecimal digits. `Recover` refers to the migration by this
+    identifier."""
     kind: Name
     """Kind of workload, such as `arena`."""
     name: Name
@@ -132,7 +138,7 @@ class Hello(Message, frozen=True):
     populate: Populate
     """Page-table entries that the destination populates before Ready."""
     keep_large: bool
-    """Whether the destination backs the units of `LargePages` by huge pages."""
+    """Whether the destination backs the units of `LargePages` with huge pages."""
     mode: Mode
     """Migration mode. In all modes but `precopy`, post-copy streams are connected and numbered after the page streams.
     The first is for requests and their replies; one per page stream is for all other pages."""
@@ -145,13 +151,22 @@ class Welcome(Message, frozen=True, omit_defaults=True):
     token: Annotated[bytes, Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
     """Random bytes with which each of these streams begins, so that no other connection is mistaken for a stream."""
     disks: bool = False
-    """Whether the destination has compared the disks in Hello with its own. Only sent if Hello describes disks: older
-    releases do not compare disks, and reject this field."""
+    """Whether the destination has compared the disks in Hello with its own. The field is sent only if Hello describes
+    disks: older releases do not compare disks, and reject it."""
+    copied: Annotated[list[Annotated[int, Meta(ge=0, lt=MAX_DISKS)]], Meta(max_length=MAX_DISKS)] | None = None
+    """Indexes of the disks that the destination receives, among the disks with a medium in the record of the source. A
+    connection follows for each. The field is sent only if the detail `disks-copied` is set."""
+    shares_base: bool = False
+    """Whether the workload shares the memory of the image in the detail `base`: absent pages are then pages of that
+    image. The field is sent only after a Hello with this detail."""
+    base_note: Annotated[str, Meta(max_length=MAX_NOTE)] = ""
+    """Reason for which the workload does not share that memory, so that all pages have to be sent; empty if it does.
+    The field is sent only after a Hello with the detail `base`."""
 
 
 class LargePages(Message, frozen=True):
-    """Units of a region that are backed by huge pages at the source. Sent by the source before round 1, once per region
-    and in order."""
+    """Units of a region that are backed by huge pages at the source. The source sends one message per region, in order,
+    before round 1."""
 
     region: RegionNumber
     units: Units
@@ -159,22 +174,22 @@ class LargePages(Message, frozen=True):
 
 
 class Round(Message, frozen=True):
-    """Start of a round. Sent by the source; storage blocks follow on the page streams, terminated by a barrier on each,
-    and the reply is RoundDone."""
+    """Start of a round, sent by the source. Storage blocks follow on the page streams, terminated by a barrier on each
+    stream. The reply is RoundDone."""
 
     number: RoundNumber
     """Number of the round, counted from 1."""
 
 
 class RoundDone(Message, frozen=True):
-    """End of a round. Sent by the destination when all storage blocks of the round have been verified and placed."""
+    """End of a round, sent by the destination when all storage blocks of the round have been verified and placed."""
 
     number: RoundNumber
 
 
 class Hot(Message, frozen=True):
-    """Units of a region that were modified during the migration. Sent by the source after the last round, once per
-    region, if `populate` is `hot`."""
+    """Units of a region that were modified during the migration. If `populate` is `hot`, the source sends one message
+    per region after the last round."""
 
     region: RegionNumber
     units: Units
@@ -182,8 +197,8 @@ class Hot(Message, frozen=True):
 
 
 class Missing(Message, frozen=True):
-    """Chunk of the set of pages of one region that the destination lacks. Regions follow in order. Sent by the source
-    before StateEnd (post-copy), and by the destination after Welcome when a source reconnects."""
+    """Chunk of the set of pages of one region that the destination lacks. Regions follow in order. In post-copy, the
+    source sends the sets before StateEnd. When a source reconnects, the destination sends them after Welcome."""
 
     region: RegionNumber
     data: Annotated[bytes, Meta(max_length=MISSING_CHUNK)]
@@ -193,7 +208,7 @@ class Missing(Message, frozen=True):
 
 
 class State(Message, frozen=True):
-    """Chunk of the device state. Sent by the source, in order; StateEnd follows the last one."""
+    """Chunk of the device state, sent by the source in order. StateEnd follows the last one."""
 
     data: Annotated[bytes, Meta(min_length=1, max_length=STATE_CHUNK)]
     ahead: bool
@@ -202,7 +217,7 @@ class State(Message, frozen=True):
 
 
 class StateEnd(Message, frozen=True):
-    """End of the device state. Sent by the source; the reply is Ready."""
+    """End of the device state, sent by the source. The reply is Ready."""
 
     length: Annotated[int, Meta(ge=0, le=MAX_STATE)]
     """Number of bytes of device state in all State messages together."""
@@ -235,20 +250,20 @@ class Ready(Message, frozen=True):
 
 
 class Commit(Message, frozen=True):
-    """Transfer of ownership. Sent by the source, which never runs the workload on its own afterwards. The reply is
+    """Transfer of ownership, sent by the source, which never runs the workload on its own afterwards. The reply is
     Running, or Abort if the destination has decided not to run the workload."""
 
 
 class Running(Message, frozen=True):
-    """Confirmation that the workload runs at the destination, which sends it after its decision is durable."""
+    """Confirmation that the workload runs at the destination, sent by the destination after its decision is durable."""
 
     resume: Seconds
     """Seconds spent on resuming the workload."""
 
 
 class Arrived(Message, frozen=True):
-    """Confirmation that the destination has received every missing page and recorded that durably. The source may
-    discard its copy. Sent in a post-copy migration, after Running."""
+    """Confirmation that the destination has received every missing page and recorded that durably. The source may then
+    discard its copy. The destination sends this message in a post-copy migration, after Running."""
 
     requests: Count
     """Number of accesses that waited for a page."""
@@ -263,7 +278,7 @@ class Arrived(Message, frozen=True):
 
 
 class Report(Message, frozen=True):
-    """Statistics of the destination. Sent a second after Running (in post-copy: after Arrived); the reply is Done."""
+    """Statistics of the destination, sent a second after Running (in post-copy: after Arrived). The reply is Done."""
 
     minor_faults: Count
     """Number of minor page faults of the workload's threads since it resumed."""
@@ -279,8 +294,8 @@ class Report(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """Acknowledgement that the source knows the outcome and will not send Recover. Last message; the destination may
-    delete its records of the migration."""
+    """Acknowledgement that the source knows the outcome and will not send Recover. It is the last message; the
+    destination may then delete its records of the migration."""
 
 
 class Alive(Message, frozen=True):
@@ -296,7 +311,7 @@ class Abort(Message, frozen=True):
 
 
 class Recover(Message, frozen=True):
-    """Query for the outcome of a migration. First message of a source on a new connection; the reply is Outcome."""
+    """Query for the outcome of a migration: the first message of a source on a new connection. The reply is Outcome."""
 
     version: Count
     """Protocol version of the source."""
@@ -311,11 +326,11 @@ class Outcome(Message, frozen=True):
     owner: Owner
     """`unknown` if this host has no record of the migration."""
     complete: bool
-    """Whether the destination has received every page. A source with missing pages may discard its copy only then."""
+    """Whether the destination has received every page. In post-copy, the source may discard its copy only then."""
 
 
 class Serve(Message, frozen=True):
-    """Offer to send the missing pages. Sent by the source after an Outcome of `destination` that is not complete. The
+    """Offer to send the missing pages, sent by the source after an Outcome of `destination` that is not complete. The
     reply is Welcome, followed by Missing."""
 
     streams: Annotated[int, Meta(ge=1, le=MAX_STREAMS)]
@@ -359,7 +374,7 @@ def encode(message: Message) -> bytes:
     """Return the frame of a message: length, then body. Raises ValueError if the body is too long."""
     body = _encoder.encode(message)
     if len(body) > MAX_MESSAGE:
-        raise ValueError(f"{type(message).__name__} of {len(body)} bytes, the limit is {MAX_MESSAGE}")
+        raise ValueError(f"cannot send {type(message).__name__} of {len(body)} bytes: the limit is {MAX_MESSAGE}")
     return len(body).to_bytes(4, "big") + body
 
 

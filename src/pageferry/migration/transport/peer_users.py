@@ -1,8 +1,8 @@
 """User of the peer process of a connection on this host.
 
 Without certificates, the kernel authenticates a peer on the same host. On a Unix socket, SO_PEERCRED reports its user.
-For TCP, sock_diag(7) reports the owner of every socket of this network namespace. Only root, and users that may act for
-the workload already, can hand over or receive it.
+For TCP, sock_diag(7) reports the owner of every socket of this network namespace. Only root, and the users that can act
+for the workload without pageferry, can hand over or receive it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import struct
 from collections.abc import Collection, Iterable
 
 from pageferry.errors import AuthenticationError
+from pageferry.host.peer_credentials import peer_credentials
 from pageferry.migration.transport.addresses import is_loopback
 
 _NETLINK_SOCK_DIAG = 4
@@ -46,7 +47,7 @@ def check_peer(connection: socket.socket, owners: Collection[int]) -> bool:
     Return False if the peer is on this host and has not accepted the connection yet. Raises AuthenticationError for
     another user, ConnectionResetError if the peer has closed the connection.
     """
-    user = _unix_user(connection) if connection.family == socket.AF_UNIX else _tcp_user(connection)
+    user = peer_credentials(connection).uid if connection.family == socket.AF_UNIX else _tcp_user(connection)
     if user is None:
         return False
     if user not in (0, -1, *owners):
@@ -58,15 +59,12 @@ def check_peer(connection: socket.socket, owners: Collection[int]) -> bool:
     return True
 
 
-def _unix_user(connection: socket.socket) -> int:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
-
-
 def _tcp_user(connection: socket.socket) -> int | None:
-    """Return the user of the peer's socket; -1 if it is on another host, None if no process has accepted it yet.
+    """Return the user of the peer's socket; -1 if the peer is on another host, None if no process has accepted the
+    connection yet.
 
-    Raises AuthenticationError if the user cannot be determined, ConnectionResetError.
+    Raises AuthenticationError if the user cannot be determined, ConnectionResetError if the peer has closed the
+    connection.
     """
     ours, theirs = connection.getsockname(), connection.getpeername()
     try:
@@ -77,7 +75,7 @@ def _tcp_user(connection: socket.socket) -> int | None:
         if _is_closed(connection):
             raise ConnectionResetError("the peer has closed the connection") from None
         raise AuthenticationError(
-            "cannot identify the user of the peer: it is in another network namespace of this host; use `tls`"
+            "cannot identify the user of the peer: the peer is in another network namespace of this host; use `tls`"
         ) from None
     except OSError as error:
         if not is_loopback(theirs[0]):

@@ -111,7 +111,7 @@ class Listener:
         return address
 
     def close(self) -> None:
-        """Close the socket, and remove its path if that is still our socket."""
+        """Close the socket, and remove its path if the path still leads to our socket."""
         self.socket.close()
         if self._file is not None:
             with contextlib.suppress(OSError):
@@ -121,7 +121,7 @@ class Listener:
 
 
 def _remove_left_over(path: Path) -> None:
-    """Remove the socket of a receiver that was killed. Raises UsageError for any other file, OSError."""
+    """Remove the socket of a receiver that was killed. Raises UsageError for any other file. Also raises OSError."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -132,5 +132,5 @@ def _remove_left_over(path: Path) -> None:
         probe.setblocking(False)
         with contextlib.suppress(ConnectionRefusedError):
             probe.connect(str(path))
-            raise UsageError(f"cannot listen on unix:{path}: another process listens there")
+            raise UsageError(f"cannot listen on unix:{path}: another process listens there; use another path")
     path.unlink(missing_ok=True)

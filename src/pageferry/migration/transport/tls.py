@@ -31,7 +31,7 @@ FILES: dict[Role, tuple[str, str]] = {
     "receiver": ("server-cert.pem", "server-key.pem"),
 }
 """File names of certificate and private key, the same as for QEMU's tls-creds-x509."""
-PIECE = 1 << 14
+CHUNK = 1 << 14
 """Maximum number of bytes read from a peer at a time."""
 MAX_FILE = 1 << 20
 """Maximum size of a certificate or key file, bytes."""
@@ -89,10 +89,10 @@ class Trust:
         return ControlSession(self, self._context, self.hostname or host)
 
     def authorize(self, peer: Peer) -> None:
-        """Authorise a source. Raises AuthenticationError if it is not in `allow`."""
+        """Authorise a source. Raises AuthenticationError if none of its names is in `allow`."""
         if self.allow and not self.allow.intersection(peer.names):
             raise AuthenticationError(
-                f"{peer} is not authorised to send workloads: its certificate has none of the names given with `allow`"
+                f"cannot authorise {peer} to send workloads: its certificate has none of the names given with `allow`"
             )
 
 
@@ -194,9 +194,9 @@ _VERIFIED = {
     20: _AUTHORITY,
     21: _AUTHORITY,
     23: "; issue a new one",
-    26: "; a server's must be for server authentication, a client's for client authentication",
-    62: "; give one of its names with `tls_hostname`, or issue one with this name",
-    64: "; give one of its names with `tls_hostname`, or issue one with this address",
+    26: "; a receiver needs a certificate for server authentication, a source one for client authentication",
+    62: "; give one of its names with `tls_hostname`, or issue a certificate with this name",
+    64: "; give one of its names with `tls_hostname`, or issue a certificate with this address",
 }
 """Advice by X509_V_ERR code."""
 _ALERTS = {
@@ -253,7 +253,7 @@ def _read(path: Path) -> bytes:
 
 
 class _complaining:
-    """Converts an error of the ssl module about a file to a UsageError."""
+    """Context manager that converts an error of the ssl module about a file to a UsageError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -289,7 +289,7 @@ async def shake_hands(connection: socket.socket, session: Session) -> None:
     loop = asyncio.get_running_loop()
     await _flush(connection, session)
     while not session.established:
-        received = await loop.sock_recv(connection, PIECE)
+        received = await loop.sock_recv(connection, CHUNK)
         if not received:
             raise EOFError
         await feed(connection, session, received)
@@ -304,7 +304,7 @@ async def feed(connection: socket.socket, session: Session, received: bytes) -> 
         with contextlib.suppress(OSError):
             await _flush(connection, session)
         if isinstance(error, PermissionError):
-            raise AuthenticationError(f"page stream: {error}") from error
+            raise AuthenticationError(f"cannot authenticate the peer of a page stream: {error}") from error
         raise
     await _flush(connection, session)
 
@@ -333,7 +333,7 @@ class SecureStream:
             except EOFError:
                 sealed = b""
             else:
-                sealed = await self._reader.read(PIECE)
+                sealed = await self._reader.read(CHUNK)
             if not sealed:
                 raise asyncio.IncompleteReadError(bytes(self._opened), count)
             self._session.feed(sealed)
@@ -352,7 +352,7 @@ class SecureStream:
         await self._writer.drain()
 
     def close(self) -> None:
-        """See StreamWriter. Sends a close_notify alert first."""
+        """See StreamWriter. Send a close_notify alert first."""
         self._session.close()
         self._flush()
         self._writer.close()

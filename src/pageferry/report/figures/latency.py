@@ -49,7 +49,7 @@ def _edge(power: int) -> str:
 
 
 def _place(value: float, first: int, last: int) -> float:
-    """Return the position of a service time, in bins from the left. `value` is the upper edge of a bin, or the maximum
-    within the last bin."""
+    """Return the position of `value` (us) on the axis, in bins from the left edge of bin `first`. `value`: upper edge
+    of a bin, or the maximum in bin `last`."""
     power = math.log2(max(value, 1))
     return min(max(power - (first - 1), 0), last - first + 1)

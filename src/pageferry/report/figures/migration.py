@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pageferry.demo.events import DemoResult
-from pageferry.migration.events import LargePagesEvent, MigrationResult, PostcopyEvent, RoundEvent, SetupEvent
+from pageferry.migration.events import (
+    DiskProgressEvent,
+    LargePagesEvent,
+    MigrationResult,
+    PostcopyEvent,
+    RoundEvent,
+    SetupEvent,
+)
 from pageferry.report.charts import Axes, Bar, Line, Series, Strip, bars, columns, lines, strips
 from pageferry.report.event_log import Log
 from pageferry.report.figures.base import FORMS, Fact, Figure, thinned, time_axis
@@ -44,11 +51,14 @@ def facts(log: Log) -> list[Fact]:
         Fact("zero pages", result.duplicate, "count"),
         *([Fact("workload", "paused", note="as its user had left it")] if result.paused else []),
     ]
-    if (late := result.postcopy) is not None:
-        after = f"{late.pages:,} pages after the switch-over"
-        facts.insert(2, Fact("post-copy phase", late.time, "ms", lead=True, note=after))
-        facts.append(Fact("deferred faults", late.faults, "count", note=f"{result.postcopy_requests:,} requests"))
-        facts.append(Fact("p99 of service times", late.waits.p99_us, "us"))
+    if (postcopy := result.postcopy) is not None:
+        after = f"{postcopy.pages:,} pages after the switch-over"
+        facts.insert(2, Fact("post-copy phase", postcopy.time, "ms", lead=True, note=after))
+        facts.append(Fact("deferred faults", postcopy.faults, "count", note=f"{result.postcopy_requests:,} requests"))
+        facts.append(Fact("p99 of service times", postcopy.waits.p99_us, "us"))
+    if result.disks:
+        copied = f"{size(sum(disk.size for disk in result.disks))} in {len(result.disks)} disks"
+        facts.insert(3, Fact("sent for disks", result.disks_transferred, "bytes", lead=True, note=copied))
     if faults is not None:
         facts.append(Fact("faults in the first second", faults.minor + faults.major, "count"))
     if isinstance(result, DemoResult):
@@ -76,7 +86,7 @@ def figures(log: Log) -> list[Figure]:
     """Return the figures of a migration."""
     result = result_of(log)
     waits = latency(result.postcopy.waits) if result is not None and result.postcopy is not None else []
-    return [*_rounds(log), *_downtime(result), *_postcopy(log), *waits, *_large_pages(log)]
+    return [*_rounds(log), *_disks(log), *_downtime(result), *_postcopy(log), *waits, *_large_pages(log)]
 
 
 def _rounds(log: Log) -> list[Figure]:
@@ -130,6 +140,29 @@ def _speeds(rounds: list[RoundEvent], names: list[str]) -> Figure:
     )
 
 
+def _disks(log: Log) -> list[Figure]:
+    events = log.of(DiskProgressEvent)
+    if len(events) < 2:
+        return []
+    drawn = [(at / 1e3, float(one.remaining)) for at, one in events]
+    return [
+        Figure(
+            "disks",
+            "Disks",
+            "Contents of the disks that are left to copy. The guest keeps writing, so the last writes are copied while "
+            "it is paused.",
+            lines(
+                "Bytes of disks left to copy over time",
+                [Line("left to copy", 2, drawn, area=True)],
+                Axes(time_axis(drawn[-1][0]), size, "time since the start of the command"),
+            ),
+            (("time", "ms"), ("copied", "bytes"), ("left to copy", "bytes"), ("sent", "bytes")),
+            thinned([(at, one.done, one.remaining, one.sent) for at, one in events], MAX_ROWS),
+            ((2, "left to copy"),),
+        )
+    ]
+
+
 def _downtime(result: MigrationResult | None) -> list[Figure]:
     if result is None:
         return []
@@ -138,6 +171,7 @@ def _downtime(result: MigrationResult | None) -> list[Figure]:
         ("stop", parts.stop),
         ("last pages", parts.last_pages),
         ("device state", parts.device_state),
+        *([("disks", parts.disks)] if result.disks else []),
         ("populate", parts.populate),
         ("resume", parts.resume),
     ]
@@ -165,7 +199,7 @@ def _postcopy(log: Log) -> list[Figure]:
         Figure(
             "postcopy",
             "Post-copy",
-            "Memory that the destination has not received yet while the workload runs there. Accesses to it wait.",
+            "Deferred memory while the workload runs at the destination. Accesses to this memory wait.",
             lines(
                 "Deferred memory over time",
                 [Line("deferred", 2, drawn, area=True)],

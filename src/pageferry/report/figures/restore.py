@@ -91,7 +91,7 @@ def _loading(log: Log) -> list[Figure]:
         Figure(
             "arrival",
             "Loading",
-            "Memory that has not been loaded from the image yet while the guest runs.",
+            "Deferred memory while the guest runs: contents that have not been loaded from the image yet.",
             lines(
                 "Deferred memory over time",
                 [Line("deferred", 2, left, area=True)],

@@ -11,38 +11,36 @@ from typing import Any, Literal, Self, Unpack
 
 from pageferry import _engine, values
 from pageferry.errors import RestoreError, UsageError, WorkloadError
-from pageferry.host import registry
-from pageferry.host.blocking import program_loop
+from pageferry.host import proc, registry
+from pageferry.host.blocking import interruptible, program_loop
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
 from pageferry.pager import client, records
+from pageferry.workloads import handles
+from pageferry.workloads.access_page import AccessPage
+from pageferry.workloads.addresses import reserving
 from pageferry.workloads.arena.control import ArenaControl
 from pageferry.workloads.arena.limits import MAX_ARENA
 from pageferry.workloads.arena.name import NamedArena, load_stored
 from pageferry.workloads.arena.options import ArenaArguments, ArenaOptions, arena_size
 from pageferry.workloads.deferred_access import load_all
+from pageferry.workloads.handle import Handle
 from pageferry.workloads.lifecycle import Lifecycle, LocalWorkload, Status
 
 LargePagesBy = Literal["tmpfs", "collapse", "none", "file"]
 
 
-class Arena(_engine.Mapping):
+class Arena(handles.ArenaMapping):
     """Memory that can be migrated or saved while it is in use: a writable buffer backed by a shared file.
 
-    ::
-
-        arena = pageferry.Arena(1 << 30)
-        table = numpy.frombuffer(arena, dtype=numpy.float64)      # a view, no copy
-        table[:] = 1.0
-        await pageferry.migrate(arena, "host:port")
-
-    An arena without a name is migrated by the program itself, as above. `pageferry list` lists an arena with a name,
-    and `pageferry migrate NAME host:port` in another process can migrate it at any time; therefore a named arena
-    requires `on_pause`. The name is reserved on this host until `close()`, the end of the program, or the end of a
-    migration. A named arena that is collected without `close()` releases its name and its memory, with a
+    An arena without a name is migrated by the program itself, with `pageferry.migrate`. `pageferry list` lists an arena
+    with a name, and `pageferry migrate NAME host:port` in another process can migrate it at any time; therefore a named
+    arena requires `on_pause`. The name is reserved on this host until `close()`, the end of the program, or the end of
+    a migration. A named arena that is garbage-collected without `close()` releases its name and its memory, with a
     ResourceWarning.
 
     Parameters:
-        size: size in bytes, rounded up to a multiple of 4096. Memory is allocated at the first access, even by a read.
+        size: size in bytes, or a text such as `1GiB`, rounded up to a multiple of 4096. Memory is allocated at the
+            first access, even by a read.
         name: 1 to 64 letters, digits, dots, underscores and hyphens, unique on this host.
         large_pages: whether to back the memory with 2 MiB pages if that is permitted; `large_pages_by` shows how.
         state: data that is migrated in addition to the memory: a pair of callbacks (save() -> bytes, load(bytes)), or
@@ -58,11 +56,13 @@ class Arena(_engine.Mapping):
             round of a migration, followed at once by `on_resume`. False avoids these short pauses.
         loop: event loop of the program, for coroutine callbacks (default: the loop that creates the arena; without one,
             the loop that awaits `migrate` or `checkpoint`).
+        capacity: maximum size, up to which `resize` can extend the arena, in bytes or as a string (default: the size).
+            Addresses are reserved for it, but no memory. UsageError if it is smaller than the arena.
 
     Callbacks are called one at a time. Coroutine functions and asynchronous context managers run on `loop`; plain
     functions, and locks of `threading`, run in one thread that belongs to the arena. `migrate`, `checkpoint` and
     `receive` do not run on the loop that awaits them: a coroutine that blocks the loop (`with lock:`) delays no pause.
-    A write to the arena between `on_pause` and `on_resume` is lost. From `on_moved` on, the memory is read-only in
+    A write to the arena between `on_pause` and `on_resume` may be lost. From `on_moved` on, the memory is read-only in
     every process that was traced, and keeps its last contents. New buffers are read-only, and methods raise
     WorkloadError. A write through an older view is not lost silently: it kills its process with SIGSEGV, after an error
     message. A writer that may run after a migration therefore checks `status` first. Without `on_pause`, the caller of
@@ -72,7 +72,16 @@ class Arena(_engine.Mapping):
     processes may map the memory too (children that inherit it, `mmap.mmap(arena.fileno(), ...)`): processes that have
     mapped it when a migration begins are traced as well. `fileno` describes the limits.
 
-    Raises UsageError for an invalid size or name, NameInUse, and OSError if the memory cannot be allocated.
+    Raises UsageError for an invalid size or name, NameInUse, WorkloadError if no addresses are available for it, and
+    OSError if the memory cannot be allocated.
+
+    Examples:
+        >>> import numpy, pageferry
+        >>> arena = pageferry.Arena("1MiB")
+        >>> table = numpy.frombuffer(arena, numpy.float64)  # a view, no copy
+        >>> table[:] = 1.5
+        >>> print(len(arena), arena.status, memoryview(arena)[:8].cast("d")[0])
+        1048576 running 1.5
     """
 
     large_pages_by: LargePagesBy
@@ -80,6 +89,7 @@ class Arena(_engine.Mapping):
     by `collapse()`; `none`: not at all; `file`: by the file system of the file passed to `from_file`."""
     pager: _engine.Pager | None = None
     """Pager that loads deferred contents; None if all contents were present from the start."""
+    _capacity: int
     _handed_out: bool = False
     _named: NamedArena | None = None
     received_state: bytes | None = None
@@ -87,7 +97,7 @@ class Arena(_engine.Mapping):
 
     def __new__(
         cls,
-        size: int,
+        size: int | str,
         name: str | None = None,
         *,
         large_pages: bool = True,
@@ -95,10 +105,11 @@ class Arena(_engine.Mapping):
     ) -> Self:
         chosen = _options(name, options)
         values.flag("large_pages", large_pages)
-        size = _rounded(arena_size(size))
-        file, large_pages_by = memory_file(size, large_pages)
+        length = _rounded(arena_size(size))
+        file, large_pages_by = memory_file(length, large_pages, chosen.room(length))
         try:
-            self = super().__new__(cls, file, size)
+            with reserving(name or "without a name", chosen.room(length)):
+                self = super().__new__(cls, file, length, 0, chosen.room(length))
         finally:
             os.close(file)
         self.large_pages_by = large_pages_by
@@ -129,18 +140,23 @@ class Arena(_engine.Mapping):
         values.count("size", size, 1, MAX_ARENA)
         if size % SMALL_PAGE or size > os.fstat(file).st_size:
             raise UsageError(
-                f"invalid size of {size} bytes of a file of {os.fstat(file).st_size} bytes: expected a multiple of "
+                f"invalid size of {size} bytes for a file of {os.fstat(file).st_size} bytes: expected a multiple of "
                 "4096, at most the size of the file"
             )
-        self = super().__new__(cls, file, size)
+        with reserving(name or "without a name", chosen.room(size)):
+            self = super().__new__(cls, file, size, 0, chosen.room(size))
         self.large_pages_by = "file"
         self._handed_out = not private
         self._begin(chosen, received=paused)
         return self
 
     def _begin(self, options: ArenaOptions, *, received: bool) -> None:
+        self.access = AccessPage()
         self.control = ArenaControl(self, options, has_run=not received, loop=options.loop or program_loop())
         self.lifecycle = Lifecycle(self.control, received)
+        self._capacity = options.room(self.length)
+        handles.register(type(self))
+        handles.remember(self, self.descriptor)
         if options.name is not None:
             self.register(options.name)
 
@@ -170,15 +186,15 @@ class Arena(_engine.Mapping):
         A read through another mapping or the file would return zeros for deferred contents, and would not detect a
         discard. The first call therefore waits until all contents are in memory (lazy restore, cold store). From then
         on, the arena cannot be moved to a cold store; such a request fails with this reason. The same holds for an
-        arena over a file passed to `from_file`.
+        arena over a file passed to `from_file`, unless `private` is set.
 
         A process that maps the memory shared and writable is traced when a migration or a checkpoint begins. If a
         process has the memory open for writing without mapping it, the operation is refused. The following are not
         found: writes by system calls on the descriptor (`os.pwrite`), descriptors in flight between two processes or
-        registered with io_uring, mappings that exist only between two scans (at the beginning and before the pause),
-        and processes outside this PID namespace. After this call, a user who may not inspect all processes cannot
-        migrate or save the arena. A descriptor obtained by other means (`/proc/PID/fd`, `pidfd_getfd`) is found, but
-        does not count as a call of this method.
+        registered with io_uring, mappings that pageferry has not made and that exist only between two scans (at the
+        beginning, before the pause, and at the end of a checkpoint), and processes outside this PID namespace. After
+        this call, a user who cannot inspect all processes cannot migrate or save the arena. A descriptor obtained by
+        other means (`/proc/PID/fd`, `pidfd_getfd`) is found, but does not count as a call of this method.
 
         Raises RestoreError if contents cannot be loaded, ImageError if they are damaged, WorkloadError after a
         migration.
@@ -190,9 +206,86 @@ class Arena(_engine.Mapping):
                 records.mark_handed_out(self._folder)
                 load_stored(self._folder)
             if self.pager is not None:
-                load_all(self.pager, self.length)
+                self._load_all()
             self._handed_out = True
         return super().fileno()
+
+    @property
+    def capacity(self) -> int:
+        """Maximum size, bytes."""
+        return self._capacity
+
+    def resize(self, size: int | str) -> None:
+        """Extend the arena to `size` bytes, rounded up to a multiple of 4096. Its address stays the same, and the new
+        memory reads as zeros.
+
+        Existing buffers and arrays stay valid, and keep their length: create new ones for the new memory. All contents
+        are loaded first (lazy restore, cold store). A checkpoint or migration that is in progress, and has not paused
+        the arena yet, fails; repeat it. The method does not wait for `on_pause`, so the caller may hold its lock. An
+        incremental checkpoint needs a parent of the same size.
+
+        Raises UsageError if `size` is less than the current size or more than `capacity`, WorkloadError if the arena
+        is not running, RestoreError, ImageError if contents cannot be loaded.
+        """
+        wanted = _rounded(arena_size(size))
+        self.check_here()
+        if not self.access.is_owner:
+            raise WorkloadError(
+                f"cannot resize {self.control.name}: this process has inherited it; resize it in the process that "
+                "created it"
+            )
+        if not self.length <= wanted <= self._capacity:
+            raise UsageError(
+                f"invalid `size` {size}: expected {self.length} to {self._capacity} bytes; create the arena with a "
+                "larger `capacity`"
+            )
+        if self._folder is not None:
+            load_stored(self._folder)
+        if self.pager is not None:
+            self._load_all()
+        self.lifecycle.resize(lambda: self._grow(wanted))
+
+    def _load_all(self) -> None:
+        pager = self.pager
+        assert pager is not None
+        interruptible(lambda: load_all(pager, self.length))
+
+    def _grow(self, size: int) -> None:
+        """Extend the file and its mapping, while the status is `running`. Raises WorkloadError."""
+        if size <= self.length:  # another thread has extended the arena meanwhile
+            return
+        limits = os.fstatvfs(self.descriptor)
+        if 0 < limits.f_blocks * limits.f_frsize < size:
+            raise WorkloadError(
+                f"cannot resize {self.control.name}: its file system has {limits.f_blocks * limits.f_frsize} bytes; "
+                "create the arena with this size"
+            )
+        os.ftruncate(self.descriptor, size)
+        _engine.Mapping.grow(self, size)
+
+    def handle(self) -> Handle:
+        """Return a handle by which other processes of this host attach the memory. The memory then counts as handed out
+        (see `fileno`).
+
+        Raises RestoreError, ImageError, WorkloadError.
+        """
+        descriptor = self.fileno()
+        status = os.fstat(descriptor)
+        return Handle(
+            pid=os.getpid(),
+            started=proc.start_time(os.getpid()) or 0,
+            descriptor=descriptor,
+            device=status.st_dev,
+            inode=status.st_ino,
+            length=self.length,
+            capacity=self._capacity,
+            page=self.access.file,
+            name=self.name or "arena",
+        )
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse pickles outside of multiprocessing and joblib, whose pickles contain handles. Raises UsageError."""
+        return handles.reduce_or_refuse(self)
 
     def pagers(self) -> list[int]:
         """Return the process ids of the pageferry processes that load contents of the memory from a store."""
@@ -210,17 +303,17 @@ class Arena(_engine.Mapping):
     def register(self, name: str) -> None:
         """Register the arena under a name on this host, so that other processes can migrate it.
 
-        Raises UsageError without `on_pause`, if the arena has a name already, or if the name is invalid; NameInUse.
+        Raises UsageError if there is no `on_pause`, the arena already has a name, or the name is invalid; NameInUse.
         """
         self.check_here()
         if self._folder is not None:
             raise UsageError(f"cannot register the arena: it already has the name {self._folder.name}")
         if self.control.on_pause is None:
-            raise UsageError(f"arena {name} needs `on_pause`: other processes may migrate it at any time")
+            raise UsageError(f"cannot name arena {name} without `on_pause`: other processes may migrate it at any time")
         if (callback := self.control.needs_loop) is not None:
             raise UsageError(
-                f"arena {name}: {callback} is a coroutine function without an event loop, and other processes can "
-                "migrate the arena at any time; create the arena in a coroutine, or pass the event loop as `loop`"
+                f"cannot name arena {name}: other processes can migrate it at any time, and {callback} is a coroutine "
+                "function without an event loop; create the arena in a coroutine, or pass the event loop as `loop`"
             )
         if self.control.has_loop:
             self.check_lock()
@@ -246,9 +339,9 @@ class Arena(_engine.Mapping):
         coroutines may wait."""
         if self.control.keeps_lock:
             raise UsageError(
-                "on_pause acquires a lock that is not released when the arena has been migrated: a coroutine "
-                "that waits for it would block its event loop for ever; pass the lock itself as on_pause, or an "
-                "on_moved that releases it"
+                "invalid `on_pause`: it acquires a lock that is not released when the arena has been migrated, and a "
+                "coroutine that waits for the lock would block its event loop for ever; pass the lock itself as "
+                "on_pause, or an on_moved that releases it"
             )
 
     def collapse(self) -> int:
@@ -271,8 +364,8 @@ class Arena(_engine.Mapping):
         return sum(self.large_units()) * LARGE_PAGE
 
     def close(self) -> None:
-        """Release the name, and refuse further requests of other processes. The memory exists as long as this object or
-        a view of it."""
+        """Release the name, and refuse further requests from other processes. The memory is kept as long as this object
+        or a view of it exists."""
         if self._named is not None:
             self._named.close()
 
@@ -294,7 +387,7 @@ class Arena(_engine.Mapping):
 
     @property
     def _folder(self) -> registry.Folder | None:
-        """Folder of the registered name; None without a name."""
+        """Directory of the registered name; None without a name."""
         return None if self._named is None else self._named.folder
 
 
@@ -312,8 +405,9 @@ _NO_MOUNT = (errno.EPERM, errno.EACCES, errno.ENOSYS)
 """Error numbers of mounting a tmpfs that indicate missing privileges or a sandbox."""
 
 
-def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]:
-    """Create a memory file. Return its descriptor, which the caller closes, and how its huge pages are allocated.
+def memory_file(size: int, large_pages: bool = True, capacity: int = 0) -> tuple[int, LargePagesBy]:
+    """Create a memory file, which may grow to `capacity` bytes. Return its descriptor, which the caller closes, and the
+    method by which its huge pages are allocated.
 
     A tmpfs that allocates huge pages at the first access is used if this process may mount one (root), otherwise a
     memfd. Raises OSError.
@@ -321,7 +415,7 @@ def memory_file(size: int, large_pages: bool = True) -> tuple[int, LargePagesBy]
     large_pages_by: LargePagesBy = "none"
     if large_pages:
         try:
-            file = _tmpfs_file(size)
+            file = _tmpfs_file(max(size, capacity))
             large_pages_by = "tmpfs"
         except OSError as refused:
             if refused.errno not in _NO_MOUNT:

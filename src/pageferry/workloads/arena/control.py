@@ -16,8 +16,10 @@ from pageferry.memory import mappers
 from pageferry.memory.mappers import threads
 from pageferry.memory.regions import SMALL_PAGE, Identity, Region, Segment
 from pageferry.workloads import callbacks
+from pageferry.workloads.access_page import AccessPage
 from pageferry.workloads.arena.options import ArenaOptions
 from pageferry.workloads.callbacks import Callback, Callbacks, Plain
+from pageferry.workloads.handle import Handle
 from pageferry.workloads.protocols import Faults
 
 
@@ -47,6 +49,13 @@ class ArenaMemory(Protocol):
     def handed_out(self) -> bool:
         """Whether the program has obtained a descriptor of the memory."""
 
+    @property
+    def access(self) -> AccessPage:
+        """Page by which processes that map the memory are found."""
+
+    def handle(self) -> Handle:
+        """Return a handle of the memory, which then counts as handed out."""
+
     def pagers(self) -> list[int]:
         """Return the ids of the processes that may load contents of the memory."""
 
@@ -55,7 +64,7 @@ class ArenaMemory(Protocol):
 
 
 class ArenaControl:
-    """Runner of an arena's callbacks; see `Controlled` for its methods. Other workloads of pageferry replace its
+    """Runner of an arena's callbacks; see `Controlled` for its methods. Other modules of pageferry may replace its
     attributes."""
 
     def __init__(
@@ -100,6 +109,11 @@ class ArenaControl:
         return arena
 
     @property
+    def access(self) -> AccessPage:
+        """See `Controlled`."""
+        return self._arena.access
+
+    @property
     def registered(self) -> bool:
         """Whether the arena has been given a name."""
         return self._arena.name is not None
@@ -113,6 +127,7 @@ class ArenaControl:
     def regions(self) -> tuple[Region, ...]:
         """Single region of the arena, with a segment for each process that maps it now."""
         arena = self._arena
+        arena.access.trace(arena.length)
         own = Segment(os.getpid(), arena.address, arena.length, 0)
         found = mappers.find(arena.descriptor, arena.length, self.sharing)
         return (Region("arena", arena.length, arena.descriptor, 0, SMALL_PAGE, (own, *found.segments)),)
@@ -132,17 +147,24 @@ class ArenaControl:
         if started is not None:
             self._observers.add((pid, started))
 
+    def attached_by(self, pid: int) -> Handle:
+        """Return a handle for a process that attaches the memory, and thus may write to it."""
+        self._observers = {one for one in self._observers if one[0] != pid}
+        return self._arena.handle()
+
     def check_mappers(self, regions: Sequence[Region]) -> None:
         """Raise WorkloadError if a process that is not in `regions` can write to the memory, UnsupportedError if the
         processes cannot be inspected."""
         sharing = self.sharing
-        found = mappers.find(self._arena.descriptor, self._arena.length, sharing)
+        # The arena may have grown since the regions were read. The new memory is not part of the operation.
+        length = max((region.length for region in regions), default=self._arena.length)
+        found = mappers.find(self._arena.descriptor, length, sharing)
         mappers.check(self.name, found, sharing)
         mappers.check_again(self.name, [segment for region in regions for segment in region.segments], found)
 
     @property
     def pager(self) -> Pager | None:
-        """Pager of an arena that is being restored; None otherwise."""
+        """Pager of an arena that was restored from an image; None otherwise."""
         return self._arena.pager
 
     @property
@@ -189,7 +211,8 @@ class ArenaControl:
         """Call the callback that saves the state. Raises WorkloadError if it does not return bytes."""
         state: object = self._callbacks.call("save of state", self.save)
         if not isinstance(state, bytes | bytearray | memoryview):
-            raise WorkloadError(f"the state callback of {self.name} returned {type(state).__name__} instead of bytes")
+            kind = type(state).__name__
+            raise WorkloadError(f"cannot save the state of {self.name}: its callback returned {kind} instead of bytes")
         return bytes(state)
 
     def load_state(self, state: bytes) -> None:

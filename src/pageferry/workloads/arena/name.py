@@ -1,7 +1,7 @@
-"""Name of an arena on this host: its folder in the run directory, and the control socket in that folder.
+"""Name of an arena on this host: its directory below the run directory, and the control socket in that directory.
 
 A name must not keep its arena alive. Therefore, the threads of the socket and the function registered with atexit have
-at most a weak reference to the arena. An arena that its program no longer references is collected.
+at most a weak reference to the arena. An arena that its program no longer references is garbage-collected.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class NamedArena:
             folder.release()
             raise
         self.folder: registry.Folder | None = folder
-        """Folder of the name; None after the name has been released."""
+        """Directory of the name; None after the name has been released."""
         forks.before_fork(self, NamedArena._before_fork)
         atexit.register(self.close)
 
@@ -65,7 +65,7 @@ class NamedArena:
                 load_stored(self.folder)
 
     def release(self) -> None:
-        """Release the name: accept no further clients, load stored contents, and remove the folder. Do nothing in a
+        """Release the name: accept no further clients, load stored contents, and remove the directory. Do nothing in a
         forked child. Raises RestoreError, ImageError."""
         folder, self.folder = self.folder, None
         if folder is None or os.getpid() != self._owner:
@@ -83,8 +83,8 @@ class NamedArena:
         self._server.close()
 
     def abandon(self, arena: object) -> None:
-        """If an arena that is being collected still has its name, emit a ResourceWarning, and have the thread of the
-        server release the name.
+        """If an arena that is being garbage-collected still has its name, emit a ResourceWarning, and have the thread
+        of the server release the name.
 
         The garbage collector can run at any point, even while this thread holds the lock of the run directory.
         Therefore, this method must not block.
@@ -102,12 +102,12 @@ class NamedArena:
 
 
 def load_stored(folder: registry.Folder) -> None:
-    """Load all contents that other processes have moved to a store, and wait until its pager no longer needs the
-    folder.
+    """Load all contents that other processes have moved to a store, and wait until the pager of the store no longer
+    needs the directory.
 
     Raises RestoreError if the pager has exited, ImageError if the store cannot be read.
     """
     if (folder.path / records.RECORD).exists():
         interruptible(lambda: client.wait_complete(folder))
-        while (folder.path / records.RECORD).exists():  # the pager removes it last
+        while (folder.path / records.RECORD).exists():  # the pager may reply before it removes the record
             time.sleep(0.005)

@@ -10,6 +10,7 @@ from typing import Protocol, TypedDict
 from pageferry import values
 from pageferry.errors import UsageError, WrongType
 from pageferry.host.registry import check_name
+from pageferry.memory.regions import SMALL_PAGE
 from pageferry.workloads import callbacks
 from pageferry.workloads.arena.limits import MAX_ARENA
 from pageferry.workloads.callbacks import Callback, Plain
@@ -19,10 +20,11 @@ class Stateful(Protocol):
     """Object whose state is migrated together with an arena."""
 
     def save_state(self) -> bytes | Awaitable[bytes]:
-        """Return the state. Called at the source, while the arena is paused."""
+        """Return the state. pageferry calls this method at the source, while the arena is paused."""
 
     def load_state(self, state: bytes, /) -> object:
-        """Load the state. Called at the destination once all memory is present, before the resume callback."""
+        """Load the state. pageferry calls this method at the destination, or in a restore, before the resume callback.
+        Deferred contents are loaded when they are accessed."""
 
 
 State = Stateful | tuple[Callable[[], bytes | Awaitable[bytes]], Callable[[bytes], object]]
@@ -37,11 +39,12 @@ class ArenaArguments(TypedDict, total=False):
     on_moved: Plain | None
     direct_io: bool
     loop: asyncio.AbstractEventLoop | None
+    capacity: int | str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaOptions:
-    """Options of an arena, with the meaning of the parameters of `Arena`. Raises UsageError."""
+    """Options of an arena, with the same meaning as the parameters of `Arena`. Raises UsageError."""
 
     name: str | None = None
     state: State | None = None
@@ -50,8 +53,10 @@ class ArenaOptions:
     on_moved: Plain | None = None
     direct_io: bool = True
     loop: asyncio.AbstractEventLoop | None = None
+    capacity: int | str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "capacity", values.optional(values.size, "capacity", self.capacity, 1, MAX_ARENA))
         if self.name is not None:
             check_name(self.name)
         _check_state(self.state)
@@ -62,7 +67,9 @@ class ArenaOptions:
         values.flag("direct_io", self.direct_io)
         values.optional(values.instance, "loop", self.loop, asyncio.AbstractEventLoop)
         if self.name is not None and self.on_pause is None:
-            raise UsageError(f"arena {self.name} needs `on_pause`: other processes may migrate it at any time")
+            raise UsageError(
+                f"cannot name arena {self.name} without `on_pause`: other processes may migrate it at any time"
+            )
 
     def arguments(self) -> ArenaArguments:
         """Return these options, without the name, as arguments of `Arena.from_file`."""
@@ -73,7 +80,18 @@ class ArenaOptions:
             on_moved=self.on_moved,
             direct_io=self.direct_io,
             loop=self.loop,
+            capacity=self.capacity,
         )
+
+    def room(self, length: int) -> int:
+        """Return the number of bytes of addresses to reserve for an arena of `length` bytes, rounded up to whole pages.
+        Raises UsageError if the capacity is smaller than the arena."""
+        wanted = length if self.capacity is None else int(self.capacity)
+        if (room := -(-wanted // SMALL_PAGE) * SMALL_PAGE) < length:
+            raise UsageError(
+                f"invalid `capacity` {wanted}: the arena has {length} bytes; pass at least that, or omit the option"
+            )
+        return room
 
     @property
     def state_callbacks(self) -> tuple[Callable[[], object], Callable[[bytes], object]] | None:
@@ -82,7 +100,7 @@ class ArenaOptions:
             return None
         save, load = self.state if isinstance(self.state, tuple) else (self.state.save_state, self.state.load_state)
         for callback in (save, load):
-            callbacks.check("a callback of state", callback)
+            callbacks.check("state", callback)
         return save, load
 
 
@@ -96,5 +114,5 @@ def _check_state(state: object) -> None:
 
 
 def arena_size(size: object) -> int:
-    """Return the size of an arena, bytes, from a number or a text such as `1G`. Raises UsageError."""
+    """Return the size of an arena, bytes, from a number or a string such as `1G`. Raises UsageError."""
     return values.size("size", size, 1, MAX_ARENA)

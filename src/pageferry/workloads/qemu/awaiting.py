@@ -2,12 +2,12 @@
 
 A receiver or a restore starts QEMU, which waits for memory and device state. While the guest waits, the guardian of
 that process has a plan that ends QEMU, or continues the guest if the decision of a migration is COMMITTED. If the
-process is killed, another client can get the monitor before the guardian does. It finds a paused guest whose state is
-loaded, like a guest that its user has paused. The record distinguishes the two, so that no client resumes a guest that
-the source of a migration may be running.
+process is killed, another client can get the monitor before the guardian does. That client finds a paused guest with a
+loaded state, as if the user had paused the guest. The record distinguishes the two cases, so that no client resumes a
+guest that the source of a migration may be running.
 
-The file is created before QEMU is started. It is removed after the guest was resumed. A guardian that continues the
-guest replaces the contents first.
+The file is created before QEMU is started. It is removed after the guest has been resumed. A guardian that continues
+the guest replaces the contents first.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _MAX_LENGTH = 64
 
 
 def begin(folder: Folder) -> None:
-    """Record that the guest of this folder waits for its state. It need not outlive a crash of the host, which ends
-    the guest."""
+    """Record that the guest of this directory waits for its state. The record need not outlive a crash of the host,
+    which ends the guest."""
     files.replace_file(_path(folder), _WAITING.encode())
 
 
@@ -38,7 +38,7 @@ def end(folder: Folder) -> None:
 
 
 def waits(folder: Folder) -> bool:
-    """Return whether the guest of this folder waits for its state, or waited when its controller was killed."""
+    """Return whether the guest of this directory waits for its state, or waited when its controller was killed."""
     try:
         return files.read_regular(_path(folder), _MAX_LENGTH, follow=False) == _WAITING.encode()
     except FileNotFoundError:

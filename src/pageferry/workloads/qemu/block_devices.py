@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ _ON_HOST = frozenset({"file", "host_device", "host_cdrom"})
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """State of a file at one moment. A write changes it."""
+    """State of a file at one moment. A write changes the state."""
 
     size: int
     """Size, bytes."""
@@ -58,7 +59,8 @@ class File(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     kind: Literal["file", "device"] = "file"
     device: int
-    """Number of the file system's device, or of the block device itself. Valid on one host, until it restarts."""
+    """Device number of the file system, or of the block device itself. It is valid on one host, until the host
+    restarts."""
     inode: int = 0
     """Inode number of a file."""
     fsid: int = 0
@@ -73,8 +75,12 @@ class File(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """State of the file when the record was made; None if it was not read, and for devices."""
 
 
+_TEMPORARY = re.compile(r"(?:^|/)vl\.[A-Za-z0-9]{6}$")
+"""Path of an overlay that QEMU has created for `snapshot=on`."""
+
+
 class Layer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Image of a backing chain."""
+    """Image in a backing chain."""
 
     format: str
     path: str
@@ -93,28 +99,42 @@ class Layer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """State of the file when the record was made; None if it is not known."""
         return self.file.generation if self.file is not None else None
 
+    @property
+    def temporary(self) -> bool:
+        """Whether QEMU has created the image for `snapshot=on`. Such a file is removed as soon as QEMU has opened
+        it."""
+        return self.format == "qcow2" and _TEMPORARY.search(self.path) is not None
+
 
 class BlockDevice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Disk, drive, flash device or TPM of a guest."""
 
     id: str
-    """Id or QOM path of the device. A device that has neither from its user has the name of its drive."""
+    """Id or QOM path of the device; the name of its drive if the user has given the device no id."""
     name: str = ""
-    """Name of the drive or of the block node, for messages."""
+    """Name of the drive or of the block node, for error messages."""
     node: str = ""
     """Name of the block node, which changes if the medium is replaced."""
     read_only: bool = False
     cache: str = ""
     """Use of the host's page cache: `buffered`, or `direct` without it; `buffered,no-flush` if flushes are ignored. The
-    guest itself enables the write cache of the device, so that is not recorded."""
+    write cache of the device is not recorded, because the guest itself enables it."""
     layers: tuple[Layer, ...] = ()
     """Backing chain, the image that is written to first; empty for a drive without a medium."""
     in_state: bool = False
     """Whether the device state contains the contents: the state of a TPM."""
+    saved: tuple[Layer, ...] = ()
+    """Backing chain with the contents as of the snapshot point, for an image that was written with its disks: `layers`
+    if they were frozen, or a copy. Empty if the contents were not saved."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the contents were saved by freezing the files of the device, and not by a copy."""
+        return bool(self.saved) and self.saved[0].path == self.layers[0].path
 
     @property
     def shown(self) -> str:
-        """Text that names the device in messages."""
+        """Text that names the device in error messages."""
         return self.name or self.id
 
 
@@ -139,6 +159,17 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
         """Devices with contents that are outside of the device state."""
         return tuple(device for device in self.devices if device.layers and not device.in_state)
 
+    @property
+    def saved(self) -> tuple[BlockDevice, ...]:
+        """Devices whose contents were saved with the image."""
+        return tuple(device for device in self.devices if device.saved)
+
+    @property
+    def as_saved(self) -> DiskRecord:
+        """Record with the saved contents of each device as its backing chain, for a restore."""
+        devices = (msgspec.structs.replace(one, layers=one.saved or one.layers) for one in self.devices)
+        return msgspec.structs.replace(self, devices=tuple(devices))
+
 
 def time_text(nanoseconds: int) -> str:
     """Return a time since 1970 as text: UTC, ISO 8601, with microseconds."""
@@ -157,12 +188,14 @@ def encode(record: DiskRecord) -> str:
     too long."""
     data = msgspec.json.encode(record)
     if len(data) > MAX_RECORD:
-        raise WorkloadError(f"the description of the guest's disks is longer than {MAX_RECORD >> 10} KiB")
+        raise WorkloadError(
+            f"cannot describe the disks of the guest: the description is longer than {MAX_RECORD >> 10} KiB"
+        )
     return base64.b64encode(zlib.compress(data)).decode()
 
 
 def decode(details: Mapping[str, Any]) -> DiskRecord | None:
-    """Return the record in the details of a guest; None if they contain none, or one of another version.
+    """Return the record in the details of a guest; None if they contain no record, or a record of another version.
 
     Raises WorkloadError if the record is invalid: it is received from a peer, or read from a file.
     """
@@ -212,7 +245,7 @@ def drivers(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the drivers in a reply to `query-named-block-nodes` that access a file, a device or a server, by the path
     or URI."""
     return {
-        _location(node["file"])[0]: node["drv"]
+        location(node["file"])[0]: node["drv"]
         for node in nodes
         if node["drv"] not in _FORMATS and node["drv"] not in _FILTERS
     }
@@ -245,12 +278,12 @@ def _short(path: str) -> str:
 def _layers(image: Mapping[str, Any] | None) -> Iterator[Layer]:
     while image is not None:
         if image["format"] not in _FILTERS:
-            path, offset = _location(image["filename"])
+            path, offset = location(image["filename"])
             yield Layer(format=image["format"], path=path, size=image["virtual-size"], offset=offset)
         image = image.get("backing-image")
 
 
-def _location(filename: str) -> tuple[str, int]:
+def location(filename: str) -> tuple[str, int]:
     """Return the path or URI of an image, and the offset in it, from a file name as QEMU reports it."""
     if not filename.startswith("json:"):
         return filename, 0

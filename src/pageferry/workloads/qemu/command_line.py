@@ -25,11 +25,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import NamedTuple
 
 from pageferry.errors import UnsupportedError, UsageError
 from pageferry.memory.regions import LARGE_PAGE
 from pageferry.workloads.qemu import unsupported
-from pageferry.workloads.qemu.option_syntax import block_properties, options, properties
+from pageferry.workloads.qemu.option_syntax import DISK_OPTIONS, ON, block_properties, options, properties
 
 BACKEND = "pageferry-ram"
 """Id of the memory backend that pageferry adds. The region and QEMU's ramblock have the same name."""
@@ -41,19 +42,16 @@ DEFAULT_RAM = 128 << 20
 """QEMU's default memory size for PC machines, bytes."""
 
 _REFUSED_OPTIONS = {
-    "incoming": "the guest would wait for a migration by another program; remove it, or use `pageferry receive`",
+    "incoming": "the guest would wait for a migration by another program; use `pageferry receive` instead",
     "daemonize": "use `pageferry run --detach`, which writes the output of the guest to a log",
-    "preconfig": "the machine would not be created yet when pageferry inspects it; remove it",
+    "preconfig": "the machine would not be created yet when pageferry inspects it; remove the option",
     "readconfig": "pageferry does not read this file; give the options in it on the command line",
-    "mem-path": "pageferry creates the file for guest memory; remove it (--hugetlb gives it 2 MiB pages of hugetlbfs)",
+    "mem-path": "pageferry creates the memory file; remove the option (--hugetlb uses 2 MiB pages of hugetlbfs)",
 }
 
-_DISKS = frozenset("hda hdb hdc hdd cdrom fda fdb mtdblock pflash sd".split())
-"""Options whose value is the file of a disk."""
-
-_ON = frozenset(("on", "yes", "true", "y"))
-
-_USE_SHARED_FILE = "remove it, or use `-object memory-backend-file,id=ID,size=SIZE,mem-path=FILE,share=on,align=2M`"
+_USE_SHARED_FILE = (
+    "remove this backend, or use `-object memory-backend-file,id=ID,size=SIZE,mem-path=FILE,share=on,align=2M`"
+)
 
 _UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGT]?)", re.IGNORECASE)
@@ -61,6 +59,16 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([BKMGT]?)", re.IGNORECASE)
 
 _NO_CONSOLE = frozenset(("serial", "nographic", "nodefaults", "curses"))
 """Options with which the first serial port is used by the user, or does not exist."""
+
+
+class RamFile(NamedTuple):
+    """Range of a file with guest memory."""
+
+    path: str
+    offset: int
+    """Offset in the file, bytes."""
+    size: int
+    """Size, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +83,20 @@ class CommandLine:
     """Whether pageferry must add a memory file. False if the command line of the user already backs guest memory by a
     shared file."""
     warnings: tuple[str, ...]
+    ram_files: tuple[RamFile, ...] = ()
+    """Files or directories that the command line of the user gives for guest memory."""
 
     @property
     def preallocates(self) -> bool:
         """Whether QEMU allocates all of guest memory when it starts (`-mem-prealloc`, or `prealloc=on`)."""
         return any(
-            name == "mem-prealloc" or (name == "object" and properties(value, "qom-type").get("prealloc") in _ON)
+            name == "mem-prealloc" or (name == "object" and properties(value, "qom-type").get("prealloc") in ON)
             for name, value in options(self.arguments)
         )
 
     @property
     def has_free_serial(self) -> bool:
-        """Whether QEMU creates its default serial port, and would connect it to a window of its display only.
+        """Whether QEMU creates its default serial port, and would connect it only to a window of its display.
 
         Connecting another character device does not change the machine. With -nodefaults, or with a device of the
         user, there is no default serial port; adding one would change the machine.
@@ -110,7 +120,7 @@ class CommandLine:
             result += ["-object", backend, "-machine", f"memory-backend={BACKEND}"]
         result += ["-qmp", f"unix:{_escaped(qmp_socket)},server=on,wait=off"]
         if console is not None:
-            # Without a log, which a guest could make arbitrarily long.
+            # No log is written, because a guest could make it arbitrarily long.
             device = f"socket,id={CONSOLE},path={_escaped(console)},server=on,wait=off"
             result += ["-chardev", device, "-serial", f"chardev:{CONSOLE}"]
         if incoming:
@@ -125,11 +135,11 @@ def _escaped(path: str) -> str:
 def parse(arguments: Sequence[str]) -> CommandLine:
     """Parse a QEMU command line, program first.
 
-    Raises UsageError if the command line is invalid, UnsupportedError if such a guest cannot be managed.
+    Raises UsageError if the command line is invalid, UnsupportedError if the guest cannot be managed.
     """
     if not arguments:
         raise UsageError(
-            "the command line of QEMU is missing: give it after --, as in `pageferry run web -- "
+            "cannot start a guest: the command line of QEMU is missing; give it after --, as in `pageferry run web -- "
             "qemu-system-x86_64 -m 4G ...`"
         )
     given = list(options(arguments))
@@ -144,15 +154,16 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         ram_size=size,
         needs_ram_file=not backends,
         warnings=tuple(_backend_warnings(backends)),
+        ram_files=tuple(map(_ram_file, backends)),
     )
 
 
 def parse_size(text: str, what: str, *, bare: str = "M") -> int:
-    """Return a size in QEMU's notation (a number with B, K, M, G or T) as a number of bytes. `what`: option, for
+    """Return a size in QEMU's notation (a number with B, K, M, G or T) as a number of bytes. `what`: option, for error
     messages. `bare`: unit of a number without a unit. Raises UsageError."""
     matched = _SIZE.fullmatch(text)
     if matched is None:
-        raise UsageError(f"{what}: invalid size {text!r}: expected a size such as 512M or 4G")
+        raise UsageError(f"invalid size {text!r} of {what}: expected a size such as 512M or 4G")
     number, unit = matched.groups()
     return int(Decimal(number) * _UNITS[unit.upper() or bare])
 
@@ -179,7 +190,7 @@ def _refuse(name: str, value: str) -> None:
             unsupported.refuse_object(properties(value, "qom-type").get("qom-type", ""))
         case "blockdev" | "drive":
             unsupported.refuse_block(block_properties(value, "driver" if name == "blockdev" else "file"))
-        case _ if name in _DISKS:
+        case _ if name in DISK_OPTIONS:
             unsupported.refuse_block([("file", value)])
 
 
@@ -191,11 +202,6 @@ def _memory_size(memory: Mapping[str, str], machine: Mapping[str, str]) -> int:
             raise UnsupportedError(f"unsupported option -machine {key}: give the size with -m")
     size = parse_size(memory["size"], "-m") if "size" in memory else DEFAULT_RAM
     size = -(-size // 8192) * 8192  # QEMU rounds the size in the same way
-    largest = parse_size(memory["maxmem"], "-m maxmem") if "maxmem" in memory else size
-    if largest != size or memory.get("slots", "0") != "0":
-        raise UnsupportedError(
-            "unsupported option -m slots or maxmem: hotplugged memory is not managed; give all memory with -m"
-        )
     if size == 0:
         raise UsageError("invalid option -m 0: expected a size above 0")
     return size
@@ -213,7 +219,9 @@ def _used_backends(given: Sequence[tuple[str, str]], machine: Mapping[str, str])
     used += [node["memdev"] for node in nodes if "memdev" in node]
     for name in used:
         if name not in backends:
-            raise UsageError(f"invalid option memory-backend={name}: no -object has this id")
+            raise UsageError(
+                f"invalid option memory-backend={name}: no -object has this id; add one, or correct the id"
+            )
         _check_backend(backends[name])
     for name, backend in backends.items():
         if name not in used:
@@ -230,12 +238,17 @@ def _check_backend(backend: Mapping[str, str]) -> None:
         raise UnsupportedError(
             f"unsupported guest memory in {kind},id={name}: it is not in a named file; {_USE_SHARED_FILE}"
         )
-    if backend.get("share") not in _ON:
+    if backend.get("share") not in ON:
         raise UnsupportedError(
             f"unsupported guest memory in {kind},id={name}: it is private (no share=on); {_USE_SHARED_FILE}"
         )
-    if backend.get("readonly", "off") in _ON:
+    if backend.get("readonly", "off") in ON:
         raise UnsupportedError(f"unsupported guest memory in {kind},id={name}: it is read-only; remove readonly")
+
+
+def _ram_file(backend: Mapping[str, str]) -> RamFile:
+    offset = parse_size(backend.get("offset", "0"), "offset", bare="B")
+    return RamFile(backend.get("mem-path", ""), offset, parse_size(backend.get("size", "0"), "size", bare="B"))
 
 
 def _backend_warnings(backends: Sequence[Mapping[str, str]]) -> Iterator[str]:

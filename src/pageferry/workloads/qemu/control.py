@@ -20,7 +20,7 @@ from pageferry.errors import WorkloadError
 from pageferry.host.guardian import Action, Decide, Guardian, MonitorCommands
 from pageferry.host.qmp import Command, Monitor
 from pageferry.workloads.protocols import OwnershipRecord
-from pageferry.workloads.qemu import device_state, disks
+from pageferry.workloads.qemu import announcement, device_state, disks
 
 QUIT: Command = {"execute": "quit"}
 _CONT: Command = {"execute": "cont"}
@@ -57,8 +57,13 @@ class QemuControl:
         self._held: Monitor | None = None
         self._guardian: Guardian | None = None
         self._undo: list[Command] | None = None
-        """Commands that restore QEMU's migration settings; None while the settings are unchanged."""
+        """Commands that restore QEMU's migration settings, and those of `undo_first`; None while the settings are
+        unchanged."""
         self._settling: asyncio.Task[None] | None = None
+        self._planned: Sequence[Command] = ()
+        """Commands of the cleanup plan."""
+        self.mirrors: tuple[str, ...] = ()
+        """Block jobs that copy disks, each with a target of the same name. Every cleanup plan removes them."""
 
     @property
     def undo(self) -> list[Command]:
@@ -120,6 +125,12 @@ class QemuControl:
                 self.plan(self._undo)
             await asyncio.gather(*map(monitor.run, settings.apply))
 
+    def undo_first(self, commands: Sequence[Command]) -> None:
+        """Have these commands executed before QEMU's migration settings are restored, either after the guest has
+        resumed or by the cleanup plan. Call this before the change that they undo, and after `prepare_state`."""
+        self._undo = [*commands, *(self._undo or [])]
+        self.plan(self._undo)
+
     # -- cleanup plan
 
     def start_guardian(self) -> None:
@@ -129,12 +140,18 @@ class QemuControl:
 
     def plan(self, commands: Sequence[Command]) -> None:
         """Replace the cleanup plan with these commands. Do nothing without a guardian."""
+        self._planned = commands
         if self._guardian is not None:
             self._guardian.plan(self._actions(commands))
 
     def plan_to_restore(self, first: Sequence[Command] = ()) -> None:
         """Replace the cleanup plan with `first` and the commands that restore the guest as it was before the pause."""
         self.plan([*first, *self._as_before()])
+
+    def plan_mirrors(self, names: tuple[str, ...]) -> None:
+        """Add the removal of these copies of disks to every cleanup plan, in place of those of an earlier call."""
+        self.mirrors = names
+        self.plan(self._planned)
 
     def plan_by_owner(self, record: OwnershipRecord, first: Action) -> None:
         """Replace the cleanup plan with a decision: execute `first` and restore the guest if the file of `record`
@@ -144,11 +161,14 @@ class QemuControl:
             self._guardian.plan([Decide(str(record.path), record.contents, restore, end)])
 
     def _actions(self, commands: Sequence[Command]) -> list[Action]:
-        return [MonitorCommands(os.path.abspath(self._qmp_socket), commands)] if commands else []
+        if not commands and not self.mirrors:
+            return []
+        return [MonitorCommands(os.path.abspath(self._qmp_socket), commands, self.mirrors)]
 
     def _as_before(self) -> list[Command]:
         locked = [disks.LOCK] if self.disks_released else []
-        return [*(locked if self.stays_paused else [_CONT]), *(self._undo or [])]
+        resumed = locked if self.stays_paused else [_CONT, announcement.COMMAND]
+        return [*resumed, *(self._undo or [])]
 
     # -- changes that another process undoes
 
@@ -187,8 +207,7 @@ class QemuControl:
     async def settled(self) -> None:
         """Wait until the settings of a resumed guest are restored."""
         if self._settling is not None:
-            settling, self._settling = self._settling, None
-            await settling
+            await asyncio.shield(self._settling)
 
     def abandon(self) -> None:
         """Close the monitor without sending a command. Close the guardian, which then executes the cleanup plan."""

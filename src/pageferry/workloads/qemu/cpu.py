@@ -99,14 +99,14 @@ def _name(word: Mapping[str, Any]) -> str:
 
 def _parse(text: Any) -> list[Words]:
     if not isinstance(text, str) or len(text) > _MAX_LENGTH:
-        raise WorkloadError(f"invalid cpu-features: expected a text of at most {_MAX_LENGTH} characters")
+        raise WorkloadError(f"invalid cpu-features: expected a string of at most {_MAX_LENGTH} characters")
     return [dict(map(_parse_word, part.split(" "))) for part in text.split(";") if part]
 
 
 def _parse_word(word: str) -> tuple[str, int]:
     found = _WORD.fullmatch(word)
     if found is None:
-        raise WorkloadError(f"invalid cpu-features: {word[:40]!r}, expected a word such as 7.0.ebx=21")
+        raise WorkloadError(f"invalid cpu-features {word[:40]!r}: expected a word such as 7.0.ebx=21")
     return found[1], int(found[2], 16)
 
 

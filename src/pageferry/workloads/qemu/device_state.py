@@ -2,16 +2,16 @@
 
 With the capability `x-ignore-shared` QEMU omits memory in shared files from its migration stream. The remaining stream
 (CPUs, devices, ROMs, video memory) is about 1 MiB long. QEMU sends it through one end of a socket pair, which is passed
-to QEMU with `getfd`, so that no failure leaves a file behind. Tested with QEMU 7.2, 10.0 and 11.1. Newer versions omit
-memory only if its file has a path, as pageferry's memory file does.
+to QEMU with `getfd`, so that no failure leaves a file behind. This was tested with QEMU 7.2, 10.0 and 11.1. QEMU 8.1
+and later omit memory only if its file has a path, as pageferry's memory file does.
 
 The migration starts while the guest runs (`Saving`). QEMU sends ROMs and video memory, stops the vCPUs, and waits in
 the state `pre-switchover` until pageferry sends `migrate-continue`; then it writes the devices. This is the order of
 QEMU's own migration, and keeps its set-up and two thirds of the stream out of the pause.
 
 QEMU's migration has two side effects: it releases the disks of the guest, and it sets the run state to `postmigrate`,
-which only `cont` can change. They are harmless for a guest that is resumed next. The state of a guest that stays paused
-is saved by `snapshot` instead.
+which only `cont` can change. The state of a guest that stays paused, or that keeps its disks (see
+`DiskSaving.keeps_disks`), is therefore saved by `snapshot` instead.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import time
 from collections.abc import AsyncIterator
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import msgspec
 from qemu.qmp import EventListener
 
 from pageferry.errors import UnsupportedError, WorkloadError
-from pageferry.host.qmp import Command, Monitor
+from pageferry.host.qmp import Command, Monitor, event_time
 from pageferry.workloads.protocols import StateSink
 
 VERSION = 2
@@ -40,7 +39,8 @@ _LENGTH = 4
 _MAX_HEADER = 64 << 10
 """Maximum size of a header, bytes."""
 
-_DESCRIPTOR = "pageferry-state"
+DESCRIPTOR = "pageferry-state"
+"""Name in QEMU of the descriptor of a stream."""
 _CHUNK = 1 << 20
 _UNLIMITED = 1 << 40
 """Bandwidth limit, bytes per second. No effective limit is needed, because a process on the same host receives the
@@ -63,14 +63,15 @@ continue.
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """First part of a saved state, before QEMU's migration stream. Encoded as its length (32 bits, big endian) and
-    MessagePack."""
+    """First part of a saved state, before QEMU's migration stream: a length (32 bits, big endian), and MessagePack of
+    this length."""
 
     version: int = VERSION
     machine: str
     """Machine type with its version, such as `pc-i440fx-7.2`; source and destination must have the same type."""
     was_running: bool
-    """Whether the guest ran before it was paused. A guest that its user had paused stays paused at the destination."""
+    """Whether the guest was running before the pause. A guest that its user had paused stays paused at the
+    destination."""
 
     def encode(self) -> bytes:
         """Return the header, preceded by its length."""
@@ -79,8 +80,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def decode(cls, state: bytes) -> tuple[Header | None, int]:
-        """Return the header at the beginning of a state, or None if it is incomplete, and its length including the
-        length field, bytes. Raises WorkloadError if the header is invalid."""
+        """Return the header at the beginning of a state (None if it is incomplete), and its length in bytes, including
+        the length field. Raises WorkloadError if the header is invalid."""
         length = _LENGTH + int.from_bytes(state[:_LENGTH], "big")
         if length > _MAX_HEADER:
             raise WorkloadError("cannot read the device state: its header is too long; it was not saved by pageferry")
@@ -92,7 +93,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 class SavedState(msgspec.Struct, frozen=True, kw_only=True):
     """Result of `QemuWorkload.save_state` and argument of `load_state`: a header, then QEMU's migration stream.
 
-    Version 1, in images of older releases, is a single MessagePack map with these fields.
+    Version 1, in images of earlier versions of pageferry, is a single MessagePack map with these fields.
     """
 
     version: int = VERSION
@@ -128,13 +129,14 @@ def _decode(data: bytes, kind: type[Versioned]) -> Versioned:
         raise WorkloadError(f"cannot read the device state: {wrong}; it was not saved by pageferry") from wrong
     if found.version != (VERSION if kind is Header else 1):
         raise WorkloadError(
-            f"unsupported version {found.version} of the device state: expected {VERSION}; use a newer pageferry"
+            f"cannot read the device state: unsupported version {found.version}, this pageferry supports {VERSION}; "
+            "use a newer pageferry"
         )
     return found
 
 
-async def _ignore(piece: bytes) -> None:
-    """Ignore a piece: `finish` returns it again."""
+async def _ignore(chunk: bytes) -> None:
+    """Ignore a chunk: `finish` returns it again."""
 
 
 class Settings(NamedTuple):
@@ -148,7 +150,7 @@ class Settings(NamedTuple):
 async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
     """Return the settings for saving or, with `incoming`, for loading device state, without applying them.
 
-    Raises UnsupportedError if QEMU lacks a required capability, WorkloadError.
+    Raises UnsupportedError if QEMU lacks a required capability. Also raises WorkloadError.
     """
     reported, parameters = await asyncio.gather(
         monitor.execute("query-migrate-capabilities"), monitor.execute("query-migrate-parameters")
@@ -174,7 +176,7 @@ async def plan(monitor: Monitor, *, incoming: bool = False) -> Settings:
 
 
 class Saving:
-    """Migration of the device state of a running guest. Created by `begin`; followed by `stopped` and `finish`, or by
+    """Migration of the device state of a running guest. Create it with `begin`, then call `stopped` and `finish`, or
     `cancel`."""
 
     def __init__(self, monitor: Monitor, held: contextlib.ExitStack) -> None:
@@ -185,7 +187,7 @@ class Saving:
         self._end = held.enter_context(monitor.events("SHUTDOWN", "GUEST_PANICKED"))
         self._stream = bytearray()
         self._ahead = True
-        """Whether pieces may be loaded ahead: QEMU has not begun to write the devices."""
+        """Whether chunks may be loaded ahead: QEMU has not begun to write the devices."""
         self._reading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -193,31 +195,34 @@ class Saving:
         """Start the migration of a guest to which the settings of `plan` were applied. QEMU stops the vCPUs shortly
         afterwards.
 
-        `sink` receives pieces of the stream that may be loaded before memory is complete. Raises WorkloadError with
+        `sink` receives chunks of the stream that may be loaded before memory is complete. Raises WorkloadError with
         QEMU's message, WorkloadDied.
         """
         with contextlib.ExitStack() as held:
             saving = cls(monitor, held)
-            ours = held.enter_context(await _channel(monitor))
+            ours = held.enter_context(await channel(monitor))
             saving._reading = asyncio.ensure_future(saving._receive(ours, sink))
             held.callback(saving._reading.cancel)
-            await monitor.execute("migrate", uri=f"fd:{_DESCRIPTOR}")
+            try:
+                await monitor.execute("migrate", uri=f"fd:{DESCRIPTOR}")
+            except asyncio.CancelledError:  # QEMU executes the command all the same
+                held.close()
+                await asyncio.shield(cancelled(monitor))
+                raise
             saving._held = held.pop_all()
         return saving
 
     async def stopped(self) -> float | None:
         """Wait until QEMU has stopped the vCPUs. Return the time of the stop, on the clock of `time.perf_counter`; None
-        if the vCPUs did not run until then.
+        if the vCPUs were not running.
 
-        Raises WorkloadError if the state cannot be saved, WorkloadDied.
+        Raises WorkloadError if the state cannot be saved, WorkloadDied if QEMU exits.
         """
         await self._reach(_WAITING)
         self._ahead = False
         if self._stop.empty() or not self._end.empty():
             return None
-        stamp: Any = (await self._stop.get())["timestamp"]
-        age: float = time.time() - stamp["seconds"] - stamp["microseconds"] / 1e6
-        return time.perf_counter() - age
+        return event_time(await self._stop.get())
 
     async def finish(self) -> bytes:
         """Have QEMU write the devices, and return the whole stream. Raises the same errors as `stopped`."""
@@ -230,17 +235,17 @@ class Saving:
     async def cancel(self) -> None:
         """End the migration, if it is running. QEMU then resumes the vCPUs, unless it has written all devices."""
         self.close()
-        await _cancel(self._monitor)
+        await cancelled(self._monitor)
 
     def close(self) -> None:
         """Close the connection to QEMU, and stop reading the stream."""
         self._held.close()
 
     async def _receive(self, ours: socket.socket, sink: StateSink) -> None:
-        async for piece in _pieces(ours):
-            self._stream += piece
+        async for chunk in _chunks(ours):
+            self._stream += chunk
             if self._ahead:
-                await sink(piece)
+                await sink(chunk)
 
     async def _reach(self, status: str) -> None:
         """Wait for a status of the migration. Raises the exception of `sink` or of the connection if either fails
@@ -256,15 +261,15 @@ class Saving:
 
 
 class Loading:
-    """QEMU process that waits for a device state on a connection to this process. Created by `begin`; ended by `finish`
-    or `close`."""
+    """QEMU process that waits for a device state on a connection to this process. `begin` returns an instance; `finish`
+    or `close` ends the wait."""
 
     def __init__(self, monitor: Monitor, ours: socket.socket, held: contextlib.ExitStack) -> None:
         self._monitor = monitor
         self._ours = ours
         self._held = held
         self._progress = held.enter_context(monitor.events("MIGRATION"))
-        self._pieces: asyncio.Queue[bytes] = asyncio.Queue()
+        self._chunks: asyncio.Queue[bytes] = asyncio.Queue()
         self._sending = asyncio.ensure_future(self._send())
         held.callback(self._sending.cancel)
         self.fed = 0
@@ -275,16 +280,16 @@ class Loading:
         """Have a QEMU that was started with `-incoming defer` wait for a state. The settings of `plan` must be applied.
         Raises WorkloadError, WorkloadDied."""
         with contextlib.ExitStack() as held:
-            ours = held.enter_context(await _channel(monitor))
+            ours = held.enter_context(await channel(monitor))
             loading = cls(monitor, ours, held)
-            await monitor.execute("migrate-incoming", uri=f"fd:{_DESCRIPTOR}")
+            await monitor.execute("migrate-incoming", uri=f"fd:{DESCRIPTOR}")
             loading._held = held.pop_all()
         return loading
 
-    def feed(self, piece: bytes) -> None:
-        """Pass QEMU the next piece of a stream, one that `Saving` has passed to its `sink`."""
-        self.fed += len(piece)
-        self._pieces.put_nowait(piece)
+    def feed(self, chunk: bytes) -> None:
+        """Pass QEMU the next chunk of a stream, one that `Saving` has passed to its `sink`."""
+        self.fed += len(chunk)
+        self._chunks.put_nowait(chunk)
 
     async def finish(self, stream: bytes) -> None:
         """Load the remaining part of a migration stream. The guest stays paused. `stream`: the whole stream, from its
@@ -295,7 +300,7 @@ class Loading:
         with self._held:
             if rest := stream[self.fed :]:
                 self.feed(rest)
-            self._pieces.put_nowait(b"")
+            self._chunks.put_nowait(b"")
             # If the transfer fails, QEMU's migration fails too.
             await _reach(self._monitor, self._progress, "completed")
             await self._sending
@@ -308,18 +313,18 @@ class Loading:
         loop = asyncio.get_running_loop()
         # QEMU closes the connection at the first invalid byte, and reports the reason in its event.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            while piece := await self._pieces.get():
-                await loop.sock_sendall(self._ours, piece)
+            while chunk := await self._chunks.get():
+                await loop.sock_sendall(self._ours, chunk)
         self._ours.close()
 
 
-async def _channel(monitor: Monitor) -> socket.socket:
+async def channel(monitor: Monitor) -> socket.socket:
     """Create a socket pair, pass one end to QEMU, and return the other."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     try:
         with theirs:
-            await monitor.give_descriptor(_DESCRIPTOR, theirs.fileno())
+            await monitor.give_descriptor(DESCRIPTOR, theirs.fileno())
     except BaseException:
         ours.close()
         raise
@@ -331,33 +336,34 @@ async def _reach(monitor: Monitor, events: EventListener, status: str) -> None:
     while (now := (await monitor.next_event(events)).get("status")) != status:
         if now in _ENDED:
             said = (await monitor.execute("query-migrate")).get("error-desc", f"its migration is {now}")
-            raise WorkloadError(f"QEMU could not transfer the device state: {said}")
+            raise WorkloadError(f"cannot transfer the device state: {said}")
 
 
-async def _pieces(source: socket.socket) -> AsyncIterator[bytes]:
-    """Yield the pieces of a stream until QEMU closes it. Raises WorkloadError if the stream is too long."""
+async def _chunks(source: socket.socket) -> AsyncIterator[bytes]:
+    """Yield the chunks of a stream until QEMU closes it. Raises WorkloadError if the stream is too long."""
     loop, length = asyncio.get_running_loop(), 0
     while True:
         try:
-            piece = await loop.sock_recv(source, _CHUNK)
+            chunk = await loop.sock_recv(source, _CHUNK)
         except ConnectionResetError:
-            piece = b""
-        if not piece:  # the event of QEMU reports whether the stream is complete
+            chunk = b""
+        if not chunk:  # the event of QEMU reports whether the stream is complete
             return
-        length += len(piece)
+        length += len(chunk)
         if length > MAX_STATE:
             raise WorkloadError(
-                f"the device state is larger than {MAX_STATE >> 20} MiB: guest memory is in it, not in a shared file"
+                f"cannot save the device state: it is larger than {MAX_STATE >> 20} MiB, so it contains guest memory; "
+                "put all guest memory in shared files"
             )
-        yield piece
+        yield chunk
 
 
-async def _cancel(monitor: Monitor) -> None:
+async def cancelled(monitor: Monitor) -> None:
     """Wait for at most `_CANCEL_TIMEOUT` seconds until QEMU has terminated an outgoing migration whose connection is
     closed.
 
     The migration either fails at its next write, or waits in `pre-switchover` and is cancelled there. It is not
-    cancelled earlier, because QEMU 7.2 waits forever if it is cancelled just before it enters that state.
+    cancelled earlier, because QEMU 7.2 waits forever after a cancellation just before that state.
     """
     with contextlib.suppress(WorkloadError, TimeoutError):
         async with asyncio.timeout(_CANCEL_TIMEOUT):

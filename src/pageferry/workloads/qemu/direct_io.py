@@ -1,7 +1,7 @@
 """Direct I/O of QEMU guests: detects disks that use it, waits for their requests, and refuses devices that pin memory.
 
 The open files of QEMU show whether it uses direct I/O. This is assumed of files opened with O_DIRECT, of block devices
-(their requests may be SG_IO), and of files of file systems that may bypass the page cache. QEMU's `stop` waits for all
+(their requests may be SG_IO), and of files on file systems that may bypass the page cache. QEMU's `stop` waits for all
 requests (`bdrv_drain_all`), and cannot be cancelled. Therefore, the requests are polled first: if one does not
 complete, an error names the disk, and the guest keeps running.
 """
@@ -73,7 +73,7 @@ def direct_files(pid: int, name: str) -> dict[int, str]:
 
 
 def refuse_pinning(pid: int, name: str) -> None:
-    """Raise UnsupportedError for devices that keep guest memory pinned, WorkloadDied, WorkloadError."""
+    """Raise UnsupportedError if a device keeps guest memory pinned. Also raises WorkloadDied, WorkloadError."""
     for _ in _unpinned(pid, name):
         pass
 
@@ -83,8 +83,8 @@ def _unpinned(pid: int, name: str) -> Iterator[tuple[int, str]]:
     for number, path in _open_files(pid):
         if path.startswith(_PINNED_FOR_GOOD):
             raise UnsupportedError(
-                f"cannot trace the memory of {name}: the device {path}, which it has open, writes without a "
-                "trace; remove it first"
+                f"cannot trace the memory of {name}: the device {path}, which QEMU has open, writes without "
+                "a trace; remove the device first"
             )
         yield number, path
 
@@ -109,7 +109,7 @@ async def await_requests(pid: int, files: dict[int, str], name: str, timeout: fl
 
 
 def slow(name: str, path: str, timeout: float) -> str:
-    """Return the message for requests to `path` that have not completed within `timeout` seconds."""
+    """Return the error message for requests to `path` that have not completed within `timeout` seconds."""
     return (
         f"cannot copy the memory of {name}: a request to {path} has been in flight for more than {timeout:g} s; retry "
         f"when the disk responds"
@@ -163,7 +163,7 @@ def _requests(pid: int, files: dict[int, str]) -> set[tuple[int, int, int]]:
     found = set()
     for thread in proc.threads(pid):
         folder = Path(f"/proc/{pid}/task/{thread}")
-        with suppress(OSError):  # the thread has exited, or may not be inspected
+        with suppress(OSError):  # the thread has exited, or cannot be inspected
             words = (folder / "syscall").read_text().split()
             if len(words) > 1 and words[0] in _IO_CALLS and (number := int(words[1], 16)) in files:
                 found.add((thread, _switches(folder), number))

@@ -22,7 +22,7 @@ from pageferry.errors import DisksDiffer, WorkloadError
 from pageferry.workloads.qemu.block_devices import BlockDevice, DiskRecord, File, Host, Layer, time_text
 
 _MAX_SHOWN = 200
-"""Maximum number of characters of a path or a name in a message."""
+"""Maximum number of characters of a path or a name in an error message."""
 
 _EXPORTS = frozenset("ftp ftps gluster http https iscsi nbd nfs null-aio null-co rbd ssh".split())
 """Block drivers of exports, whose URI identifies the contents, and of disks without contents."""
@@ -56,9 +56,19 @@ class Sameness(StrEnum):
 def check_migration(theirs: DiskRecord | None, ours: DiskRecord, here: str, *, shared: bool) -> None:
     """Raise WorkloadError, with the reason, if the disks `ours` of a destination are not those of the source.
 
-    `theirs`: record of the source; None if the source does not send any. `here`: name of the destination, for messages.
-    `shared`: assume that the disks of both sides are the same; their ids, order, sizes and formats are still compared.
+    `theirs`: record of the source; None if the source does not send any. `here`: name of the destination, for error
+    messages. `shared`: assume that the disks of both sides are the same; their ids, order, sizes and formats are still
+    compared.
     """
+    check_structure(theirs, ours, here, formats=True)
+    if theirs is not None and not shared:
+        for one, other in zip(theirs.media, ours.media, strict=True):
+            check_same(theirs, ours, one, other, here)
+
+
+def check_structure(theirs: DiskRecord | None, ours: DiskRecord, here: str, *, formats: bool) -> None:
+    """Raise WorkloadError, with the reason, if the ids, order, sizes, read-only flags or, with `formats`, the formats
+    of the disks `ours` of a destination are not those of the source."""
     if theirs is None:
         if ours.media:
             raise WorkloadError(
@@ -66,13 +76,10 @@ def check_migration(theirs: DiskRecord | None, ours: DiskRecord, here: str, *, s
                 "with the options of the source, and use the same release of pageferry on both hosts"
             )
         return
-    for difference in _structure(theirs, ours, ("the source", here), formats=True):
+    for difference in _structure(theirs, ours, ("the source", here), formats=formats):
         raise WorkloadError(
             f"the disks do not match: {difference}; start the destination with the options of the source"
         )
-    if not shared:
-        for one, other in zip(theirs.media, ours.media, strict=True):
-            _check_same(theirs, ours, one, other, here)
 
 
 def check_restore(recorded: DiskRecord | None, ours: DiskRecord, image: str, here: str, *, as_is: bool) -> None:
@@ -80,8 +87,8 @@ def check_restore(recorded: DiskRecord | None, ours: DiskRecord, image: str, her
     if this cannot be determined.
 
     `recorded`: record in the image; None if it contains none. `ours`: record with the generation of each file, without
-    empty overlays (see `without_overlays`). `image`, `here`: names of both sides, for messages. `as_is`: accept any
-    contents; ids, order, sizes and the read-only flag are still compared.
+    empty overlays (see `without_overlays`). `image`, `here`: names of both sides, for error messages. `as_is`: accept
+    any contents; ids, order, sizes and the read-only flag are still compared.
     """
     if recorded is None:
         if ours.media and not as_is:
@@ -112,11 +119,12 @@ def _structure(theirs: DiskRecord, ours: DiskRecord, names: tuple[str, str], *, 
         yield f"{names[0]} has {_list(theirs)}, {names[1]} has {_list(ours)}"
         return
     for one, other in zip(theirs.devices, ours.devices, strict=True):
-        for theirs_shown, ours_shown in _differences(one, other, formats=formats):
+        for theirs_shown, ours_shown in differences(one, other, formats=formats):
             yield f"{_cut(one.shown)} of {names[0]} {theirs_shown}, {_cut(other.shown)} of {names[1]} {ours_shown}"
 
 
-def _differences(one: BlockDevice, other: BlockDevice, *, formats: bool) -> Iterator[tuple[str, str]]:
+def differences(one: BlockDevice, other: BlockDevice, *, formats: bool) -> Iterator[tuple[str, str]]:
+    """Yield, for each difference of two devices, what each of them has."""
     if not one.layers or not other.layers:
         if one.layers or other.layers:
             yield "has a medium" if one.layers else "is empty", "has a medium" if other.layers else "is empty"
@@ -130,7 +138,7 @@ def _differences(one: BlockDevice, other: BlockDevice, *, formats: bool) -> Iter
 
 
 def _formats(device: BlockDevice) -> tuple[bool, list[tuple[str, int]]]:
-    """Return what has to be equal if formats are compared. The number of layers is equal, too."""
+    """Return the values that have to be equal if formats are compared. The number of layers has to be equal, too."""
     return device.in_state, [(layer.format, layer.offset) for layer in device.layers]
 
 
@@ -147,8 +155,14 @@ def _list(record: DiskRecord) -> str:
 # -- identity ----------------------------------------------------------------------------------------------------------
 
 
-def _check_same(theirs: DiskRecord, ours: DiskRecord, one: BlockDevice, other: BlockDevice, here: str) -> None:
+def check_same(theirs: DiskRecord, ours: DiskRecord, one: BlockDevice, other: BlockDevice, here: str) -> None:
     """Raise WorkloadError if two devices do not have the same images."""
+    if one.layers[0].temporary:
+        raise WorkloadError(
+            f"the disks do not match: {_cut(one.shown)} of the source has a temporary overlay (snapshot=on), and the "
+            "destination does not have its data; copy the disk (--copy-disks, in Python copy_disks=True), to a "
+            f"destination without snapshot=on; if the guest has not written to the disk, use {_SHARED}"
+        )
     for layer, current in zip(one.layers, other.layers, strict=True):
         match sameness(layer, current, theirs.host, ours.host):
             case Sameness.SAME:
@@ -161,12 +175,15 @@ def _check_same(theirs: DiskRecord, ours: DiskRecord, one: BlockDevice, other: B
                 advice = "use storage that both hosts mount from one server"
         raise WorkloadError(
             f"the disks do not match: {_cut(current.path)} ({_cut(other.shown)} of {here}) {cause}; {advice}; if both "
-            'are the same storage, use --disks shared (in Python disks="shared")'
+            f"are the same storage, use {_SHARED}"
         )
 
 
+_SHARED = '--disks shared (in Python disks="shared")'
+
+
 def _belongs(theirs: DiskRecord, ours: DiskRecord, current: Layer) -> str:
-    """Return a remark if an image is that of another disk of the source; otherwise an empty text."""
+    """Return a remark if an image is that of another disk of the source; otherwise an empty string."""
     for device in theirs.media:
         if sameness(device.layers[0], current, theirs.host, ours.host) is Sameness.SAME:
             return f", but {_cut(device.shown)}"
@@ -210,8 +227,8 @@ def _same_storage(one: File, other: File) -> bool:
 
 
 def _same_after_restart(one: File, other: File) -> bool:
-    """Return whether two files are the same if their host was restarted: device numbers may change, file systems keep
-    their ids."""
+    """Return whether two files are the same if their host was restarted: device numbers may change, but file systems
+    keep their ids."""
     ours, theirs = ((file.kind, file.fs, file.fsid, file.inode) for file in (one, other))
     return one.kind == "file" and one.fsid != 0 and ours == theirs
 
@@ -239,6 +256,12 @@ def _without_overlays(device: BlockDevice, empty: frozenset[str], count: int) ->
 
 def _check_unchanged(device: BlockDevice, before: Layer, now: Layer, there: Host, here: Host) -> None:
     """Raise DisksDiffer unless `now`, an image of a device, is the image `before` and has not been written to."""
+    if before.temporary:
+        raise DisksDiffer(
+            f"the disk {_cut(device.shown)} was saved with a temporary overlay (snapshot=on), whose data was removed "
+            "with the guest; save such a guest with --disks copy:DIR; if the guest had not written to the disk, use "
+            '--disks as-is (in Python disks="as-is")'
+        )
     image = f"{_cut(now.path)} ({_cut(device.shown)})"
     if sameness(before, now, there, here, restarted=True) is not Sameness.SAME:
         raise DisksDiffer(f"{image} cannot be shown to be {_cut(before.path)}, the disk of the checkpoint; {_AS_IS}")
@@ -264,9 +287,12 @@ def unsaved(record: DiskRecord) -> str | None:
     names = [_cut(device.shown) for device in record.media if not device.read_only]
     if not names:
         return None
+    temporary = [_cut(device.shown) for device in record.media if device.layers[0].temporary]
+    lost = f"; the data in temporary overlays (snapshot=on: {', '.join(temporary)}) will be lost with the guest"
     return (
         f"the image does not contain the disks ({', '.join(names)}): a restore requires that they have not been "
-        "written to since; to keep their contents, pause the guest, save it, and copy the disks before it resumes"
+        f"written to since{lost if temporary else ''}; to save their contents too, use "
+        f"{'' if temporary else '--disks snapshot or '}--disks copy:DIR (in Python disks=...)"
     )
 
 

@@ -1,10 +1,10 @@
-"""Disks of a paused QEMU guest: releases them for another QEMU, and locks them again, while no vCPU runs.
+"""Release of a paused guest's disks for another QEMU, and their locking, while no vCPU runs.
 
 QEMU calls a disk *active* while QEMU may write to the image and holds the locks of its file. `cont` activates the disks
 of a guest before it runs. For a guest that stays paused, QEMU 10.0 and later have `blockdev-set-active`. Older versions
-activate a disk when it is exported by an NBD server. The socket of this server is unlinked first, so that no client can
-connect. To release all disks of a stopped guest, older versions need `xen-save-devices-state`, whose output is
-discarded.
+activate a disk when it is exported by an NBD server. pageferry unlinks the socket of this server first, so that no
+client can connect. To release all disks of a stopped guest, older versions need `xen-save-devices-state`, whose output
+is discarded.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import secrets
 import socket
 import tempfile
 
-from pageferry.errors import WorkloadError
 from pageferry.host.qmp import Command, Monitor
+from pageferry.workloads.qemu import nbd_server
 
 _SET_ACTIVE = "blockdev-set-active"
 LOCK: Command = {"execute": _SET_ACTIVE, "arguments": {"active": True}}
@@ -24,7 +24,8 @@ LOCK: Command = {"execute": _SET_ACTIVE, "arguments": {"active": True}}
 async def lock(monitor: Monitor) -> None:
     """Activate all disks of a paused guest, which stays paused.
 
-    Raises WorkloadError with QEMU's message, for example if another process has locked a disk; WorkloadDied.
+    Raises WorkloadError with QEMU's message, for example if another process has locked a disk. Raises WorkloadDied if
+    QEMU has exited.
     """
     if await monitor.supports(_SET_ACTIVE):
         await monitor.run(LOCK)
@@ -35,7 +36,7 @@ async def lock(monitor: Monitor) -> None:
 async def release(monitor: Monitor) -> None:
     """Deactivate all disks of a paused guest, so that another QEMU can lock them.
 
-    Raises WorkloadError with QEMU's message, WorkloadDied.
+    Raises WorkloadError with QEMU's message, WorkloadDied if QEMU has exited.
     """
     if await monitor.supports(_SET_ACTIVE):
         await monitor.execute(_SET_ACTIVE, active=False)
@@ -54,7 +55,7 @@ async def _export(monitor: Monitor) -> None:
             await _export_node(monitor, node)
     finally:
         if ours:
-            await monitor.execute("nbd-server-stop")
+            await nbd_server.stop(monitor)
 
 
 async def _export_node(monitor: Monitor, node: str) -> None:
@@ -69,12 +70,4 @@ async def _start_server(monitor: Monitor) -> bool:
     with socket.socket(socket.AF_UNIX) as listening, tempfile.TemporaryDirectory(prefix="pageferry-") as private:
         listening.bind(f"{private}/nbd.sock")
         listening.listen(1)
-        await monitor.give_descriptor("pageferry-nbd", listening.fileno())
-    try:
-        await monitor.execute("nbd-server-start", addr={"type": "fd", "data": {"str": "pageferry-nbd"}})
-    except WorkloadError as failed:
-        if "already" not in str(failed):
-            raise
-        await monitor.execute("closefd", fdname="pageferry-nbd")
-        return False
-    return True
+        return await nbd_server.start(monitor, listening)

@@ -15,11 +15,11 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
 import msgspec
 
-from pageferry.errors import WorkloadDied, WorkloadError
+from pageferry.errors import UnsupportedError, WorkloadDied, WorkloadError
 from pageferry.host import endings, proc, processes
 from pageferry.host.blocking import in_thread
 from pageferry.host.qmp import TIMEOUT
@@ -28,8 +28,6 @@ from pageferry.memory import mappers
 from pageferry.memory.regions import Identity, Region
 from pageferry.memory.view import Memory
 from pageferry.workloads.protocols import (
-    DISKS,
-    SHARED,
     Condition,
     Faults,
     Migratable,
@@ -38,46 +36,60 @@ from pageferry.workloads.protocols import (
     StateSink,
 )
 from pageferry.workloads.qemu import (
+    announcement,
     awaiting,
-    block_devices,
     direct_io,
-    disk_comparison,
     disks,
+    generation_id,
     kvm_prefault,
     opening,
     process,
+    ram,
+    rtc,
     run_state,
 )
 from pageferry.workloads.qemu.control import QUIT, Changes, QemuControl
+from pageferry.workloads.qemu.guest_disks import GuestDisks
 from pageferry.workloads.qemu.kvm_prefault import VirtualMachine
-from pageferry.workloads.qemu.opening import Opened, StartArguments, StartOptions
+from pageferry.workloads.qemu.opening import Opened
 from pageferry.workloads.qemu.run_state import LastSeen
-from pageferry.workloads.qemu.state_transfer import StateTransfer
-from pageferry.workloads.qemu.storage import Storage
+from pageferry.workloads.qemu.state_transfer import MemFds, StateTransfer
 from pageferry.workloads.qemu.vcpus import Vcpus
 
 _QUIT_TIMEOUT = 10.0
-"""Seconds for QEMU to exit after `quit`: it closes its disks first."""
+"""Maximum time for QEMU to exit after `quit`, seconds. QEMU closes its disks first."""
+
+_BASE_NAME = "pageferry-base"
+"""Name of the descriptor of the base in QEMU."""
 
 _ANSWER_TIMEOUT = 0.5
-"""Seconds for QEMU to reply to `quit`. It replies before it closes its disks."""
+"""Maximum time for QEMU to reply to `quit`, seconds. QEMU replies before it closes its disks."""
+
+if TYPE_CHECKING:  # imported by the methods that use them: most commands do not
+    from pageferry.pager.base_records import CloneRecord
+    from pageferry.pager.launcher import PagerConnection
+    from pageferry.pager.orders import BaseOpened
+    from pageferry.workloads.qemu.libvirt import Domain
+    from pageferry.workloads.qemu.starting import StartArguments
 
 log = logging.getLogger(__name__)
 
 
-class QemuWorkload:
-    """QEMU guest. Created by `start`, `attach` or `adopt`. Several objects, in several processes, can refer to one
-    guest.
+class QemuWorkload(GuestDisks):
+    """QEMU guest. `start`, `attach` and `adopt` return an instance. Several objects, in several processes, can refer to
+    one guest.
 
     The monitor is kept open from `pause` (or `load_state`) until `resume` or `discard`: see `control`.
     """
 
     def __init__(self, opened: Opened) -> None:
+        super().__init__(opened.entry.pid)
         self.name = opened.folder.name
         self._folder = opened.folder
         self._entry = opened.entry
         self._regions = opened.regions
-        self._storage = Storage(self._entry.pid)
+        self._clone = opened.clone
+        self._rtc_clock = rtc.clock_of_process(self._entry.pid)
         self._child = opened.child
         self._handed_over = False
         """Whether this process has committed the guest to a destination."""
@@ -85,7 +97,8 @@ class QemuWorkload:
         self._seen = LastSeen(self.name, opened.machine, ran=opened.ran)
         self._last_words = functools.partial(process.quoted, self._folder.path / endings.LOG)
         self._vcpus = Vcpus(self.pid, self._control, self._seen, self._last_words)
-        self._state = StateTransfer(self._control, self._seen, self._last_words)
+        self._memfds = self._find_memfds()
+        self._state = StateTransfer(self._control, self._seen, self._last_words, self._memfds)
 
     # -- start, attach, adopt
 
@@ -100,20 +113,22 @@ class QemuWorkload:
     ) -> Self:
         """Start a QEMU from the user's command line, program first, with its memory in a shared file.
 
-        `options` are the fields of `opening.StartOptions`. A failed start leaves no process and no file behind.
+        `options` are the fields of `starting.StartOptions`. A failed start leaves no process and no file behind.
 
         Raises UsageError, UnsupportedError for options that cannot be managed, NameInUse, WorkloadError with QEMU's
         message.
         """
-        chosen = StartOptions(**options)
-        command = opening.parse(name, arguments, chosen)
+        from pageferry.workloads.qemu import starting
+
+        chosen = starting.StartOptions(**options)
+        command = starting.parse(name, arguments, chosen)
         folder = (registry or Registry()).claim(name)
-        with opening.released_on_error(folder):
+        with starting.released_on_error(folder):
             if chosen.incoming:
                 awaiting.begin(folder)
-            child, path = opening.launch(folder, command, chosen)
+            child, path = starting.launch(folder, command, chosen)
             try:
-                workload = cls(await opening.register(folder, path, child))
+                workload = cls(await starting.register(folder, path, child))
                 if chosen.incoming:
                     await workload._state.expect(chosen.at_once)
                 return workload
@@ -126,44 +141,53 @@ class QemuWorkload:
         """Return the guest with this name, regardless of the process that started it. `timeout`: seconds to wait for
         the monitor of the guest.
 
-        Raises NoSuchWorkload if no guest has this name, WorkloadError, WorkloadDied.
+        Raises NoSuchWorkload if no guest has this name, WorkloadDied if its QEMU has exited. Also raises WorkloadError.
         """
         return cls(await opening.find(name, registry or Registry(), timeout))
 
     @classmethod
-    async def adopt(cls, name: str, qmp_socket: str, *, registry: Registry | None = None) -> Self:
+    async def adopt(
+        cls, name: str, qmp_socket: str, *, domain: Domain | None = None, registry: Registry | None = None
+    ) -> Self:
         """Manage a running QEMU, started by another process, as the workload `name`. Its memory must be in a shared
-        file.
+        file. `domain`: domain of libvirt that the socket must belong to.
 
         Raises UnsupportedError, with the options that QEMU must be started with, NameInUse, WorkloadError.
         """
+        from pageferry.workloads.qemu import starting
+
         folder = (registry or Registry()).claim(name)
-        with opening.released_on_error(folder):
-            return cls(await opening.register(folder, os.path.join(os.getcwd(), qmp_socket), None))
+        with starting.released_on_error(folder):
+            return cls(await starting.register(folder, os.path.join(os.getcwd(), qmp_socket), expected=domain))
 
     # -- the workload protocol
 
     @property
     def identity(self) -> Identity:
         """Kind, name, and details: `qemu` (its version), `machine` (type with version), `cpus`, `devices`, `cpu`
-        (model), `cpu-signature`, `cpu-features`, `disks` (see `block_devices`)."""
+        (model), `cpu-signature`, `cpu-features`, `generation-id` if the guest has one, `rtc-clock`, `disks` (see
+        `block_devices`)."""
         machine = self._seen.machine
-        return Identity("qemu", self.name, machine.details | self._storage.details(machine.block_devices or ()))
+        clock = {rtc.DETAIL: self._rtc_clock}
+        return Identity("qemu", self.name, machine.details | clock | self._storage.details(machine.block_devices or ()))
+
+    @property
+    def generation_id(self) -> str | None:
+        """GUID of the guest, in lower case; None without the device `vmgenid`."""
+        return self._seen.machine.generation_id
 
     async def check_source(self, details: Mapping[str, Any]) -> None:
         """Raise WorkloadError, with the reason, if a guest with these details cannot be received on this host.
 
-        The disks of both sides must be the same, unless the source has set the detail `disks-shared`.
+        The disks of both sides must be the same, unless the source has set the detail `disks-shared`, or copies them
+        (`disks-copied`).
         """
         here = f"{self.name} at the destination"
         self._seen.machine.check_source(details, "the source", here)
+        generation_id.check_migration(details, self.generation_id, here)
+        rtc.check_migration(details, self._rtc_clock, here)
         await self.update_details()
-        disk_comparison.check_migration(
-            block_devices.decode(details),
-            self._storage.record(self._seen.machine.block_devices or ()),
-            here,
-            shared=details.get(SHARED) is True,
-        )
+        self._check_source_disks(details, here)
 
     async def check_image(self, details: Mapping[str, Any], path: str, *, disks_as_is: bool = False) -> None:
         """Raise WorkloadError, with the reason, if a guest with the details of an image cannot run on this host.
@@ -172,13 +196,9 @@ class QemuWorkload:
         `disks_as_is`: accept any contents of the disks.
         """
         self._seen.machine.check_source(details, path, self.name)
+        rtc.check_restored(details, self._rtc_clock, path)
         await self.update_details()
-        devices, recorded = self._seen.machine.block_devices or (), block_devices.decode(details)
-        record = self._storage.record_now(devices)
-        if recorded is not None:
-            empty = self._storage.empty_overlays(devices)
-            record = disk_comparison.without_overlays(record, empty, recorded)
-        disk_comparison.check_restore(recorded, record, path, self.name, as_is=disks_as_is)
+        self._check_image_disks(details, path, as_is=disks_as_is)
 
     @property
     def pid(self) -> int:
@@ -204,8 +224,51 @@ class QemuWorkload:
 
     @property
     def regions(self) -> tuple[Region, ...]:
-        """Guest memory, one region per memory backend, named like QEMU's ramblocks."""
+        """Guest memory, one region per memory backend, with the name of QEMU's ramblock.
+
+        Raises UnsupportedError for a clone: its memory is not in a file of the guest, and a reader of the base would
+        miss the guest's private pages.
+        """
+        if self._clone is not None:
+            raise UnsupportedError(
+                f"cannot access the memory of {self.name} for this operation: it is a clone, which shares the memory "
+                f"of {self._clone.image}; save it, and restore that image with `--memory own`"
+            )
         return self._regions
+
+    @property
+    def clone(self) -> CloneRecord | None:
+        """Record of a guest that shares the memory of its image; None for any other guest."""
+        return self._clone
+
+    async def receive_base(self, descriptor: int) -> None:
+        """Pass a descriptor of a base to QEMU, which keeps it open. Raises WorkloadError, WorkloadDied."""
+        async with self._control.session() as monitor:
+            await monitor.give_descriptor(_BASE_NAME, descriptor)
+
+    async def share_base(self, pager: PagerConnection, opened: BaseOpened, work: CloneRecord) -> None:
+        """Replace the memory of this guest, which waits for its state, by private pages over an opened base (see
+        `CanShareBase`)."""
+        from pageferry.pager import base_client, base_records
+        from pageferry.workloads.qemu.command_line import BACKEND
+
+        if any(region.name != BACKEND for region in self._regions):  # no other process can map pageferry's own file
+            await self.check_mappers()
+        descriptor = base_client.open_file(opened, work.image)
+        try:
+            await self.receive_base(descriptor)
+        finally:
+            os.close(descriptor)
+        await pager.share(self.name, work)
+        self.become_clone(base_records.clone_record(self._folder) or work)
+
+    def become_clone(self, record: CloneRecord) -> None:
+        """Record that the memory of the guest is private pages over a base, and discard the file of QEMU."""
+        for region in self._regions:
+            length = os.fstat(region.fd).st_size
+            os.ftruncate(region.fd, 0)
+            os.ftruncate(region.fd, length)
+        self._clone = record
 
     @property
     def live(self) -> Migratable:
@@ -226,19 +289,40 @@ class QemuWorkload:
         """False: the file of a guest is not handed out to other processes."""
         return False
 
+    def check_migratable(self) -> None:
+        """Raise UnsupportedError if libvirt manages the guest, or if its memory has no path."""
+        if self._entry.domain is not None:
+            from pageferry.workloads.qemu import libvirt
+
+            libvirt.refuse_migration(self.name, self._entry.domain)
+        if self._memfds is not None:
+            raise UnsupportedError(
+                f"cannot migrate {self.name}: its memory is a memfd, which QEMU would migrate too; use a "
+                "memory-backend-file, or a checkpoint"
+            )
+
+    def _find_memfds(self) -> MemFds | None:
+        """Return the names of the regions if any of them is a memfd, otherwise None."""
+        if not any(map(ram.is_memfd, self._regions)):
+            return None
+        return MemFds(self.pid, frozenset(region.name for region in self._regions))
+
     def open_memory(self) -> Memory:
         """Map the memory of the guest. Raises WorkloadDied, WorkloadError."""
         return Memory(self)
 
     async def check_mappers(self) -> None:
-        """Raise WorkloadError if another process maps the guest's memory for writing (see `mappers`)."""
+        """Raise WorkloadError if another process maps the guest's memory for writing (see `mappers`). The pages of a
+        clone are private to QEMU."""
+        if self._clone is not None:
+            return
         await in_thread(lambda: mappers.refuse_strangers(self.name, self._regions))
 
     async def prepare_pause(self) -> None:
-        """Do the part of `pause` that is possible while the guest runs, which takes about 50 ms. If this is not called,
-        `pause` does it.
+        """Do the part of `pause` that is possible while the guest runs, which takes about 50 ms. If this method is not
+        called, `pause` does that part.
 
-        Raises UnsupportedError if QEMU cannot save its state alone, WorkloadError.
+        Raises UnsupportedError if QEMU cannot save its state alone. Also raises WorkloadError.
         """
         await self._vcpus.prepare()
         await self.update_details()
@@ -257,15 +341,21 @@ class QemuWorkload:
         await self._vcpus.check_machine()
 
     async def pause_to_save(self, sink: StateSink) -> float:
-        """Like `pause`, but stop the vCPUs by QEMU's own migration of the device state, which `save_state` completes.
+        """Pause as `pause` does, but by QEMU's own migration of the device state, which `save_state` completes.
 
         `sink` receives the beginning of the result of `save_state`, starting before the vCPUs stop. A guest that is
         already paused is saved by `save_state` alone. Return the time at which QEMU stopped the vCPUs, on the clock of
         `time.perf_counter`. Raises the same errors as `pause`.
         """
         started = time.perf_counter()
-        await self._vcpus.pause(functools.partial(self._state.stop_to_save, sink))
-        return max(started, self._state.stopped_at)
+        self._state.keeps_disks = self._disk_saving is not None and self._disk_saving.keeps_disks
+        if self._state.keeps_disks:
+            if not self._control.stays_paused:
+                await self._state.prepare_snapshot(await self._control.hold())
+            await self._vcpus.pause()
+        else:
+            await self._vcpus.pause(functools.partial(self._state.stop_to_save, sink))
+        return max(started, self._seen.stopped_at)
 
     async def does_direct_io(self) -> bool:
         """Return whether QEMU has a disk open whose reads may pin guest memory. Raises UnsupportedError,
@@ -282,7 +372,8 @@ class QemuWorkload:
         return await self._vcpus.drain()
 
     async def prepare_commit(self) -> None:
-        """Start to read the machine and its disks, which `commit` checks. Later changes are not noticed."""
+        """Start to read the machine and its disks, which `commit` checks. `discard` reports devices that are added
+        later."""
         self._seen.look(await self._control.hold(), media=True)
 
     async def commit(self, record: OwnershipRecord | None = None) -> None:
@@ -306,12 +397,12 @@ class QemuWorkload:
                 await disks.release(await self._control.hold())
             return
         self._control.plan_by_owner(record, awaiting.release(self._folder))
-        # Also checks that QEMU runs: a process that is being killed is still visible in /proc, but does not reply.
+        # This also checks that QEMU runs: a process that is being killed is still visible in /proc, but does not reply.
         await self._seen.check_unchanged(monitor)
         await self._seen.check_machine()
 
     async def resume(self) -> None:
-        """Resume the vCPUs (QMP `cont`), unless the guest was already paused before `pause`. May be called after
+        """Resume the vCPUs (QMP `cont`), unless the guest was already paused before `pause`. It may be called after
         `save_state`.
 
         Raises WorkloadError if the guest does not run afterwards; WorkloadDied, with `never_ran` if QEMU cannot have
@@ -319,8 +410,28 @@ class QemuWorkload:
         """
         self._handed_over = False
         await self._state.cancel_save()
+        self._storage.settle()
         await self._vcpus.resume()
         awaiting.end(self._folder)
+
+    async def announce(self) -> bool:
+        """Announce the network addresses of the guest, so that its packets are sent to this host. An error is logged:
+        the guest runs in either case. Return False if QEMU does not respond in time."""
+        if self._control.given_up:
+            return True  # the guardian announces the guest when its disks respond
+        try:
+            async with asyncio.timeout(announcement.TIMEOUT), self._control.session() as monitor:
+                await announcement.announce(monitor)
+        except WorkloadError as failed:
+            log.info("%s: its network addresses are not announced: %s", self.name, failed)
+        except TimeoutError:
+            log.info(
+                "%s: its network addresses are not announced: QEMU did not respond within %g s",
+                self.name,
+                announcement.TIMEOUT,
+            )
+            return False
+        return True
 
     @property
     def stays_paused(self) -> bool:
@@ -335,7 +446,8 @@ class QemuWorkload:
 
     async def revert(self, changes: Mapping[str, Any]) -> None:
         """Undo the changes of the process that committed the guest: restore its run state, running or paused, and the
-        migration settings of its user. Records of older releases have empty `changes`: the guest is resumed.
+        migration settings of its user. Records of earlier versions of pageferry have empty `changes`: the guest is
+        resumed.
 
         Raises WorkloadError for invalid changes, and the same errors as `resume`.
         """
@@ -343,7 +455,7 @@ class QemuWorkload:
             try:
                 self._control.take_over(msgspec.convert(changes, Changes))
             except msgspec.ValidationError as wrong:
-                raise WorkloadError(f"cannot undo the changes of {self.name}: invalid record ({wrong})") from wrong
+                raise WorkloadError(f"cannot undo the changes of {self.name}: invalid record: {wrong}") from wrong
         await self._control.hold()
         self._control.start_guardian()
         await self.resume()
@@ -354,64 +466,36 @@ class QemuWorkload:
 
         Raises WorkloadError with QEMU's message. The guest can be resumed in either case.
         """
-        state = await self._state.save()
-        await self._vcpus.check_machine()
-        return state
-
-    async def update_details(self) -> None:
-        """Query the block devices, and find their files. Raises WorkloadError, WorkloadDied."""
-        if self._seen.machine.block_devices == ():
-            return
-        async with self._control.session() as monitor:
-            await self._seen.update_media(monitor)
-            await self._storage.locate(monitor, self._seen.machine)
-
-    async def note_details(self) -> None:
-        """Note the state of the files of all disks, for `snapshot_details`. Call this after `save_state`, which may
-        write to these files.
-
-        A guest that stays paused is examined when later writes are certain to be detected.
-        """
-        await self._storage.note(self._seen.machine.block_devices or (), at_rest=self.stays_paused)
+        return await self._state.save()
 
     async def snapshot_details(self) -> SnapshotDetails:
-        """Return the record of the disks as of `note_details`, which contains no query, to keep the pause short.
-
-        If another client has changed disks or media since the last query before the pause, the record states that
-        the contents of all disks are unknown. Raises WorkloadDied.
-        """
-        if (noted := self._storage.noted) is None:
-            return SnapshotDetails({})
-        try:
-            await self.update_details()
-        except WorkloadDied:
-            raise
-        except WorkloadError as failed:
-            return SnapshotDetails({}, f"the image does not describe the contents of disks: {failed}")
-        if self._seen.machine.block_devices != noted.devices:
-            return SnapshotDetails({}, disk_comparison.CHANGED)
-        return SnapshotDetails({DISKS: block_devices.encode(noted.record)}, disk_comparison.unsaved(noted.record))
+        """Check devices that were added before the snapshot point, and return the record of the disks, as `GuestDisks`
+        describes. Raises UnsupportedError if the guest cannot be saved with such a device, WorkloadDied."""
+        with contextlib.suppress(WorkloadDied):  # the saved state and memory are complete
+            await self._vcpus.check_machine()
+        return await super().snapshot_details()
 
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load_state`.
 
-        Raises UnsupportedError if QEMU cannot load its state alone, WorkloadError.
+        Raises UnsupportedError if QEMU cannot load its state alone. Also raises WorkloadError.
         """
         await self._state.prepare_load()
 
-    async def load_ahead(self, piece: bytes) -> None:
-        """Load a piece of a state that `pause_to_save` has passed to its sink, before memory is complete.
+    async def load_ahead(self, chunk: bytes) -> None:
+        """Load a chunk of a state that `pause_to_save` has passed to its sink, before memory is complete.
 
-        `load_state` loads the remaining part. Raises WorkloadError if the state is of another machine, WorkloadDied.
+        `load_state` loads the remaining part. Raises WorkloadError if the state is of another machine,
+        WorkloadDied if QEMU exits.
         """
-        await self._state.load_ahead(piece)
+        await self._state.load_ahead(chunk)
 
     async def load_state(self, state: bytes) -> None:
         """Load a device state into a guest started with `incoming`. The guest stays paused. Until `commit`, it ends
         with this process.
 
         Raises WorkloadError, with QEMU's message, if the state does not match this machine or the guest could not run
-        with it; WorkloadDied.
+        with it. Raises WorkloadDied if QEMU exits.
         """
         await self._state.load(state)
 
@@ -454,6 +538,8 @@ class QemuWorkload:
 
     async def discard(self) -> None:
         """End QEMU by QMP `quit`, or by SIGKILL if that fails, and remove the workload."""
+        if self._handed_over:
+            await self._report_lost_devices()
         if not await self.quit():
             log.warning("%s: process %d has not exited after `quit`, and is killed", self.name, self.pid)
             self._state.close()
@@ -461,6 +547,19 @@ class QemuWorkload:
             processes.send_signal(self.pid, self._entry.started, signal.SIGKILL)
             await processes.wait_for_end(self.pid, self._entry.started)
         await self.forget("migrated" if self._handed_over else None)
+
+    async def _report_lost_devices(self) -> None:
+        """Log the devices that were added after the last check before the commit: the destination lacks them. A later
+        check in the pause would prolong it by about a millisecond."""
+        with contextlib.suppress(WorkloadError, TimeoutError):
+            async with asyncio.timeout(_ANSWER_TIMEOUT), self._control.session() as monitor:
+                if lost := await self._seen.machine.added(monitor):
+                    log.warning(
+                        "%s: lost the devices %s, which were added while it was handed over; add them at the "
+                        "destination",
+                        self.name,
+                        ", ".join(lost),
+                    )
 
     async def running(self) -> bool:
         """Return whether the vCPUs run. Raises WorkloadDied if QEMU has exited."""

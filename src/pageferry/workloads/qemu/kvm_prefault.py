@@ -27,7 +27,7 @@ from pageferry.host.qmp import Monitor
 from pageferry.memory.regions import Region
 
 _PIECE = 64 << 20
-"""Maximum number of bytes mapped per piece. A thread of QEMU is stopped during each call."""
+"""Maximum number of bytes mapped per chunk. A thread of QEMU is stopped during each call."""
 
 # From include/uapi/linux/kvm.h.
 _CHECK_EXTENSION = 0xAE03
@@ -90,8 +90,8 @@ class VirtualMachine:
 
     @classmethod
     def find(cls, pid: int) -> Self | None:
-        """Find the virtual machine of a process. Return None if it has none, such as a QEMU without KVM. Raises
-        WorkloadDied, PermissionError."""
+        """Find the virtual machine of a process. Return None if there is none, for example in a QEMU without KVM.
+        Raises WorkloadDied, PermissionError."""
         machine = vcpu = None
         for number, target in _descriptors(pid):
             if target == "anon_inode:kvm-vm":
@@ -114,12 +114,12 @@ class VirtualMachine:
         scratch = space.mmap(SMALL_PAGE)
         try:
             with open(f"/proc/{self.pid}/mem", "r+b", buffering=0) as memory:
-                return sum(self._prefault(space, memory.fileno(), scratch, piece) for piece in _pieces(ranges))
+                return sum(self._prefault(space, memory.fileno(), scratch, chunk) for chunk in _chunks(ranges))
         finally:
             space.munmap(scratch, SMALL_PAGE)
 
-    def _prefault(self, space: Space, memory: int, scratch: int, piece: Range) -> int:
-        start, end = piece
+    def _prefault(self, space: Space, memory: int, scratch: int, chunk: Range) -> int:
+        start, end = chunk
         os.pwrite(memory, _RANGE.pack(start, end - start, 0), scratch)
         while _RANGE.unpack(os.pread(memory, _RANGE.size, scratch))[1]:
             try:
@@ -136,7 +136,7 @@ async def prefault(
     regions: Sequence[Region],
     units: Mapping[int, Sequence[int]] | None,
 ) -> int:
-    """Populate the second-stage page tables. `units`: numbers of 2 MiB units, by number of the region; None for all
+    """Populate the second-stage page tables. `units`: indexes of 2 MiB units, by index of the region; None for all
     memory that is present. Return the number of bytes mapped; 0 if KVM does not support this.
 
     Raises OSError with the kernel's reason, WorkloadError.
@@ -166,7 +166,7 @@ def _system_memory(mtree: str) -> Iterator[str]:
             yield from view.splitlines()
 
 
-def _pieces(ranges: Iterable[Range]) -> Iterator[Range]:
+def _chunks(ranges: Iterable[Range]) -> Iterator[Range]:
     for start, end in ranges:
         while start < end:
             edge = min((start // _PIECE + 1) * _PIECE, end)

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 from pageferry.errors import WorkloadError
 from pageferry.host.qmp import Monitor
-from pageferry.workloads.qemu import block_devices, ram
+from pageferry.workloads.qemu import block_devices, generation_id, ram
 from pageferry.workloads.qemu.block_devices import BlockDevice
 from pageferry.workloads.qemu.cpu import Cpu
 
@@ -19,7 +19,7 @@ log = getLogger(__name__)
 M = TypeVar("M")
 
 MAX_SHOWN = 1000
-"""Maximum number of characters that a message quotes from the description of a peer."""
+"""Maximum number of characters that an error message quotes from the description of a peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ class Machine:
     cpu: Cpu
     block_devices: tuple[BlockDevice, ...] | None = None
     """Disks and drives, without the files behind them (see `Storage`); None before they are queried."""
+    generation_id: str | None = None
+    """GUID of the guest; None without the device `vmgenid`."""
 
     @classmethod
     async def ask(cls, monitor: Monitor) -> Self:
@@ -46,7 +48,9 @@ class Machine:
         )
         threads = tuple(cpu["thread-id"] for cpu in cpus)
         cpu = await Cpu.ask(monitor, [one["qom-path"] for one in cpus])
-        return cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, tuple(sorted(devices)), cpu)
+        guid = await generation_id.query(monitor, devices)
+        machine = cls(monitor.qemu_version, kind.removesuffix("-machine"), threads, tuple(sorted(devices)), cpu)
+        return replace(machine, generation_id=guid)
 
     async def again(self, monitor: Monitor, *, media: bool = False) -> Self:
         """Return the description with current vCPUs and devices, which other clients can add and remove.
@@ -73,12 +77,17 @@ class Machine:
         """Return the description with current block devices, even if none is known so far."""
         return replace(self, block_devices=block_devices.parse(await monitor.execute("query-block")))
 
+    async def added(self, monitor: Monitor) -> list[str]:
+        """Return descriptions of the devices that QEMU has, but that this description lacks. Raises WorkloadError."""
+        found = sorted(set(await ram.devices(monitor)) - set(self.devices))
+        return [f"{name} ({kind})" for kind, name in found]
+
     def check_unchanged(self, now: Self, name: str) -> None:
         """Raise WorkloadError if the machine of `name` has changed to `now`."""
         if now != self:
             raise WorkloadError(
-                f"{name} was reconfigured during the operation: {self._described}, now {now._described}; do not "
-                "add or remove devices, disks or vCPUs until it has been migrated or saved"
+                f"cannot use {name}: it was reconfigured during the operation ({self._described}, now "
+                f"{now._described}); do not add or remove devices, disks or vCPUs until the operation has finished"
             )
 
     @property
@@ -96,19 +105,21 @@ class Machine:
     @property
     def details(self) -> dict[str, Any]:
         """Details for the peer of a migration, and for an image: `qemu` (its version), `machine` (type with version),
-        `cpus`, `devices`, and those of the CPU.
+        `cpus`, `devices`, `generation-id` if the guest has one, and those of the CPU.
         """
+        guid = {generation_id.DETAIL: self.generation_id} if self.generation_id is not None else {}
         return {
             "qemu": self.qemu_version,
             "machine": self.type,
             "cpus": len(self.vcpu_threads),
             "devices": self._device_types,
+            **guid,
             **self.cpu.details,
         }
 
     def check_source(self, details: Mapping[str, Any], source: str, here: str) -> None:
         """Raise WorkloadError, with the reason, if a guest with these details cannot run on this machine. `source` and
-        `here`: names of the guest and of this machine, for the message.
+        `here`: names of the guest and of this machine, for the error message.
 
         QEMU itself checks less: it loads a state that lacks some of the devices of the machine, and does not compare
         CPUs.

@@ -31,6 +31,11 @@ _WITH_VALUE = frozenset(
     virtfs vnc watchdog-action xen-domid""".split()
 )
 
+ON = frozenset(("on", "yes", "true", "y"))
+"""Values of a property that is switched on."""
+DISK_OPTIONS = frozenset("hda hdb hdc hdd cdrom fda fdb mtdblock pflash sd".split())
+"""Options whose value is the file of a disk."""
+
 _PART = re.compile(r"(?:[^,]|,,)+")
 """Property, in which `,,` stands for a comma."""
 
@@ -41,19 +46,27 @@ def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     `arguments`: the program first. Raises UsageError if neither pageferry nor the program knows an option, or if a
     value is missing.
     """
-    words = iter(arguments[1:])
-    for word in words:
+    for name, value, _ in option_values(arguments):
+        yield name, value
+
+
+def option_values(arguments: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+    """Yield the options as `options` does, each with the index of the argument that contains its value, or of the
+    option itself if it has no value."""
+    words = iter(enumerate(arguments))
+    next(words, None)
+    for index, word in words:
         if not word.startswith("-") or word == "-":
-            yield "drive", f"file={word.replace(',', ',,')}"
+            yield "drive", f"file={word.replace(',', ',,')}", index
             continue
         name = word.removeprefix("-").removeprefix("-")
         if not _takes_value(arguments[0], name):
-            yield name, ""
+            yield name, "", index
             continue
-        value = next(words, None)
+        at, value = next(words, (index, None))
         if value is None:
-            raise UsageError(f"QEMU option {word} has no value")
-        yield name, value
+            raise UsageError(f"invalid QEMU option {word}: expected a value")
+        yield name, value, at
 
 
 def properties(value: str, implied: str) -> dict[str, str]:
@@ -61,18 +74,30 @@ def properties(value: str, implied: str) -> dict[str, str]:
 
     Nested JSON properties have the names that QEMU uses elsewhere: `file.driver`, `host-nodes.0`. Raises UsageError.
     """
+    return dict(property_list(value, implied))
+
+
+def property_list(value: str, implied: str) -> Iterator[tuple[str, str]]:
+    """Yield the properties of an option value as `properties` does, including repeated ones. Raises UsageError."""
     if value.startswith("{"):
-        return dict(_flat("", _decoded(value)))
-    result: dict[str, str] = {}
+        yield from flat("", _decoded(value))
+        return
     for part in _PART.finditer(value):
         key, equals, text = part[0].replace(",,", ",").partition("=")
         if equals:
-            result[key] = text
+            yield key, text
         elif part.start() == 0:
-            result[implied] = key
+            yield implied, key
         else:
-            result[key] = "on"
-    return result
+            yield key, "on"
+
+
+def with_property(value: str, key: str, text: str) -> str:
+    """Return an option value in which the property `key` has the value `text`. Raises UsageError."""
+    if value.startswith("{"):
+        return json.dumps(_decoded(value) | {key: text})
+    parts = [part[0] for part in _PART.finditer(value) if part[0].partition("=")[0] != key]
+    return ",".join([*parts, f"{key}={text.replace(',', ',,')}"])
 
 
 def block_properties(value: str, implied: str) -> Iterator[tuple[str, str]]:
@@ -80,7 +105,7 @@ def block_properties(value: str, implied: str) -> Iterator[tuple[str, str]]:
     for key, text in properties(value, implied).items():
         yield key, text
         if text.startswith("json:"):
-            yield from _flat(key, _decoded(text.removeprefix("json:")))
+            yield from flat(key, _decoded(text.removeprefix("json:")))
 
 
 def _takes_value(program: str, option: str) -> bool:
@@ -99,20 +124,21 @@ def _decoded(text: str) -> dict[str, Any]:
     try:
         decoded = json.loads(text)
     except (ValueError, RecursionError) as wrong:
-        raise UsageError(f"{text[:80]!r} is not JSON ({wrong})") from wrong
+        raise UsageError(f"invalid option value {text[:80]!r}: expected JSON ({wrong})") from wrong
     if not isinstance(decoded, dict):
-        raise UsageError(f"{text[:80]!r} is not a JSON object")
+        raise UsageError(f"invalid option value {text[:80]!r}: expected a JSON object")
     return decoded
 
 
-def _flat(key: str, item: Any) -> Iterator[tuple[str, str]]:
+def flat(key: str, item: Any) -> Iterator[tuple[str, str]]:
+    """Yield the properties of nested JSON under the name `key`, with the names that QEMU uses elsewhere."""
     match item:
         case dict():
             for name, inner in item.items():
-                yield from _flat(f"{key}.{name}" if key else name, inner)
+                yield from flat(f"{key}.{name}" if key else name, inner)
         case list():
             for number, inner in enumerate(item):
-                yield from _flat(f"{key}.{number}", inner)
+                yield from flat(f"{key}.{number}", inner)
         case bool():
             yield key, "on" if item else "off"
         case None:

@@ -54,14 +54,12 @@ class QemuProcess:
         deadline = asyncio.get_running_loop().time() + _STARTUP_TIMEOUT
         while True:
             if (code := self.poll()) is not None:
-                raise WorkloadError(f"{self._program} exited at once with exit code {code}{self.last_words()}")
+                raise WorkloadError(f"cannot start {self._program}: it exited with exit code {code}{self.last_words()}")
             try:
                 return await Monitor.open(socket_path)
             except WorkloadError as failed:
                 if asyncio.get_running_loop().time() > deadline:
-                    raise WorkloadError(
-                        f"{self._program} did not open its monitor: {failed}{self.last_words()}"
-                    ) from failed
+                    raise WorkloadError(f"cannot start {self._program}: {failed}{self.last_words()}") from failed
             await asyncio.sleep(0.01)
 
     def kill(self) -> None:
@@ -71,7 +69,8 @@ class QemuProcess:
             self._popen.wait()
 
     def last_words(self) -> str:
-        """Return the end of the log, to be appended to a message; an empty string if the output is on a terminal."""
+        """Return the end of the log, to be appended to an error message; an empty string if the output is on a
+        terminal."""
         if self._log is None:
             return ""
         return f"; its output:\n{tail}" if (tail := log_tail(self._log)) else " without output"
@@ -81,7 +80,7 @@ def launch(command: Sequence[str], inherited: Sequence[int], log: Path | None) -
     """Start QEMU on the terminal of this process or, with a `log`, in a separate session that outlives this process.
 
     `inherited`: descriptors that QEMU inherits, under the same numbers. Raises UsageError if the program does not exist
-    or may not be executed.
+    or cannot be executed.
     """
     output: IO[bytes] | None = None
     try:
@@ -116,7 +115,7 @@ def is_binary(program: str) -> bool:
 
 
 def quoted(log: Path) -> str:
-    """Return the last lines of a log, to be appended to a message; an empty string if there is none."""
+    """Return the last lines of a log, to be appended to an error message; an empty string if there is none."""
     return f"; QEMU says:\n{said}" if (said := log_tail(log)) else ""
 
 

@@ -1,7 +1,7 @@
 """Memory of a running QEMU guest: its backends, the files behind them, and their mappings in QEMU.
 
 QMP `query-memdev` returns the backends, and `qom-get` their files and offsets; /proc/PID/maps shows where the files are
-mapped. A backend is identified by the device and inode of its file. If `mem-path` is a folder, QEMU creates a file
+mapped. A backend is identified by the device and inode of its file. If `mem-path` is a directory, QEMU creates a file
 `qemu_back_mem.ID.XXXXXX` in it for each backend and unlinks it (`file_ram_open` of system/physmem.c). If several mapped
 files could belong to one backend, the guest is refused.
 """
@@ -24,12 +24,17 @@ from pageferry.memory.regions import LARGE_PAGE, Region, Segment
 
 _ADVICE = (
     "start QEMU with `pageferry run`, or with -object memory-backend-file,id=ram0,size=SIZE,share=on,align=2M,"
-    "mem-path=FILE -machine memory-backend=ram0, with FILE on a tmpfs mounted with huge=always"
+    "mem-path=FILE -machine memory-backend=ram0, with FILE on a tmpfs mounted with huge=always; a domain of libvirt "
+    "needs <memoryBacking><source type='file'/><access mode='shared'/></memoryBacking>"
 )
 _IN_MEMORY = (
     "guest memory must be on tmpfs or hugetlbfs: give a mem-path below /dev/shm, or with libvirt set "
     'memory_backing_dir = "/dev/shm" in /etc/libvirt/qemu.conf, and start the guest again'
 )
+
+
+_MEMFD = "/memfd:memory-backend-memfd"
+"""Path that the kernel shows for the memory of each `memory-backend-memfd` (backends/hostmem-memfd.c)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class _Backend:
     size: int
     """Size, bytes."""
     path: str
-    """Path that was passed to QEMU: a file or a folder."""
+    """Path that was passed to QEMU: a file or a directory; `_MEMFD` for a memfd."""
     offset: int
     """Start of the memory in the file, bytes."""
 
@@ -51,7 +56,7 @@ async def open_regions(monitor: Monitor, pid: int) -> tuple[Region, ...]:
     Raises UnsupportedError if any of the memory is not in separate shared files on tmpfs or hugetlbfs, PermissionError
     if this process is not permitted to open the files, WorkloadError.
     """
-    backends = [await _describe(monitor, item) for item in await monitor.execute("query-memdev")]
+    backends = [await _describe(monitor, item) for item in await _used_backends(monitor)]
     mappings = [mapping for mapping in proc.file_mappings(pid) if mapping.shared and mapping.writable]
     found = [(backend, _mappings_of(pid, backend, mappings)) for backend in backends]
     _check_apart(found)
@@ -72,12 +77,28 @@ def misaligned(region: Region) -> bool:
     return any((segment.address - segment.offset - region.file_offset) % LARGE_PAGE for segment in region.segments)
 
 
+def is_memfd(region: Region) -> bool:
+    """Return whether the memory is a memfd of QEMU, which has no path."""
+    return os.readlink(f"/proc/self/fd/{region.fd}").removesuffix(" (deleted)") == _MEMFD
+
+
 async def devices(monitor: Monitor) -> list[tuple[str, str]]:
     """Return the type and name of all devices that are not part of the machine type."""
     paths = ("/machine/peripheral", "/machine/peripheral-anon")
     folders = await asyncio.gather(*(monitor.execute("qom-list", path=path) for path in paths))
     items = [(item["type"], item["name"]) for folder in folders for item in folder]
     return [(kind.removeprefix("child<").removesuffix(">"), name) for kind, name in items if kind.startswith("child<")]
+
+
+async def _used_backends(monitor: Monitor) -> list[dict[str, object]]:
+    """Return the memory backends that are guest memory, as reported by QMP `query-memdev`.
+
+    If the machine has one backend for all of its memory, other backends are unused: libvirt always creates a backend,
+    and the options of a domain can select another one.
+    """
+    backends: list[dict[str, object]] = await monitor.execute("query-memdev")
+    selected = await monitor.execute("qom-get", path="/machine", property="memory-backend")
+    return [one for one in backends if f"/objects/{one.get('id')}" == selected] or backends
 
 
 async def _describe(monitor: Monitor, backend: dict[str, object]) -> _Backend:
@@ -88,6 +109,8 @@ async def _describe(monitor: Monitor, backend: dict[str, object]) -> _Backend:
     if not backend.get("share"):
         raise UnsupportedError(f"unsupported guest memory in backend {name}: it is private; {_ADVICE}")
     properties = {item["name"] for item in await monitor.execute("qom-list", path=f"/objects/{name}")}
+    if "mem-path" not in properties and "seal" in properties:
+        return _Backend(name, size, _MEMFD, 0)
     if "mem-path" not in properties:
         raise UnsupportedError(
             f"unsupported guest memory in backend {name}: it is not in a file that has a path; {_ADVICE}"
@@ -125,6 +148,8 @@ def _open_region(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) 
 def _mappings_of(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) -> list[proc.Mapping]:
     """Return the mappings of a backend's file. Raises UnsupportedError if the mappings of several files match."""
     path = backend.path
+    if path == _MEMFD:
+        return _only_file(backend, [one for one in _of_memfds(mappings) if one.length == backend.size])
     seen = path.replace("/proc/self/", f"/proc/{pid}/") if path.startswith("/proc/self/") else _within(pid, path)
     try:
         status = os.stat(seen)
@@ -137,12 +162,22 @@ def _mappings_of(pid: int, backend: _Backend, mappings: Sequence[proc.Mapping]) 
         if not found:  # the file has been removed or replaced: compare the path of the mapping
             names = {os.fsencode(path), os.fsencode(f"{path} (deleted)")}
             found = [one for one in mappings if one.path in names]
+    return _only_file(backend, found)
+
+
+def _only_file(backend: _Backend, found: list[proc.Mapping]) -> list[proc.Mapping]:
+    """Return the found mappings. Raises UnsupportedError if they belong to several files."""
     if len({one.identity for one in found}) > 1:
         raise UnsupportedError(
             f"cannot determine which of several mapped files holds guest memory in backend {backend.name} "
-            f"({path}); give each memory backend a separate mem-path that names a file, and restart the guest"
+            f"({backend.path}); give each memory backend a separate mem-path that names a file, and restart the guest"
         )
     return found
+
+
+def _of_memfds(mappings: Sequence[proc.Mapping]) -> list[proc.Mapping]:
+    """Return the mappings of backends of type `memory-backend-memfd`."""
+    return [one for one in mappings if one.path.removesuffix(b" (deleted)") == _MEMFD.encode()]
 
 
 def _is_unlinked_file_of(backend: str, mapping: proc.Mapping) -> bool:
@@ -192,8 +227,8 @@ def _check_apart(found: Sequence[tuple[_Backend, list[proc.Mapping]]]) -> None:
     for (file, _, end, name), (next_file, start, _, next_name) in pairwise(places):
         if file == next_file and start < end:
             raise UnsupportedError(
-                f"memory backends {name} and {next_name} use the same bytes of one file; give each a separate "
-                "mem-path or offset, and restart the guest"
+                f"unsupported guest memory: backends {name} and {next_name} use the same bytes of one file; give "
+                "each a separate mem-path or offset, and restart the guest"
             )
 
 

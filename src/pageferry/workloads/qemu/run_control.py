@@ -1,8 +1,8 @@
 """Pausing, resuming and powering off a QEMU guest on behalf of its user, in one session of its monitor.
 
-Unlike `QemuWorkload.pause`, these changes outlive the command. An operation of pageferry that pauses a guest keeps the
-only session of the monitor for the whole pause. A user's command that has a session therefore never interrupts such an
-operation.
+Unlike the changes of `QemuWorkload.pause`, these outlive the command. An operation of pageferry that pauses a guest
+keeps the only session of the monitor for the whole pause. A user's command that has a session therefore never
+interrupts such an operation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _REASONS = {
 
 
 async def pause(monitor: Monitor, name: str) -> bool:
-    """Stop the vCPUs of a guest. Return False if the guest was paused before.
+    """Stop the vCPUs of a guest. Return False if the guest is already paused.
 
     Raises WorkloadError if its run state does not allow this, or if its disks do not respond.
     """
@@ -50,15 +50,15 @@ async def pause(monitor: Monitor, name: str) -> bool:
             await monitor.execute("stop")
     except TimeoutError as late:
         raise WorkloadError(
-            f"{name} is not paused yet: a request to its disks has been in flight for more than {STOP_TIMEOUT:g} s; "
-            "QEMU pauses it when they respond"
+            f"cannot pause {name} within {STOP_TIMEOUT:g} s: QEMU is waiting for a disk request; the guest is paused "
+            "when the request completes"
         ) from late
     return True
 
 
 async def resume(monitor: Monitor, name: str) -> bool:
-    """Continue the vCPUs of a guest. Return False if the guest runs already. The caller has checked that this host owns
-    the guest.
+    """Continue the vCPUs of a guest. Return False if the guest is already running. The caller has checked that this
+    host owns the guest.
 
     Raises WorkloadError if the run state of the guest does not allow this, or if the guest does not run afterwards.
     """
@@ -72,7 +72,9 @@ async def resume(monitor: Monitor, name: str) -> bool:
     except WorkloadError as refused:  # for example, another process holds a lock on a disk
         raise type(refused)(f"cannot resume {name}: {refused}") from refused
     if not await run_state.runs(monitor):
-        raise WorkloadError(f"cannot resume {name}: its run state after `cont` is {await _state(monitor)}")
+        raise WorkloadError(
+            f"cannot resume {name}: its run state after `cont` is {await _state(monitor)}; see `pageferry logs`"
+        )
     return True
 
 
@@ -82,16 +84,16 @@ async def is_paused(monitor: Monitor) -> bool:
 
 
 async def power_down(monitor: Monitor, name: str) -> bool:
-    """Press the power button of a guest (ACPI). Return False if the guest has shut down before.
+    """Press the power button of a guest (ACPI). Return False if the guest has already shut down.
 
-    Raises WorkloadError if the guest cannot react, because it does not run.
+    Raises WorkloadError if the guest cannot react, because it is not running.
     """
     state = await _state(monitor)
     if has_shut_down(state):
         return False
     if state != "running":
         why = "it is paused; run `pageferry resume` first" if state in _PAUSED else _reason(state, name)
-        raise WorkloadError(f"{name} cannot react to a shutdown: {why}")
+        raise WorkloadError(f"cannot shut down {name}: {why}")
     await monitor.execute("system_powerdown")
     return True
 

@@ -1,8 +1,8 @@
 """Last known run state and machine of a QEMU guest, and detection of changes by other clients.
 
 QMP `stop` has no effect on a guest that does not run: it may have shut down, panicked, or been paused by another client
-since the last check. Only the event STOP, which QEMU sends before the reply to `stop`, shows that the guest ran until
-then.
+since the last check. Only the event STOP, which QEMU sends before the reply to `stop`, shows that the guest was
+running.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from qemu.qmp import EventListener
 
 from pageferry.errors import WorkloadError
-from pageferry.host.qmp import Monitor
+from pageferry.host.qmp import Monitor, event_time
 from pageferry.workloads.qemu.machine import Machine
 
 _ENDED = {
@@ -52,9 +52,11 @@ class Stopped(NamedTuple):
     """Result of stopping the vCPUs of a guest."""
 
     ran: bool
-    """Whether the guest ran until then."""
+    """Whether the guest was running."""
     status: str | None = None
     """Run state, if it is known; None if it has to be queried."""
+    at: float = 0.0
+    """Time at which QEMU stopped the vCPUs, on the clock of `time.perf_counter`; 0 if the guest was not running."""
 
 
 Stop = Callable[[Monitor], Awaitable[Stopped]]
@@ -68,7 +70,9 @@ class LastSeen:
         self.name = name
         self.machine = machine
         self.ran = ran
-        """Whether the guest ran at the last check, or until the last `stop`."""
+        """Whether the guest was running at the last check, or until the last `stop`."""
+        self.stopped_at = 0.0
+        """Time of the last `stop`, as in `Stopped`."""
         self.status = ""
         """Run state of the paused guest, as in `query-status`."""
         self._events: EventListener | None = None
@@ -81,16 +85,14 @@ class LastSeen:
         """Description of the machine that is being read; None if `look` was not called since the last check."""
 
     async def stop(self, monitor: Monitor, stop: Stop) -> bool:
-        """Stop the vCPUs, read the run state, and start to read the machine: see `machine_changed`. Return whether the
-        guest ran until then.
+        """Stop the vCPUs, and read the run state. Return whether the guest was running.
 
-        Raises WorkloadError if the guest cannot be stopped, WorkloadDied.
+        Raises WorkloadError if the guest cannot be stopped, WorkloadDied if QEMU exits.
         """
-        ran, status = await stop(monitor)
+        ran, status, self.stopped_at = await stop(monitor)
         self._events = monitor.listen("RESUME", "RESET", "MIGRATION")
         self._resumed = self._reset = False
         self.status = await _status(monitor) if status is None else status
-        self.look(monitor)
         if self.status in ("running", "suspended"):
             raise WorkloadError(
                 f"cannot pause {self.name}: it is {self.status} after `stop`; wake it up, and keep other clients from "
@@ -100,7 +102,7 @@ class LastSeen:
 
     def check_not_ended(self, stopped: bool) -> None:
         """Raise WorkloadError, once only, if the guest has shut down or failed since it last ran. `stopped`: whether
-        the guest ran until `stop`."""
+        the guest was running until `stop`."""
         ran, self.ran = self.ran, stopped
         if (how := _ENDED.get(self.status)) is not None and ran:
             raise WorkloadError(
@@ -110,7 +112,7 @@ class LastSeen:
 
     def look(self, monitor: Monitor, *, media: bool = False) -> None:
         """Start to read the description of the machine, while this process does other work. Each read takes about 1 ms,
-        which a paused guest need not wait for. `media`: read the block devices too."""
+        for which a paused guest need not wait. `media`: read the block devices too."""
         self._looking = asyncio.ensure_future(self.machine.again(monitor, media=media))
         self._looking.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
@@ -128,12 +130,13 @@ class LastSeen:
         self.status = await _status(monitor)
 
     async def loaded(self, monitor: Monitor, *, was_running: bool) -> None:
-        """Update the run state after a device state was loaded. Raises WorkloadError if the machine has changed since
-        `look`, if the guest runs already, or if it could not run with this state."""
+        """Update the run state after a device state was loaded, and start to read the machine. Raises WorkloadError if
+        the guest is already running, or if it could not run with this state."""
         self.status = await _status(monitor)
-        await self.check_machine()
         if self.status == "running":
-            raise WorkloadError(f"cannot hand over {self.name}: another client has resumed it already")
+            raise WorkloadError(
+                f"cannot hand over {self.name}: another client has resumed it; keep other clients from controlling it"
+            )
         if was_running:
             self.check_can_run()
         self.look(monitor, media=True)  # for the check before the guest runs
@@ -149,12 +152,13 @@ class LastSeen:
         self._read_events()
         if self.status != before or self._resumed or self._reset:
             raise WorkloadError(
-                f"{self.name} was resumed or reset while it was paused (run state {self.status}, before: "
-                f"{before}); keep other clients from controlling it until it has been migrated"
+                f"cannot hand over {self.name}: another client has resumed or reset it during the pause (run state "
+                f"{self.status}, {before} before); keep other clients from controlling it until the operation has "
+                "finished"
             )
 
     async def check_machine(self) -> None:
-        """Raise WorkloadError if the machine has changed at the last `look`."""
+        """Raise WorkloadError if the last `look` has found a changed machine."""
         before = self.machine
         if await self.machine_changed():
             before.check_unchanged(self.machine, self.name)
@@ -184,7 +188,7 @@ async def stop(monitor: Monitor) -> Stopped:
     """Stop the vCPUs (QMP `stop`)."""
     with monitor.events("STOP") as stopped:
         await monitor.execute("stop")
-        return Stopped(not stopped.empty())
+        return Stopped(False) if stopped.empty() else Stopped(True, at=event_time(await stopped.get()))
 
 
 async def runs(monitor: Monitor) -> bool:

@@ -1,23 +1,35 @@
-"""Saving and loading of the device state of a QEMU guest, by its own migration or by a snapshot."""
+"""Saving and loading of the device state of a guest, by QEMU's own migration or by a snapshot."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.qmp import Monitor
 from pageferry.workloads.protocols import StateSink
-from pageferry.workloads.qemu import device_state, run_state
+from pageferry.workloads.qemu import device_state, devices_only, run_state
 from pageferry.workloads.qemu.control import QUIT, QemuControl
 from pageferry.workloads.qemu.run_state import LastSeen, Stopped
 from pageferry.workloads.qemu.snapshot import Snapshot
 
 
-class StateTransfer:
-    """Device state of one guest. `last_words`: as in `Vcpus`."""
+class MemFds(NamedTuple):
+    """Guest memory without a path."""
 
-    def __init__(self, control: QemuControl, seen: LastSeen, last_words: Callable[[], str]) -> None:
+    pid: int
+    """Process id of QEMU."""
+    names: frozenset[str]
+    """Names of all regions of the guest."""
+
+
+class StateTransfer:
+    """Device state of one guest. `last_words`: as in `Vcpus`. `memfds`: memory without a path (see `devices_only`)."""
+
+    def __init__(
+        self, control: QemuControl, seen: LastSeen, last_words: Callable[[], str], memfds: MemFds | None = None
+    ) -> None:
         self.name = seen.name
         self._control = control
         self._seen = seen
@@ -28,24 +40,40 @@ class StateTransfer:
         """Beginning of the state to load, while its header is incomplete; None afterwards."""
         self._saving: device_state.Saving | None = None
         """QEMU's migration of the device state, from `stop_to_save` to the end of `save`."""
-        self.stopped_at = 0.0
-        """Time at which QEMU stopped the vCPUs for the last migration, on the clock of `time.perf_counter`."""
+        self._memfds = memfds
+        self._begun: devices_only.Beginning | None = None
+        """Beginning of the state of a guest with `memfds`; None before `stop_to_save`."""
         self._sent_ahead = False
         """Whether a sink has received the beginning of the state."""
+        self.keeps_disks = False
+        """Whether the disks stay open while the state is saved (see `DiskSaving.keeps_disks`)."""
+        self._snapshot: Snapshot | None = None
+        """Snapshot that `prepare_snapshot` has prepared for `save`."""
+
+    async def prepare_snapshot(self, monitor: Monitor) -> None:
+        """Prepare the snapshot of a running guest whose disks stay open, so that the pause is shorter. The snapshot is
+        removed when the guest has resumed. Raises UnsupportedError, WorkloadError."""
+        if await self._saves_devices_only(monitor):
+            return
+        self._snapshot = Snapshot()
+        self._control.undo_first(self._snapshot.removal)
+        await self._snapshot.prepare(monitor)
 
     async def stop_to_save(self, sink: StateSink, monitor: Monitor) -> Stopped:
         """Stop the vCPUs by QEMU's migration of the device state.
 
         `sink` receives the beginning of the result of `save`, except for a guest that is already paused.
         """
+        if await self._saves_devices_only(monitor):
+            self._begun = await devices_only.begin(monitor)
+            return await run_state.stop(monitor)
         if not await run_state.runs(monitor):
             return await run_state.stop(monitor)
         self._sent_ahead = True
         await sink(device_state.Header(machine=self._seen.machine.type, was_running=True).encode())
         self._saving = await device_state.Saving.begin(monitor, sink)
         stopped_at = await self._saving.stopped()
-        self.stopped_at = stopped_at or 0.0
-        return Stopped(False) if stopped_at is None else Stopped(True, run_state.FINISHING)
+        return Stopped(False) if stopped_at is None else Stopped(True, run_state.FINISHING, stopped_at)
 
     async def save(self) -> bytes:
         """Return the device state of the paused guest, saved by QEMU's own migration or by a snapshot without memory.
@@ -60,12 +88,20 @@ class StateTransfer:
             )
         async with self._control.session() as monitor:
             await self._control.prepare_state(monitor)
-            stream = await (self._save_stream(monitor) if was_running else self._save_snapshot(monitor))
+            if await self._saves_devices_only(monitor):
+                stream = await self._save_devices(monitor)
+            else:
+                by_migration = was_running and not self.keeps_disks
+                stream = await (self._save_stream(monitor) if by_migration else self._save_snapshot(monitor))
             await self._seen.saved(monitor)
         return device_state.SavedState(machine=self._seen.machine.type, was_running=was_running, stream=stream).encode()
 
     async def cancel_save(self) -> None:
-        """Cancel QEMU's migration of the device state, if it is running."""
+        """Cancel QEMU's migration of the device state, if it is running. Forget a prepared snapshot, which the control
+        of the guest removes."""
+        if self._snapshot is not None:
+            self._snapshot.close()
+            self._snapshot = None
         self._sent_ahead = False
         if self._saving is not None:
             saving, self._saving = self._saving, None
@@ -74,33 +110,33 @@ class StateTransfer:
     async def prepare_load(self) -> None:
         """Have a guest started with `incoming` wait for its state, which saves about 5 ms in `load`.
 
-        Raises UnsupportedError if QEMU cannot load its state alone, WorkloadError.
+        Raises UnsupportedError if QEMU cannot load its state alone. Also raises WorkloadError.
         """
         if self._loading is None:
             monitor = await self._control.hold()
             await self._control.prepare_state(monitor, incoming=True)
             self._loading = await device_state.Loading.begin(monitor)
 
-    async def load_ahead(self, piece: bytes) -> None:
-        """Load a piece of a state that a sink has received, before memory is complete. Raises WorkloadError if the
+    async def load_ahead(self, chunk: bytes) -> None:
+        """Load a chunk of a state that a sink has received, before memory is complete. Raises WorkloadError if the
         state belongs to another type of machine, WorkloadDied."""
         if self._beginning is not None:
-            self._beginning += piece
+            self._beginning += chunk
             header, length = device_state.Header.decode(bytes(self._beginning))
             if header is None:
                 return
             self._check_machine(header.machine)
-            piece, self._beginning = bytes(self._beginning[length:]), None
+            chunk, self._beginning = bytes(self._beginning[length:]), None
         await self.prepare_load()
-        if piece and self._loading is not None:
-            self._loading.feed(piece)
+        if chunk and self._loading is not None:
+            self._loading.feed(chunk)
 
     async def load(self, state: bytes) -> None:
         """Load a device state into a guest started with `incoming`. The guest stays paused. Until `commit`, it ends
         with this process.
 
         Raises WorkloadError, with QEMU's message, if the state does not match this machine or the guest could not run
-        with it; WorkloadDied.
+        with it. Raises WorkloadDied if QEMU exits.
         """
         saved = device_state.SavedState.decode(state)
         self._check_machine(saved.machine)
@@ -108,7 +144,6 @@ class StateTransfer:
             await self.prepare_load()
             assert self._loading is not None
             loading, self._loading = self._loading, None
-            self._seen.look(await self._control.hold())
             await loading.finish(saved.stream)
         except WorkloadDied as died:
             raise WorkloadDied(f"{self.name} could not load the device state and exited{self._last_words()}") from died
@@ -126,6 +161,9 @@ class StateTransfer:
     def close(self) -> None:
         """Close the connections to QEMU. A running migration of the device state then fails, and QEMU resumes the
         vCPUs."""
+        if self._snapshot is not None:
+            self._snapshot.close()
+            self._snapshot = None
         if self._saving is not None:
             self._saving.close()
             self._saving = None
@@ -153,9 +191,25 @@ class StateTransfer:
                 f"start it with -machine {machine}, and with the same devices"
             )
 
+    async def _saves_devices_only(self, monitor: Monitor) -> bool:
+        """Return whether the state has to be saved by `devices_only`, because QEMU would save the memory of the guest
+        too."""
+        return self._memfds is not None and await devices_only.can_save(monitor)
+
+    async def _save_devices(self, monitor: Monitor) -> bytes:
+        assert self._memfds is not None
+        begun, self._begun = self._begun or await devices_only.begin(monitor), None
+        return await devices_only.save(monitor, self._memfds.pid, begun, self._memfds.names)
+
     async def _save_snapshot(self, monitor: Monitor) -> bytes:
-        snapshot = Snapshot()
-        self._control.plan_to_restore(first=snapshot.removal)
-        stream = await snapshot.save(monitor)
+        prepared, snapshot = self._snapshot is not None, self._snapshot or Snapshot()
+        self._control.plan_to_restore(first=[snapshot.dismissal, *([] if prepared else snapshot.removal)])
+        try:
+            if not prepared:
+                await snapshot.prepare(monitor)
+            stream = await snapshot.save(monitor)
+        finally:
+            if not prepared:
+                await snapshot.remove(monitor)
         self._control.plan_to_restore()
         return stream

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ _FDSET = "/dev/fdset/"
 
 
 class Noted(NamedTuple):
-    """Record of devices in a pause."""
+    """Devices of a paused guest, and their record."""
 
     devices: tuple[BlockDevice, ...]
     record: DiskRecord
@@ -45,7 +47,7 @@ class Storage:
         self._text: tuple[tuple[BlockDevice, ...], str] | None = None
         """Encoded record of `details`, with the devices that it describes."""
         self.noted: Noted | None = None
-        """Record that `note` has made; None if the guest had no devices."""
+        """Result of the last call of `note`; None if the guest had no devices."""
 
     async def locate(self, monitor: Monitor, machine: Machine) -> None:
         """Find the files of the block devices of a machine, unless they have been found. Raises WorkloadError,
@@ -67,8 +69,8 @@ class Storage:
         self._located, self._text = devices, None
 
     def details(self, devices: tuple[BlockDevice, ...]) -> dict[str, str]:
-        """Return the record of these devices, without generations, as a detail of the guest; no detail if the guest has
-        no such devices."""
+        """Return the record of these devices, without generations, as a detail of the guest; an empty dictionary if the
+        guest has no devices."""
         if not devices and not self._tpms:
             return {}
         if self._text is None or self._text[0] != devices:
@@ -81,11 +83,11 @@ class Storage:
         return self._record(devices, lambda path: None)
 
     def record_now(self, devices: tuple[BlockDevice, ...]) -> DiskRecord:
-        """Like `record`, with the current generation of each file."""
+        """Return the record of these devices, with the current generation of each file."""
         return self._record(devices, self._files.generation)
 
     async def note(self, devices: tuple[BlockDevice, ...], *, at_rest: bool) -> None:
-        """Note the record of these devices, with the current generation of each file, in `noted`.
+        """Store the record of these devices, with the current generation of each file, in `noted`.
 
         `at_rest`: the guest stays paused, so wait until later writes are certain to change the generations.
         """
@@ -100,10 +102,54 @@ class Storage:
             record = self.record_now(devices)
         self.noted = Noted(devices, record)
 
+    def paths(self) -> frozenset[str]:
+        """Return the absolute paths of all images that the guest uses. Raises WorkloadError if the guest has
+        exited."""
+        layers = (layer for device in self._located or () for layer in device.layers)
+        return frozenset(disk_files.absolute(layer.path, self._pid) for layer in layers)
+
+    def places(self, devices: tuple[BlockDevice, ...]) -> list[str]:
+        """Return the paths at which this process finds the files of all images to which these devices can write."""
+        tops = [device.layers[0].path for device in devices if device.layers and not device.read_only]
+        return [place for path in tops if (place := self._files.place(path)) is not None]
+
+    def allocated(self, device: BlockDevice) -> int:
+        """Return the estimated number of bytes of data in a disk: its size, or the space that the files of its images
+        occupy, if that is less."""
+        total, size = 0, device.layers[0].size
+        for layer in device.layers:
+            try:
+                status = os.stat(self._files.place(layer.path) or "")
+            except OSError:
+                return size
+            if not stat.S_ISREG(status.st_mode):
+                return size
+            total += status.st_blocks * 512
+        return min(total, size)
+
+    def settle(self) -> None:
+        """Update the generations in `noted` if a later write could leave the time of a file unchanged.
+
+        Call this just before the guest resumes. The time of a file that QEMU wrote just before `note` may still be the
+        current time of the file system.
+        """
+        if self.noted is not None and not all(_settled(self.noted.record)):
+            self.noted = Noted(self.noted.devices, self.record_now(self.noted.devices))
+
     def empty_overlays(self, devices: tuple[BlockDevice, ...]) -> frozenset[str]:
         """Return the paths of overlays that contain no data."""
         paths = [layer.path for device in devices for layer in device.layers[:-1]]
         return frozenset(path for path in paths if self._files.is_empty_overlay(path))
+
+    def is_empty(self, layer: Layer) -> bool:
+        """Return whether a layer is empty: a raw or qcow2 image without a backing file that contains no data, or a
+        block device with neither a partition table nor a file system. `locate` must have found the file of the
+        layer."""
+        if layer.file is not None and layer.file.kind == "device":
+            return self._files.is_blank_device(layer.path)
+        if layer.format == "qcow2":
+            return self._files.is_empty_overlay(layer.path)
+        return self._files.is_hole(layer.path, layer.offset, layer.size)
 
     def _record(self, devices: tuple[BlockDevice, ...], generation: Callable[[str], Generation | None]) -> DiskRecord:
         def located(layer: Layer) -> Layer:

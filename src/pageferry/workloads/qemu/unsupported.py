@@ -1,9 +1,9 @@
 """Devices, back ends and block drivers of QEMU with which a guest cannot be managed.
 
-Most of them cause writes to guest memory without the page tables of the QEMU process: by a device of the host through
-pinned pages, or by another process through a separate mapping. No write trace (S2) records such writes. The names are
-those of QEMU 7.2 to 11.1. A command line is checked before QEMU starts. A running QEMU is queried too, because devices
-can be added at any time, and the file of a disk can specify further drivers.
+Most of them cause writes to guest memory that bypass the page tables of the QEMU process: by a device of the host
+through pinned pages, or by another process through a separate mapping. No write trace (S2) records such writes. The
+names are those of QEMU 7.2 to 11.1. A command line is checked before QEMU starts. A running QEMU is queried too,
+because devices can be added at any time, and the file of a disk can specify further drivers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from pageferry.errors import UnsupportedError
 from pageferry.host.qmp import Monitor
+from pageferry.workloads.qemu.option_syntax import ON
 
 HOST_DEVICE = "a device of the host writes to guest memory without a trace"
 OTHER_PROCESS = "another process writes to guest memory without a trace"
@@ -62,7 +63,6 @@ OBJECTS = {
 """Objects, by prefix of the type (`-object`)."""
 
 _NETWORK = re.compile(r"\btype=([\w-]+)")
-_ON = frozenset(("on", "yes", "true", "y"))
 
 
 def refuse_device(driver: str) -> None:
@@ -75,7 +75,7 @@ def refuse_network(properties: Mapping[str, str]) -> None:
     kind = properties.get("type", "")
     if kind in NETWORKS:
         raise UnsupportedError(f"unsupported network {kind}: {NETWORKS[kind]}")
-    if kind == "passt" and properties.get("vhost-user") in _ON:
+    if kind == "passt" and properties.get("vhost-user") in ON:
         raise UnsupportedError(f"unsupported network {kind},vhost-user=on: {OTHER_PROCESS}")
 
 

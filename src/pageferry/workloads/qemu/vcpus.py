@@ -18,8 +18,12 @@ from pageferry.workloads.qemu.control import QemuControl
 from pageferry.workloads.qemu.run_state import LastSeen
 
 _RECENT = 0.05
-"""Seconds for which `pause` relies on the checks of `prepare`, unless the machine has changed since. Open files are
-always checked again."""
+"""Seconds for which `pause` relies on the checks of `prepare`, unless the machine has changed after these checks. Open
+files are always checked again."""
+
+_FINISH_TIMEOUT = 10.0
+"""Maximum time until the thread of a cancelled migration has ended, seconds. Until then, QEMU rejects `cont`."""
+_FINISH_POLL = 0.002
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +31,7 @@ T = TypeVar("T")
 
 
 class Vcpus:
-    """vCPUs of one guest. `last_words`: function that returns the end of QEMU's log, for messages."""
+    """vCPUs of one guest. `last_words`: function that returns the end of QEMU's log, for error messages."""
 
     def __init__(self, pid: int, control: QemuControl, seen: LastSeen, last_words: Callable[[], str]) -> None:
         self.name = seen.name
@@ -52,7 +56,7 @@ class Vcpus:
         self._prepared = time.monotonic()
 
     async def pause(self, stop: run_state.Stop = run_state.stop) -> None:
-        """Stop the vCPUs, and determine the run state. The caller then calls `check_machine`. `stop`: function that
+        """Stop the vCPUs, and determine the run state. The machine is not read again. `stop`: function that
         stops the vCPUs (default: QMP `stop`).
 
         If another client has already paused the guest, `resume` leaves it paused. Until `commit`, a guardian resumes
@@ -71,10 +75,11 @@ class Vcpus:
         direct_io.refuse_pinning(self.pid, self.name)  # a device may have been added
 
     async def check_machine(self) -> None:
-        """Complete `pause`: determine the machine of the paused guest, and check devices that were added before the
-        pause. Raises UnsupportedError, WorkloadError."""
-        if await self._seen.machine_changed():
-            await unsupported.refuse_running(await self._control.hold())
+        """Determine the machine again, and check devices that were added. Raises UnsupportedError, WorkloadError."""
+        async with self._control.session() as monitor:
+            self._seen.look(monitor)
+            if await self._seen.machine_changed():
+                await unsupported.refuse_running(monitor)
 
     async def drain(self) -> float | None:
         """Wait for the disk requests that write to guest memory directly, in a short pause (`stop`, `cont`). Return the
@@ -94,14 +99,14 @@ class Vcpus:
             return await self._complete(self._stop_briefly(monitor))
 
     async def resume(self) -> None:
-        """Resume the vCPUs (QMP `cont`), unless the guest was already paused before `pause`. May be called after
+        """Resume the vCPUs (QMP `cont`), unless the guest was already paused before `pause`. It may be called after
         `save_state`.
 
         Raises WorkloadError if the guest does not run afterwards; WorkloadDied, with `never_ran` if QEMU cannot have
         received `cont`.
         """
         if self._control.given_up:
-            log.warning("%s: paused until its disks respond; a guardian process resumes it then", self.name)
+            log.warning("%s: paused until its disks respond; a guardian process will then resume it", self.name)
             return
         monitor = await self._control.hold()
         if monitor.hung_up:  # `cont` was not sent, and no other client can send it
@@ -142,11 +147,12 @@ class Vcpus:
             self._control.give_up()
             files = await in_thread(direct_io.direct_files, self.pid, self.name)
             slow = ", ".join(sorted(set(files.values()))) or "its disks"
-            raise WorkloadError(f"{direct_io.slow(self.name, slow, timeout)}; the guest is paused until then") from late
+            cause = direct_io.slow(self.name, slow, timeout)
+            raise WorkloadError(f"{cause}; the guest is paused when the request completes") from late
 
     async def _complete(self, work: Coroutine[Any, Any, float]) -> float:
-        """Return the result of `work`. A cancellation takes effect only when `work` has completed, so that the guest
-        runs again."""
+        """Return the result of `work`. A cancellation takes effect only after `work` has completed, because `work`
+        resumes the guest."""
         task = asyncio.ensure_future(work)
         try:
             return await asyncio.shield(task)
@@ -162,9 +168,20 @@ class Vcpus:
                 return
         status = await monitor.execute("query-status")
         if not status["running"]:
-            raise WorkloadError(f"cannot resume {self.name}: its run state after `cont` is {status['status']}")
+            raise WorkloadError(
+                f"cannot resume {self.name}: its run state after `cont` is {status['status']}; see `pageferry logs`"
+            )
 
     async def _send_cont(self, monitor: Monitor) -> None:
+        deadline = time.monotonic() + _FINISH_TIMEOUT
+        while True:
+            if await self._is_continued(monitor, deadline):
+                return
+            await asyncio.sleep(_FINISH_POLL)
+
+    async def _is_continued(self, monitor: Monitor, deadline: float) -> bool:
+        """Send `cont`. Return False if QEMU rejects the command because the thread of a cancelled migration has not
+        ended, unless `deadline` has passed."""
         try:
             await monitor.execute("cont")
         except WorkloadDied as died:
@@ -173,8 +190,13 @@ class Vcpus:
                 f"{self.name} (process {self.pid}): {died}{self._last_words()}", never_ran=never_ran
             ) from died
         except WorkloadError as refused:  # for example, another process holds a lock on a disk
-            refused.never_ran = True
-            raise
+            status = await monitor.execute("query-status")
+            if status["status"] == run_state.FINISHING and time.monotonic() < deadline:
+                return False
+            if not status["running"]:  # the end of that thread resumes the guest as well
+                refused.never_ran = True
+                raise
+        return True
 
     async def _lock_disks(self, monitor: Monitor) -> None:
         try:

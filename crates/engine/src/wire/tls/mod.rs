@@ -2,8 +2,8 @@
 //!
 //! Peers are authenticated on the control connection, which checks authorities, names, dates and revocations. A page
 //! stream accepts exactly the certificates that the control connection has accepted, so both connections are between
-//! the same hosts. The handshake ([`Session`]) performs no I/O. When the handshake is complete, the caller passes
-//! descriptor and session to a sender or receiver, which seals and opens records in its own buffers from then on.
+//! the same hosts. The handshake ([`Session`]) performs no I/O. When the handshake is complete, the caller passes the
+//! descriptor and the session to a sender or receiver, which seals and opens records in its own buffers from then on.
 
 use std::sync::Arc;
 
@@ -150,7 +150,7 @@ impl AcceptedCertificates {
     }
 }
 
-/// Returns the error of the TLS 1.2 callbacks. They are never called, because only TLS 1.3 is enabled.
+/// Returns the error of the TLS 1.2 callbacks. The callbacks are never called, because only TLS 1.3 is enabled.
 fn unsupported_version() -> Error {
     Error::PeerIncompatible(rustls::PeerIncompatible::Tls13RequiredForQuic)
 }

@@ -24,13 +24,13 @@ use crate::wire::WireError;
 const RECORD: usize = 16 << 10;
 /// Number of bytes before the sealed part of a record, which contain type, version and length.
 const HEADER: usize = 5;
-/// Maximum size of the sealed part of a record, bytes (RFC 8446, 5.2).
+/// Maximum size in bytes of the sealed part of a record (RFC 8446, 5.2).
 const MAX_SEALED: usize = RECORD + 256;
 /// Maximum number of records that are sent together.
 const BATCH: usize = 16;
-/// Size of the receive buffer, bytes.
+/// Size of the receive buffer in bytes.
 const INCOMING: usize = 256 << 10;
-/// Maximum number of records per key: 128 GiB, about a third of what AES-GCM may seal (RFC 8446, 5.5).
+/// Maximum number of records per key: 128 GiB of data, about a third of the limit for AES-GCM (RFC 8446, 5.5).
 const RECORDS_PER_KEY: u64 = 1 << 23;
 /// KeyUpdate message: changes the sender's key without requesting a change of the receiver's key (RFC 8446, 4.6.3).
 const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
@@ -153,16 +153,32 @@ impl Records {
                     self.next_record(&mut incoming, &mut receive)?;
                     continue;
                 }
-                let piece = incoming.take(buffer.iov_len - done);
-                // SAFETY: the target lies within the buffer, which the caller guarantees to be writable. `piece` is a
+                let chunk = incoming.take(buffer.iov_len - done);
+                // SAFETY: the target lies within the buffer, which the caller guarantees to be writable. `chunk` is a
                 // slice of our receive buffer, which does not overlap the target.
                 unsafe {
-                    std::ptr::copy_nonoverlapping(piece.as_ptr(), buffer.iov_base.cast::<u8>().add(done), piece.len());
+                    std::ptr::copy_nonoverlapping(chunk.as_ptr(), buffer.iov_base.cast::<u8>().add(done), chunk.len());
                 };
-                done += piece.len();
+                done += chunk.len();
             }
         }
         Ok(())
+    }
+
+    /// Reads the opened bytes that are available, up to `bytes.len()`, after waiting for at least one. Returns their
+    /// number. `receive`: as for `read`.
+    pub(in crate::wire) fn read_available(
+        &self,
+        bytes: &mut [u8],
+        mut receive: impl FnMut(&mut [u8]) -> Result<usize, WireError>,
+    ) -> Result<usize, WireError> {
+        let mut incoming = self.incoming.lock();
+        while incoming.plain.is_empty() {
+            self.next_record(&mut incoming, &mut receive)?;
+        }
+        let chunk = incoming.take(bytes.len());
+        bytes[..chunk.len()].copy_from_slice(chunk);
+        Ok(chunk.len())
     }
 
     #[cfg(test)]

@@ -9,7 +9,7 @@ message under `type`. A descriptor of the memory is sent with the description::
       │ ── Pause ────────────────────────────▶ │  on_pause
       │ ◀─────────────────────────────── Done ─ │  ← no more writes, as long as this client is connected
       │ ── SaveState ────────────────────────▶ │
-      │ ◀────────────────── StateIs, n chunks ─ │
+      │ ◀────────────────── StateReply, n chunks ─ │
       │ ── Commit ───────────────────────────▶ │  ← from here the arena stays paused even if the client exits
       │ ◀─────────────────────────────── Done ─ │
       │ ── Discard (or Resume) ──────────────▶ │  on_moved (on_resume)

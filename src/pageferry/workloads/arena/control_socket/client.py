@@ -16,6 +16,7 @@ from pageferry.host.blocking import in_thread
 from pageferry.memory.regions import Identity, Region, Segment
 from pageferry.workloads.arena.control_socket import protocol as wire
 from pageferry.workloads.direct_io import pause_briefly
+from pageferry.workloads.handle import Handle
 from pageferry.workloads.lifecycle import Status
 from pageferry.workloads.program import ProgramWorkload
 from pageferry.workloads.protocols import Condition, Faults, OwnershipRecord
@@ -28,14 +29,15 @@ Wanted = TypeVar("Wanted", bound=wire.Message)
 
 
 class RemoteArena(ProgramWorkload):
-    """Arena of another process of this host. Created by `connect`.
+    """Arena of another process of this host. `connect` returns an instance.
 
     If this object has paused the arena and not committed it, the arena continues when the object is closed or this
     process exits. Methods raise WorkloadError if the program refuses a request, WorkloadDied if the program has exited.
     """
 
     def __init__(self, connection: socket.socket, path: str) -> None:
-        """Request the description of the arena over `connection`, a blocking socket. `path`: for error messages."""
+        """Request the description of the arena over `connection`, a blocking socket. `path`: path of the
+        socket, for error messages."""
         self._connection = connection
         self._path = path
         self._lock = threading.Lock()
@@ -56,7 +58,8 @@ class RemoteArena(ProgramWorkload):
 
     @classmethod
     async def connect(cls, path: str) -> Self:
-        """Connect to the control socket at `path`. Raises WorkloadDied if no process serves it, WorkloadError."""
+        """Connect to the control socket at `path`. Raises WorkloadDied if no process serves it, WorkloadError if the
+        socket belongs to another user."""
         return await in_thread(cls._connect, path)
 
     @classmethod
@@ -92,6 +95,9 @@ class RemoteArena(ProgramWorkload):
     async def condition(self) -> Condition:
         """Return the status of the arena."""
         return Condition(str(await self.status()))
+
+    def check_migratable(self) -> None:
+        """Do nothing: only pageferry manages an arena."""
 
     async def check_mappers(self) -> None:
         """See `Migratable`. The check runs in the program."""
@@ -143,16 +149,20 @@ class RemoteArena(ProgramWorkload):
 
     async def status(self) -> Status:
         """Return the status of the arena."""
-        return Status((await in_thread(self._ask, wire.AskStatus(), wire.StatusIs)).status)
+        return Status((await in_thread(self._ask, wire.GetStatus(), wire.StatusReply)).status)
 
     def faults(self) -> Faults:
         """Return the page faults of the program's own threads."""
-        answer = self._ask(wire.AskFaults(), wire.FaultsAre)
-        return Faults(answer.minor, answer.major)
+        reply = self._ask(wire.GetFaults(), wire.FaultsReply)
+        return Faults(reply.minor, reply.major)
 
     async def report(self) -> dict[str, object]:
         """Return data that the program reports about itself, for display and for benchmarks."""
-        return (await in_thread(self._ask, wire.AskReport(), wire.ReportIs)).report
+        return (await in_thread(self._ask, wire.GetReport(), wire.ReportReply)).report
+
+    async def attach(self) -> Handle:
+        """Return a handle for this process, which then counts as a writer of the memory."""
+        return (await in_thread(self._ask, wire.Attach(), wire.HandleReply)).handle
 
     def close(self) -> None:
         """Close the socket and the files. An arena that this object has paused and not committed continues."""
@@ -193,11 +203,11 @@ class RemoteArena(ProgramWorkload):
         with self._lock:
             self._send(wire.SaveState())
             while True:
-                piece, _ = self._receive(wire.StateIs)
+                piece, _ = self._receive(wire.StateReply)
                 if len(state) + len(piece.data) > wire.MAX_STATE:
                     self._connection.close()
                     raise WorkloadError(
-                        f"{self.name}: its state is larger than {wire.MAX_STATE} bytes; put it in the arena"
+                        f"cannot save {self.name}: its state is larger than {wire.MAX_STATE} bytes; put it in the arena"
                     )
                 state += piece.data
                 if piece.last:
@@ -211,22 +221,24 @@ class RemoteArena(ProgramWorkload):
 
     def _receive(self, wanted: type[Wanted], most: int = 0) -> tuple[Wanted, list[int]]:
         try:
-            answer, files = wire.receive_answer(self._connection, most)
+            reply, files = wire.receive_reply(self._connection, most)
         except TimeoutError as slow:
             # A later reply would be mistaken for the reply to the next request.
             self._connection.close()
-            raise WorkloadError(f"no reply from the program at {self._path} within {TIMEOUT:.0f} s") from slow
+            raise WorkloadError(
+                f"cannot control the program at {self._path}: no reply within {TIMEOUT:.0f} s"
+            ) from slow
         except (EOFError, OSError) as gone:
             raise WorkloadDied(f"the program at {self._path} has exited: {gone}") from gone
         except (ValueError, msgspec.MsgspecError) as wrong:
             self._connection.close()
             raise WorkloadError(f"the program at {self._path} sent an invalid reply: {wrong}") from wrong
-        if isinstance(answer, wire.Refused):
-            wire.raise_refusal(answer)
-        if not isinstance(answer, wanted):
+        if isinstance(reply, wire.Refused):
+            wire.raise_refusal(reply)
+        if not isinstance(reply, wanted):
             wire.close_all(files)
-            raise WorkloadError(f"the program at {self._path} sent an unexpected reply {type(answer).__name__}")
-        return answer, files
+            raise WorkloadError(f"the program at {self._path} sent an unexpected reply {type(reply).__name__}")
+        return reply, files
 
 
 def _region(info: wire.RegionInfo, file: int) -> Region:

@@ -11,8 +11,9 @@ from msgspec import Meta
 
 from pageferry import errors
 from pageferry.errors import WorkloadError
+from pageferry.workloads.handle import Handle
 
-VERSION = 2
+VERSION = 5
 """Version of the protocol; other versions are refused."""
 
 MAX_MESSAGE = 4 << 20
@@ -28,7 +29,7 @@ Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Base of all messages. Unknown fields are refused."""
+    """Base class of all messages. Unknown fields are refused."""
 
 
 class Describe(Message):
@@ -95,7 +96,7 @@ class LoadState(Message):
     last: bool
 
 
-class StateIs(Message):
+class StateReply(Message):
     """Chunk of the saved state; `last` marks the last one."""
 
     data: Annotated[bytes, Meta(max_length=STATE_CHUNK)]
@@ -110,35 +111,45 @@ class Discard(Message):
     """Notice that the workload runs at the destination, and must be discarded at the source."""
 
 
-class AskStatus(Message):
+class GetStatus(Message):
     """Request for the status."""
 
 
-class StatusIs(Message):
-    """Reply to AskStatus: a `lifecycle.Status`."""
+class StatusReply(Message):
+    """Reply to GetStatus: a `lifecycle.Status`."""
 
     status: str
 
 
-class AskFaults(Message):
+class GetFaults(Message):
     """Request for the page-fault counts of the workload's threads."""
 
 
-class FaultsAre(Message):
-    """Reply to AskFaults: encoding of `workloads.protocols.Faults`."""
+class FaultsReply(Message):
+    """Reply to GetFaults: encoding of `workloads.protocols.Faults`."""
 
     minor: Count
     major: Count
 
 
-class AskReport(Message):
+class GetReport(Message):
     """Request for data that the workload reports about itself."""
 
 
-class ReportIs(Message):
-    """Reply to AskReport. The contents depend on the kind of workload."""
+class ReportReply(Message):
+    """Reply to GetReport. The contents depend on the kind of workload."""
 
     report: dict[str, object]
+
+
+class Attach(Message):
+    """Request from a process that will map the memory and write to it."""
+
+
+class HandleReply(Message):
+    """Reply to Attach: encoding of `handles.Handle`."""
+
+    handle: Handle
 
 
 class Done(Message):
@@ -161,22 +172,24 @@ Request = (
     | LoadState
     | Commit
     | Discard
-    | AskStatus
-    | AskFaults
-    | AskReport
+    | GetStatus
+    | GetFaults
+    | GetReport
+    | Attach
 )
-Answer = Description | Done | Refused | StateIs | StatusIs | FaultsAre | ReportIs
+Reply = Description | Done | Refused | StateReply | StatusReply | FaultsReply | ReportReply | HandleReply
 
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)
-_answers = msgspec.msgpack.Decoder(Answer)
+_replies = msgspec.msgpack.Decoder(Reply)
 
 
 def send(connection: socket.socket, message: Message, descriptors: tuple[int, ...] = ()) -> None:
-    """Send one message, and descriptors with its first byte. Raises ValueError if the message is too long, OSError."""
+    """Send one message, and descriptors with its first byte. Raises ValueError if the message is too long. Also
+    raises OSError."""
     body = _encoder.encode(message)
     if len(body) > MAX_MESSAGE:
-        raise ValueError(f"{type(message).__name__} of {len(body)} bytes, the limit is {MAX_MESSAGE}")
+        raise ValueError(f"cannot send {type(message).__name__} of {len(body)} bytes: the limit is {MAX_MESSAGE}")
     length = len(body).to_bytes(_LENGTH_BYTES, "big")
     if descriptors:
         rights = array.array("i", descriptors)
@@ -194,7 +207,7 @@ def receive_request(connection: socket.socket) -> Request | None:
     return None if body is None else _requests.decode(body)
 
 
-def receive_answer(connection: socket.socket, most: int = 0) -> tuple[Answer, list[int]]:
+def receive_reply(connection: socket.socket, most: int = 0) -> tuple[Reply, list[int]]:
     """Return the next reply, and up to `most` descriptors received with it, which the caller closes.
 
     Raises EOFError if the peer has disconnected, msgspec.MsgspecError or ValueError for an invalid reply.
@@ -207,8 +220,8 @@ def receive_answer(connection: socket.socket, most: int = 0) -> tuple[Answer, li
         rest = _exactly(connection, _LENGTH_BYTES - len(length)) if length else None
         body = None if rest is None else _exactly(connection, _bounded(length + rest))
         if body is None:
-            raise EOFError("the control socket was closed")
-        return _answers.decode(body), descriptors
+            raise EOFError("cannot read from the control socket: the peer has closed it")
+        return _replies.decode(body), descriptors
     except BaseException:
         close_all(descriptors)
         raise
@@ -235,12 +248,13 @@ def raise_refusal(refused: Refused) -> NoReturn:
 
 
 def pieces(state: bytes) -> list[tuple[bytes, bool]]:
-    """Split a state into chunks for `StateIs` and `LoadState`. Return at least one pair (data, whether it is the last).
+    """Split a state into chunks for `StateReply` and `LoadState`. Return at least one, as
+    (data, whether it is the last).
 
     Raises WorkloadError if the state is larger than MAX_STATE.
     """
     if len(state) > MAX_STATE:
-        raise WorkloadError(f"the state is {len(state)} bytes, the limit is {MAX_STATE}: put it in the arena")
+        raise WorkloadError(f"cannot send a state of {len(state)} bytes: the limit is {MAX_STATE}; put it in the arena")
     starts = range(0, len(state), STATE_CHUNK) or range(1)
     return [(state[start : start + STATE_CHUNK], start + STATE_CHUNK >= len(state)) for start in starts]
 
@@ -248,7 +262,7 @@ def pieces(state: bytes) -> list[tuple[bytes, bool]]:
 def _bounded(length: bytes | bytearray) -> int:
     bytes_ahead = int.from_bytes(length, "big")
     if bytes_ahead > MAX_MESSAGE:
-        raise ValueError(f"a message of {bytes_ahead} bytes, the limit is {MAX_MESSAGE}")
+        raise ValueError(f"cannot receive a message of {bytes_ahead} bytes: the limit is {MAX_MESSAGE}")
     return bytes_ahead
 
 

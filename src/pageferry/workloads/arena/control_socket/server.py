@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +14,8 @@ import msgspec
 
 from pageferry.errors import PageferryError
 from pageferry.host import files
+from pageferry.host.blocking import serve_this_process
+from pageferry.host.peer_credentials import peer_credentials
 from pageferry.memory.regions import Region
 from pageferry.workloads.arena.control_socket import protocol as wire
 from pageferry.workloads.lifecycle import Lifecycle
@@ -108,6 +109,8 @@ class _Session:
         self._state = bytearray()
         self._regions: tuple[Region, ...] = ()
         """Regions that were sent in the Description."""
+        self._version = lifecycle.memory_version
+        """Version of the memory when the regions were read."""
 
     def run(self) -> None:
         """Reply to requests until the client disconnects or sends an invalid message."""
@@ -116,36 +119,38 @@ class _Session:
                 request = wire.receive_request(self._client)
                 if request is None:
                     return
-                self._answer(request)
+                self._reply(request)
             except (OSError, ValueError, msgspec.MsgspecError):
                 return
 
-    def _answer(self, request: wire.Request) -> None:
+    def _reply(self, request: wire.Request) -> None:
         try:
-            answers = list(self._answers(request))
+            replies = list(self._replies(request))
         except Exception as error:  # a callback may raise any exception: report it to the client
             wire.send(self._client, wire.refusal(error))
             return
-        for answer in answers:
-            with_memory = isinstance(answer, wire.Description)
+        for reply in replies:
+            with_memory = isinstance(reply, wire.Description)
             files = tuple(region.fd for region in self._regions) if with_memory else ()
-            wire.send(self._client, answer, files)
+            wire.send(self._client, reply, files)
 
-    def _answers(self, request: wire.Request) -> Iterator[wire.Answer]:
+    def _replies(self, request: wire.Request) -> Iterator[wire.Reply]:
         lifecycle = self._lifecycle
         match request:
             case wire.Describe(version=version):
                 yield self._describe(version)
-            case wire.AskStatus():
-                yield wire.StatusIs(status=lifecycle.status.value)
-            case wire.AskFaults():
+            case wire.GetStatus():
+                yield wire.StatusReply(status=lifecycle.status.value)
+            case wire.GetFaults():
                 faults = lifecycle.workload.faults()
-                yield wire.FaultsAre(minor=faults.minor, major=faults.major)
-            case wire.AskReport():
-                yield wire.ReportIs(report=lifecycle.workload.report())
+                yield wire.FaultsReply(minor=faults.minor, major=faults.major)
+            case wire.GetReport():
+                yield wire.ReportReply(report=lifecycle.workload.report())
+            case wire.Attach():
+                yield wire.HandleReply(handle=lifecycle.workload.attached_by(peer_credentials(self._client).pid))
             case wire.SaveState():
-                for data, last in wire.pieces(lifecycle.save_state(self)):
-                    yield wire.StateIs(data=data, last=last)
+                for data, last in wire.pieces(lifecycle.save_state(self, self._version)):
+                    yield wire.StateReply(data=data, last=last)
             case wire.LoadState(data=data, last=last):
                 self._load(data, last)
                 yield wire.Done()
@@ -157,6 +162,7 @@ class _Session:
         match request:
             case wire.CheckMappers():
                 self._lifecycle.workload.check_mappers(self._regions)
+                self._lifecycle.check_mappers(self._version)
             case wire.Pause():
                 self._lifecycle.pause(self)
             case wire.Resume():
@@ -168,7 +174,7 @@ class _Session:
 
     def _load(self, data: bytes, last: bool) -> None:
         if len(self._state) + len(data) > wire.MAX_STATE:
-            raise ValueError(f"a state of more than {wire.MAX_STATE} bytes")
+            raise ValueError(f"cannot load the state: it is larger than {wire.MAX_STATE} bytes, the limit")
         self._state += data
         if last:
             state, self._state = bytes(self._state), bytearray()
@@ -181,6 +187,7 @@ class _Session:
                 "pageferry that it was started with"
             )
         workload = self._lifecycle.workload
+        self._version = self._lifecycle.memory_version
         self._regions = workload.regions
         identity = workload.identity
         return wire.Description(
@@ -206,7 +213,10 @@ class _Session:
 
 def _control(lifecycle: Lifecycle, client: socket.socket) -> None:
     """Serve one client until it disconnects."""
-    lifecycle.workload.observed_by(_credentials(client)[0])
+    peer = peer_credentials(client).pid
+    lifecycle.workload.observed_by(peer)
+    if peer == os.getpid():
+        serve_this_process()
     session = _Session(lifecycle, client)
     try:
         session.run()
@@ -223,11 +233,4 @@ def _start(target: object, *arguments: object) -> threading.Thread:
 
 def _is_trusted(client: socket.socket) -> bool:
     """Return whether the peer runs as the user of this process, or as root."""
-    return _credentials(client)[1] in (0, os.geteuid())
-
-
-def _credentials(client: socket.socket) -> tuple[int, int]:
-    """Return the process id and the user id of the peer."""
-    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, _ = struct.unpack("3i", credentials)
-    return pid, uid
+    return peer_credentials(client).uid in (0, os.geteuid())

@@ -1,0 +1,1 @@
+"""Parts of the clone benchmark, one module per measurement."""

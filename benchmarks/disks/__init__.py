@@ -1,0 +1,1 @@
+"""Benchmark of guests with disks: pauses of checkpoints, and migrations that copy disks."""

@@ -1,0 +1,1 @@
+"""Benchmark of page fault handlers for microVMs."""

@@ -1,0 +1,29 @@
+"""`pageferry serve`: load the memory of microVMs from an image."""
+
+from __future__ import annotations
+
+import argparse
+
+from pageferry import report
+from pageferry.control.serving import serve_async
+from pageferry.errors import RestoreError
+from pageferry.pager.firecracker.events import ServeResult
+from pageferry.report.reporter import open_reporter
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Serve until the requested number of microVMs have ended. Return the exit code of RestoreError if one of them was
+    killed or stopped."""
+    with open_reporter(args.output, lambda: report.ServeView()) as reporter:
+        result = await serve_async(
+            args.image,
+            firecracker=args.firecracker,
+            detach=args.detach,
+            listener=reporter.event,
+            eager=args.eager,
+            prefetch=not args.no_prefetch,
+            on_failure=args.on_failure,
+            microvms=args.microvms,
+        )
+        reporter.final(result)
+    return RestoreError.exit_code if isinstance(result, ServeResult) and result.failed else 0

@@ -1,0 +1,109 @@
+"""Storage blocks of an image in a store: normal form, digests, and the table that locates them.
+
+The header of a storage block contains its number in the file. Blocks with the same contents at different positions
+would therefore differ. In a pack, the number and the checksum of the header are zero, and the table contains them.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pageferry.errors import ImageError
+from pageferry.stores.library import digest
+
+RECORD = struct.Struct("<32s8sQIIII")
+"""Entry of the table, 64 bytes: digest, header checksum, offset in the image file, length, index of the pack, offset in
+the pack, flags."""
+NORMAL = 1
+"""Flag: the number and the checksum of the header are zero in the pack."""
+HEADER = 64
+"""Length of the header of a storage block, bytes."""
+MAX_BLOCK = 8 << 20
+"""Upper bound of the length of a storage block, bytes; the image format has a lower one."""
+_NUMBER = slice(32, 40)
+_CHECKSUM = slice(56, 64)
+_LEVEL = 1
+
+
+class BlockRecord(NamedTuple):
+    """Storage block of an image."""
+
+    digest: bytes
+    """Digest of the block in the form in which it is in the pack."""
+    checksum: bytes
+    """Checksum in the header of the block in the image file."""
+    offset: int
+    """Offset in the image file, bytes."""
+    length: int
+    pack: int
+    """Index in the list of packs."""
+    start: int
+    """Offset in the pack, bytes."""
+    flags: int
+
+
+def normalize(block: bytearray, number: int) -> tuple[bytes, int]:
+    """Bring a block into its normal form, in place. Return the checksum of its header, and its flags. A block whose
+    header contains another number is left as it is."""
+    checksum = bytes(block[_CHECKSUM])
+    if len(block) < HEADER or block[_NUMBER] != number.to_bytes(8, "little"):
+        return checksum, 0
+    block[_NUMBER] = block[_CHECKSUM] = bytes(8)
+    return checksum, NORMAL
+
+
+def restore(stored: memoryview, record: BlockRecord, number: int) -> bytearray:
+    """Verify a block of a pack, and return it as it is in the image file. Raises ImageError."""
+    if len(stored) != record.length or digest(stored) != record.digest:
+        raise ImageError(f"storage block {number} does not match its digest")
+    block = bytearray(stored)
+    if record.flags & NORMAL:
+        block[_NUMBER] = number.to_bytes(8, "little")
+        block[_CHECKSUM] = record.checksum
+    return block
+
+
+def encode_table(records: list[BlockRecord]) -> bytes:
+    """Return the compressed table."""
+    compressor = zlib.compressobj(_LEVEL)
+    parts = [compressor.compress(RECORD.pack(*record)) for record in records]
+    return b"".join((*parts, compressor.flush()))
+
+
+def decode_table(stored: memoryview, count: int, packs: list[int], length: int) -> list[BlockRecord]:
+    """Parse the table of `count` blocks. `packs`: lengths of the packs; `length`: size of the image file, bytes.
+
+    Raises ImageError unless the blocks are in their packs, and in the file one after the other.
+    """
+    found: list[BlockRecord] = []
+    end = 0
+    for record in _records(stored, count):
+        if record.offset < end or not HEADER <= record.length <= MAX_BLOCK or record.offset + record.length > length:
+            raise ImageError(f"the table of storage blocks is invalid at block {len(found)}")
+        if record.pack >= len(packs) or record.start + record.length > packs[record.pack] or record.flags & ~NORMAL:
+            raise ImageError(f"storage block {len(found)} is not in a pack")
+        end = record.offset + record.length
+        found.append(record)
+    return found
+
+
+def _records(stored: memoryview, count: int) -> Iterator[BlockRecord]:
+    """Decompress the table step by step, so that its size is checked before memory is allocated."""
+    expander = zlib.decompressobj()
+    pending, left = bytes(stored), count * RECORD.size
+    rest = b""
+    try:
+        while left:
+            piece = expander.decompress(pending, min(left, 1 << 20))
+            pending, left = expander.unconsumed_tail, left - len(piece)
+            if not piece:
+                raise ImageError("the table of storage blocks is truncated")
+            rest += piece
+            whole = len(rest) - len(rest) % RECORD.size
+            yield from map(BlockRecord._make, RECORD.iter_unpack(rest[:whole]))
+            rest = rest[whole:]
+    except zlib.error as error:
+        raise ImageError(f"the table of storage blocks is invalid ({error})") from error

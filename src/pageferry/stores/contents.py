@@ -1,0 +1,128 @@
+"""Contents of a store that uploads can reuse: storage blocks and manifests that no garbage collection deletes.
+
+Packs that are missing or truncated are not reused. Damage inside a pack is only found by downloads.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from logging import getLogger
+
+from pageferry.errors import ImageError
+from pageferry.host.blocking import in_thread
+from pageferry.images.metadata import ImageIdentity
+from pageferry.stores.blocks import BlockRecord
+from pageferry.stores.layout import Ancestor, PackEntry
+from pageferry.stores.references import Manifest, gathered, read_reference, read_tail
+from pageferry.stores.store import Store, StoredObject
+
+log = getLogger(__name__)
+
+MAX_SOURCES = 64
+"""Number of images, those published last, whose storage blocks are reused."""
+MAX_PLACES = 1 << 20
+"""Maximum number of storage blocks that are kept in memory for reuse: images of 1 TiB in all."""
+CHECK_AFTER = 300.0
+"""Age of the knowledge after which an upload also checks that objects exist, seconds. It is shorter than any grace
+period (`options.MIN_GRACE`)."""
+
+
+@dataclass(slots=True)
+class Contents:
+    """Reusable contents of a store, at the time at which they were read."""
+
+    store: Store
+    condemned: set[str]
+    """Keys of objects that a garbage collection has marked."""
+    packs: dict[str, int]
+    """Lengths of the packs in the store, by their keys; empty if the upload is to reuse nothing."""
+    places: dict[bytes, tuple[PackEntry, int]] = field(default_factory=dict)
+    """Pack and offset of storage blocks, by their digest."""
+    read_at: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    async def read(cls, store: Store, *, reuse: bool) -> Contents:
+        """Read the marks, and the tables of the images that were published last. Without `reuse`, nothing is found.
+
+        Raises StoreError.
+        """
+        self = cls(store, await condemned_keys(store), {})
+        if not reuse:
+            return self
+        self.packs = {entry.key: entry.length for entry in await store.list("packs")}
+        entries = sorted(await store.list("images"), key=lambda entry: entry.modified)
+        for packs, records in await gathered(self._blocks(entry) for entry in entries[-MAX_SOURCES:]):
+            self._add(packs, records)
+        return self
+
+    async def find(self, identity: ImageIdentity, ancestors: list[Ancestor]) -> Manifest | None:
+        """Return a manifest of an image that refers to these manifests of its ancestors, and is not condemned, with
+        all that it needs. Raises StoreError."""
+        if not self.packs:
+            return None
+        for entry in await self.store.list(f"manifests/{identity.id}"):
+            try:
+                manifest = await read_tail(self.store, entry.key, entry.key.rpartition("/")[2], entry.length)
+            except ImageError as error:
+                log.warning("%s: uploading another manifest: %s", entry.key, error)
+                continue
+            found = manifest.directory
+            if (found.identity, found.ancestors) != (identity, ancestors) or self.condemned & needs(manifest):
+                continue
+            if all(map(self._usable, found.packs)):
+                return manifest
+        return None
+
+    async def unavailable(self, keys: set[str]) -> set[str]:
+        """Return those of the objects that are condemned now, or were deleted. Raises StoreError.
+
+        A collection deletes an object only if its mark is older than the grace period. Without a mark now, an object
+        exists for at least that long, if it exists. A mark that was set and removed since `read_at` is older than the
+        grace period, which is longer than `CHECK_AFTER`.
+        """
+        found = keys & await condemned_keys(self.store)
+        if time.monotonic() - self.read_at > CHECK_AFTER:
+            existing = [*await self.store.list("packs"), *await self.store.list("manifests")]
+            found |= keys - {entry.key for entry in existing}
+        return found
+
+    async def _blocks(self, entry: StoredObject) -> tuple[list[PackEntry], list[BlockRecord]]:
+        """Read the packs and the block table of a named image. Return none if they cannot be read: they are only an
+        optimisation."""
+        try:
+            reference = await read_reference(self.store, entry.key.removeprefix("images/"))
+            manifest = await read_tail(self.store, reference.key, reference.manifest, reference.manifest_length)
+            return manifest.directory.packs, await in_thread(manifest.records)
+        except ImageError as error:
+            log.info("%s: its storage blocks are not reused: %s", entry.key, error)
+            return [], []
+
+    def _usable(self, pack: PackEntry) -> bool:
+        """Return whether the store has the pack, as long as it should be."""
+        return self.packs.get(pack.key) == pack.length
+
+    def _add(self, packs: list[PackEntry], records: list[BlockRecord]) -> None:
+        usable = [pack.key not in self.condemned and self._usable(pack) for pack in packs]
+        for record in records:
+            if len(self.places) >= MAX_PLACES:
+                return
+            if usable[record.pack]:
+                self.places.setdefault(record.digest, (packs[record.pack], record.start))
+
+
+async def condemned_keys(store: Store) -> set[str]:
+    """Return the keys of all objects that are marked by a garbage collection. Raises StoreError."""
+    return {entry.key.removeprefix("condemned/") for entry in await store.list("condemned")}
+
+
+def needs(manifest: Manifest) -> set[str]:
+    """Return the keys of a manifest, of its packs, and of the manifests of its ancestors."""
+    directory = manifest.directory
+    return {manifest.key, *(pack.key for pack in directory.packs), *(one.key for one in directory.ancestors)}
+
+
+def ancestor_of(manifest: Manifest, name: str) -> Ancestor:
+    """Return the entry for the directory of a child. `name`: name of the file in which the child expects the image."""
+    found = manifest.directory
+    return Ancestor(id=found.id, digest=found.digest, manifest=manifest.digest, name=name)

@@ -1,0 +1,256 @@
+"""Layout of images in a store (docs/format.md, "Images in stores"): keys, references, manifests and marks.
+
+::
+
+    images/NAME               reference: names the manifest of an image; created last, exactly once
+    manifests/ID/DIGEST       manifest of the image with this id: where its storage blocks are, and all other bytes
+    packs/DIGEST              storage blocks of one or several images
+    condemned/KEY             mark of the garbage collection: KEY is to be deleted
+
+An object is never replaced: manifests and packs contain random bytes, so that each upload has another digest.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pageferry.errors import ImageError
+from pageferry.images.image import MAX_CHAIN
+from pageferry.images.metadata import ImageIdentity
+from pageferry.stores.library import digest
+
+VERSION = 1
+REFERENCE_FORMAT = "pageferry-image"
+MANIFEST_MAGIC = b"PFMANIF\n"
+PACK_MAGIC = b"PFPACKS\n"
+FEATURES = 0
+"""Bit set of supported features. A manifest or a pack with any other mandatory feature is refused."""
+
+PACK_HEADER = struct.Struct("<8sHHI16s32x")
+"""Header of a pack, 64 bytes: magic, version, 0, mandatory features, random bytes."""
+TRAILER_HEAD = struct.Struct("<8sHHII12x")
+"""First 32 bytes of the trailer of a manifest: magic, version, 0, mandatory features, length of the directory. The
+remaining 32 bytes are the digest of the directory and this head."""
+TRAILER = TRAILER_HEAD.size + 32
+
+PACK_LENGTH = 32 << 20
+"""Length from which on a pack is complete, bytes."""
+MAX_PACK = 64 << 20
+MAX_MANIFEST = 1 << 30
+MAX_DIRECTORY = 256 << 20
+MAX_REFERENCE = 64 << 10
+MAX_TIME = 250_000_000_000
+"""Latest time of a snapshot point, seconds since 1970: before the year 9999."""
+MAX_LENGTH = 1 << 48
+"""Maximum size of an image file, bytes."""
+
+_Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
+_Hex = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+_Id = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+_Digest = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+_Offset = Annotated[int, Meta(ge=0, le=MAX_LENGTH)]
+_FileName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^/\x00]*$")]
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """Range of a manifest object."""
+
+    offset: _Offset
+    length: _Offset
+    digest: _Hash
+    """Digest of the stored bytes."""
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes of the image file that are not in a storage block. Chunks are stored one after the other."""
+
+    offset: _Offset
+    """Offset in the image file, bytes."""
+    length: Annotated[int, Meta(gt=0, le=1 << 20)]
+    """Length before compression, bytes."""
+    stored: Annotated[int, Meta(gt=0, le=2 << 20)]
+    """Length in the manifest, bytes."""
+    form: Annotated[int, Meta(ge=0, le=2)]
+    """0: as it is; 1: zlib; 2: transposed records of 16 bytes, zlib."""
+
+
+class PackEntry(msgspec.Struct, frozen=True, array_like=True):
+    """Pack that the manifest refers to."""
+
+    digest: _Hash
+    length: Annotated[int, Meta(gt=0, le=MAX_PACK)]
+
+    @property
+    def key(self) -> str:
+        """Key of the pack."""
+        return pack_key(self.digest)
+
+
+class Ancestor(msgspec.Struct, frozen=True, kw_only=True):
+    """Image that the pages of this image refer to."""
+
+    id: _Id
+    digest: _Digest
+    manifest: _Hex
+    """Digest of its manifest."""
+    name: _FileName
+    """Name of the file in which its child expects it."""
+
+    @property
+    def identity(self) -> ImageIdentity:
+        """Identity of the image."""
+        return ImageIdentity(id=self.id, digest=self.digest)
+
+    @property
+    def key(self) -> str:
+        """Key of its manifest."""
+        return manifest_key(self.id, self.manifest)
+
+
+class Directory(msgspec.Struct, frozen=True, kw_only=True):
+    """Directory of a manifest. Readers ignore unknown fields."""
+
+    random: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    id: _Id
+    digest: _Digest
+    """Checksum of the footer of the image file."""
+    length: _Offset
+    """Size of the image file, bytes."""
+    packs: list[PackEntry]
+    blocks: Part
+    """Table of the storage blocks, compressed with zlib."""
+    count: Annotated[int, Meta(ge=0, le=1 << 32)]
+    """Number of storage blocks."""
+    frame: Part
+    """Contents of all chunks."""
+    chunks: list[Chunk]
+    ancestors: Annotated[list[Ancestor], Meta(max_length=MAX_CHAIN - 1)]
+    """Ancestors of the image, parent first."""
+
+    @property
+    def identity(self) -> ImageIdentity:
+        """Identity of the image."""
+        return ImageIdentity(id=self.id, digest=self.digest)
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Contents of `images/NAME`, as JSON. Only `manifest` and `id` locate the image; the other fields describe it in
+    listings."""
+
+    format: Literal["pageferry-image"] = "pageferry-image"
+    version: int = VERSION
+    manifest: _Hex
+    manifest_length: Annotated[int, Meta(gt=0, le=MAX_MANIFEST)]
+    id: _Id
+    digest: _Digest
+    kind: str
+    workload: str
+    created: Annotated[float, Meta(ge=0, le=MAX_TIME)]
+    """Time of the snapshot point, seconds since 1970."""
+    length: _Offset
+    """Size of the image file, bytes."""
+    parents: int
+    """Number of ancestors."""
+
+    @property
+    def key(self) -> str:
+        """Key of the manifest."""
+        return manifest_key(self.id, self.manifest)
+
+    @property
+    def identity(self) -> ImageIdentity:
+        """Identity of the image."""
+        return ImageIdentity(id=self.id, digest=self.digest)
+
+
+def reference_key(name: str) -> str:
+    """Return the key of the reference of an image."""
+    return f"images/{name}"
+
+
+def manifest_key(image_id: str, manifest: str) -> str:
+    """Return the key of a manifest. `manifest`: digest, hexadecimal."""
+    return f"manifests/{image_id}/{manifest}"
+
+
+def pack_key(pack: bytes) -> str:
+    """Return the key of a pack."""
+    return f"packs/{pack.hex()}"
+
+
+def mark_key(key: str) -> str:
+    """Return the key of the mark of a condemned object."""
+    return f"condemned/{key}"
+
+
+def new_pack() -> bytearray:
+    """Return a pack without blocks."""
+    return bytearray(PACK_HEADER.pack(PACK_MAGIC, VERSION, 0, FEATURES, os.urandom(16)))
+
+
+def encode_manifest(parts: bytes, directory: Directory) -> tuple[bytes, str]:
+    """Return a manifest and its digest. `parts`: contents that the directory refers to."""
+    encoded = msgspec.msgpack.encode(directory)
+    head = TRAILER_HEAD.pack(MANIFEST_MAGIC, VERSION, 0, FEATURES, len(encoded))
+    found = digest(encoded + head)
+    return b"".join((parts, encoded, head, found)), found.hex()
+
+
+def decode_manifest(contents: bytes, manifest: str, where: str) -> Directory:
+    """Verify the trailer and the directory of a manifest, and return the directory. `manifest`: expected digest,
+    hexadecimal; `where`: its URL, for messages. Raises ImageError."""
+    trailer = contents[-TRAILER:]
+    if len(trailer) < TRAILER or not trailer.startswith(MANIFEST_MAGIC):
+        raise ImageError(f"cannot read {where}: it is not a manifest of pageferry, or is truncated")
+    _, version, _, features, length = TRAILER_HEAD.unpack_from(trailer)
+    _check_version(where, version, features)
+    if length > min(MAX_DIRECTORY, len(contents) - TRAILER):
+        raise ImageError(f"cannot read {where}: its directory is truncated")
+    signed = contents[len(contents) - TRAILER - length : len(contents) - 32]
+    if digest(signed).hex() != manifest or trailer[-32:].hex() != manifest:
+        raise ImageError(f"cannot read {where}: its contents do not match its digest: it was damaged or replaced")
+    try:
+        return msgspec.msgpack.decode(signed[:length], type=Directory)
+    except msgspec.MsgspecError as error:
+        raise ImageError(f"cannot read {where}: its directory is invalid ({error})") from error
+
+
+def tail_length(tail: bytes, length: int) -> int:
+    """Return the length of the directory and the trailer of a manifest of `length` bytes, from its last bytes."""
+    if len(tail) < TRAILER:
+        return length
+    return min(int(TRAILER_HEAD.unpack_from(tail[-TRAILER:])[4]), MAX_DIRECTORY) + TRAILER
+
+
+def part_of(contents: bytes, part: Part, where: str, first: int = 0) -> memoryview:
+    """Return a verified part of a manifest. `first`: offset of `contents` in the manifest. Raises ImageError."""
+    start = max(part.offset - first, 0)
+    found = memoryview(contents)[start : start + part.length]
+    if len(found) != part.length or digest(found) != part.digest:
+        raise ImageError(f"cannot read {where}: a part is damaged or truncated")
+    return found
+
+
+def decode_reference(contents: bytes, where: str) -> Reference:
+    """Parse a reference. `where`: its URL, for messages. Raises ImageError."""
+    try:
+        found = msgspec.json.decode(contents, type=Reference)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ImageError(f"cannot read {where}: it is not a reference to an image ({error})") from error
+    _check_version(where, found.version, 0)
+    return found
+
+
+def _check_version(where: str, version: int, features: int) -> None:
+    if version != VERSION:
+        raise ImageError(
+            f"cannot read {where}: unsupported version {version}, this pageferry supports {VERSION}; use the release "
+            "that wrote it"
+        )
+    if unknown := features & ~FEATURES:
+        raise ImageError(f"cannot read {where}: unsupported features {unknown:#x}; use the release that wrote it")

@@ -1,0 +1,202 @@
+"""Download of images from a store. Every storage block is verified, and a file appears only when it is complete.
+
+The blocks of an image are read by few large requests: blocks that are close to each other in a pack are read together.
+A range that cannot be read, or that has wrong contents, is read once more: it may have been damaged in transfer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pageferry.errors import ImageError, StoreError, UsageError
+from pageferry.events import Listener
+from pageferry.host.blocking import in_thread, on_thread
+from pageferry.host.fault_points import fault_point
+from pageferry.images.image import ImageFile, link_of, new_file, open_link
+from pageferry.images.metadata import ImageIdentity
+from pageferry.stores import blocks, frame
+from pageferry.stores.address import ImageUrl
+from pageferry.stores.blocks import BlockRecord
+from pageferry.stores.events import ImagePulled, StoreProgress
+from pageferry.stores.layout import PackEntry
+from pageferry.stores.references import Manifest, gathered, open_image
+from pageferry.stores.store import Store
+
+RANGE = 8 << 20
+"""Maximum length of a range of a pack that is read with one request, bytes."""
+GAP = 256 << 10
+"""Maximum number of unneeded bytes between two blocks that are read with one request."""
+DOWNLOADS = 8
+"""Maximum number of ranges that are read at a time. Each is in memory as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Range of a pack, with the storage blocks in it: number in the image and record."""
+
+    pack: PackEntry
+    start: int
+    end: int
+    blocks: tuple[tuple[int, BlockRecord], ...]
+
+
+class Pull:
+    """Download of one image with its parents to a directory."""
+
+    def __init__(self, store: Store, url: ImageUrl, target: Path, listener: Listener) -> None:
+        self._store = store
+        self._url = url
+        self._target = target
+        self._listener = listener
+        self._done = 0
+        self._total = 0
+        self._downloaded = 0
+        self._requests = 0
+
+    async def run(self) -> ImagePulled:
+        """Download the parents that are missing, oldest first, and then the image. Raises ImageError, StoreError,
+        UsageError if the image would replace one of its parents."""
+        _, manifests = await open_image(self._store, self._url)
+        paths = self._paths(manifests[0])
+        missing = [
+            (manifest, path)
+            for manifest, path in zip(manifests, paths, strict=True)
+            if path == self._target or not await in_thread(_exists, path, manifest.directory.identity)
+        ]
+        self._downloaded = sum(len(manifest.contents) for manifest in manifests)
+        work = [(manifest, path, await in_thread(manifest.records)) for manifest, path in missing]
+        self._total = sum(record.length for _, _, records in work for record in records)
+        for manifest, path, records in reversed(work):
+            await self._write(manifest, records, path)
+        await in_thread(lambda: ImageFile(self._target))  # verifies the references between the images
+        return ImagePulled(
+            url=str(self._url),
+            image=str(self._target),
+            manifest=manifests[0].digest,
+            length=sum(manifest.directory.length for manifest, _ in missing),
+            downloaded=self._downloaded,
+            requests=self._requests,
+            parents=[str(path) for _, path in missing if path != self._target],
+        )
+
+    def _paths(self, manifest: Manifest) -> list[Path]:
+        """Return the paths of the image and of its ancestors. A child finds its parent by the name of its file."""
+        folder = self._target.parent
+        parents = [folder / one.name for one in manifest.directory.ancestors]
+        for path, one in zip(parents, manifest.directory.ancestors, strict=True):
+            if one.name in (".", "..") or path.parent != folder:
+                raise ImageError(f"cannot read {self._url}: invalid name of a parent {one.name!r}")
+        if len({self._target, *parents}) <= len(parents):
+            raise UsageError(
+                f"cannot write {self._target}: a parent of {self._url} needs this name, or two of its parents have the "
+                "same name; use another name, or another directory"
+            )
+        return [self._target, *parents]
+
+    async def _write(self, manifest: Manifest, records: list[BlockRecord], path: Path) -> None:
+        """Write one image. The file appears when all of its contents have been verified."""
+        try:
+            with new_file(path) as descriptor:
+                await self._fill(manifest, records, descriptor)
+                await on_thread(lambda: _check(descriptor, manifest))
+                if path != self._target:  # another download may have written another parent of this name
+                    await in_thread(_exists, path, manifest.directory.identity)
+                fault_point("store.downloaded")
+        except OSError as error:
+            raise ImageError(f"cannot write {path}: {error.strerror}") from error
+
+    async def _fill(self, manifest: Manifest, records: list[BlockRecord], descriptor: int) -> None:
+        directory = manifest.directory
+        stored = manifest.frame()
+        try:
+            await on_thread(lambda: frame.write(descriptor, stored, directory.chunks, directory.length))
+        except ImageError as error:
+            raise ImageError(f"cannot read {manifest.where}: {error}") from error
+        await gathered((self._copy(one, descriptor) for one in _ranges(records, directory.packs)), DOWNLOADS)
+
+    async def _copy(self, wanted: _Range, descriptor: int) -> None:
+        """Download a range, verify its blocks and write them to the file."""
+        where = f"{self._store.url}/{wanted.pack.key}"
+        for last in (False, True):
+            try:
+                data = await self._read(wanted)
+                await on_thread(lambda: _write_blocks(descriptor, wanted, data))  # noqa: B023
+                break
+            except (ImageError, StoreError) as error:
+                if last and isinstance(error, StoreError):
+                    raise
+                if last:
+                    raise ImageError(
+                        f"cannot download {self._url}: {where} is missing, or was damaged, truncated or replaced: "
+                        f"{error}; upload the image again under another name, with `--reupload`"
+                    ) from error
+        self._done += sum(record.length for _, record in wanted.blocks)
+        self._listener(StoreProgress(image=str(self._url), done=self._done, total=self._total))
+
+    async def _read(self, wanted: _Range) -> memoryview:
+        """Read a range. Raises ImageError if the pack is missing or shorter than expected, StoreError."""
+        self._requests += 1
+        data = await self._store.get_range(wanted.pack.key, wanted.start, wanted.end - wanted.start)
+        self._downloaded += len(data)
+        return data
+
+
+def _exists(path: Path, identity: ImageIdentity) -> bool:
+    """Return whether a parent is in place. Raises ImageError if another file has its name."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        found = open_link(path).identity
+    except ImageError as error:
+        raise ImageError(f"cannot write the parent {path}: there is another file of this name: {error}") from error
+    if found != identity:
+        raise ImageError(f"cannot write the parent {path}: another image has this name; use another directory")
+    return True
+
+
+def _ranges(records: list[BlockRecord], packs: list[PackEntry]) -> Iterator[_Range]:
+    """Yield the ranges to read, ordered by pack and offset."""
+    placed = sorted(enumerate(records), key=lambda one: (one[1].pack, one[1].start, one[0]))
+    pending: list[tuple[int, BlockRecord]] = []
+    end = 0
+    for number, record in placed:
+        stop = record.start + record.length
+        if pending:
+            first = pending[0][1]
+            if record.pack != first.pack or record.start > end + GAP or stop - first.start > RANGE:
+                yield _Range(packs[first.pack], first.start, end, tuple(pending))
+                pending = []
+        end = max(end, stop) if pending else stop
+        pending.append((number, record))
+    if pending:
+        yield _Range(packs[pending[0][1].pack], pending[0][1].start, end, tuple(pending))
+
+
+def _write_blocks(descriptor: int, found: _Range, data: memoryview) -> None:
+    """Verify the blocks of a range, and write them. Raises ImageError for the first that is damaged, OSError."""
+    for number, record in found.blocks:
+        start = record.start - found.start
+        block = memoryview(blocks.restore(data[start : start + record.length], record, number))
+        offset = record.offset
+        while block:
+            written = os.pwrite(descriptor, block, offset)
+            block, offset = block[written:], offset + written
+
+
+def _check(descriptor: int, manifest: Manifest) -> None:
+    """Open the complete file, compare its identity and its blocks with the manifest, and sync the file. Raises
+    ImageError, OSError."""
+    os.fsync(descriptor)  # in this thread; the event loop does not wait for the sync of `new_file`
+    try:
+        link = link_of(descriptor, Path(manifest.key))
+    except ImageError as error:
+        raise ImageError(f"cannot read {manifest.where}: it does not describe an image: {error}") from error
+    table = [(record.offset, record.length) for record in manifest.records()]
+    if link.identity != manifest.directory.identity or link.image.blocks != table:
+        raise ImageError(f"cannot read {manifest.where}: it describes another image than its index")
+    parent, ancestors = link.metadata.parent, manifest.directory.ancestors
+    if (parent.identity if parent is not None else None) != (ancestors[0].identity if ancestors else None):
+        raise ImageError(f"cannot read {manifest.where}: its parent is not that of the image")

@@ -1,0 +1,246 @@
+"""Object store: the few operations that images need, with bounds for every download, and errors of pageferry.
+
+The client, obstore, retries requests after server errors (5xx) and lost connections. An object is uploaded with one
+request, so no multipart upload is ever left unfinished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from pageferry.errors import ImageError, PageferryError, StoreError
+from pageferry.host import files
+from pageferry.host.blocking import in_thread
+from pageferry.stores.address import StoreUrl
+from pageferry.stores.library import obstore
+
+T = TypeVar("T")
+
+REQUEST_TIMEOUT = timedelta(minutes=10)
+"""Maximum duration of one request, such as the upload of a pack over a slow link."""
+CONNECT_TIMEOUT = timedelta(seconds=10)
+RETRY_TIMEOUT = timedelta(minutes=3)
+"""Maximum time during which a failed request is repeated."""
+MAX_RETRIES = 12
+KINDS = ("images", "manifests", "packs", "condemned")
+"""First parts of the keys of all objects."""
+_INCOMPLETE = re.compile(r".+#[0-9]+")
+"""Name of a file that an upload to a directory has not completed."""
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+"""Environment variables with the URL of an S3 server, in the order of their precedence."""
+
+
+class ObjectMissing(ImageError):
+    """The object does not exist in the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """Entry of a listing."""
+
+    key: str
+    length: int
+    modified: datetime
+
+
+class Store:
+    """Open store. Keys are relative to the URL of the store. Raises UnsupportedError without the extra `stores`,
+    UsageError for an invalid URL, StoreError if the configuration in the environment is invalid."""
+
+    def __init__(self, url: StoreUrl, *, create: bool = False) -> None:
+        self.url = url
+        self._obstore = obstore()
+        self._written: list[str] = []
+        with self._translated("open the store"):
+            self._client = self._open(create)
+
+    # -- reading
+
+    async def get(self, key: str, limit: int) -> bytes:
+        """Return the contents of an object. Raises ObjectMissing, ImageError if it is larger than `limit` bytes,
+        StoreError."""
+        found = await self._call(lambda: self._obstore.get_async(self._client, key), f"read {key}")
+        length = found.meta["size"]
+        if length > limit:
+            raise ImageError(f"cannot read {self.url}/{key}: it has {length} bytes, expected at most {limit}")
+        return bytes(await self._call(found.bytes_async, f"read {key}"))
+
+    async def get_range(self, key: str, start: int, length: int) -> memoryview:
+        """Return a range of an object. Raises ObjectMissing, ImageError if the object is shorter, StoreError."""
+        get_range = self._obstore.get_range_async
+        try:
+            reading = self._call(lambda: get_range(self._client, key, start=start, length=length), f"read {key}")
+            data = memoryview(await reading)
+        except StoreError:
+            found = await self.find(key)
+            if found is None or found.length >= start + length:
+                raise
+            raise ImageError(
+                f"cannot read {self.url}/{key}: it has {found.length} bytes, expected at least {start + length}"
+            ) from None
+        if len(data) != length:
+            raise ImageError(f"cannot read {self.url}/{key}: a range of {length} bytes has {len(data)} bytes")
+        return data
+
+    async def find(self, key: str) -> StoredObject | None:
+        """Return the entry of an object, or None if it does not exist. Raises StoreError."""
+        try:
+            return _entry(await self._call(lambda: self._obstore.head_async(self._client, key), f"read {key}"))
+        except ObjectMissing:
+            return None
+
+    async def list(self, prefix: str) -> list[StoredObject]:
+        """Return the objects whose keys begin with `prefix/`, sorted by key. Raises StoreError."""
+        listing = self._obstore.list
+        found = await self._call(lambda: listing(self._client, prefix).collect_async(), f"list {prefix}")
+        return sorted((_entry(one) for one in found), key=lambda entry: entry.key)
+
+    # -- writing
+
+    async def put(self, key: str, data: bytes) -> None:
+        """Upload an object, which replaces an object with the same key. Raises StoreError."""
+        await self._upload(key, data, "overwrite")
+
+    async def create(self, key: str, data: bytes) -> bool:
+        """Upload an object if there is none with this key. Return False if there is one, which is then unchanged.
+
+        After a server error, the client repeats the request, and may then find its own object: the caller compares the
+        contents. After a lost connection, it raises StoreError, although the object may have been created.
+        """
+        try:
+            await self._upload(key, data, "create")
+        except self._obstore.exceptions.AlreadyExistsError:
+            return False
+        return True
+
+    async def delete(self, key: str) -> None:
+        """Delete an object, if it exists. Raises StoreError."""
+        if key in self._written:
+            self._written.remove(key)
+        with contextlib.suppress(ObjectMissing):
+            await self._call(lambda: self._obstore.delete_async(self._client, key), f"delete {key}")
+
+    async def sync(self) -> None:
+        """Make the objects durable that were uploaded to a directory. Stores behind a network do so for each upload.
+
+        Raises StoreError.
+        """
+        folder, written = self.url.folder, self._written
+        if folder is not None and written:
+            self._written = []
+            await in_thread(_sync, str(folder), written)
+
+    async def remove_incomplete(self, before: datetime) -> None:
+        """Remove the files that killed uploads to a directory left before a time. Other stores have no such objects.
+
+        Raises StoreError.
+        """
+        if (folder := self.url.folder) is not None:
+            await in_thread(_remove_incomplete, folder, before)
+
+    async def _upload(self, key: str, data: bytes, mode: str) -> None:
+        put = self._obstore.put_async
+        await self._call(lambda: put(self._client, key, data, mode=mode, use_multipart=False), f"write {key}")
+        self._written.append(key)
+
+    # -- connection and errors
+
+    def _open(self, create: bool) -> Any:
+        store, url = self._obstore.store, self.url
+        if url.folder is not None:
+            if not create and not url.folder.is_dir():
+                raise StoreError(f"cannot open the store {url}: {url.folder} is not a directory")
+            return store.LocalStore(url.folder, mkdir=create)
+        options: dict[str, Any] = {
+            "client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT},
+            "retry_config": {"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIMEOUT},
+        }
+        if url.scheme == "http":
+            options["client_options"]["allow_http"] = True
+        if url.scheme in ("http", "https"):
+            return store.HTTPStore.from_url(str(url), **options)
+        if url.scheme == "s3" and (endpoint := _endpoint()) is not None:
+            options["endpoint"] = endpoint
+            options["client_options"]["allow_http"] = urlsplit(endpoint).scheme == "http"
+        return store.from_url(str(url), **options)
+
+    async def _call(self, call: Callable[[], Awaitable[T]], operation: str) -> T:
+        with self._translated(operation):
+            return await call()
+
+    @contextlib.contextmanager
+    def _translated(self, operation: str) -> Iterator[None]:
+        """Translate errors of the client, except AlreadyExistsError, which is a result."""
+        errors = self._obstore.exceptions
+        try:
+            yield
+        except (PageferryError, errors.AlreadyExistsError):
+            raise
+        except FileNotFoundError as error:
+            raise ObjectMissing(f"cannot {operation} in {self.url}: there is no such object") from error
+        except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
+            raise StoreError(
+                f"cannot {operation} in {self.url}: permission denied: {_cause(error)}; check the credentials in the "
+                "environment (docs/stores.md)"
+            ) from error
+        except (errors.BaseError, OSError, ValueError, NotImplementedError) as error:
+            raise StoreError(f"cannot {operation} in {self.url}: {_cause(error)}") from error
+
+
+def _endpoint() -> str | None:
+    return next((value for name in _ENDPOINTS if (value := os.environ.get(name))), None)
+
+
+def _entry(meta: Any) -> StoredObject:
+    return StoredObject(meta["path"], meta["size"], meta["last_modified"])
+
+
+def _cause(error: BaseException) -> str:
+    """Return the message of an error of the client in one line, without its debugging output."""
+    lines = [line.strip() for line in str(error).split("\n\nDebug source:")[0].splitlines()]
+    return " ".join(line for line in lines if line)[:500] or type(error).__name__
+
+
+def _remove_incomplete(folder: Path, before: datetime) -> None:
+    """Remove temporary files, whose names are those of objects with a number, but no other files of the directory.
+
+    Raises StoreError.
+    """
+    found = (path for kind in KINDS for path in (folder / kind).rglob("*") if _INCOMPLETE.fullmatch(path.name))
+    for path in found:
+        try:
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_mtime < before.timestamp():
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:  # its upload has ended
+            continue
+        except OSError as error:
+            raise StoreError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def _sync(folder: str, keys: list[str]) -> None:
+    """Sync files and their directories. Raises StoreError."""
+    paths = {os.path.join(folder, key) for key in keys}
+    folders = {folder}
+    for path in paths:
+        while (path := os.path.dirname(path)) not in folders:
+            folders.add(path)
+    try:
+        for path in (*paths, *folders):
+            folder_flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            descriptor = os.open(path, folder_flags) if path in folders else files.open_regular(path)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        raise StoreError(f"cannot write to the store in {folder}: {error.strerror}") from error

@@ -1,0 +1,162 @@
+"""Restores from the URL of an image: the cache of images on a host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pageferry
+from pageferry.cli.main import main
+from pageferry.errors import ImageError, UsageError
+from pageferry.stores.address import image_url
+from pageferry.stores.cache import ImageCache
+
+SIZE = 4 << 20
+
+
+def words(arena: Any) -> Any:
+    """Return the memory of an arena as an array."""
+    return np.frombuffer(memoryview(arena), "u8")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory of the cache, which the environment names."""
+    monkeypatch.setenv("PAGEFERRY_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Return the URL of a store with the images `base` and `child`, and `other`."""
+    arena = pageferry.Arena(SIZE)
+    words(arena)[:] = np.random.default_rng(1).integers(0, 1 << 63, SIZE // 8, dtype="u8")
+    store = f"file://{tmp_path}/store"
+    pageferry.checkpoint(arena, tmp_path / "base", track=True)
+    words(arena)[0] = 1
+    pageferry.checkpoint(arena, tmp_path / "child", parent=tmp_path / "base")
+    words(arena)[0] = 2
+    pageferry.checkpoint(arena, tmp_path / "other")
+    for name in ("base", "child", "other"):
+        pageferry.push_image(tmp_path / name, f"{store}/{name}")
+    return store
+
+
+def packs_are_missing(url: str) -> None:
+    """Remove the packs: only cached images can be restored from then on."""
+    for path in (Path(url.removeprefix("file://")) / "packs").iterdir():
+        path.unlink()
+
+
+def test_arena_is_restored_from_a_url_and_then_from_the_cache(url: str, cache: Path) -> None:
+    arena = pageferry.restore(f"{url}/child")
+    assert words(arena)[0] == 1
+    packs_are_missing(url)
+    again = pageferry.restore(f"{url}/child")
+    assert words(again)[0] == 1
+    assert (words(again) == words(arena)).all()
+    (entry,) = pageferry.list_cache().images
+    assert (entry.url, Path(entry.path).name) == (f"{url}/child", "child")
+    with pytest.raises(ImageError, match="is missing"):
+        pageferry.restore(f"{url}/other")
+    assert len(pageferry.list_cache().images) == 1
+
+
+def test_objects_are_loaded_from_a_url(tmp_path: Path) -> None:
+    pageferry.dump({"x": np.arange(1000)}, tmp_path / "object")
+    pageferry.push_image(tmp_path / "object", f"file://{tmp_path}/store/")
+    loaded = pageferry.load(f"file://{tmp_path}/store/object")
+    assert loaded["x"].sum() == 499500
+
+
+def test_parents_are_shared_between_entries(url: str) -> None:
+    pageferry.restore(f"{url}/base")
+    alone = pageferry.list_cache().length
+    pageferry.restore(f"{url}/child")
+    assert pageferry.list_cache().length < alone * 1.2
+
+
+def test_damaged_entry_is_downloaded_again(url: str) -> None:
+    pageferry.restore(f"{url}/other").load()
+    (entry,) = pageferry.list_cache().images
+    os.truncate(entry.path, 100)
+    assert words(pageferry.restore(f"{url}/other"))[0] == 2
+
+
+def test_least_recently_used_entries_are_removed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEFERRY_CACHE_SIZE", "6M")
+    pageferry.restore(f"{url}/base").load()
+    pageferry.restore(f"{url}/other").load()
+    assert [image.url for image in pageferry.list_cache().images] == [f"{url}/other"]
+    monkeypatch.setenv("PAGEFERRY_CACHE_SIZE", "much")
+    with pytest.raises(UsageError, match="PAGEFERRY_CACHE_SIZE"):
+        pageferry.restore(f"{url}/base")
+
+
+def test_entries_in_use_are_kept(url: str, cache: Path) -> None:
+    used: list[str] = []
+    opened = ImageCache(cache, 1 << 30, lambda: used)
+    entry = asyncio.run(opened.obtain(image_url("url", f"{url}/base"), lambda _: None))
+    assert opened.clear().removed == []
+    entry.close()
+    used.append(str(entry.path))
+    assert len(opened.clear().kept) == 1
+    used.clear()
+    assert len(opened.clear().removed) == 1
+    assert not entry.path.exists()
+
+
+def test_restores_at_the_same_time_download_once(url: str, cache: Path) -> None:
+    opened = ImageCache(cache, 1 << 30)
+
+    async def obtain() -> list[Any]:
+        wanted = image_url("url", f"{url}/child")
+        return await asyncio.gather(*(opened.obtain(wanted, events.append) for _ in range(4)))
+
+    events: list[Any] = []
+    entries = asyncio.run(obtain())
+    assert len({entry.path for entry in entries}) == 1
+    assert events[-1].done == events[-1].total
+    assert [event.done for event in events] == sorted(event.done for event in events)
+    for entry in entries:
+        entry.close()
+
+
+def test_killed_download_leaves_no_entry(url: str, cache: Path) -> None:
+    program = f"import pageferry; pageferry.restore({url + '/base'!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PAGEFERRY_FAULT": "store.downloaded=kill"}, timeout=60
+    )
+    assert done.returncode == -9
+    assert pageferry.list_cache().images == []
+    assert len(list((cache / "images").iterdir())) == 1
+    pageferry.clear_cache()
+    assert list((cache / "images").iterdir()) == []
+    assert words(pageferry.restore(f"{url}/base")).size
+
+
+def test_directory_of_another_user_is_refused(url: str, cache: Path) -> None:
+    cache.mkdir(mode=0o777)
+    cache.chmod(0o777)
+    with pytest.raises(UsageError, match="other users can write to it"):
+        pageferry.restore(f"{url}/base")
+
+
+def test_command_lists_and_clears(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pageferry.restore(f"{url}/base").load()
+    assert main(["cache", "list"]) == 0
+    assert f"{url}/base" in capsys.readouterr().out
+    assert main(["cache", "clear"]) == 0
+    assert "removed 1 images" in capsys.readouterr().out
+
+
+def test_guest_is_not_started_if_its_image_is_missing(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["restore", "web", f"{url}/none", "--", "qemu-system-x86_64"])
+    assert (code, "no image of this name" in capsys.readouterr().err) == (31, True)

@@ -1,0 +1,150 @@
+"""Images in an S3 store of another project, directly and through a proxy that injects faults."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pageferry
+from pageferry.errors import ImageError, StoreError
+from pageferry.stores import pull, store
+from tests.stores.fault_proxy import FaultProxy, fault_proxy
+from tests.stores.s3_server import create_bucket, s3_server
+
+URL = "s3://images/fleet"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Run an S3 server, and yield its URL."""
+    pytest.importorskip("moto", reason="the S3 server of the package moto is not installed")
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def proxy(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FaultProxy]:
+    """Run a proxy in front of the server, which the environment names as the endpoint of S3. The bucket is empty."""
+    with fault_proxy(server) as proxy:
+        for name, value in (("ENDPOINT_URL", proxy.url), ("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        create_bucket(server, "images")
+        yield proxy
+        asyncio.run(_empty())
+
+
+async def _empty() -> None:
+    from pageferry.stores.address import store_url
+
+    opened = store.Store(store_url("url", URL))
+    for kind in ("images", "manifests", "packs", "condemned"):
+        for entry in await opened.list(kind):
+            await opened.delete(entry.key)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an image with 4 MiB of random memory."""
+    arena = pageferry.Arena(4 << 20)
+    np.frombuffer(memoryview(arena), "u8")[:] = np.random.default_rng(2).integers(0, 1 << 63, 1 << 19, dtype="u8")
+    path = tmp_path_factory.mktemp("image") / "image"
+    pageferry.checkpoint(arena, path)
+    return path
+
+
+def test_image_is_pushed_listed_pulled_and_collected(proxy: FaultProxy, image: Path, tmp_path: Path) -> None:
+    pushed = pageferry.push_image(image, f"{URL}/")
+    assert pushed.url == f"{URL}/image"
+    (listed,) = pageferry.list_images(URL).images
+    assert (listed.name, listed.manifest, listed.length) == ("image", pushed.manifest, image.stat().st_size)
+    proxy.requests.clear()
+    pulled = pageferry.pull_image(f"{URL}/image", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+    assert pulled.downloaded < 1.1 * pushed.uploaded
+    assert len(proxy.requests) == 3  # reference, manifest, pack
+    pageferry.delete_image(f"{URL}/image")
+    assert pageferry.collect_garbage(URL).kept == 2
+    assert pageferry.list_images(URL).images == []
+
+
+@pytest.mark.parametrize("action", ["busy", "reset", "lost"])
+@pytest.mark.parametrize("key", ["packs/", "manifests/", "images/"])
+def test_failed_uploads_are_repeated(proxy: FaultProxy, image: Path, tmp_path: Path, action: Any, key: str) -> None:
+    proxy.inject("PUT", f"fleet/{key}", action)
+    pushed = pageferry.push_image(image, f"{URL}/a")
+    assert not pushed.existed
+    sent = sum(f"PUT /images/fleet/{key}" in request for request in proxy.requests)
+    assert sent == (1 if (action, key) == ("lost", "images/") else 2)
+    pageferry.pull_image(f"{URL}/a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+
+
+@pytest.mark.parametrize("action", ["busy", "reset", "cut", "short", "corrupt"])
+def test_failed_downloads_are_repeated(proxy: FaultProxy, image: Path, tmp_path: Path, action: Any) -> None:
+    pageferry.push_image(image, f"{URL}/a")
+    proxy.inject("GET", "packs/", action)
+    pageferry.pull_image(f"{URL}/a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+
+
+@pytest.mark.parametrize("action", ["short", "corrupt"])
+@pytest.mark.parametrize("key", ["packs/", "manifests/"])
+def test_wrong_contents_are_reported(proxy: FaultProxy, image: Path, tmp_path: Path, action: Any, key: str) -> None:
+    pageferry.push_image(image, f"{URL}/a")
+    proxy.inject("GET", f"fleet/{key}", action, 1000)
+    with pytest.raises((ImageError, StoreError), match=key):
+        pageferry.pull_image(f"{URL}/a", tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_store_that_stays_busy_is_reported(proxy: FaultProxy, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAX_RETRIES", 2)
+    proxy.inject("PUT", "packs/", "busy", 1000)
+    with pytest.raises(StoreError, match="cannot write packs/"):
+        pageferry.push_image(image, f"{URL}/a")
+    assert pageferry.list_images(URL).images == []
+
+
+def test_second_image_of_a_name_is_refused_while_both_are_uploaded(
+    proxy: FaultProxy, image: Path, tmp_path: Path
+) -> None:
+    pageferry.flatten_image(image, tmp_path / "other")
+
+    async def both() -> list[Any]:
+        pushes = [pageferry.push_image_async(path, f"{URL}/a") for path in (image, tmp_path / "other")]
+        return await asyncio.gather(*pushes, return_exceptions=True)
+
+    results = asyncio.run(both())
+    assert sum(isinstance(one, ImageError) for one in results) == 1
+    winner = image if isinstance(results[1], ImageError) else tmp_path / "other"
+    pageferry.pull_image(f"{URL}/a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == winner.read_bytes()
+
+
+def test_image_can_be_read_over_plain_http(proxy: FaultProxy, image: Path, tmp_path: Path) -> None:
+    pageferry.push_image(image, f"{URL}/a")
+    pageferry.pull_image(f"{proxy.url}/images/fleet/a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+
+
+def test_large_image_is_read_in_bounded_ranges(proxy: FaultProxy, image: Path, tmp_path: Path) -> None:
+    pageferry.push_image(image, f"{URL}/a")
+    proxy.requests.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pull, "RANGE", 1 << 20)
+        pulled = pageferry.pull_image(f"{URL}/a", tmp_path / "copy")
+    assert pulled.requests == sum("packs/" in request for request in proxy.requests) > 3
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+
+
+def test_wrong_credentials_and_missing_buckets_are_named(proxy: FaultProxy, image: Path, tmp_path: Path) -> None:
+    with pytest.raises((ImageError, StoreError), match="s3://none/fleet"):
+        pageferry.pull_image("s3://none/fleet/a", tmp_path / "copy")
+    with pytest.raises(StoreError, match="cannot list images in s3://none/fleet"):
+        pageferry.list_images("s3://none/fleet")
