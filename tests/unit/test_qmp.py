@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pageferry.errors import WorkloadError
+from pageferry.errors import WorkloadDied, WorkloadError
 from pageferry.host.qmp import Monitor
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 9, "minor": 0, "micro": 0}, "package": ""}, "capabilities": []}}
@@ -55,6 +56,27 @@ def test_session_ignores_replies_of_others_before_the_greeting(tmp_path: Path) -
 def test_server_that_does_not_speak_qmp_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WorkloadError, match="created with QEMU's -qmp option"):
         asyncio.run(opened(tmp_path / "qmp", [], {"return": {}}, first=({"hello": 1},)))
+
+
+@pytest.mark.parametrize("exits", ["before it accepts", "after its greeting"])
+def test_listener_that_exits_while_a_session_opens_has_died(tmp_path: Path, exits: str) -> None:
+    path = str(tmp_path / "qmp")
+
+    async def run() -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            opening = asyncio.create_task(Monitor.open(path))
+            await asyncio.sleep(0.05)
+            if exits == "after its greeting":
+                connection, _ = listener.accept()
+                connection.send(json.dumps(GREETING).encode() + b"\n")
+                await asyncio.sleep(0.05)
+                connection.close()
+        with pytest.raises(WorkloadDied, match="no QEMU listens"):
+            await opening
+
+    asyncio.run(run())
 
 
 def test_refused_negotiation_is_an_error_with_the_reason(tmp_path: Path) -> None:

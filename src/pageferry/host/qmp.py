@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.models import Greeting
 from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
@@ -36,6 +36,9 @@ _NEGOTIATIONS = itertools.count(1)
 
 _REPLY_KEYS = frozenset({"return", "error", "event"})
 """Keys of which every message of a QMP server, except the greeting, has one."""
+
+_EXIT_WAITS = (0.0, 0.01, 0.1, 0.4)
+"""Waits before each check whether a process that has closed a connection still listens, seconds."""
 
 _LOOK_AGAIN = 0.2
 """Interval at which a session that waits for an event checks whether QEMU has closed the connection, seconds."""
@@ -109,8 +112,8 @@ class Monitor:
     async def open(cls, path: str, *, timeout: float = TIMEOUT) -> Monitor:
         """Connect to the socket at `path` and wait up to `timeout` seconds for the greeting.
 
-        Raises WorkloadDied if no process listens, WorkloadError if another client has the session or if the socket is
-        not a QMP socket.
+        Raises WorkloadDied if no process listens, or if QEMU exits meanwhile; WorkloadError if another client has the
+        session or if the socket is not a QMP socket.
         """
         connection = await _connect(path, timeout)
         client = _Client()
@@ -124,11 +127,13 @@ class Monitor:
                 f"cannot open a QMP session on {path}: no greeting within {timeout:g} s, because another client "
                 "holds its only session, or QEMU does not respond; close that client, or retry"
             ) from late
-        except QMPError as wrong:
+        except (QMPError, OSError, EOFError) as failed:
             connection.close()
+            if _has_closed(failed):
+                await _check_listens(path)
             raise WorkloadError(
-                f"cannot open a QMP session on {path}: {wrong}; use a socket created with QEMU's -qmp option"
-            ) from wrong
+                f"cannot open a QMP session on {path}: {failed}; use a socket created with QEMU's -qmp option"
+            ) from failed
         except BaseException:  # cancelled: QEMU would serve no other client
             client.abandon()
             connection.close()
@@ -252,6 +257,20 @@ def event_time(event: Mapping[str, Any]) -> float:
     stamp = event["timestamp"]
     age: float = time.time() - stamp["seconds"] - stamp["microseconds"] / 1e6
     return time.perf_counter() - age
+
+
+def _has_closed(failed: BaseException) -> bool:
+    """Return whether a session could not be opened because the peer has closed the connection."""
+    cause = failed.exc if isinstance(failed, ConnectError) else failed
+    return isinstance(cause, OSError | EOFError)
+
+
+async def _check_listens(path: str) -> None:
+    """Raise WorkloadDied if no process listens at `path` any more. A process that exits closes its sockets one by one:
+    wait for its listening socket."""
+    for wait in _EXIT_WAITS:
+        await asyncio.sleep(wait)
+        (await _connect(path, TIMEOUT)).close()
 
 
 async def _connect(path: str, timeout: float) -> socket.socket:
