@@ -381,6 +381,9 @@ class _PagerOptions(TypedDict, total=False):
     (`sigbus`)."""
     whole_blocks: bool
     """Whether a fault loads the whole storage block of its page (default: True)."""
+    read_ahead: bool
+    """Whether faults in the order of the image also load the next storage blocks (default: True). Has no effect without
+    `whole_blocks`."""
     evicting: bool
     """Whether `evict` may be called (default: False)."""
     checks_removals: bool

@@ -83,6 +83,7 @@ struct PagerOptions {
     eager: bool,
     fatal: bool,
     whole_blocks: bool,
+    read_ahead: bool,
     evicting: bool,
     checks_removals: bool,
 }
@@ -101,6 +102,7 @@ impl PagerOptions {
             eager,
             fatal: choose("on_failure", &choice("on_failure", "block")?, ON_FAILURE)?,
             whole_blocks: keywords.take("whole_blocks", true)?,
+            read_ahead: keywords.take("read_ahead", true)?,
             evicting: keywords.take("evicting", false)?,
             checks_removals: keywords.take("checks_removals", false)?,
         };
@@ -165,6 +167,7 @@ impl Pager {
             background: options.background,
             eager: options.eager,
             whole_blocks: options.whole_blocks,
+            read_ahead: options.read_ahead,
             evicting: options.evicting,
             checks_removals: options.checks_removals,
             fatal: options.fatal,

@@ -95,6 +95,7 @@ fn paged(chain: &Chain) -> Result<Vec<u128>, Box<dyn std::error::Error>> {
         background: false,
         eager: false,
         whole_blocks: true,
+        read_ahead: true,
         evicting: false,
         checks_removals: false,
         fatal: false,

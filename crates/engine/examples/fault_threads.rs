@@ -88,6 +88,7 @@ fn run(chain: &Chain, len: usize, threads: usize, out: &mut impl Write) -> Resul
         background: false,
         eager: false,
         whole_blocks: false,
+        read_ahead: false,
         // The pager must not end before the demand threads have added their last CPU time.
         evicting: true,
         checks_removals: false,

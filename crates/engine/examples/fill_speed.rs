@@ -90,6 +90,7 @@ fn paged(chain: &Chain, pages: usize) -> Result<Duration, Failure> {
         background: true,
         eager: true,
         whole_blocks: true,
+        read_ahead: true,
         evicting: false,
         checks_removals: false,
         fatal: false,

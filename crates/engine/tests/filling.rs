@@ -79,6 +79,7 @@ fn pager(chain: Chain, mapping: Arc<Mapping>, workload: Option<&Mapping>) -> Pag
         background: true,
         eager: true,
         whole_blocks: true,
+        read_ahead: true,
         evicting: false,
         checks_removals: false,
         fatal: false,

@@ -143,6 +143,7 @@ impl Scene {
             background,
             eager: true,
             whole_blocks: true,
+            read_ahead: true,
             evicting,
             checks_removals: false,
             fatal: false,
@@ -197,6 +198,33 @@ fn pages_are_loaded_on_demand_and_in_the_background() {
             assert!(faults > 0);
         });
     }
+}
+
+/// After faults in two storage blocks in order, the pager loads the next two without further accesses, and no others.
+#[test]
+fn storage_blocks_are_loaded_ahead_of_faults_in_order() {
+    within_a_minute(|| {
+        let scene = Scene::new();
+        let pager = scene.pager(false, false);
+        // The data pages in the order in which they are stored.
+        let stored: Vec<usize> = (0..PAGES).map(|number| number * 769 % PAGES).filter(|page| page % 8 != 7).collect();
+        let per_block = STORAGE_BLOCK / SMALL_PAGE;
+        let missing = || pager.missing(0).expect("the only region");
+        let await_blocks = |count: usize| {
+            while stored[..count * per_block].iter().any(|&page| missing().contains(page)) {
+                thread::sleep(Duration::from_millis(1)); // the test fails after a minute
+            }
+        };
+        assert_eq!(scene.read(stored[0], 300), expected(stored[0], 300));
+        await_blocks(1); // otherwise, another thread of the pager could record the second fault before the first
+        assert_eq!(scene.read(stored[per_block], 300), expected(stored[per_block], 300));
+        await_blocks(4);
+        let others = &stored[4 * per_block..];
+        assert!(others.iter().all(|&page| missing().contains(page)));
+        for &page in &stored {
+            assert_eq!(scene.read(page, 9), expected(page, 9), "page {page}");
+        }
+    });
 }
 
 #[test]

@@ -107,6 +107,7 @@ impl Scene {
             background: true,
             eager: false,
             whole_blocks: true,
+            read_ahead: true,
             evicting: false,
             checks_removals: false,
             fatal: false,

@@ -293,6 +293,7 @@ def _pager(image: ImageFile, arena: RestoredArena, working_set: list[int], optio
             windows=order.windows,
             blocks=order.blocks,
             fill=("eager" if options.eager else "gentle") if options.prefetch else "none",
+            read_ahead=options.prefetch,
             on_failure="sigbus",
             checks_removals=True,
         )

@@ -97,6 +97,7 @@ class ImagePager:
             fill="none",
             begin=begin,
             whole_blocks=self.work.cold is None,
+            read_ahead=self.work.prefetch,
             evicting=self._evicting,
             checks_removals=self.work.qmp_socket is None,
         )

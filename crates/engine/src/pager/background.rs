@@ -1,16 +1,17 @@
-//! Background loading of the remaining pages of storage blocks that were read for faults, and of pages that were not
-//! requested, in an order that the user of the engine gives (S10).
+//! Background loading of the remaining pages of storage blocks that were read for faults, of the blocks that the next
+//! faults need, and of pages that were not requested, in an order that the user of the engine gives (S10).
 
 use std::mem::take;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender, bounded, select_biased};
 
-use super::blocks::{Blocks, Fetched};
+use super::blocks::{Blocks, Fetched, Number};
 use super::config::FillOrder;
 use super::memory::{Installer, LoadError, Scratch, WINDOW};
+use super::read_ahead::ReadAhead;
 use super::source::PageSource;
 use super::{Failure, PagerState};
 use crate::SLOTS;
@@ -29,16 +30,71 @@ const DEPTH: usize = 32;
 /// reads that the disk has begun.
 const LAZY_DEPTH: usize = 4;
 
-/// Installs the remaining pages of storage blocks that were loaded for a fault.
-pub fn install_rest(shared: &PagerState, jobs: &Receiver<Fetched>) {
+/// Maximum number of storage blocks of each kind that are queued for the rest threads. Pages of further blocks are loaded
+/// on demand or by the background thread.
+const MAX_REST: usize = 32;
+
+/// Queues of the rest threads.
+#[derive(Debug)]
+pub struct RestQueues {
+    rest: Sender<Fetched>,
+    ahead: Sender<Number>,
+    /// Recent faults; `None` if no blocks are loaded ahead.
+    recent: Option<ReadAhead>,
+}
+
+impl RestQueues {
+    /// Creates empty queues, and their receiving ends. `read_ahead`: whether blocks are loaded ahead.
+    pub fn new(read_ahead: bool) -> (Self, RestJobs) {
+        let ((rest, rest_jobs), (ahead, ahead_jobs)) = (bounded(MAX_REST), bounded(MAX_REST));
+        let recent = read_ahead.then(ReadAhead::default);
+        (Self { rest, ahead, recent }, RestJobs { rest: rest_jobs, ahead: ahead_jobs })
+    }
+
+    /// Queues a storage block that was read for a fault, so that its other pages are installed, and the blocks to load
+    /// ahead of the next faults.
+    pub fn queue(&mut self, blocks: &Blocks, fetched: Fetched) {
+        let (image, block) = fetched.0;
+        if !blocks.is_done(fetched.0) {
+            let _ = self.rest.try_send(fetched);
+        }
+        let Some(recent) = &mut self.recent else { return };
+        let count = u32::try_from(blocks.chain().images()[image].blocks().len()).unwrap_or(u32::MAX);
+        for block in recent.record((image, block), count) {
+            if !blocks.is_done((image, block)) {
+                let _ = self.ahead.try_send((image, block));
+            }
+        }
+    }
+}
+
+/// Work of the rest threads.
+#[derive(Debug, Clone)]
+pub struct RestJobs {
+    /// Storage blocks that were read for a fault, whose other pages are to be installed.
+    pub rest: Receiver<Fetched>,
+    /// Storage blocks to load ahead.
+    pub ahead: Receiver<Number>,
+}
+
+/// Installs the remaining pages of storage blocks that were loaded for a fault and, when there are none, the pages of
+/// the blocks to load ahead.
+pub fn install_rest(shared: &PagerState, jobs: &RestJobs) {
     let mut scratch = Scratch::default();
     let PageSource::Images(blocks) = &shared.loader.source else { return };
-    for fetched in jobs {
-        if shared.stopping() {
-            return;
-        }
+    while !shared.stopping() {
         // Ignore errors: a fault on an affected page reports them.
-        let _ = shared.loader.install_block(blocks, fetched.0, &fetched.1, &mut scratch);
+        select_biased! {
+            recv(jobs.rest) -> fetched => {
+                let Ok((number, block)) = fetched else { return };
+                let _ = shared.loader.install_block(blocks, number, &block, &mut scratch);
+            }
+            recv(jobs.ahead) -> number => {
+                let Ok(number) = number else { return };
+                let _ = shared.loader.load_block(blocks, number, &mut scratch);
+            }
+        }
+        shared.loader.memory.counters.prefetched.fetch_add(take(&mut scratch.installed), Ordering::Relaxed);
     }
 }
 

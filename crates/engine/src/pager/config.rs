@@ -156,6 +156,8 @@ pub struct Plan {
     pub eager: bool,
     /// Whether a fault also loads the remaining pages of the storage block that contains the page.
     pub whole_blocks: bool,
+    /// Whether faults in the order of the image also load the next storage blocks. Requires `whole_blocks`.
+    pub read_ahead: bool,
     /// Whether pages may be evicted. If so, the pager does not finish before [`super::Pager::evicted`] is called.
     pub evicting: bool,
     /// Whether removals must be checked. This is required for programs, whose removals may only unmap pages; every

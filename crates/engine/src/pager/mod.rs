@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! access ─▶ userfaultfd ─▶ demand thread ─▶ page block of the page: read, verify, write, clear the bit, map
-//!                               └─▶ rest thread: the other pages of the storage block
+//!                               └─▶ rest threads: the other pages of the storage block; if faults are in the order
+//!                                   of the image, the next storage blocks
 //!                       background thread: the working set, then all pages; gives precedence to faults
 //! ```
 //!
@@ -34,6 +35,7 @@ mod flags;
 mod memory;
 mod peer;
 mod private;
+mod read_ahead;
 mod register;
 mod removals;
 mod source;
@@ -45,9 +47,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex, RwLock};
 
+use background::{RestJobs, RestQueues};
 pub use base::{BaseCounters, BaseFailure, BasePager};
 pub use base_fill::BaseFile;
 use blocks::{Blocks, Fetched};
@@ -73,9 +75,8 @@ use crate::{LARGE_PAGE, SLOTS, SMALL_PAGE};
 
 /// Number of threads that resolve faults, per address space.
 const SERVERS: usize = 2;
-/// Maximum number of storage blocks that are queued for the rest thread. Pages of further blocks are loaded on demand
-/// or by the background thread.
-const MAX_REST: usize = 32;
+/// Maximum number of rest threads. Half of the cores are left to the workload.
+const MAX_REST_THREADS: usize = 4;
 /// Minimum number of pages for which `ensure` loads whole storage blocks.
 const MIN_BULK: usize = 1024;
 /// Maximum number of pages that `ensure` loads between two checks for a stop.
@@ -101,7 +102,8 @@ struct PagerState {
     stop: AtomicBool,
     /// Number of faults being resolved.
     demanding: AtomicUsize,
-    rest: Mutex<Option<Sender<Fetched>>>,
+    /// Queues of the rest threads; `None` if the pager is stopped.
+    rest: Mutex<Option<RestQueues>>,
     failures: Mutex<Vec<Failure>>,
     finished: (Mutex<bool>, Condvar),
     eager: AtomicBool,
@@ -124,17 +126,17 @@ impl PagerState {
         self.loader.memory.regions.iter().map(|region| region.pages).sum()
     }
 
-    /// Queues a storage block, so that its remaining pages are loaded. Does nothing if the pager does not load whole
-    /// blocks, if all pages of the block are loaded, or if the queue is full.
+    /// Queues a storage block that was read for a fault, so that its remaining pages are loaded, and the blocks that
+    /// the next faults need if the faults are in order. Does nothing if the pager does not load whole blocks. Skips
+    /// blocks whose pages are all loaded, and those for which a queue is full.
     fn queue_rest(&self, fetched: Fetched) {
         if !self.whole_blocks {
             return;
         }
-        if let Some(rest) = self.rest.lock().as_ref()
+        if let Some(queues) = self.rest.lock().as_mut()
             && let PageSource::Images(blocks) = &self.loader.source
-            && !blocks.is_done(fetched.0)
         {
-            let _ = rest.try_send(fetched);
+            queues.queue(blocks, fetched);
         }
     }
 
@@ -285,12 +287,12 @@ impl Pager {
         let memory = Memory::new(regions, watched, flags, installer, removals);
         register(&memory, plan.begin)?;
         memory.removals.forget_reports();
-        let (rest, jobs) = bounded(MAX_REST);
+        let (queues, jobs) = RestQueues::new(plan.read_ahead);
         let shared = Arc::new(PagerState {
             loader: Loader { memory, source },
             stop: AtomicBool::new(false),
             demanding: AtomicUsize::new(0),
-            rest: Mutex::new(Some(rest)),
+            rest: Mutex::new(Some(queues)),
             failures: Mutex::default(),
             finished: (Mutex::new(false), Condvar::new()),
             eager: AtomicBool::new(plan.eager),
@@ -307,7 +309,7 @@ impl Pager {
         Ok(pager)
     }
 
-    fn spawn_all(&self, begin: Begin, jobs: Receiver<Fetched>, order: FillOrder, everything: bool) -> io::Result<()> {
+    fn spawn_all(&self, begin: Begin, jobs: RestJobs, order: FillOrder, everything: bool) -> io::Result<()> {
         self.spawn_readers()?;
         self.spawn_servers()?;
         if begin == Begin::TakenOver {
@@ -315,8 +317,11 @@ impl Pager {
             // running, because the removal fails while the event of a discard has not been read.
             uffd_lending::unprotect(&self.shared.loader.memory);
         }
-        let shared = self.shared.clone();
-        self.spawn("pf-rest", move || background::install_rest(&shared, &jobs))?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        for _ in 0..(cores / 2).clamp(1, MAX_REST_THREADS) {
+            let (shared, jobs) = (self.shared.clone(), jobs.clone());
+            self.spawn("pf-rest", move || background::install_rest(&shared, &jobs))?;
+        }
         let shared = self.shared.clone();
         self.spawn("pf-fill", move || {
             background::fill(&shared, &order, everything);

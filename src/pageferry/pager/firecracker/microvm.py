@@ -64,7 +64,8 @@ class Microvm:
         flags = records.create_flags(None, Pager.flags_length(self._image.pages))
         try:
             region = PrivateRegion(self._image.pages, self._layout.page_size)
-            return Pager(self._image.chain, [region], segments, {self.peer.pid: userfault}, flags, fill="none")
+            userfaults, ahead = {self.peer.pid: userfault}, self._options.prefetch
+            return Pager(self._image.chain, [region], segments, userfaults, flags, fill="none", read_ahead=ahead)
         finally:
             os.close(flags)
 
