@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pageferry.host.compaction import compact_memory
@@ -47,6 +48,12 @@ sys.dont_write_bytecode = False
 
 # A background process of a shell ignores SIGINT, and so do its children. Tests send this signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Examples have no deadline, and may be generated slowly: tests do not depend on the speed of the machine.
+hypothesis.settings.register_profile(
+    "pageferry", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("pageferry")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

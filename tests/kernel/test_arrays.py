@@ -111,7 +111,7 @@ def apply(table: pageferry.Arrays, model: dict[str, Any], operation: tuple[Any, 
 
 
 @given(st.lists(OPERATION, max_size=15))
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 def test_arrays_match_a_dict_of_arrays(operations: list[tuple[Any, ...]]) -> None:
     table, model, held = pageferry.Arrays(SIZE), dict[str, Any](), list[Any]()
     for operation in operations:
@@ -125,7 +125,7 @@ def test_arrays_match_a_dict_of_arrays(operations: list[tuple[Any, ...]]) -> Non
 
 
 @given(st.lists(OPERATION, max_size=15))
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 def test_older_views_keep_their_contents(operations: list[tuple[Any, ...]]) -> None:
     table, model, held = pageferry.Arrays(LARGE), dict[str, Any](), list[Any]()
     for operation in operations:

@@ -78,7 +78,7 @@ _change = st.tuples(st.integers(0, 9) | st.integers(0, PAGES - 1), FREED | st.in
 _round = st.lists(_change, max_size=30)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.sampled_from(["none", "lz4", "zstd"]),
     st.sampled_from([1, 2, 4]),

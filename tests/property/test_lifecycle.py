@@ -156,7 +156,7 @@ class Lives(RuleBasedStateMachine):
         assert self.workload.discarded == (self.status is Status.MOVED)
 
 
-Lives.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+Lives.TestCase.settings = settings(max_examples=200, stateful_step_count=30)
 TestLives = Lives.TestCase
 
 

@@ -26,7 +26,7 @@ from tests.property.test_migration_messages import everything
 T = TypeVar("T")
 Pair = Callable[[], tuple[ControlSession, ControlSession]]
 TIMEOUT = 30.0
-tries = settings(deadline=None, max_examples=50)
+tries = settings(max_examples=50)
 """Settings of tests that open a connection for each example."""
 
 

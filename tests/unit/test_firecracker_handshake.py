@@ -11,7 +11,7 @@ import socket
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pageferry.pager.firecracker.handshake import (
@@ -162,7 +162,6 @@ def _open_descriptors() -> set[str]:
 
 
 @given(st.lists(st.integers(1, len(RECORDED) - 1), max_size=5), st.integers(0, 4))
-@settings(deadline=None)
 def test_message_may_arrive_in_parts_but_not_without_userfaultfd(cuts: list[int], count: int) -> None:
     """The descriptors are of a pipe: everything is received, and then refused, and nothing is left open."""
     borders = [0, *sorted(set(cuts)), len(RECORDED)]

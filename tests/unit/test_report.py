@@ -109,7 +109,7 @@ junk = st.sampled_from([None, -1, 0, 1e300, 1 << 62, "x", "<i>", True, [], [-5],
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@settings(max_examples=30, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_inconsistent_log_is_drawn_or_refused(kind: str, tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "log"
