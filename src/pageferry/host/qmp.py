@@ -266,7 +266,7 @@ def _has_closed(failed: BaseException) -> bool:
 
 
 async def _check_listens(path: str) -> None:
-    """Raise WorkloadDied if no process listens at `path` any more. A process that exits closes its sockets one by one:
+    """Raise WorkloadDied unless a process listens at `path`. A process that exits closes its sockets one by one:
     wait for its listening socket."""
     for wait in _EXIT_WAITS:
         await asyncio.sleep(wait)
