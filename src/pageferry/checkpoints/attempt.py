@@ -26,7 +26,7 @@ from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.events import DisksProgress
 from pageferry.workloads.protocols import (
     DiskSaver,
-    Migratable,
+    Live,
     SavesDisks,
     SnapshotDetails,
     pause_to_save,
@@ -242,7 +242,7 @@ class LazyAttempt(Attempt):
     """Attempt that protects the memory, pauses the workload only at the snapshot point, and saves while the workload
     runs."""
 
-    def __init__(self, preparation: Preparation, file: int, live: Migratable) -> None:
+    def __init__(self, preparation: Preparation, file: int, live: Live) -> None:
         super().__init__(preparation, file)
         self.live = live
 
