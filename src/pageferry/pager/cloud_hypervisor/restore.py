@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from logging import getLogger
 from pathlib import Path
 
-from pageferry.errors import ImageError, PageferryError, RestoreError, UsageError, WorkloadDied
+from pageferry.errors import ImageError, PageferryError, RestoreError, UsageError
 from pageferry.events import Latency, Listener
 from pageferry.host.blocking import in_thread, on_thread, to_the_end
 from pageferry.host.guardian import Guardian, SendSignal
@@ -71,6 +71,8 @@ class Restore:
         """Connection for page faults."""
         self._answers: Future[bool] | None = None
         """Result of the thread that answers requests."""
+        self._unanswered: BaseException | None = None
+        """Error of that thread, which has ended the migration; None if there is none."""
         self._peer: Peer | None = None
         self._guardian: Guardian | None = None
         self._cut = threading.Event()
@@ -103,7 +105,7 @@ class Restore:
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
                 raise
             if self._peer is None or not self._failed:
-                raise self._explained(error) from error
+                raise self._explained(self._unanswered or error) from error
         finally:
             await to_the_end(self._finish(end))
         return ServeResult(
@@ -202,7 +204,8 @@ class Restore:
         assert pager is not None
         try:
             return pager.answer_requests(faults.socket.fileno(), self._memory.ranges)
-        except BaseException:
+        except BaseException as error:
+            self._unanswered = error
             self._main.cut()  # it may wait for a reply that requires a page
             raise
 
@@ -260,7 +263,7 @@ class Restore:
         if answers.done() and answers.exception() is None and not self._memory.deferred:
             return "loaded"
         cancelled = isinstance(error, asyncio.CancelledError)
-        reason = "the pager was stopped" if cancelled else str(self._explained(self._cause(error)))
+        reason = "the pager was stopped" if cancelled else str(self._explained(self._unanswered or error))
         self._failed.append(f"microVM {peer.pid}: {reason}")
         action = self._options.on_failure
         log.error("microVM %d: %s; action: %s", peer.pid, reason, action)
@@ -269,24 +272,16 @@ class Restore:
         self._report(MicrovmFailed(microvm=peer.pid, reason=reason, action=action))
         return "killed" if action == "kill" else "frozen"
 
-    def _cause(self, error: BaseException) -> BaseException:
-        """Return the error of the thread that answers requests, if there is one: it has ended the migration."""
-        answers = self._answers
-        own = answers.exception() if answers is not None and answers.done() else None
-        return own or error
-
     def _explained(self, error: BaseException) -> BaseException:
         """Return an error as one of this operation."""
         where = f"cannot restore {self.image.path}"
         match error:
-            case Refused() | InvalidMessage():
+            case Refused() | InvalidMessage() | BrokenPipeError() | ConnectionResetError():
                 return RestoreError(f"{where}: Cloud Hypervisor has failed: {error}; see its log")
             case ConnectionAbortedError():
                 return RestoreError(f"{where}: Cloud Hypervisor has sent an invalid request: {error}")
             case ValueError() if not isinstance(error, PageferryError):
                 return ImageError(f"{where}: {error}; take another checkpoint")
-            case BrokenPipeError() | ConnectionResetError():
-                return WorkloadDied(f"{where}: Cloud Hypervisor has closed the connection; see its log")
             case OSError():
                 return RestoreError(f"{where}: {error.strerror or error}")
             case _:

@@ -63,8 +63,8 @@ class CloudHypervisorVm:
         """Descriptors of the memory files, by slot."""
         self._guardian: Guardian | None = None
         self._was_paused = False
-        self._begun = False
-        """Whether `Config` was answered: Cloud Hypervisor pauses the VM."""
+        self._ready = False
+        """Whether the state was received, and the migration can be completed."""
         self._completed = False
         """Whether the migration is complete."""
 
@@ -221,9 +221,9 @@ class CloudHypervisorVm:
 
     def _pause(self) -> None:
         with self._explaining():
-            self._begun = True
             self._channel.reply()
             self._state = self._expect(Command.STATE).payload
+            self._ready = True
 
     async def save_state(self) -> bytes:
         """Return the configuration and the state, as Cloud Hypervisor has sent them."""
@@ -234,15 +234,16 @@ class CloudHypervisorVm:
 
         Otherwise do nothing: the VM stays paused until `complete`. Raises WorkloadError if it cannot be resumed.
         """
-        if self._preserve and self._begun and not self._completed:
+        if self._preserve and self._ready:
             await on_thread(self._complete)
 
     async def complete(self) -> None:
         """Complete the migration of a VM that is not preserved, whose image is complete: Cloud Hypervisor exits."""
-        if not self._completed:
+        if self._ready:
             await on_thread(self._complete)
 
     def _complete(self) -> None:
+        self._ready = False
         with self._explaining():
             self._channel.reply()
             received = self._channel.receive()
