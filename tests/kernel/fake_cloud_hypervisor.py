@@ -322,7 +322,8 @@ class Counted:
             self._left -= len(contents)
         if contents:
             sent = self.socket.sendmsg([contents], ancillary)
-            self.socket.sendall(contents[sent:])
+            if sent < len(contents):  # otherwise the peer may have closed the connection
+                self.socket.sendall(contents[sent:])
 
 
 def receive(connection: socket.socket, length: int) -> bytes:
@@ -549,7 +550,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(contents)))
         self.end_headers()
-        self.wfile.write(contents)
+        if contents:
+            self.wfile.write(contents)
 
     def log_message(self, *_: Any) -> None:
         """Print nothing."""

@@ -319,7 +319,7 @@ def test_guest_that_runs_on_demand_reads_the_contents_of_the_image(image: Path, 
         assert pager.event("microvm-connected")["deferred"] > 10 * MIB
         vmm.received()
         assert vmm.ask("sweep", order=order)["digest"] == swept(image)
-        assert pager.event("microvm-ended")["missed"] > 100
+        assert pager.event("microvm-ended")["missed"] > 0
         assert pager.end()["loaded"] == 1
         assert [pair[0] for pair in vmm.ask("state")["requests"]] == [0, *_addresses(order)]
 

@@ -136,7 +136,8 @@ class Channel:
     def request(self, command: Command, payload: bytes = b"") -> None:
         """Send a request, and wait for its reply. Raises Refused, InvalidMessage, OSError."""
         self.socket.sendall(HEADER.pack(command, bytes(6), len(payload)))
-        self.socket.sendall(payload)
+        if payload:  # a peer that has received the last request may have replied and closed the connection
+            self.socket.sendall(payload)
         self._check_reply(command)
 
     def send_memory(self, slot: int, file: int) -> None:
