@@ -48,9 +48,9 @@ _RETRY = 0.001
 class CloudHypervisorVm:
     """VM that waits for the pause of its local migration. `open` creates the object, `close` ends it."""
 
-    def __init__(self, api: Api, channel: Channel, *, preserve: bool, version: Ping) -> None:
-        self.name = str(api.path)
+    def __init__(self, api: Api | None, channel: Channel, *, preserve: bool, version: Ping | None) -> None:
         self.pid = peer_credentials(channel.socket).pid
+        self.name = str(api.path) if api is not None else f"process {self.pid}"
         self.regions: tuple[Region, ...] = ()
         self._api = api
         self._channel = channel
@@ -82,6 +82,16 @@ class CloudHypervisorVm:
             request = {"destination_url": f"unix:{listener.path}", "local": True}
             await in_thread(api.put, "vm.send-migration", request | ({"preserve_source": True} if preserve else {}))
             channel = await on_thread(lambda: listener.accept(path), listener.cut)
+        return await cls._received(api, channel, preserve, version)
+
+    @classmethod
+    async def receive(cls, channel: Channel) -> Self:
+        """Receive a VM whose migration another program has requested. `complete` ends the checkpoint: the VM stays
+        paused until then. Raises WorkloadError, UnsupportedError."""
+        return await cls._received(None, channel, preserve=False, version=None)
+
+    @classmethod
+    async def _received(cls, api: Api | None, channel: Channel, preserve: bool, version: Ping | None) -> Self:
         try:
             self = cls(api, channel, preserve=preserve, version=version)
         except BaseException:
@@ -162,7 +172,8 @@ class CloudHypervisorVm:
     @property
     def identity(self) -> Identity:
         """Kind, name and version of the VM."""
-        details = {"version": self._version.version, "build": self._version.build_version}
+        version = self._version
+        details = {"version": version.version, "build": version.build_version} if version is not None else {}
         return Identity(KIND, self.name, details)
 
     @property
@@ -192,7 +203,7 @@ class CloudHypervisorVm:
 
     async def running(self) -> bool:
         """Return whether the VM runs. Raises WorkloadDied, WorkloadError."""
-        return (await in_thread(self._api.info)).state == "Running"
+        return self._api is not None and (await in_thread(self._api.info)).state == "Running"
 
     def faults(self) -> Faults:
         """Return the page faults of all threads of Cloud Hypervisor."""
@@ -250,27 +261,28 @@ class CloudHypervisorVm:
             if received.command not in (Command.COMPLETE, Command.COMPLETE_PAUSED):
                 raise InvalidMessage(f"unexpected command {received.command.name}, expected COMPLETE")
             self._was_paused = received.command is Command.COMPLETE_PAUSED
-            if self._preserve and not self._was_paused and self._guardian is not None:
-                self._guardian.plan([PutRequest(socket=str(self._api.path), path=PREFIX + "vm.resume")])
+            resumes = self._api if self._preserve and not self._was_paused else None
+            if resumes is not None and self._guardian is not None:
+                self._guardian.plan([PutRequest(socket=str(resumes.path), path=PREFIX + "vm.resume")])
             self._channel.reply()
             self._completed = True
-            if self._preserve and not self._was_paused:
-                self._resume()
+            if resumes is not None:
+                self._resume(resumes)
 
-    def _resume(self) -> None:
+    def _resume(self, api: Api) -> None:
         """Resume the VM as soon as Cloud Hypervisor has ended the migration.
 
         Until then it refuses `vm.resume`, and `vm.info` returns the state before the migration."""
         deadline = time.monotonic() + _RESUME_TIMEOUT
         while True:
             try:
-                self._api.put("vm.resume")
+                api.put("vm.resume")
                 return
             except WorkloadDied:
                 raise
             except WorkloadError:
                 if time.monotonic() > deadline:
-                    if self._api.info().state == "Running":  # another client has resumed it
+                    if api.info().state == "Running":  # another client has resumed it
                         return
                     raise
                 time.sleep(_RETRY)
