@@ -78,7 +78,8 @@ class Attempt(ABC):
         """Resume the workload if it is paused, and restore the PMD mappings of its huge pages unless they must stay
         split."""
         if self._paused:
-            self.statistics.enter(Phase.RESUME)
+            if self.statistics.in_attempt:  # otherwise the pause itself has failed
+                self.statistics.enter(Phase.RESUME)
             await self.request.workload.resume()
         self.statistics.enter(Phase.PUBLISH)
         if self.statistics.mode == "lazy" and not self.preparation.keeps_small_mappings:

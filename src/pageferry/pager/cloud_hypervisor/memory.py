@@ -115,8 +115,9 @@ class VmMemory:
 
     def close(self) -> None:
         """Stop the pager and close the files. May be called twice."""
-        if self.pager is not None:
-            self.pager.stop()
+        pager, self.pager = self.pager, None
+        if pager is not None:
+            pager.stop()
         while self.files:
             os.close(self.files.pop())
 
