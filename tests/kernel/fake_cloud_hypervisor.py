@@ -79,6 +79,8 @@ class Behaviour:
     """Number of requests after which the second connection is closed."""
     no_prefault: bool = False
     """Request only the first page, and those that the guest accesses."""
+    minor: bool = True
+    """Register for MINOR faults too, and map pages by UFFDIO_CONTINUE. Version 53 only wakes the guest."""
     request: int = PAGE
     """Length of a requested page, bytes."""
 
@@ -425,7 +427,8 @@ class Faults:
             raise OSError(ctypes.get_errno(), "userfaultfd")
         fcntl.ioctl(self.userfault, _UFFDIO_API, struct.pack("QQQ", 0xAA, _MINOR_SHMEM, 0))
         for slot in vm.slots:
-            register = struct.pack("QQQQ", slot.address, slot.size, _MODE_MISSING | _MODE_MINOR, 0)
+            mode = _MODE_MISSING | (_MODE_MINOR if monitor.behaviour.minor else 0)
+            register = struct.pack("QQQQ", slot.address, slot.size, mode, 0)
             fcntl.ioctl(self.userfault, _UFFDIO_REGISTER, register)
 
     def start(self) -> None:
@@ -482,6 +485,9 @@ class Faults:
         status, extra = struct.unpack("<H6xQ", receive(self.connection, 16))
         if status != _OK or extra:
             raise ValueError(f"peer returned {status} for PageFault at gpa={slot.gpa + at:#x}")
+        if not behaviour.minor:
+            fcntl.ioctl(self.userfault, _UFFDIO_WAKE, struct.pack("QQ", slot.address + at, length))
+            return
         try:
             fcntl.ioctl(self.userfault, _UFFDIO_CONTINUE, struct.pack("QQQq", slot.address + at, length, 0, 0))
         except FileExistsError:

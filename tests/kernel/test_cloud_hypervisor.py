@@ -445,6 +445,14 @@ def test_vm_without_postcopy_is_not_run_on_demand(image: Path, tmp_path: Path) -
         assert not vmm.ask("state")["vm"]
 
 
+def test_version_that_does_not_request_present_pages_is_refused(image: Path, tmp_path: Path) -> None:
+    with restored(image, tmp_path, minor=False) as (pager, vmm):
+        assert pager.event("microvm-ended")["end"] == "exited"
+        assert "use version 54 or newer" in pager.error()
+        assert pager.wait() == FAILED
+        wait_until(lambda: vmm.refused, "the failed migration")
+
+
 @pytest.mark.parametrize("command", [START, MEMORY_FD, CONFIG, STATE, COMPLETE])
 @pytest.mark.parametrize("way", ["refuse", "end_after"])
 def test_failing_monitor_is_reported(image: Path, tmp_path: Path, command: int, way: str) -> None:

@@ -28,11 +28,10 @@ async def serve_async(
     """Load the memory of microVMs of Firecracker from an image, on demand and in the background; or restore a VM of
     Cloud Hypervisor from an image.
 
-    `firecracker` is the path of the socket that this function creates: the `backend_path` of `PUT /snapshot/load` with
-    `backend_type` `Uffd`. The image is one that `import_image` has written. The event `Serving` states that the socket
-    accepts connections. Returns when the requested number of microVMs have connected, and each has loaded all of its
-    memory or has exited. On cancellation, the microVMs that need more memory are killed or stopped (`on_failure`).
-    `detach`: start a process that serves, and return the event; the process ends on SIGTERM.
+    `firecracker` is the path of the socket to create: the `backend_path` of `PUT /snapshot/load` with `backend_type`
+    `Uffd`. The image is one that `import_image` has written. The event `Serving` states that it accepts connections.
+    Returns when the requested number of microVMs have connected, and each has loaded all of its memory or has exited.
+    On cancellation, the microVMs that need more memory are killed or stopped (`on_failure`). `detach`: start a process that serves, and return the event; the process ends on SIGTERM.
 
     `cloud_hypervisor` is the path of the socket on which Cloud Hypervisor waits for a migration: the `receiver_url` of
     `PUT vm.receive-migration`, without `unix:`. The image is one that `checkpoint_cloud_hypervisor` has written.
@@ -59,8 +58,13 @@ async def serve_async(
     kind, socket = _kind(firecracker, cloud_hypervisor, chosen)
     if values.flag("detach", detach):
         return await in_thread(start_detached, kind, path, socket, chosen)
-    opened = await in_thread(ImageFile, path)
-    server = SERVERS[kind](opened, socket, chosen, listener)
+    return await _serve(kind, await in_thread(ImageFile, path), socket, chosen, listener)
+
+
+async def _serve(
+    kind: VmmKind, image: ImageFile, socket: Path, options: ServeOptions, listener: Listener
+) -> ServeResult:
+    server = SERVERS[kind](image, socket, options, listener)
     try:
         listener(server.serving)
         return await server.run()

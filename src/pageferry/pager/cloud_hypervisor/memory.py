@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Sequence
 from logging import getLogger
 
@@ -17,6 +16,7 @@ from pageferry._engine import Mapping, Pager, Space, TargetRegion
 from pageferry.errors import ImageError
 from pageferry.host import proc
 from pageferry.host.memory_file import create_ram_file
+from pageferry.host.smaps import smaps
 from pageferry.images.image import ImageFile
 from pageferry.images.working_set import WorkingSet
 from pageferry.memory.regions import LARGE_PAGE, SMALL_PAGE
@@ -92,11 +92,19 @@ class VmMemory:
         """Guest physical addresses of the regions, for `Pager.answer_requests`."""
         return [(slot.gpa, slot.size, number, 0) for number, slot in enumerate(self.slots)]
 
+    def reports_present(self, pid: int) -> bool:
+        """Return whether the userfaultfd of Cloud Hypervisor reports accesses to pages that are present in the files
+        (MINOR faults). Raises WorkloadDied, UnsupportedError."""
+        mapped = [one for one in smaps(pid) if one.mapping.shared and one.mapping.inode in self._inodes()]
+        return bool(mapped) and all("ui" in one.flags for one in mapped)
+
+    def _inodes(self) -> set[int]:
+        return {os.fstat(file).st_ino for file in self.files}
+
     def map_large(self, pid: int) -> None:
         """Map the huge pages of the files by PMD entries in Cloud Hypervisor, which has mapped base pages and no longer
         handles page faults. After a failure, base pages stay mapped."""
-        found = [os.fstat(file) for file in self.files]
-        inodes = {one.st_ino for one in found if stat.S_ISREG(one.st_mode)}
+        inodes = self._inodes()
         with contextlib.suppress(OSError):
             space = Space(pid)
             for mapping in proc.mappings(pid):

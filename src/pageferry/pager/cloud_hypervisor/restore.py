@@ -73,6 +73,7 @@ class Restore:
         """Result of the thread that answers requests."""
         self._unanswered: BaseException | None = None
         """Error of that thread, which has ended the migration; None if there is none."""
+        self._abandoned = False
         self._peer: Peer | None = None
         self._guardian: Guardian | None = None
         self._cut = threading.Event()
@@ -219,9 +220,18 @@ class Restore:
                 self._abandon()
                 raise self._not_postcopy()
             time.sleep(_RETRY / 10)
+        assert self._peer is not None
+        if not self._memory.reports_present(self._peer.pid):
+            self._abandon()
+            raise RestoreError(
+                f"cannot restore {self.image.path} on demand: this version of Cloud Hypervisor does not request pages "
+                "that the pager is just writing, and its guest would read them incomplete; use version 54 or newer, or "
+                "omit --on-demand (in Python on_demand)"
+            )
 
     def _abandon(self) -> None:
-        """Make Cloud Hypervisor discard the VM, which has not run."""
+        """Make Cloud Hypervisor discard the VM, which has not run and needs no more pages."""
+        self._abandoned = True
         try:
             self._main.request(Command.ABANDON)
         except (PageferryError, OSError) as error:
@@ -256,9 +266,7 @@ class Restore:
     async def _fail(self, error: BaseException) -> End:
         """Kill or stop Cloud Hypervisor if it may wait for pages. Return the end of the VM."""
         peer, answers = self._peer, self._answers
-        if peer is None or answers is None:
-            return "exited"
-        if peer.exited():
+        if peer is None or answers is None or self._abandoned or peer.exited():
             return "exited"
         if answers.done() and answers.exception() is None and not self._memory.deferred:
             return "loaded"

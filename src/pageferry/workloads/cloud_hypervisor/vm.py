@@ -340,7 +340,7 @@ class _Explaining:
 
 
 class _Listener:
-    """Socket to which one process can connect, in a directory of its own."""
+    """Socket to which one process can connect, in a private directory."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
