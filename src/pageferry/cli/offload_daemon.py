@@ -108,7 +108,7 @@ def _listening(path: Path) -> Iterator[socket.socket]:
     """Lock and create the socket for the block. Raises UsageError."""
     with contextlib.ExitStack() as stack:
         try:
-            lock = os.open(f"{path}.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            lock = files.open_private(f"{path}.lock", os.O_WRONLY)
             stack.callback(os.close, lock)
             fcntl.fcntl(lock, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
             path.unlink(missing_ok=True)

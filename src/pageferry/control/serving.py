@@ -31,7 +31,8 @@ async def serve_async(
     `firecracker` is the path of the socket to create: the `backend_path` of `PUT /snapshot/load` with `backend_type`
     `Uffd`. The image is one that `import_image` has written. The event `Serving` states that it accepts connections.
     Returns when the requested number of microVMs have connected, and each has loaded all of its memory or has exited.
-    On cancellation, the microVMs that need more memory are killed or stopped (`on_failure`). `detach`: start a process that serves, and return the event; the process ends on SIGTERM.
+    On cancellation, the microVMs that need more memory are killed or stopped (`on_failure`). `detach`: start a process
+    that serves, and return the event; the process ends on SIGTERM.
 
     `cloud_hypervisor` is the path of the socket on which Cloud Hypervisor waits for a migration: the `receiver_url` of
     `PUT vm.receive-migration`, without `unix:`. The image is one that `checkpoint_cloud_hypervisor` has written.

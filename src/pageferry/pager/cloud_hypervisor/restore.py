@@ -170,7 +170,7 @@ class Restore:
         if self._options.on_demand:
             memory.serve()
         else:
-            memory.load(_ignore_progress)
+            memory.load(self._loading)
         for slot, file in zip(memory.slots, memory.files, strict=True):
             channel.send_memory(slot.slot, file)
         channel.request(Command.CONFIG, self._saved.config)
@@ -180,6 +180,11 @@ class Restore:
         if self._options.on_demand:
             self._await_request()
         channel.request(Command.COMPLETE_PAUSED if self._options.paused else Command.COMPLETE)
+
+    def _loading(self, _deferred: int, _prefetched: int, _bytes_read: int) -> None:
+        """Stop loading when the operation is cancelled."""
+        if self._cut.is_set():
+            raise InterruptedError
 
     @property
     def _main(self) -> Channel:
@@ -331,7 +336,3 @@ class Restore:
             duration_ms=(time.monotonic() - self._begin) * 1e3,
             service_times=Latency.of(pager.histogram, counters.longest * 1e6),
         )
-
-
-def _ignore_progress(_deferred: int, _prefetched: int, _bytes_read: int) -> None:
-    """Ignore the progress: the restore has no event for it."""
