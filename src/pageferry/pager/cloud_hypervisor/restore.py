@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import select
 import socket
 import threading
 import time
@@ -209,11 +210,36 @@ class Restore:
         pager = self._memory.pager
         assert pager is not None
         try:
+            if self._first_request(faults):
+                self._check_version()
             return pager.answer_requests(faults.socket.fileno(), self._memory.ranges)
         except BaseException as error:
             self._unanswered = error
             self._main.cut()  # it may wait for a reply that requires a page
             raise
+
+    def _first_request(self, faults: Channel) -> bool:
+        """Wait for the first request, without receiving it. Return False if the connection has ended."""
+        poll = select.poll()
+        poll.register(faults.socket, select.POLLIN)
+        while not poll.poll(100):
+            if self._cut.is_set():
+                return False
+        try:
+            return bool(faults.socket.recv(1, socket.MSG_PEEK))
+        except ConnectionError:
+            return False
+
+    def _check_version(self) -> None:
+        """Raise RestoreError if the guest would not wait for a page that the pager has not written completely. Call
+        this before the first reply: later, Cloud Hypervisor may have unregistered the memory."""
+        assert self._peer is not None
+        if not self._memory.reports_present(self._peer.pid):
+            raise RestoreError(
+                f"cannot restore {self.image.path} on demand: this version of Cloud Hypervisor does not request pages "
+                "that the pager is just writing, and its guest would read them incomplete; use version 54 or newer, or "
+                "omit --on-demand (in Python on_demand)"
+            )
 
     def _await_request(self) -> None:
         """Wait for the first request for a page. Without one, Cloud Hypervisor would run the VM with pages of zeros."""
@@ -221,18 +247,12 @@ class Restore:
         assert pager is not None
         while not pager.counters.faults:
             assert self._answers is not None
+            if self._unanswered is not None:
+                raise self._unanswered
             if time.monotonic() > deadline or self._cut.is_set() or self._answers.done():
                 self._abandon()
                 raise self._not_postcopy()
             time.sleep(_RETRY / 10)
-        assert self._peer is not None
-        if not self._memory.reports_present(self._peer.pid):
-            self._abandon()
-            raise RestoreError(
-                f"cannot restore {self.image.path} on demand: this version of Cloud Hypervisor does not request pages "
-                "that the pager is just writing, and its guest would read them incomplete; use version 54 or newer, or "
-                "omit --on-demand (in Python on_demand)"
-            )
 
     def _abandon(self) -> None:
         """Make Cloud Hypervisor discard the VM, which has not run and needs no more pages."""
