@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pageferry import errors, large_pages, sharing
     from pageferry.checkpoints.clone import clone, clone_async
     from pageferry.checkpoints.clone_options import CloneArguments
+    from pageferry.checkpoints.cloud_hypervisor import checkpoint_cloud_hypervisor, checkpoint_cloud_hypervisor_async
     from pageferry.checkpoints.events import CheckpointResult, CloneInfo, CloneResult, RestoreResult
     from pageferry.checkpoints.options import CheckpointArguments
     from pageferry.checkpoints.restore_arena import RestoredArena, restore, restore_async
@@ -177,6 +178,8 @@ __all__ = [
     "attach_async",
     "checkpoint",
     "checkpoint_async",
+    "checkpoint_cloud_hypervisor",
+    "checkpoint_cloud_hypervisor_async",
     "checkpoint_guest",
     "checkpoint_guest_async",
     "clear_cache",
@@ -305,6 +308,8 @@ __getattr__, __dir__ = lazily(
         "attach_async": "pageferry.workloads.arena.attach",
         "checkpoint": "pageferry.checkpoints.save",
         "checkpoint_async": "pageferry.checkpoints.save",
+        "checkpoint_cloud_hypervisor": "pageferry.checkpoints.cloud_hypervisor",
+        "checkpoint_cloud_hypervisor_async": "pageferry.checkpoints.cloud_hypervisor",
         "checkpoint_guest": "pageferry.control.guests",
         "checkpoint_guest_async": "pageferry.control.guests",
         "clear_cache": "pageferry.control.cache",

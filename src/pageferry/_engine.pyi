@@ -528,6 +528,17 @@ class Pager:
         Raises ValueError if a page is damaged, ConnectionResetError if the connection to the peer is lost, or OSError
         if the pager has been stopped.
         """
+    def answer_requests(self, socket: int, ranges: Sequence[tuple[int, int, int, int]]) -> bool:
+        """Answer the `PageFault` requests of Cloud Hypervisor that are received on a blocking stream socket, also after
+        all pages are loaded. Cloud Hypervisor maps the files of the targets and handles its own page faults.
+
+        `ranges`: guest physical addresses, as (address, length in bytes, region, index of the first page within the
+        region). Return whether the peer has abandoned the restore; False if it has closed the socket. To end the call,
+        shut the socket down.
+
+        Raises ConnectionAbortedError for an invalid request, ValueError if a page is damaged, OSError for other errors.
+        A request for a page that cannot be loaded gets no reply.
+        """
     def hold(self) -> dict[int, int] | None:
         """Acquire the pager, so that write traces (`Trace`, `Saver`) can use its userfaultfds until `release` is
         called. Return the descriptor of the userfaultfd for each process ID, or None if the pager has finished or is

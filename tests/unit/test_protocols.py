@@ -1,6 +1,6 @@
-"""Tests that workloads implement the protocols `Migratable` and `Saveable`.
+"""Tests that workloads implement the protocols `Migratable`, `Live` and `Saveable`.
 
-mypy checks the methods by means of `_migratable` and `_saveable`; the tests check the attributes.
+mypy checks the methods by means of `_migratable`, `_live` and `_saveable`; the tests check the attributes.
 """
 
 import os
@@ -12,14 +12,19 @@ import pytest
 from pageferry import Arena, errors
 from pageferry.demo.ledger import LedgerWorkload
 from pageferry.workloads.arena.control_socket.client import RemoteArena
+from pageferry.workloads.cloud_hypervisor.vm import CloudHypervisorVm
 from pageferry.workloads.lifecycle import LocalWorkload
 from pageferry.workloads.managed import managed, saveable
 from pageferry.workloads.process import ProcessWorkload
-from pageferry.workloads.protocols import Migratable, Saveable
+from pageferry.workloads.protocols import Live, Migratable, Saveable
 from pageferry.workloads.qemu.guest import QemuWorkload
 
 
 def _migratable(one: QemuWorkload | LocalWorkload | RemoteArena | LedgerWorkload) -> Migratable:
+    return one
+
+
+def _live(one: CloudHypervisorVm) -> Live:
     return one
 
 

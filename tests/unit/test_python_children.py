@@ -37,15 +37,15 @@ CHILDREN = {
         assert opened.pages == 16
         pager.give_up()
     """,
-    "pageferry.pager.firecracker.process": """
+    "pageferry.pager.serve_process": """
         from pathlib import Path
         from pageferry.errors import UsageError
         from pageferry.pager.firecracker.options import ServeOptions
-        from pageferry.pager.firecracker.process import start_detached
+        from pageferry.pager.serve_process import start_detached
         image = Path(os.environ["IMAGE"])
         hostile()
         try:
-            start_detached(image, image.with_name("socket"), ServeOptions())
+            start_detached("firecracker", image, image.with_name("socket"), ServeOptions())
         except UsageError as refused:
             assert "an image of made" in str(refused), refused
     """,

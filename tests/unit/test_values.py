@@ -178,6 +178,10 @@ def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
             pageferry.export_image,
             {"path": path / "none", "firecracker": path / "memory", "vmstate": path / "state"},
         ),
+        "checkpoint_cloud_hypervisor": (
+            pageferry.checkpoint_cloud_hypervisor,
+            {"api_socket": path / "none", "path": path / "image"},
+        ),
         "serve": (pageferry.serve, {"image": path / "none", "firecracker": path / "socket"}),
         "dump": (pageferry.dump, {"obj": 1, "target": path / "none" / "image"}),
         "load": (pageferry.load, {"source": path / "none"}),

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pageferry_engine::mapping::duplicate;
-use pageferry_engine::pager::{self, Begin, Flags, LoadError, Origin, PagerError, Plan};
-use pyo3::exceptions::{PyConnectionResetError, PyKeyError, PyOSError, PyValueError};
+use pageferry_engine::pager::{self, Begin, Flags, LoadError, Origin, PagerError, Plan, RequestError, RequestRange};
+use pyo3::exceptions::{PyConnectionAbortedError, PyConnectionResetError, PyKeyError, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -39,6 +39,14 @@ fn load_error(error: &LoadError) -> PyErr {
         | LoadError::Exited
         | LoadError::Ended => PyOSError::new_err(error.to_string()),
         LoadError::Lost(_) => PyConnectionResetError::new_err(error.to_string()),
+    }
+}
+
+fn request_error(error: RequestError) -> PyErr {
+    match error {
+        RequestError::Io(error) => errors::kernel(error),
+        RequestError::Load { ref error, .. } => load_error(error),
+        RequestError::Invalid(words) => PyConnectionAbortedError::new_err(words),
     }
 }
 
@@ -265,6 +273,13 @@ impl Pager {
 
     fn ensure(&self, py: Python<'_>, region: usize, first: usize, count: usize) -> PyResult<()> {
         py.detach(|| self.inner.ensure(region, first, count)).map_err(|error| load_error(&error))
+    }
+
+    fn answer_requests(&self, py: Python<'_>, socket: i32, ranges: Vec<(u64, u64, usize, usize)>) -> PyResult<bool> {
+        let plain = |(address, len, region, first)| RequestRange { address, len, region, first };
+        let ranges: Vec<_> = ranges.into_iter().map(plain).collect();
+        let socket = duplicate(socket).map_err(errors::kernel)?;
+        py.detach(|| self.inner.answer_requests(socket.as_fd(), &ranges)).map_err(request_error)
     }
 
     fn hold(&self, py: Python<'_>) -> PyResult<Option<HashMap<i32, i32>>> {

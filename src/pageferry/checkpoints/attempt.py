@@ -26,7 +26,7 @@ from pageferry.workloads.direct_io import registered_buffers
 from pageferry.workloads.events import DisksProgress
 from pageferry.workloads.protocols import (
     DiskSaver,
-    Migratable,
+    Live,
     SavesDisks,
     SnapshotDetails,
     pause_to_save,
@@ -78,7 +78,8 @@ class Attempt(ABC):
         """Resume the workload if it is paused, and restore the PMD mappings of its huge pages unless they must stay
         split."""
         if self._paused:
-            self.statistics.enter(Phase.RESUME)
+            if self.statistics.in_attempt:  # otherwise the pause itself has failed
+                self.statistics.enter(Phase.RESUME)
             await self.request.workload.resume()
         self.statistics.enter(Phase.PUBLISH)
         if self.statistics.mode == "lazy" and not self.preparation.keeps_small_mappings:
@@ -242,7 +243,7 @@ class LazyAttempt(Attempt):
     """Attempt that protects the memory, pauses the workload only at the snapshot point, and saves while the workload
     runs."""
 
-    def __init__(self, preparation: Preparation, file: int, live: Migratable) -> None:
+    def __init__(self, preparation: Preparation, file: int, live: Live) -> None:
         super().__init__(preparation, file)
         self.live = live
 

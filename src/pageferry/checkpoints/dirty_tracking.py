@@ -13,7 +13,7 @@ from pageferry.memory.view import Memory
 from pageferry.workloads import persistent_trace
 from pageferry.workloads.deferred_access import AcquiredPager
 from pageferry.workloads.persistent_trace import Unusable
-from pageferry.workloads.protocols import Migratable
+from pageferry.workloads.protocols import Live
 
 Means = Literal["trace", "compare", "private", "none"]
 """Method of finding the pages that the parent contains: its write trace, or a comparison; `private` for a clone, of
@@ -30,7 +30,7 @@ class Tracking:
 
     def __init__(
         self,
-        workload: Migratable,
+        workload: Live,
         memory: Memory,
         parent: ImageFile | None,
         options: Options,

@@ -18,7 +18,7 @@ from pageferry.memory.view import Memory, Readable
 from pageferry.workloads import deferred_access
 from pageferry.workloads.deferred_access import AcquiredPager, wait_complete
 from pageferry.workloads.direct_io import Drains, registered_buffers
-from pageferry.workloads.protocols import Migratable
+from pageferry.workloads.protocols import Live
 
 if TYPE_CHECKING:  # imported for clones only
     from pageferry.checkpoints.clone_tracking import CloneTracking
@@ -58,7 +58,7 @@ class Preparation:
         self.large = await self.engine(lambda: deferred_access.large_units(self.memory, self.hold))
         self.present = self.memory.present() if self.hold is None else self.memory.size
 
-    async def _set_up_live(self, live: Migratable) -> None:
+    async def _set_up_live(self, live: Live) -> None:
         """Open the memory of a workload that can be saved while it runs, and take over the trace since the parent."""
         pinned = await self._switch_mode_for_registered_buffers(live.regions)
         if self.options.mode == "lazy":
@@ -73,7 +73,7 @@ class Preparation:
         tracking.direct_io = await live.does_direct_io()
         await self.engine(tracking.take_up)
 
-    async def _set_up_clone(self, live: Migratable, clone: CloneRecord) -> None:
+    async def _set_up_clone(self, live: Live, clone: CloneRecord) -> None:
         """Open the private pages of a clone. No pager is required: all other pages have the contents of the parent."""
         from pageferry.checkpoints.clone_tracking import CloneTracking
         from pageferry.workloads.clone_view import PrivateMemory

@@ -85,6 +85,11 @@ class Statistics:
         self.mode = "stop"
         self._armed_before_stop = self._milliseconds(Phase.ARM)
 
+    @property
+    def in_attempt(self) -> bool:
+        """Whether a phase of the current attempt was entered."""
+        return self.phase not in (Phase.SET_UP, Phase.PUBLISH)
+
     def enter(self, phase: Phase, at: float | None = None) -> None:
         """End the current phase and begin this one, now or at an earlier time of `time.perf_counter`.
 

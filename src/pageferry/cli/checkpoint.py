@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pageferry import report, values
+from pageferry.checkpoints.cloud_hypervisor import save_vm
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.save import save
 from pageferry.cli.options import given
@@ -19,6 +20,13 @@ from pageferry.workloads.protocols import Saveable
 async def run(args: argparse.Namespace) -> int:
     """Save the workload or process, and print the result."""
     options = Options(**given(args, Options))  # raises UsageError before any other work
+    _check_selection(args)
+    if args.cloud_hypervisor is not None:
+        path, parent = values.path("path", args.image), values.optional(values.path, "parent", args.parent)
+        api = values.path("api_socket", args.cloud_hypervisor)
+        with open_reporter(args.output, lambda: report.CheckpointView()) as out:
+            out.final(await save_vm(api, path, args.preserve_source, parent, options, out.event))
+        return 0
     if args.name.startswith(PREFIX):
         process = ProcessWorkload.named(args.name, args.regions)
         try:
@@ -38,6 +46,16 @@ async def run(args: argparse.Namespace) -> int:
     finally:
         workload.close()
     return 0
+
+
+def _check_selection(args: argparse.Namespace) -> None:
+    """Raise UsageError unless exactly one workload is selected, by its name or by the API socket of its monitor."""
+    if (args.name is None) == (args.cloud_hypervisor is None):
+        raise UsageError("invalid workload: expected either NAME or --cloud-hypervisor")
+    if args.cloud_hypervisor is None and args.preserve_source:
+        raise UsageError("--preserve-source requires --cloud-hypervisor: other workloads are always kept; omit it")
+    if args.cloud_hypervisor is not None and args.regions is not None:
+        raise UsageError("--regions requires a process (pid:N); omit it")
 
 
 async def _save(args: argparse.Namespace, workload: Saveable, options: Options) -> None:

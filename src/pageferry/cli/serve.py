@@ -1,4 +1,4 @@
-"""`pageferry serve`: load the memory of microVMs from an image."""
+"""`pageferry serve`: load the memory of VMs from an image."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ async def run(args: argparse.Namespace) -> int:
         result = await serve_async(
             args.image,
             firecracker=args.firecracker,
+            cloud_hypervisor=args.cloud_hypervisor,
             detach=args.detach,
             listener=reporter.event,
             eager=args.eager,
             prefetch=not args.no_prefetch,
             on_failure=args.on_failure,
             microvms=args.microvms,
+            on_demand=args.on_demand,
+            paused=args.paused,
         )
         reporter.final(result)
     return RestoreError.exit_code if isinstance(result, ServeResult) and result.failed else 0

@@ -59,4 +59,6 @@ def _workloads(args: argparse.Namespace) -> list[str]:
 def _subjects(args: argparse.Namespace) -> list[str]:
     """Return the workloads of the verb: the value of the argument whose name is in `WORKS_ON` of the verb's module."""
     value = getattr(args, args.works_on) if getattr(args, "works_on", None) else []
+    if value is None:  # a VM that is selected by the socket of its monitor
+        return []
     return [value] if isinstance(value, str) else list(value)

@@ -62,6 +62,13 @@ class RemoveFiles(msgspec.Struct, frozen=True, tag_field="do", tag="remove"):
     files: Sequence[str]
 
 
+class PutRequest(msgspec.Struct, frozen=True, tag_field="do", tag="put"):
+    """Action that sends a PUT request to an HTTP server on a Unix socket, until it is accepted."""
+
+    socket: str
+    path: str
+
+
 class Decide(msgspec.Struct, frozen=True, tag_field="do", tag="decide"):
     """Action that executes `then` if the file has the given contents, otherwise `otherwise`."""
 
@@ -71,7 +78,7 @@ class Decide(msgspec.Struct, frozen=True, tag_field="do", tag="decide"):
     otherwise: Sequence[Action]
 
 
-Action = WriteFile | EmptyGroup | SendSignal | MonitorCommands | RemoveFiles | Decide
+Action = WriteFile | EmptyGroup | SendSignal | MonitorCommands | RemoveFiles | PutRequest | Decide
 
 
 class Guardian:

@@ -23,6 +23,8 @@ from typing import IO, Any
 TIMEOUT = 86400.0
 """Seconds to retry QMP commands: QEMU does not reply while it waits for a disk, or while another client uses the
 monitor."""
+PUT_TIMEOUT = 10.0
+"""Seconds to retry a PUT request."""
 ATTEMPTS = 200
 """Maximum number of attempts to empty a control group, one every 10 ms."""
 
@@ -109,6 +111,19 @@ def _run_monitor_commands(action: Action) -> None:
             time.sleep(0.05)
 
 
+def _put(action: Action) -> None:
+    """Send the request until the server accepts it or has exited: the server may refuse it at first."""
+    deadline = time.monotonic() + PUT_TIMEOUT
+    while time.monotonic() < deadline:
+        with contextlib.suppress(TimeoutError), socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(PUT_TIMEOUT)
+            connection.connect(action["socket"])
+            connection.sendall(f"PUT {action['path']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            if connection.recv(64).split()[1:2] in ([b"200"], [b"204"]):
+                return
+        time.sleep(0.01)
+
+
 def _remove_files(action: Action) -> None:
     for path in action["files"]:
         with contextlib.suppress(FileNotFoundError):
@@ -192,6 +207,7 @@ _ACTIONS = {
     "decide": _decide_by_file,
     "qmp": _run_monitor_commands,
     "remove": _remove_files,
+    "put": _put,
 }
 
 

@@ -26,7 +26,10 @@ VERSION = 1
 FIRECRACKER: Final = "firecracker"
 """Kind of an image of a snapshot of Firecracker. It has one region, with the layout of the memory file."""
 
-Kind = Literal["arena", "qemu", "process", "firecracker"]
+CLOUD_HYPERVISOR: Final = "cloud-hypervisor"
+"""Kind of an image of a VM of Cloud Hypervisor. It has one region per memory slot."""
+
+Kind = Literal["arena", "qemu", "process", "firecracker", "cloud-hypervisor"]
 Codec = Literal["none", "lz4", "zstd"]
 
 

@@ -87,5 +87,15 @@ def check_firecracker(image: ImageFile) -> None:
         )
 
 
+def check_cloud_hypervisor(image: ImageFile) -> None:
+    """Raise UsageError unless an image is that of a VM of Cloud Hypervisor."""
+    found = image.metadata
+    if found.kind != metadata.CLOUD_HYPERVISOR:
+        raise UsageError(
+            f"cannot use {image.path}: it is an image of {found.name}, a workload of kind {found.kind}; use an image "
+            "written by `pageferry checkpoint --cloud-hypervisor`"
+        )
+
+
 def _describe(regions: list[tuple[str, int]]) -> str:
     return ", ".join(f"{name} of {length >> 20} MiB" for name, length in regions)

@@ -25,7 +25,7 @@ from pageferry.pager.protocol import HoldGiven, PagerRequest, PagerStatus
 from pageferry.pager.records import Deferred
 from pageferry.workloads import persistent_trace
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.protocols import Migratable
+from pageferry.workloads.protocols import Live
 
 
 class AcquiredPager(Protocol):
@@ -48,7 +48,7 @@ class AcquiredPager(Protocol):
         """Release the pager, and remove the traces. May be called twice."""
 
 
-async def acquire_uffd(workload: Migratable) -> AcquiredPager | None:
+async def acquire_uffd(workload: Live) -> AcquiredPager | None:
     """Acquire the pager of a workload. Return None if no contents are deferred any longer, and no userfaultfd covers
     the workload.
 
@@ -76,7 +76,7 @@ def large_units(memory: Readable, hold: AcquiredPager | None) -> list[list[bool]
     ]
 
 
-def _held(workload: Migratable) -> AcquiredPager | None:
+def _held(workload: Live) -> AcquiredPager | None:
     if workload.pager is not None:
         return _held_here(workload.name, workload.pager)
     folder = folder_of(workload)
@@ -172,7 +172,7 @@ class _PagerElsewhere:
         self._line.close()
 
 
-async def wait_complete(workload: Migratable, *, traces: bool = True) -> None:
+async def wait_complete(workload: Live, *, traces: bool = True) -> None:
     """Complete a restore of the workload: load all contents, and unregister its memory from userfaultfd.
 
     `traces`: whether to remove the write trace of the last checkpoint too.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pageferry.errors import UsageError, WorkloadError
 from pageferry.host.registry import Folder, Registry
-from pageferry.workloads.protocols import Migratable, placed_regions
+from pageferry.workloads.protocols import Live, placed_regions
 
 
-def folder_of(workload: Migratable) -> Folder | None:
+def folder_of(workload: Live) -> Folder | None:
     """Return the directory of a registered workload; None for a workload that is not registered on this host."""
     if not workload.registered:
         return None

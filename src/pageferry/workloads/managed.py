@@ -61,4 +61,6 @@ def managed(workload: object) -> Arena | Migratable:
         return found
     if found.live is None:
         raise UnsupportedError(f"cannot use {found.name}: it is a process, not a managed workload")
+    if not hasattr(found.live, "commit"):
+        raise UnsupportedError(f"cannot use {found.name}: it is a workload that can only be saved")
     return workload  # type: ignore[return-value]  # by its methods

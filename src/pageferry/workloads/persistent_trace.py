@@ -24,7 +24,7 @@ from pageferry.host import files, forks, proc
 from pageferry.host.registry import Folder
 from pageferry.memory.view import Memory
 from pageferry.workloads.folders import folder_of
-from pageferry.workloads.protocols import Migratable
+from pageferry.workloads.protocols import Live
 
 RECORD = "trace.json"
 _FORKS = "forks"
@@ -67,7 +67,7 @@ class LeftTrace(msgspec.Struct, frozen=True, kw_only=True):
     """Id and digest of the image since which writes are recorded; None while a checkpoint is running."""
 
 
-def begin(workload: Migratable, segments: Sequence[MappedSegment]) -> dict[int, int]:
+def begin(workload: Live, segments: Sequence[MappedSegment]) -> dict[int, int]:
     """Create userfaultfds for the processes of `segments`. Return descriptors in this process, by process id, which the
     caller closes.
 
@@ -96,7 +96,7 @@ def begin(workload: Migratable, segments: Sequence[MappedSegment]) -> dict[int, 
     return ours
 
 
-def take_up(workload: Migratable, segments: Sequence[MappedSegment], image: tuple[str, str]) -> dict[int, int]:
+def take_up(workload: Live, segments: Sequence[MappedSegment], image: tuple[str, str]) -> dict[int, int]:
     """Return the userfaultfds of the trace that records the writes since `image` (id, digest), in the form that `begin`
     returns.
 
@@ -131,7 +131,7 @@ def take_up(workload: Migratable, segments: Sequence[MappedSegment], image: tupl
     return ours
 
 
-def leave(workload: Migratable, segments: Sequence[MappedSegment], image: tuple[str, str]) -> bool:
+def leave(workload: Live, segments: Sequence[MappedSegment], image: tuple[str, str]) -> bool:
     """Keep the trace installed, to record the writes since `image`, and return True. If the trace is incomplete, remove
     it and return False."""
     record = _load(workload)
@@ -143,7 +143,7 @@ def leave(workload: Migratable, segments: Sequence[MappedSegment], image: tuple[
     return True
 
 
-def forget(workload: Migratable) -> None:
+def forget(workload: Live) -> None:
     """Remove the trace, if there is one, and restore the PMD mappings of huge pages."""
     record = _load(workload)
     if record is not None:
@@ -209,17 +209,17 @@ def _tidy() -> None:
         _close(_own.pop(key).descriptors)
 
 
-def _key(workload: Migratable) -> tuple[int, int]:
+def _key(workload: Live) -> tuple[int, int]:
     status = os.fstat(workload.regions[0].fd)
     return status.st_dev, status.st_ino
 
 
-def _load(workload: Migratable) -> LeftTrace | None:
+def _load(workload: Live) -> LeftTrace | None:
     folder = folder_of(workload)
     return _own.get(_key(workload)) if folder is None else folder.load(RECORD, LeftTrace)
 
 
-def _store(workload: Migratable, record: LeftTrace) -> None:
+def _store(workload: Live, record: LeftTrace) -> None:
     folder = folder_of(workload)
     if folder is None:
         _own[_key(workload)] = record
@@ -227,7 +227,7 @@ def _store(workload: Migratable, record: LeftTrace) -> None:
         folder.store(RECORD, record)
 
 
-def _remove(workload: Migratable) -> None:
+def _remove(workload: Live) -> None:
     folder = folder_of(workload)
     if folder is None:
         _own.pop(_key(workload), None)
@@ -235,7 +235,7 @@ def _remove(workload: Migratable) -> None:
         folder.forget(RECORD)
 
 
-def _forks(workload: Migratable) -> int:
+def _forks(workload: Live) -> int:
     folder = folder_of(workload)
     if folder is None:
         return forks.count()

@@ -1,7 +1,8 @@
 """Interfaces of workloads that can be paused, saved to an image, or migrated.
 
-`Saveable` extends `Pausable`, and `Migratable` extends `Saveable`. QEMU guests, and arenas of this or another process,
-are migratable; a process that pageferry does not manage can only be saved. Calls that change the state of a workload
+`Saveable` extends `Pausable`, `Live` extends `Saveable`, and `Migratable` extends `Live`. QEMU guests, and arenas of
+this or another process, are migratable. A VM of Cloud Hypervisor can be saved while it runs, and a process that
+pageferry does not manage only while it is stopped. Calls that change the state of a workload
 are coroutines: they send requests to another process, or run callbacks of the program.
 """
 
@@ -113,7 +114,7 @@ class Saveable(Pausable, Protocol):
         """Memory to be saved, constant while the workload is open."""
 
     @property
-    def live(self) -> Migratable | None:
+    def live(self) -> Live | None:
         """This workload, if it can be saved while it runs; None if it can only be saved while it is paused."""
 
     def open_memory(self) -> Readable:
@@ -125,12 +126,12 @@ class Saveable(Pausable, Protocol):
 
 
 @runtime_checkable
-class Migratable(Saveable, Protocol):
-    """Workload that can be migrated to another process or host. Its memory consists of shared files."""
+class Live(Saveable, Protocol):
+    """Workload that can be saved while it runs. Its memory consists of shared files."""
 
     @property
     def pid(self) -> int:
-        """Process id of QEMU, or of the program that owns the workload."""
+        """Process id of the virtual machine monitor, or of the program that owns the workload."""
 
     @property
     def registered(self) -> bool:
@@ -150,12 +151,6 @@ class Migratable(Saveable, Protocol):
         """Whether a process may have received the memory and closed it again. `check_mappers` cannot find such a
         process."""
 
-    async def condition(self) -> Condition:
-        """Return the status for display. Raises WorkloadDied if the workload has exited."""
-
-    def check_migratable(self) -> None:
-        """Raise UnsupportedError if the workload cannot leave this host, because another program manages it."""
-
     async def check_mappers(self) -> None:
         """Check that no process other than those in `regions` can write to the memory.
 
@@ -174,6 +169,17 @@ class Migratable(Saveable, Protocol):
         Raises WorkloadError if a request does not complete; the workload may stay paused until the request completes.
         Raises UnsupportedError if a device keeps memory pinned.
         """
+
+
+@runtime_checkable
+class Migratable(Live, Protocol):
+    """Workload that can be migrated to another process or host."""
+
+    async def condition(self) -> Condition:
+        """Return the status for display. Raises WorkloadDied if the workload has exited."""
+
+    def check_migratable(self) -> None:
+        """Raise UnsupportedError if the workload cannot leave this host, because another program manages it."""
 
     async def prepare_commit(self) -> None:
         """Do the part of `commit` that is possible while the destination loads the state."""
@@ -365,7 +371,7 @@ def clone_of(workload: object) -> CloneRecord | None:
     return workload.clone if isinstance(workload, CanBeClone) else None
 
 
-def placed_regions(workload: Migratable) -> Sequence[Placed]:
+def placed_regions(workload: Live) -> Sequence[Placed]:
     """Return the regions of a workload with their mappings; for a clone, those of its record."""
     record = clone_of(workload)
     return workload.regions if record is None else record.regions

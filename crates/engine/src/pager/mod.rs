@@ -38,10 +38,12 @@ mod private;
 mod read_ahead;
 mod register;
 mod removals;
+mod requests;
 mod source;
 mod uffd_lending;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -62,6 +64,7 @@ use peer::Peer;
 use private::PrivateMemory;
 use register::{mark, register};
 use removals::Removals;
+pub use requests::{RequestError, RequestRange};
 use source::{Loader, PageSource};
 use uffd_lending::Held;
 
@@ -481,6 +484,19 @@ impl Pager {
             }
         }
         Ok(())
+    }
+
+    /// Answers the requests for pages that are received on a blocking stream socket, for a virtual machine monitor that
+    /// maps the files of the pager and handles its own page faults. `ranges`: guest physical addresses of the regions.
+    /// Also answers after all pages are loaded. To end the call, shut the socket down.
+    ///
+    /// Returns when the monitor has closed the socket (false) or has abandoned the restore (true).
+    ///
+    /// # Errors
+    /// If a page cannot be loaded, which leaves its request without a reply; if a request is invalid; or if the socket
+    /// fails.
+    pub fn answer_requests(&self, socket: BorrowedFd<'_>, ranges: &[RequestRange]) -> Result<bool, RequestError> {
+        requests::answer(&self.shared, socket, ranges)
     }
 
     /// Returns, for each 2 MiB unit of a region, whether it is backed by a huge page once its contents are present.

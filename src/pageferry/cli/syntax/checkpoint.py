@@ -18,7 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "exists only when it is complete. Of a clone, only the private pages are stored; the parent of IMAGE is the "
         "image that the clone shares."
     )
-    parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`), or a process as pid:N")
+    parser.add_argument(
+        "name", metavar="NAME", nargs="?", help="workload to save (see `pageferry list`), or a process as pid:N"
+    )
     parser.add_argument("image", metavar="IMAGE", help="file to write; an existing file is replaced")
     parser.add_argument(
         "--parent",
@@ -31,5 +33,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="memory of pid:N to save while the process is stopped: heap, stack, anon or START-END, separated by "
         "commas; such an image can be inspected but not restored",
+    )
+    parser.add_argument(
+        "--cloud-hypervisor",
+        metavar="API_SOCKET",
+        help="save the VM of Cloud Hypervisor with this API socket, instead of NAME; see docs/cloud-hypervisor.md",
+    )
+    parser.add_argument(
+        "--preserve-source",
+        action="store_true",
+        help="save the VM of Cloud Hypervisor while it runs, and keep it; otherwise Cloud Hypervisor ends it "
+        "when the image is complete",
     )
     add_options(parser, Options)

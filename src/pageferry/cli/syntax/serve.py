@@ -25,7 +25,13 @@ class ServeOptions:
     no_prefetch: bool = False
     """Load pages only on demand."""
     on_failure: OnFailure = "kill"
-    """Kill Firecracker (kill) or stop it by SIGSTOP (freeze) if the memory of its microVM cannot be loaded."""
+    """Kill the virtual machine monitor (kill) or stop it by SIGSTOP (freeze) if the memory of its VM cannot be
+    loaded."""
+    on_demand: bool = False
+    """Resume the VM of Cloud Hypervisor before its memory is loaded, and load accessed pages first; requires
+    `memory_mode` `Postcopy`."""
+    paused: bool = False
+    """Leave the VM of Cloud Hypervisor paused."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +39,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Load the memory of microVMs from an image, on demand and in the background, as the page fault handler of "
         "Firecracker. Start it before `PUT /snapshot/load`; see docs/firecracker.md for the requests. The image is "
-        "one written by `pageferry image import`. Without --detach, Ctrl-C kills or stops the microVMs whose memory is "
-        "not loaded completely, depending on --on-failure."
+        "one written by `pageferry image import`. Or restore a VM of Cloud Hypervisor, which waits for a migration "
+        "(`PUT vm.receive-migration`); see docs/cloud-hypervisor.md. The image is one written by `pageferry checkpoint "
+        "--cloud-hypervisor`. Without --detach, Ctrl-C kills or stops the VMs that need memory that is not loaded, "
+        "depending on --on-failure."
     )
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="image file written by `pageferry image import`")
-    parser.add_argument(
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="image file of a microVM or a VM")
+    monitor = parser.add_mutually_exclusive_group(required=True)
+    monitor.add_argument(
         "--firecracker",
         metavar="SOCKET",
         type=Path,
-        required=True,
         help="Unix socket to create, the `backend_path` of `PUT /snapshot/load`",
+    )
+    monitor.add_argument(
+        "--cloud-hypervisor",
+        metavar="SOCKET",
+        type=Path,
+        help="Unix socket on which Cloud Hypervisor waits, the `receiver_url` of `PUT vm.receive-migration`",
     )
     add_options(parser, ServeOptions)

@@ -7,17 +7,20 @@ from typing import Literal
 from pageferry.events import Event, Latency
 
 Action = Literal["none", "kill", "freeze"]
-"""Effect on Firecracker: nothing, SIGKILL or SIGSTOP."""
+"""Effect on the virtual machine monitor: nothing, SIGKILL or SIGSTOP."""
 End = Literal["loaded", "exited", "killed", "frozen"]
-"""Reason why a microVM is no longer served: all memory is loaded, or Firecracker has exited, was killed or stopped."""
+"""Reason why a microVM is no longer served: all memory is loaded, or its virtual machine monitor has exited, was killed
+or stopped."""
 
 
 class Serving(Event, frozen=True, kw_only=True, tag="serving"):
-    """The socket accepts connections of Firecracker. Result of `pageferry serve --detach`."""
+    """The socket accepts connections of Firecracker, or a restore by Cloud Hypervisor begins. Result of `pageferry
+    serve --detach`."""
 
     image: str
     socket: str
-    """Path of the socket, the `backend_path` of `PUT /snapshot/load`."""
+    """Path of the socket: the `backend_path` of `PUT /snapshot/load`, or the `receiver_url` of `PUT
+    vm.receive-migration`."""
     pager: int
     """Process id of the pager."""
     memory: int
@@ -27,10 +30,11 @@ class Serving(Event, frozen=True, kw_only=True, tag="serving"):
 
 
 class MicrovmConnected(Event, frozen=True, kw_only=True, tag="microvm-connected"):
-    """A Firecracker process has sent its userfaultfd, and the pager serves its page faults."""
+    """A Firecracker process has sent its userfaultfd, and the pager serves its page faults; or Cloud Hypervisor has
+    restored a VM, and the pager answers its requests for pages."""
 
     microvm: int
-    """Process id of Firecracker."""
+    """Process id of Firecracker or Cloud Hypervisor."""
     page_size: int
     deferred: int
     """Deferred memory, bytes."""

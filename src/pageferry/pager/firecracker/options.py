@@ -19,6 +19,8 @@ class ServeArguments(TypedDict, total=False):
     prefetch: bool
     on_failure: OnFailure
     microvms: int
+    on_demand: bool
+    paused: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,11 @@ class ServeOptions:
     """Kill Firecracker (`kill`) or stop it (`freeze`, by SIGSTOP) if the memory of its microVM cannot be loaded."""
     microvms: Annotated[int, Count(0, MAX_MICROVMS)] = 1
     """Number of microVMs to serve; 0 for any number, until the pager is stopped."""
+    on_demand: bool = False
+    """Resume the VM of Cloud Hypervisor before its memory is loaded, and load accessed pages first; otherwise load all
+    memory before."""
+    paused: bool = False
+    """Leave the VM of Cloud Hypervisor paused."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -41,3 +48,18 @@ class ServeOptions:
                 "`eager` requires background loading, which --no-prefetch (in Python prefetch=False) disables; remove "
                 "one of them"
             )
+
+    def check_for_firecracker(self) -> None:
+        """Raise UsageError for options that apply to Cloud Hypervisor only."""
+        for name in ("on_demand", "paused"):
+            if getattr(self, name):
+                raise UsageError(f"`{name}` requires `cloud_hypervisor`; remove it")
+
+    def check_for_cloud_hypervisor(self) -> None:
+        """Raise UsageError for options that apply to Firecracker only, or only to loading on demand."""
+        if self.microvms != 1:
+            raise UsageError(
+                "`microvms` requires `firecracker`: the socket of Cloud Hypervisor is for one VM; remove it"
+            )
+        if not self.prefetch and not self.on_demand:
+            raise UsageError("loading only accessed pages requires `on_demand`; add it")

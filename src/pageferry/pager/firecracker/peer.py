@@ -24,7 +24,8 @@ from pageferry.pager.firecracker.events import Action
 _SO_PEERPIDFD = 77
 """Socket option of Linux 6.5 that the module `socket` does not define."""
 _UNSUPPORTED = (errno.ENOPROTOOPT, errno.EINVAL, errno.EOPNOTSUPP)
-_SIGNALS: dict[Action, signal.Signals] = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}
+SIGNALS: dict[Action, signal.Signals] = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}
+"""Signal for each action."""
 _SETTLE = 5.0
 """Maximum time to wait for the exit of a killed process, seconds."""
 
@@ -43,6 +44,11 @@ class Peer:
             )
         self._pidfd = _pidfd(connection, self.pid)
         self._ended: asyncio.Event | None = None
+
+    @property
+    def descriptor(self) -> int:
+        """Pidfd of the process."""
+        return self._pidfd
 
     def exited(self) -> bool:
         """Return whether the process has exited."""
@@ -69,7 +75,7 @@ class Peer:
             return None
         try:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, _SIGNALS[action])
+                signal.pidfd_send_signal(self._pidfd, SIGNALS[action])
         except OSError as error:
             return f"cannot {action} process {self.pid}: {error.strerror}; run the pager as root or as its user"
         if action == "kill":

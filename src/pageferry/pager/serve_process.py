@@ -1,4 +1,4 @@
-"""Detached pager of microVMs: a process that outlives the command which has started it.
+"""Detached pager of virtual machine monitors: a process that outlives the command which has started it.
 
 The command passes an `Order` as an argument, and reads the standard output until the process serves or has failed. The
 standard error of the process is its log.
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -23,6 +24,7 @@ from pageferry.host import files
 from pageferry.host.python import start_python
 from pageferry.host.registry import Registry
 from pageferry.images.image import ImageFile
+from pageferry.pager.cloud_hypervisor.restore import Restore
 from pageferry.pager.firecracker.events import MicrovmConnected, MicrovmEnded, Serving
 from pageferry.pager.firecracker.options import ServeOptions
 from pageferry.pager.firecracker.server import Server
@@ -35,9 +37,15 @@ LOGS = ".serve"
 log = logging.getLogger("pageferry.pager")
 
 
+VmmKind = Literal["firecracker", "cloud-hypervisor"]
+SERVERS: dict[VmmKind, type[Server | Restore]] = {"firecracker": Server, "cloud-hypervisor": Restore}
+"""Class that serves each kind of virtual machine monitor."""
+
+
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """Order to serve an image."""
 
+    kind: VmmKind
     image: str
     """Absolute path."""
     socket: str
@@ -55,7 +63,7 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 _replies = msgspec.json.Decoder(Started | Failed)
 
 
-def start_detached(image: Path, socket: Path, options: ServeOptions) -> Serving:
+def start_detached(kind: VmmKind, image: Path, socket: Path, options: ServeOptions) -> Serving:
     """Start a process that serves an image, and wait until its socket accepts connections. Blocks.
 
     Raises the errors of the process, RestoreError if it ends without a reply.
@@ -64,11 +72,11 @@ def start_detached(image: Path, socket: Path, options: ServeOptions) -> Serving:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     files.check_private(folder, "remove it")
     path = folder / f"{os.getpid()}.{os.urandom(2).hex()}.log"
-    order = Order(image=str(image.absolute()), socket=str(socket.absolute()), log=str(path), options=options)
+    order = Order(kind=kind, image=str(image.absolute()), socket=str(socket.absolute()), log=str(path), options=options)
     output = files.create_log(path)
     try:
         process = start_python(
-            "pageferry.pager.firecracker.process",
+            "pageferry.pager.serve_process",
             msgspec.json.encode(order).decode(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -102,13 +110,16 @@ def _log_event(event: Event) -> None:
 
 
 async def _serve(order: Order) -> None:
-    server = Server(ImageFile(order.image), Path(order.socket), order.options, _log_event)
+    server = SERVERS[order.kind](ImageFile(order.image), Path(order.socket), order.options, _log_event)
     task = asyncio.ensure_future(server.run())
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     _reply(Started(serving=msgspec.structs.replace(server.serving, log=order.log)))
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    finally:
+        server.close()
 
 
 def _reply(reply: Started | Failed) -> None:

@@ -1,0 +1,1 @@
+"""VMs of Cloud Hypervisor whose memory is shared (`--memory shared=on`), as workloads that can be saved."""
