@@ -151,7 +151,7 @@ class Limits(Record, frozen=True, kw_only=True):
 
     per_host: int = 2
     """Number of moves that a host sends or receives at the same time."""
-    per_link: int = 64
+    per_link: int = 1024
     """Number of moves over a shared link at the same time."""
     attempts: int = 3
     """Number of times that a move is started before an operator must decide."""
@@ -210,7 +210,7 @@ class Peak(Record, frozen=True, kw_only=True):
     """Highest planned load of a link."""
 
     link: str
-    """Name of a shared link, or `HOST out`, `HOST in` for the interface of a host."""
+    """Name of a host or of a shared link, and the direction, such as `host-3 out`."""
     rate: int
     """Bytes per second."""
     capacity: int
