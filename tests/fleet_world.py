@@ -322,13 +322,14 @@ class World:
 
 
 def small_view(hosts: int = 5, workloads: int = 8, memory: int = 64) -> View:
-    """Return a fleet of hosts with an image, and workloads on the first host: clones, others, and two of a group."""
+    """Return a fleet with workloads on the first host: clones, others, and two of a group. `memory`: that of the other
+    hosts, MiB."""
     unit = 1 << 20
     image = "0" * 32 + ":" + "1" * 16
     every = tuple(
         Host(
             name=f"h{number}",
-            memory=memory * unit,
+            memory=(memory if number else 64) * unit,
             headroom=2 * unit,
             link=unit,
             images=frozenset({image}) if number % 2 == 0 else frozenset(),

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from msgspec.structs import replace
 
 from pageferry.fleet import planning, steps
+from pageferry.fleet.admission import Grant
+from pageferry.fleet.execution import Execution
 from pageferry.fleet.model import Limits
+from pageferry.fleet.tasks import Task
 from tests.fleet_world import World, small_view
 
 NUMBERS = st.integers(0, 30)
@@ -19,25 +33,19 @@ class Failures(RuleBasedStateMachine):
 
     world: World
 
+    kind: type[Execution] = Execution
+
     @initialize(
-        hosts=st.integers(2, 5),
+        hosts=st.integers(3, 5),
         workloads=st.integers(1, 8),
         memory=st.sampled_from([16, 24, 64]),
         attempts=st.integers(1, 3),
     )
     def begin(self, hosts: int, workloads: int, memory: int, attempts: int) -> None:
-        view = small_view(max(hosts, 3), workloads, max(memory, 48))
-        view = type(view)(
-            hosts=tuple(
-                type(host)(**{**{name: getattr(host, name) for name in host.__struct_fields__}, "memory": memory << 20})
-                if host.name != "h0"
-                else host
-                for host in view.hosts
-            ),
-            workloads=view.workloads,
-        )
+        """`memory`: that of the destinations, MiB."""
+        view = small_view(hosts, workloads, memory)
         plan = planning.evacuate(view, ["h0"], limits=Limits(attempts=attempts))
-        self.world = World(view, plan)
+        self.world = World(view, plan, self.kind(view, plan))
 
     @precondition(lambda self: self.world.news)
     @rule(number=NUMBERS)
@@ -133,7 +141,64 @@ class Failures(RuleBasedStateMachine):
             self.world.settle()
 
 
-TestFailures = Failures.TestCase
-TestFailures.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+SETTINGS = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+TestFailures = Failures.TestCase
+TestFailures.settings = SETTINGS
+
+
+# -- incorrect executions, which the model must detect
+
+
+class BelievesThatUnknownMovesWereAborted(Execution):
+    def _doubt(self, task: Task) -> None:
+        self._aborted(task, "connection-lost", "")
+
+
+class RecoversWithoutAQuestion(Execution):
+    def _on_recovered(self, event: steps.Recovered) -> None:
+        super()._on_recovered(replace(event, owner="source") if event.owner == "unknown" else event)
+
+    _handlers: ClassVar[Mapping[type[steps.StepEvent], Callable[..., None]]] = {
+        **Execution._handlers,
+        steps.Recovered: _on_recovered,
+    }
+
+
+class BelievesOldEvents(Execution):
+    def _current(self, name: str, attempt: int) -> Task | None:
+        return self.tasks[name] if self.tasks[name].state in ("moving", "asking", "recovering") else None
+
+
+class FreesMemoryAtTheStart(Execution):
+    def _start(self, grant: Grant) -> None:
+        super()._start(grant)
+        task = self.tasks[grant.request.move.workload]
+        self._capacity.remove(task.workload, task.move.destination)
+
+
+class ForgetsStuckMoves(Execution):
+    def _stick(self, task: Task, reason: str, remedy: str) -> None:
+        super()._stick(task, reason, remedy)
+        task.owner = task.move.source
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        BelievesThatUnknownMovesWereAborted,
+        RecoversWithoutAQuestion,
+        pytest.param(BelievesOldEvents, marks=pytest.mark.only_full),
+        FreesMemoryAtTheStart,
+        ForgetsStuckMoves,
+    ],
+)
+def test_incorrect_executions_are_detected(kind: type[Execution]) -> None:
+    machine = type("Machine", (Failures,), {"kind": kind})
+    quick = settings(SETTINGS, max_examples=5000, phases=[Phase.generate], derandomize=True, database=None)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(machine, settings=quick)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from msgspec.structs import replace
 
@@ -229,7 +230,7 @@ class Execution:
         for name in sorted(due & self._open):
             self._check(self.tasks[name])
 
-    _handlers: Mapping[type[StepEvent], Callable[..., None]] = {
+    _handlers: ClassVar[Mapping[type[StepEvent], Callable[..., None]]] = {
         Begun: _on_begun,
         Progressed: _on_progressed,
         Ended: _on_ended,
@@ -356,11 +357,11 @@ class Execution:
         self._release(task)
         self._wake(task.move.destination)
         self._absent.discard(task.name)
-        was_stuck = task.state == "stuck"
-        task.owner, task.cause, task.reason, task.state = task.move.source, cause, reason, "waiting"
+        self._open.add(task.name)  # it may have been stuck
+        task.owner, task.reason, task.state = task.move.source, reason, "waiting"
         if self.cancelled:
             self._give_up(task, "the plan was cancelled", remedies.of_failure(task, "cancelled"))
-        elif was_stuck or cause in FINAL or task.starts >= self.limits.attempts:
+        elif cause in FINAL or task.starts >= self.limits.attempts:
             self._give_up(task, reason or cause, remedies.of_failure(task, cause))
         else:
             self._retry(task, cause)
