@@ -105,22 +105,23 @@ class Flows:
             return
         self._changed = False
         waiting = np.fromiter(self._slots.values(), dtype=np.intp, count=len(self._slots))
-        free = self.links.copy()
-        load = np.zeros(len(self.links))
+        # Only the links in use are considered, under numbers from 0; the last one is the unlimited link.
+        used, numbers = np.unique(np.append(self._paths[waiting], self._unlimited), return_inverse=True)
+        paths = numbers[:-1].reshape(len(waiting), LONGEST)
+        free, load = self.links[used].copy(), np.zeros(len(used))
         while len(waiting):
-            paths = self._paths[waiting]
             users = np.bincount(paths.ravel(), minlength=len(free))
             share = np.minimum(self._limit[waiting], (free / np.maximum(users, 1))[paths].min(axis=1))
             lowest = np.full(len(free), inf)
             np.minimum.at(lowest, paths.ravel(), np.repeat(share, LONGEST))
-            lowest[self._unlimited] = inf
+            lowest[-1] = inf
             fixed = share <= lowest[paths].min(axis=1) * (1 + 1e-9)
             self._rate[waiting[fixed]] = share[fixed]
             taken = _sum_by_link(paths[fixed], share[fixed], len(free))
             load += taken
             free = np.maximum(free - taken, 0.0)
-            waiting = waiting[~fixed]
-        self.peak = np.maximum(self.peak, load)
+            waiting, paths = waiting[~fixed], paths[~fixed]
+        self.peak[used] = np.maximum(self.peak[used], load)
 
 
 def _sum_by_link(paths: NDArray[np.intp], rates: NDArray[np.float64], links: int) -> NDArray[np.float64]:

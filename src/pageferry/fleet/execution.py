@@ -90,7 +90,11 @@ class Execution:
             self._by_source.setdefault(task.move.source, []).append(task)
         self._absent: set[str] = set()
         """Names of the tasks whose source has replied to a recovery that it does not have the workload."""
-        self._others = {one.name: one for one in view.workloads if one.name not in self.tasks}
+        self._others: dict[str, dict[str, Workload]] = {}
+        """Workloads by host and name that do not belong to the plan."""
+        for one in view.workloads:
+            if one.name not in self.tasks:
+                self._others.setdefault(one.host, {})[one.name] = one
         self._lost: dict[str, float] = {host.name: 0.0 for host in view.hosts if not host.reachable}
         """Unreachable hosts, each with the time at which it was lost."""
         self._attempt = first_attempt - 1
@@ -524,13 +528,9 @@ class Execution:
     def _update_others(self, event: Reported) -> None:
         """Count the workloads of a host that do not belong to the plan as the host reports them."""
         name = event.host.name
-        present = {one.name: one for one in event.workloads if one.name not in self.tasks}
-        for workload in [one for one in self._others.values() if one.host == name and one.name not in present]:
+        for workload in self._others.get(name, {}).values():
             self._capacity.remove(workload, name)
-            del self._others[workload.name]
+        present = {one.name: one for one in event.workloads if one.name not in self.tasks}
         for workload in present.values():
-            known = self._others.get(workload.name)
-            if known is not None:
-                self._capacity.remove(known, known.host)
             self._capacity.add(workload, name)
-            self._others[workload.name] = workload
+        self._others[name] = present
