@@ -199,7 +199,7 @@ def test_clones_without_a_host_that_has_the_image_are_named() -> None:
     assert "image pull" in plan.unplaced[0].remedy
 
 
-def test_one_move_is_planned_or_refused_with_a_reason() -> None:
+def test_move_of_one_workload_is_planned_or_refused_with_a_reason() -> None:
     view = View(hosts=(host("a"), host("b"), host("c", memory=5 * GIB)), workloads=(own("w", "a"),))
     assert [move.destination for move in planning.move(view, "w", "b").moves] == ["b"]
     (refused,) = planning.move(view, "w", "c").unplaced

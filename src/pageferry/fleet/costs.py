@@ -51,7 +51,7 @@ class Costs(Record, frozen=True, kw_only=True):
 
 
 class Load(NamedTuple):
-    """What a move has to send."""
+    """Memory that a move sends."""
 
     volume: int
     """Bytes of memory."""
