@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -237,3 +239,10 @@ def test_scarce_memory_is_filled_by_best_fit() -> None:
     )
     plan = planning.evacuate(view, ["a"])
     assert {move.workload: move.destination for move in plan.moves} == {"b1": "b", "s1": "c", "s2": "c"}
+
+
+def test_plans_and_their_execution_import_neither_ray_nor_the_host() -> None:
+    program = "import sys, pageferry.fleet.planning, pageferry.fleet.execution; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    imported = set(done.stdout.split())
+    assert not imported & {"asyncio", "numpy", "ray", "socket", "subprocess", "pageferry.host", "pageferry._engine"}
