@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fleet import fleets, simulated
+from benchmarks.fleet import fleets, simulated, tables
 from benchmarks.fleet.flows import Flows
+from benchmarks.harness.bench import Setting
+from benchmarks.harness.tables import Target
 from pageferry.fleet import planning
 
 
@@ -71,3 +74,12 @@ def test_first_fit_sends_more_and_takes_longer() -> None:
     ours, naive = simulated._planned(view, plan, False), simulated._naive(view, hosts)
     assert naive["bytes"] > 2 * ours["bytes"]
     assert naive["seconds"] > 2 * ours["seconds"]
+
+
+def test_benchmark_reports_all_plans_and_methods(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, 1, quick=True)
+    results = {"plans": simulated.plans(setting), "evacuations": simulated.evacuations(setting)}
+    text = "\n".join(tables.render(results))
+    for line in ("| evacuate a rack |", "| rebalance |", "| row | planner, failures |", "| rack | first-fit |"):
+        assert line in text
+    assert all(isinstance(target, Target) for target in tables.judge(results))
