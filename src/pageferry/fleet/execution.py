@@ -372,13 +372,9 @@ class Execution:
 
     def _retry(self, task: Task, cause: Cause) -> None:
         if cause == "not-converging":
-            other = next((one for one in OTHER_MODES[task.move.mode] if one not in task.workload.cannot), None)
-            if other is None:
+            if not self._choose_mode(task):
                 self._give_up(task, task.reason or cause, remedies.of_failure(task, cause))
                 return
-            task.move = replace(
-                task.move, mode=other, auto_converge=False, reason=f"{other}: pre-copy did not converge"
-            )
         else:
             task.refused.add(task.move.destination)
             if cause == "full":
@@ -386,6 +382,19 @@ class Execution:
             self._choose_again(task)
         task.not_before = self._now + RETRY_DELAY * 2 ** (task.starts - 1)
         self._set_timer(task, task.not_before)
+
+    def _choose_mode(self, task: Task) -> bool:
+        """Choose another mode after a move that did not converge, or throttle the workload. Return False if neither is
+        possible."""
+        move = task.move
+        other = next((one for one in OTHER_MODES[move.mode] if one not in task.workload.cannot), None)
+        if other is not None:
+            task.move = replace(move, mode=other, auto_converge=False, reason=f"{other}: {move.mode} did not converge")
+        elif move.mode == "precopy" and not move.auto_converge:
+            task.move = replace(move, auto_converge=True, reason="throttled: pre-copy did not converge")
+        else:
+            return False
+        return True
 
     def _choose_again(self, task: Task) -> None:
         """Choose another destination; if no other host is suitable, keep the destination."""
