@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from pageferry.fleet.protocol import (
     Checkpoint,
     Clone,
     Describe,
+    Done,
     HostReport,
     Identify,
     Kind,
@@ -83,7 +85,7 @@ class Agent:
         except Exception as error:
             return failed(error)
 
-    async def _perform(self, request: AnyRequest) -> msgspec.Struct | None:
+    async def _perform(self, request: AnyRequest) -> msgspec.Struct:
         match request:
             case Describe():
                 return await self.describe()
@@ -236,8 +238,19 @@ class Agent:
             raise FleetError(f"cannot recover {name}: the peer does not know the migration; see docs/faults.md")
         return RecoveryReport(owner=owner)
 
-    async def _answer(self, request: Answer) -> None:
+    async def _answer(self, request: Answer) -> Done:
         """Reply to recovery requests at the address of a receiver that has exited, in the background."""
+        if request.resume and request.workload in self._registry.entries():
+            identifier = f"{uuid.uuid4().hex[:12]}-in"
+            words = ["receive", request.workload, "--resume", "--listen", request.address, *self._trust()]
+            order = self._order(identifier, RECEIVE, request.workload, [*words, "--output", "json"])
+            await in_thread(self._operations.start, order)
+            await self._listening(identifier)
+            return Done()
+        self._serve_outcomes(request)
+        return Done()
+
+    def _serve_outcomes(self, request: Answer) -> None:
         from pageferry.migration.receiving import ListenOptions
         from pageferry.migration.recovery_server import RecoveryServer
 

@@ -134,11 +134,17 @@ class Operations:
                 yield self.report(order.id)
 
     def workloads(self) -> Iterator[Moved]:
-        """Yield the workloads that the recorded operations have created, the last one first."""
-        orders = (_load(folder / "order.json", Order) for folder in self._folders())
-        for order in sorted((one for one in orders if one is not None), key=lambda one: -one.started):
-            if order.moved is not None:
-                yield order.moved
+        """Yield the workloads that the recorded operations have created, and that exist."""
+        for folder in self._folders():
+            order = _load(folder / "order.json", Order)
+            if order is None or order.moved is None:
+                continue
+            # A workload of the same name that another program has started later has another command line.
+            entry, end = self.registry.path / order.workload / "workload.json", folder / "ended.json"
+            with contextlib.suppress(OSError):
+                last = end.stat().st_mtime if end.exists() else time.time()
+                if order.started <= entry.stat().st_mtime <= last:
+                    yield order.moved
 
     def interrupt(self, identifier: str, number: signal.Signals = signal.SIGINT) -> None:
         """Send a signal to the command of an operation that is running. Raises UsageError if it is unknown."""

@@ -76,6 +76,10 @@ class HostReport(Record, frozen=True, kw_only=True):
     """Conditions that an operator should know, such as priorities that workloads inherit."""
 
 
+class Done(Record, frozen=True, kw_only=True):
+    """Reply to a request without a result."""
+
+
 class RecoveryReport(Record, frozen=True, kw_only=True):
     """Result of a recovery at the source."""
 
@@ -144,10 +148,13 @@ class Recover(Request, frozen=True, kw_only=True, tag="recover"):
 
 class Answer(Request, frozen=True, kw_only=True, tag="answer"):
     """Reply to requests for the outcome of migrations at an address of this host for `seconds` seconds, in the place of
-    a receiver that has exited."""
+    a receiver that has exited. Return a `Done`."""
 
     address: str
     seconds: float
+    workload: str = ""
+    resume: bool = False
+    """Whether to receive the remaining pages of `workload`, which runs on this host (post-copy)."""
 
 
 class Checkpoint(Request, frozen=True, kw_only=True, tag="checkpoint"):
@@ -207,7 +214,7 @@ class Reply(Record, frozen=True, kw_only=True):
     failure: Failure | None = None
 
 
-def succeeded(result: msgspec.Struct | None) -> bytes:
+def succeeded(result: msgspec.Struct) -> bytes:
     """Return the bytes of a reply with a result."""
     return msgspec.json.encode(Reply(result=msgspec.Raw(msgspec.json.encode(result))))
 
