@@ -151,10 +151,12 @@ class Limits(Record, frozen=True, kw_only=True):
 
     per_host: int = 2
     """Number of moves that a host sends or receives at the same time."""
-    per_link: int = 64
+    per_link: int = 1024
     """Number of moves over a shared link at the same time."""
     attempts: int = 3
     """Number of times that a move is started before an operator must decide."""
+    host_timeout: float = 60.0
+    """Time for which a host may be unreachable before moves that need it are given up, seconds."""
     link_share: float = 0.9
     """Part of each link that moves may use, greater than 0 and at most 1."""
 
@@ -176,6 +178,8 @@ class Move(Record, frozen=True, kw_only=True):
     """Earliest start, seconds from the start of the plan."""
     rate: int = 0
     """Part of the links on its path that the plan gives to the move, bytes per second."""
+    auto_converge: bool = False
+    """Whether the workload is throttled if rounds do not converge, because it supports no other mode."""
     shares_base: bool = False
     """Whether the workload shares the memory of its image at the destination, so that only private pages are sent."""
     reason: str = ""
@@ -206,7 +210,7 @@ class Peak(Record, frozen=True, kw_only=True):
     """Highest planned load of a link."""
 
     link: str
-    """Name of a shared link, or `HOST out`, `HOST in` for the interface of a host."""
+    """Name of a host or of a shared link, and the direction, such as `host-3 out`."""
     rate: int
     """Bytes per second."""
     capacity: int
