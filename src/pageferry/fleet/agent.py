@@ -53,7 +53,7 @@ from pageferry.fleet.protocol import (
     succeeded,
 )
 from pageferry.host.blocking import in_thread
-from pageferry.host.registry import Folder, QemuEntry, Registry
+from pageferry.host.registry import QemuEntry, Registry
 from pageferry.migration.ownership import CommitDecisions, committed
 from pageferry.workloads.qemu import placeholders
 
@@ -297,7 +297,4 @@ class Agent:
         peer: str | None = None,
         moved: Moved | None = None,
     ) -> Order:
-        return Order(
-            id=identifier, kind=kind, workload=workload, peer=peer, command=words, started=now(), moved=moved
-        )
-
+        return Order(id=identifier, kind=kind, workload=workload, peer=peer, command=words, started=now(), moved=moved)

@@ -14,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
+import re
 import socket
 import subprocess
 import time
@@ -42,7 +44,6 @@ _PORT = 6379
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "error",
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
 """Settings of Ray in this process, unless the environment has others."""
@@ -90,7 +91,7 @@ class Cluster:
             )
         except Exception as error:  # Ray raises many classes
             raise FleetError(
-                f"cannot connect to Ray at {target}: {_first_line(error)}; start Ray on this host (`ray start "
+                f"cannot connect to Ray at {target}: {_cause(error)}; start Ray on this host (`ray start "
                 "--address=...`), and use the token of the cluster (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)"
             ) from error
         return cls(ray)
@@ -179,7 +180,7 @@ class Cluster:
         except self._ray.exceptions.RayError as error:
             self._agents.pop(host, None)
             raise AgentUnreachable(
-                f"cannot reach the agent of {host}: {_first_line(error)}; start `pageferry fleet join` on that host"
+                f"cannot reach the agent of {host}: {_cause(error)}; start `pageferry fleet join` on that host"
             ) from error
 
     async def _agent(self, host: str) -> Any:
@@ -198,7 +199,7 @@ class Cluster:
             return await in_thread(call)
         except Exception as error:
             raise FleetError(
-                f"cannot reach the head of the cluster: {_first_line(error)}; check that Ray runs there"
+                f"cannot reach the head of the cluster: {_cause(error)}; check that Ray runs there"
             ) from error
 
 
@@ -216,6 +217,7 @@ def _ray() -> Any:
         raise UnsupportedError(
             "cannot use a fleet: the package ray is not installed; run `pip install 'pageferry[ray]'`"
         ) from missing
+    logging.getLogger("ray").setLevel(logging.ERROR)
     return ray
 
 
@@ -287,6 +289,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+def _cause(error: Exception) -> str:
+    """Return the cause of an error of Ray in one line: the last one, if the error contains a traceback."""
+    lines = re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if any(line.startswith("Traceback") for line in lines) or "creation task" in lines[0] else 0].rstrip(".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass, field
 
@@ -36,10 +35,33 @@ class Driver:
             owner = await attempt.recover()
             self._heard(move, owner)
             outcome = {"source": "aborted", "destination": "done"}.get(owner.owner, "unknown")
-        return MoveResult(workload=move.workload, source=move.source, destination=move.destination, outcome=outcome,
-            attempts=1, started=started, ended=time.monotonic() - self.begun, reason=ended.reason)
+        return MoveResult(
+            workload=move.workload,
+            source=move.source,
+            destination=move.destination,
+            outcome=outcome,
+            attempts=1,
+            started=started,
+            ended=time.monotonic() - self.begun,
+            reason=ended.reason,
+        )
 
     def _heard(self, move: Move, event: StepEvent) -> None:
-        phase = {Begun: "moving", Progressed: "progress", Ended: getattr(event, "outcome", None), Recovered: "recovering"}[type(event)]
-        self.listener(FleetMoveEvent(at=time.monotonic() - self.begun, workload=move.workload, source=move.source,
-            destination=move.destination, attempt=event.attempt, phase=phase, fraction=getattr(event, "fraction", None), reason=getattr(event, "reason", "")))
+        phase = {
+            Begun: "moving",
+            Progressed: "progress",
+            Ended: getattr(event, "outcome", None),
+            Recovered: "recovering",
+        }[type(event)]
+        self.listener(
+            FleetMoveEvent(
+                at=time.monotonic() - self.begun,
+                workload=move.workload,
+                source=move.source,
+                destination=move.destination,
+                attempt=event.attempt,
+                phase=phase,
+                fraction=getattr(event, "fraction", None),
+                reason=getattr(event, "reason", ""),
+            )
+        )

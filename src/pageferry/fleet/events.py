@@ -123,6 +123,15 @@ class FleetResult(Event, frozen=True, kw_only=True, tag="fleet-result"):
             and not any(one.error for one in (*self.started, *self.saved))
         )
 
+    @property
+    def failures(self) -> list[str]:
+        """Workloads that are not where the plan puts them, each with the reason and what an operator must do."""
+        moves = [
+            f"{one.workload} is not moved ({one.outcome}): {one.reason}" for one in self.moves if one.outcome != "done"
+        ]
+        others = [f"{one.workload}: {one.error}" for one in (*self.started, *self.saved) if one.error]
+        return [*moves, *others, *(f"{one.workload}: {one.reason}; {one.remedy}" for one in self.unplaced)]
+
 
 class FleetCancelled(Event, frozen=True, kw_only=True, tag="fleet-cancelled"):
     """Operations that were cancelled."""

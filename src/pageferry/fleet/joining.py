@@ -81,4 +81,6 @@ async def _watch(cluster: Cluster, name: str) -> None:
             heard = loop.time()
         except AgentUnreachable as error:
             if loop.time() - heard > LOST:
-                raise FleetError(f"cannot keep the agent of {name} running: {error}; start the command again") from error
+                raise FleetError(
+                    f"cannot keep the agent of {name} running: {error}; start the command again"
+                ) from error

@@ -131,9 +131,7 @@ class Attempt:
 
     async def _start_receiver(self, moved: Moved) -> None:
         request = Receive(id=self._receiving, moved=moved, source=self.move.source)
-        listening = await self.cluster.call(
-            self.move.destination, request, OperationReport, timeout=STARTING + CALL
-        )
+        listening = await self.cluster.call(self.move.destination, request, OperationReport, timeout=STARTING + CALL)
         self.address = listening.address
 
     async def _start_migration(self) -> None:

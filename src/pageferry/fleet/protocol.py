@@ -19,9 +19,13 @@ from pageferry.fleet.model import Host, Image, Mode, Record, Verb, Workload
 
 R = TypeVar("R")
 
-RECEIVE, MIGRATE, CHECKPOINT, CLONE, RUN = "receive", "migrate", "checkpoint", "clone", "run"
 Kind = Literal["receive", "migrate", "checkpoint", "clone", "run"]
 """Kind of an operation of a host: the verb that its process runs."""
+RECEIVE: Kind = "receive"
+MIGRATE: Kind = "migrate"
+CHECKPOINT: Kind = "checkpoint"
+CLONE: Kind = "clone"
+RUN: Kind = "run"
 State = Literal["running", "ended", "lost"]
 """State of an operation. `lost`: its process was killed, or the host was restarted, before it reported a result."""
 
@@ -210,7 +214,7 @@ class Failure(Record, frozen=True, kw_only=True):
 class Reply(Record, frozen=True, kw_only=True):
     """Reply to a request: a result, or a failure."""
 
-    result: msgspec.Raw | None = None
+    result: msgspec.Raw = msgspec.Raw(b"null")
     failure: Failure | None = None
 
 
@@ -231,14 +235,12 @@ def decode(reply: bytes, kind: type[R], host: str) -> R:
     invalid."""
     try:
         found = msgspec.json.decode(reply, type=Reply)
-        if found.failure is None and found.result is not None:
+        if found.failure is None:
             return msgspec.json.decode(found.result, type=kind)
     except msgspec.MsgspecError as wrong:
         raise FleetError(
             f"cannot use the reply of {host}: {wrong}; use the same version of pageferry on all hosts"
         ) from wrong
-    if found.failure is None:
-        raise FleetError(f"cannot use the reply of {host}: it is empty; use the same version of pageferry on all hosts")
     raise error_of(found.failure, host)
 
 
