@@ -19,7 +19,9 @@ from pathlib import Path
 
 import msgspec
 
+from pageferry.checkpoints.image_source import local_image_async
 from pageferry.errors import FleetError, NoSuchWorkload, UsageError
+from pageferry.events import ignore
 from pageferry.fleet import records
 from pageferry.fleet.inventory import HostConfig, Inventory
 from pageferry.fleet.model import Image
@@ -53,12 +55,16 @@ from pageferry.fleet.protocol import (
     succeeded,
 )
 from pageferry.host.blocking import in_thread
-from pageferry.host.registry import QemuEntry, Registry
+from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.migration.ownership import CommitDecisions, committed
+from pageferry.pager.base_records import clone_record
+from pageferry.stores.address import is_url
 from pageferry.workloads.qemu import placeholders
 
 HOST = "host"
 """Placeholder in command lines for the name of the host."""
+SCRATCH = "/var/tmp"
+"""Directory of images that are being uploaded, on a host without directories of images."""
 STARTING = 60.0
 """Maximum time until a receiver listens, seconds."""
 _POLL = 0.05
@@ -102,7 +108,7 @@ class Agent:
             case Answer():
                 return await self._answer(request)
             case Identify():
-                return await in_thread(self._identify, request.image)
+                return await self._identify(request.image)
             case _:
                 return await self._start(request)
 
@@ -144,10 +150,11 @@ class Agent:
         """Start an operation that ends by itself."""
         match request:
             case Migrate():
-                order = self._order(request.id, MIGRATE, request.workload, self._migrate(request), request.destination)
+                order = self._order(
+                    request.id, MIGRATE, request.workload, self._migrate(request), peer=request.destination
+                )
             case Checkpoint():
-                words = ["checkpoint", request.workload, request.target, "--output", "json"]
-                order = self._order(request.id, CHECKPOINT, request.workload, words)
+                order = self._order(request.id, CHECKPOINT, request.workload, *self._checkpoint(request))
             case Clone():
                 order = await self._clone(request)
             case Run():
@@ -170,13 +177,26 @@ class Agent:
     async def _clone(self, request: Clone) -> Order:
         path = await in_thread(self._inventory.find_image, request.image)
         image = request.image if path is None else str(path)
-        moved = Moved(
-            name=request.workload, kind="qemu", command=request.command, labels=request.labels, group=request.group
-        )
-        command = placeholders.fill(self._filled(request.command), {placeholders.NUMBER: str(request.number)})
-        words = ["restore", request.workload, image, "--memory", "shared", "--resume", "--detach"]
-        words += ["--output", "json", "--", *command]
+        command = tuple(placeholders.fill(request.command, {placeholders.NUMBER: str(request.number)}))
+        moved = Moved(name=request.workload, kind="qemu", command=command, labels=request.labels, group=request.group)
+        words = ["restore", request.workload, image, "--memory", "shared", "--detach", "--output", "json"]
+        words += ["--", *self._filled(command)]
         return self._order(request.id, CLONE, request.workload, words, moved=moved)
+
+    def _checkpoint(self, request: Checkpoint) -> list[list[str]]:
+        """Return the commands that save a workload. An image for a store is first written to a file, which is deleted
+        when it has been uploaded."""
+        if not is_url(request.target):
+            return [["checkpoint", request.workload, request.target, "--output", "json"]]
+        clone = clone_record(Folder(self._registry, request.workload))
+        # The parent of an image must be in the same directory.
+        folder = Path(clone.image).parent if clone is not None else Path((*self._config.images, SCRATCH)[0])
+        file = str(folder / f".{request.workload}-{request.id}.img")
+        return [
+            ["checkpoint", request.workload, file, "--output", "json"],
+            ["image", "push", file, request.target, "--output", "json"],
+            ["image", "delete", file, "--output", "json"],
+        ]
 
     # -- operations
 
@@ -273,8 +293,10 @@ class Agent:
 
     # -- values
 
-    def _identify(self, image: str) -> Image:
-        found = self._inventory.image(Path(image))
+    async def _identify(self, image: str) -> Image:
+        """Return the identity of an image. An image in a store is downloaded to the cache of this host."""
+        async with local_image_async("image", image, ignore) as path:
+            found = await in_thread(self._inventory.image, path)
         if found is None:
             raise UsageError(f"cannot clone {image}: it is not an image on {self._config.name}")
         return found
@@ -293,8 +315,16 @@ class Agent:
         identifier: str,
         kind: Kind,
         workload: str,
-        words: list[str],
+        *commands: list[str],
         peer: str | None = None,
         moved: Moved | None = None,
     ) -> Order:
-        return Order(id=identifier, kind=kind, workload=workload, peer=peer, command=words, started=now(), moved=moved)
+        return Order(
+            id=identifier,
+            kind=kind,
+            workload=workload,
+            peer=peer,
+            commands=list(commands),
+            started=now(),
+            moved=moved,
+        )

@@ -292,4 +292,6 @@ def _is_loopback(host: str) -> bool:
 def _cause(error: Exception) -> str:
     """Return the cause of an error of Ray in one line: the last one, if the error contains a traceback."""
     lines = re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if any(line.startswith("Traceback") for line in lines) or "creation task" in lines[0] else 0].rstrip(".")
+    return lines[
+        -1 if any(line.startswith("Traceback") for line in lines) or "creation task" in lines[0] else 0
+    ].rstrip(".")

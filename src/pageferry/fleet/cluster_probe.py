@@ -16,7 +16,7 @@ def main() -> int:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         os.environ.pop(name, None)
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # not in the stubs of Ray
     from ray.exceptions import AuthenticationError
 
     try:

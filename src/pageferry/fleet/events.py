@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from pageferry.events import Event
-from pageferry.fleet.model import Host, Image, Operation, Record, Unplaced, Workload
+from pageferry.fleet.model import Host, Image, Operation, Plan, Record, Unplaced, Workload
 
 Phase = Literal["receiving", "moving", "progress", "recovering", "done", "aborted", "unknown", "given-up"]
 
@@ -16,7 +18,7 @@ class FleetJoined(Event, frozen=True, kw_only=True, tag="fleet-joined"):
     host: str
     address: str
     """Address on which the receivers of this host listen."""
-    notes: list[str] = []
+    notes: list[str] = msgspec.field(default_factory=list)
     """Conditions that an operator should know."""
 
 
@@ -105,32 +107,36 @@ class FleetResult(Event, frozen=True, kw_only=True, tag="fleet-result"):
     """Result of an operation on a fleet."""
 
     verb: str
-    total_time: float
+    plan: Plan | None = None
+    """Plan that was carried out, or only made (`dry_run`); None for operations without a plan."""
+    total_time: float = 0.0
     """Seconds."""
-    moves: list[MoveResult] = []
-    started: list[CloneStarted] = []
+    moves: list[MoveResult] = msgspec.field(default_factory=list)
+    started: list[CloneStarted] = msgspec.field(default_factory=list)
     """Clones and guests."""
-    saved: list[Saved] = []
-    unplaced: list[Unplaced] = []
+    saved: list[Saved] = msgspec.field(default_factory=list)
+    unplaced: list[Unplaced] = msgspec.field(default_factory=list)
     """Workloads that were not moved or started, with the reason and what an operator must do."""
 
     @property
     def complete(self) -> bool:
         """Whether every workload is where the plan puts it."""
-        return (
-            not self.unplaced
-            and all(one.outcome == "done" for one in self.moves)
-            and not any(one.error for one in (*self.started, *self.saved))
-        )
+        return not self.unplaced and all(one.outcome == "done" for one in self.moves) and not self._errors
 
     @property
     def failures(self) -> list[str]:
         """Workloads that are not where the plan puts them, each with the reason and what an operator must do."""
-        moves = [
-            f"{one.workload} is not moved ({one.outcome}): {one.reason}" for one in self.moves if one.outcome != "done"
+        moves = (one for one in self.moves if one.outcome != "done")
+        return [
+            *(f"{one.workload} is not moved ({one.outcome}): {one.reason}" for one in moves),
+            *self._errors,
+            *(f"{one.workload}: {one.reason}; {one.remedy}" for one in self.unplaced),
         ]
-        others = [f"{one.workload}: {one.error}" for one in (*self.started, *self.saved) if one.error]
-        return [*moves, *others, *(f"{one.workload}: {one.reason}; {one.remedy}" for one in self.unplaced)]
+
+    @property
+    def _errors(self) -> list[str]:
+        started = [f"{one.workload}: {one.error}" for one in self.started if one.error]
+        return started + [f"{one.workload}: {one.error}" for one in self.saved if one.error]
 
 
 class FleetCancelled(Event, frozen=True, kw_only=True, tag="fleet-cancelled"):

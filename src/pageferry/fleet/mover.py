@@ -7,6 +7,7 @@ move without a known end is resolved by `pageferry migrate --recover` at the sou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import Callable
@@ -122,12 +123,10 @@ class Attempt:
 
     async def cancel(self) -> None:
         """Cancel the migration, unless it is committed."""
-        try:
+        with contextlib.suppress(PageferryError):  # `run` observes what happens to it
             await self.cluster.call(
                 self.move.source, Cancel(id=self._migrating), OperationReport, timeout=STARTING + CALL
             )
-        except PageferryError:
-            pass  # `run` observes what happens to it
 
     async def _start_receiver(self, moved: Moved) -> None:
         request = Receive(id=self._receiving, moved=moved, source=self.move.source)
@@ -211,12 +210,10 @@ class Attempt:
 
     async def _end_receiver(self) -> None:
         """End the receiver, and remove what it has left. An error is dropped: it owns nothing."""
-        try:
+        with contextlib.suppress(PageferryError):
             await self.cluster.call(
                 self.move.destination, Cancel(id=self._receiving), OperationReport, timeout=STARTING + CALL
             )
-        except PageferryError:
-            pass
 
     def _aborted(self, error: PageferryError) -> Ended:
         cause = _CAUSES.get(error.exit_code, "other") if not isinstance(error, FleetError) else "other"

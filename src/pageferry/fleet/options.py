@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, TypedDict
 
 from pageferry.errors import UsageError
 from pageferry.fleet.model import Policy
@@ -14,7 +14,6 @@ from pageferry.migration.options import TIMEOUT
 from pageferry.options import Count, Duration, PathName, Rate, Size, Text, Texts, check
 
 MOST = 1 << 50
-Modes = Literal["auto", "precopy", "hybrid", "postcopy"]
 
 
 class ClusterArguments(TypedDict, total=False):
@@ -51,6 +50,12 @@ class CloneArguments(MoveArguments, total=False):
     name: str
     group: str | None
     labels: Sequence[str]
+
+
+class CheckpointArguments(ClusterArguments, total=False):
+    """Keyword arguments for the fields of `CheckpointOptions`."""
+
+    per_host: int
 
 
 class RunArguments(ClusterArguments, total=False):
@@ -149,6 +154,14 @@ class CloneOptions(MoveOptions):
     def __post_init__(self) -> None:
         check(self)
         parse_labels(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(ClusterOptions):
+    """Options of checkpoints."""
+
+    per_host: Annotated[int, Count(1, 64)] = 1
+    """Number of checkpoints that a host writes at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,8 +71,8 @@ def plan_text(plan: Plan) -> str:
     for number, move in enumerate(plan.moves, 1):
         shares = ", private pages only" if move.shares_base else ""
         lines.append(
-            f"{number:4}. {move.workload}: {move.source} -> {move.destination}, {move.mode}, {size(move.bytes)}{shares}, "
-            f"at {duration(move.start) if move.start else '0 s'} for {duration(move.seconds)}, downtime "
+            f"{number:4}. {move.workload}: {move.source} -> {move.destination}, {move.mode}, {size(move.bytes)}{shares}"
+            f", at {duration(move.start) if move.start else '0 s'} for {duration(move.seconds)}, downtime "
             f"{duration(move.downtime)}{f' ({move.reason})' if move.reason else ''}"
         )
     lines += [f"start {one.workload} on {one.host}: {size(one.bytes)}" for one in plan.placed]
