@@ -93,7 +93,7 @@ __all__ = [
     "run_async",
     "status",
     "status_async",
-,]
+]
 
 __getattr__, __dir__ = lazily(
     __name__,

@@ -170,6 +170,8 @@ class Agent:
             words += ["--tls-hostname", request.destination]
         if request.bandwidth:
             words += ["--bandwidth", str(request.bandwidth)]
+        if request.auto_converge:
+            words.append("--auto-converge")
         if request.max_downtime is not None:
             words += ["--max-downtime", f"{request.max_downtime * 1e3:g}ms"]
         return [*words, "--output", "json"]

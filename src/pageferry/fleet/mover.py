@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from pageferry.errors import (
     Cancelled,
@@ -43,7 +43,7 @@ from pageferry.fleet.protocol import (
     RecoveryReport,
 )
 from pageferry.fleet.protocol import Recover as RecoverRequest
-from pageferry.fleet.steps import Begun, Cause, Ended, Owner, Progressed, Recovered, StepEvent
+from pageferry.fleet.steps import Begun, Cause, Ended, HostLost, Owner, Progressed, Recovered, StepEvent
 
 _WAIT = 1.0
 """Seconds that an agent waits for the end of an operation in one request."""
@@ -84,7 +84,6 @@ class Attempt:
     """Address of the receiver."""
     report: OperationReport | None = None
     """Last report of the migration."""
-    begun: float = 0.0
 
     @property
     def _receiving(self) -> str:
@@ -96,7 +95,6 @@ class Attempt:
 
     async def run(self) -> Ended:
         """Move the workload. Return how the attempt has ended; never raises a PageferryError."""
-        self.begun = time.monotonic()
         try:
             moved = await self.cluster.call(self.move.source, Prepare(workload=self.move.workload), Moved)
             await self._start_receiver(moved)
@@ -143,31 +141,34 @@ class Attempt:
             address=self.address,
             mode=move.mode,
             bandwidth=move.rate,
+            auto_converge=move.auto_converge,
         )
         self.report = await self.cluster.call(move.source, request, OperationReport)
         self.emit(Begun(workload=move.workload, attempt=self.number))
 
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Result of a completed migration, as `pageferry migrate` reports it; None if the source did not report it."""
+        found = None if self.report is None else self.report.result
+        return found if found is not None and found.get("type") == "migration" else None
+
     async def _follow(self) -> Ended:
-        """Observe the migration until it has ended, or the agent of the source has been silent for too long."""
-        heard = time.monotonic()
+        """Observe the migration until it has ended. While the agent of the source does not reply, report this."""
+        query = Query(id=self._migrating, wait=_WAIT)
         while True:
             try:
-                report = await self.cluster.call(
-                    self.move.source, Query(id=self._migrating, wait=_WAIT), OperationReport, timeout=_WAIT + CALL
-                )
+                report = await self.cluster.call(self.move.source, query, OperationReport, timeout=_WAIT + CALL)
             except AgentUnreachable as error:
-                if time.monotonic() - heard > PATIENCE:
-                    return self._ended("unknown", reason=str(error))
+                self.emit(HostLost(host=self.move.source, reason=str(error)))
                 await asyncio.sleep(_WAIT)
                 continue
             except PageferryError as error:  # the request to start it was lost
                 await self._end_receiver()
                 return self._aborted(error)
-            heard, self.report = time.monotonic(), report
-            if report.fraction is not None:
-                self.emit(Progressed(workload=self.move.workload, attempt=self.number, fraction=report.fraction))
+            self.report = report
             if report.state != "running":
                 return await self._result(report)
+            self.emit(Progressed(workload=self.move.workload, attempt=self.number, fraction=report.fraction or 0.0))
 
     async def _result(self, report: OperationReport) -> Ended:
         if report.state == "lost":

@@ -127,6 +127,7 @@ class Migrate(Request, frozen=True, kw_only=True, tag="migrate"):
     mode: Mode = "precopy"
     bandwidth: int = 0
     """Limit, bytes per second; 0: no limit."""
+    auto_converge: bool = False
     max_downtime: float | None = None
     """Seconds; None: the default of `pageferry migrate`."""
 
