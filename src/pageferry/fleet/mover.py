@@ -47,8 +47,6 @@ from pageferry.fleet.steps import Begun, Cause, Ended, HostLost, Owner, Progress
 
 _WAIT = 1.0
 """Seconds that an agent waits for the end of an operation in one request."""
-PATIENCE = 30.0
-"""Seconds for which a driver waits for an agent that does not reply, before the outcome of its move is unknown."""
 ANSWERING = 60.0
 """Seconds for which a destination replies to recovery requests in the place of a receiver that has exited."""
 _CAUSES: dict[int, Cause] = {

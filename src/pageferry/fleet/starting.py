@@ -10,11 +10,13 @@ from typing import Protocol, TypeVar
 
 from pageferry.errors import FleetError, PageferryError
 from pageferry.fleet.cluster import CALL, AgentUnreachable, Cluster
-from pageferry.fleet.mover import PATIENCE
 from pageferry.fleet.protocol import Checkpoint, Clone, OperationReport, Query, Run
 
 _WAIT = 1.0
 """Seconds that an agent waits for the end of an operation in one request."""
+
+PATIENCE = 60.0
+"""Seconds for which to wait for an agent that does not reply while one of its operations runs."""
 
 
 class OnHost(Protocol):

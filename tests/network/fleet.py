@@ -1,0 +1,232 @@
+"""Fleet on this machine for tests: a Ray cluster whose nodes are network namespaces, with a run directory for each.
+
+Ray uses its token and TLS, and the agents use certificates with the names of their hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from pageferry.host import proc
+from tests.certificates import Authority
+from tests.kernel.moving import Host
+from tests.kernel.programs import Program
+from tests.network.hosts import Network
+
+PORT = 6379
+STORE = 80_000_000
+"""Size of Ray's object store, bytes: the minimum. The fleet stores no objects."""
+SECONDS = 90.0
+"""Timeout of a command."""
+NAMES = ("a", "b", "c")
+
+
+class Fleet:
+    """Hosts `a`, `b` and `c` of a Ray cluster, whose head is on `a`; a context manager.
+
+    `secure`: with a token and TLS. Otherwise Ray accepts every client.
+    """
+
+    def __init__(self, folder: Path, names: tuple[str, ...] = NAMES, *, secure: bool = True, **join: str) -> None:
+        self.folder = folder
+        self.names = names
+        self.secure = secure
+        self.network = Network(folder, hosts=len(names))
+        self.hosts: dict[str, Host] = dict(zip(names, self.network.hosts, strict=True))
+        self.images = folder / "images"
+        self.images.mkdir()
+        self._join = join
+        self._token = secrets.token_hex(32)
+        # Paths of Ray's sockets must be shorter than 108 bytes.
+        self._scratch = Path(tempfile.mkdtemp(prefix="pf-", dir="/tmp"))
+        self._trust = _certificates(folder, self.hosts) if secure else {}
+        self.agents: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def address(self) -> str:
+        """Address of Ray's head."""
+        return f"{self.hosts[self.names[0]].address}:{PORT}"
+
+    def start_ray(self, name: str) -> None:
+        """Start Ray on a host, and wait until its node is in the cluster."""
+        head = ("--head", f"--port={PORT}", "--include-dashboard=false")
+        role = head if name == self.names[0] else (f"--address={self.address}",)
+        words = [
+            *(str(Path(sys.executable).with_name("ray")), "start", *role),
+            *(f"--node-ip-address={self.hosts[name].address}", "--num-cpus=0", f"--object-store-memory={STORE}"),
+            *(f"--temp-dir={self._scratch}", "--disable-usage-stats", "--include-log-monitor=false"),
+        ]
+        log = self.folder / f"ray-{name}.log"
+        with open(log, "wb") as file:
+            command = [*self.hosts[name].within, *words]
+            done = subprocess.run(command, env=self.environment(name), stdout=file, stderr=file, timeout=SECONDS)
+        assert done.returncode == 0, log.read_text()
+
+    def join(self, name: str, **options: str) -> None:
+        """Start `pageferry fleet join` on a host, and wait until it has joined."""
+        given = {"images": str(self.images), "memory": "2G", "timeout": "3s", **self._join, **options}
+        words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
+        trust = ("--tls", str(self._trust[name])) if self.secure else ("--insecure",)
+        command = self.command("join", "--address", self.address, "--name", name, *trust, *words, "--output", "json")
+        log = self.folder / f"join-{name}.log"
+        with open(log, "ab") as errors:
+            agent = subprocess.Popen(
+                [*self.hosts[name].within, *command],
+                env=self.environment(name),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
+        self.agents[name] = agent
+        assert agent.stdout is not None
+        line = agent.stdout.readline()
+        assert line and json.loads(line)["type"] == "fleet-joined", log.read_text()
+
+    def leave(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
+        """End the agent of a host by a signal to its command."""
+        agent = self.agents.pop(name)
+        agent.send_signal(number)
+        agent.wait(SECONDS)
+        assert agent.stdout is not None
+        agent.stdout.close()
+
+    def command(self, *words: str) -> list[str]:
+        """Return the command line of `pageferry fleet`."""
+        return [sys.executable, "-m", "pageferry", "fleet", *words]
+
+    def environment(self, name: str) -> dict[str, str]:
+        """Return the environment of a process on a host."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        kept |= {"PAGEFERRY_RUN_DIR": str(self.hosts[name].run_directory), "RAY_USAGE_STATS_ENABLED": "0"}
+        kept |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        if self.secure:
+            folder = self.folder / "ray"
+            kept |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token, "RAY_USE_TLS": "1"}
+            kept |= {
+                "RAY_TLS_SERVER_CERT": str(folder / f"{name}-cert.pem"),
+                "RAY_TLS_SERVER_KEY": str(folder / f"{name}-key.pem"),
+                "RAY_TLS_CA_CERT": str(folder / "ca-cert.pem"),
+            }
+        return kept
+
+    def start(self, *words: str, on: str | None = None) -> Program:
+        """Start `pageferry fleet` on a host of the fleet (default: the first one), with JSON output."""
+        name = on or self.names[0]
+        words = self._complete(words)
+        return Program(*self.command(*words)[1:], within=self.hosts[name].within, env=self.environment(name))
+
+    def run(self, *words: str, on: str | None = None, code: int = 0, **environment: str) -> list[dict[str, Any]]:
+        """Run `pageferry fleet` on a host of the fleet (default: the first one). Return its events."""
+        name = on or self.names[0]
+        done = subprocess.run(
+            [*self.hosts[name].within, *self.command(*self._complete(words))],
+            env=self.environment(name) | environment,
+            capture_output=True,
+            timeout=SECONDS,
+        )
+        assert done.returncode == code, (done.returncode, done.stdout.decode(), done.stderr.decode())
+        self.said = done.stderr.decode()
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def status(self) -> dict[str, Any]:
+        """Return the status of the fleet."""
+        return self.run("status")[-1]
+
+    def where(self) -> dict[str, str]:
+        """Return the host of each workload, from the status of the fleet."""
+        return {one["name"]: one["host"] for one in self.status()["workloads"]}
+
+    def owners(self, workload: str) -> list[str]:
+        """Return the hosts whose registry has the workload."""
+        return [name for name, host in self.hosts.items() if workload in host.registry.entries()]
+
+    def agent_pid(self, name: str) -> int:
+        """Return the pid of the actor that is the agent of a host."""
+        found = [pid for pid in self._processes() if f"ray::host:{name}" in _title(pid)]
+        assert len(found) == 1, found
+        return found[0]
+
+    def kill_agent(self, name: str) -> None:
+        """Kill the actor that is the agent of a host with SIGKILL. Ray starts another one."""
+        os.kill(self.agent_pid(name), signal.SIGKILL)
+
+    def _complete(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        cut = words.index("--") if "--" in words else len(words)
+        options = ("--address", self.address, "--output", "json", *(() if self.secure else ("--insecure",)))
+        return (*words[:cut], *options, *words[cut:])
+
+    def _processes(self) -> Iterator[int]:
+        """Yield the processes of this cluster: their command line or environment has the path of its directory."""
+        marks = (os.fsencode(str(self._scratch)), os.fsencode(f"PAGEFERRY_RUN_DIR={self.folder}/"))
+        for pid in proc.pids():
+            with contextlib.suppress(OSError):
+                texts = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
+                if any(mark in text for mark in marks for text in texts) and pid != os.getpid():
+                    yield pid
+
+    def __enter__(self) -> Self:
+        self.network.__enter__()
+        try:
+            for name in self.names:
+                self.start_ray(name)
+            for name in self.names:
+                self.join(name)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        end = time.monotonic() + SECONDS
+        while (left := list(self._processes())) and time.monotonic() < end:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        for agent in self.agents.values():
+            agent.wait(SECONDS)
+            assert agent.stdout is not None
+            agent.stdout.close()
+        self.network.__exit__(kind, error, trace)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        assert left == [], left
+
+
+def _title(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def _certificates(folder: Path, hosts: dict[str, Host]) -> dict[str, Path]:
+    """Create the certificates of Ray, and those of the hosts. Return the directory of each host."""
+    authority = Authority()
+    ray = authority.folder(folder / "ray")
+    found = {}
+    for name, host in hosts.items():
+        assert host.address is not None
+        both = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+        authority.issue(ray, name, name, also=(host.address, "127.0.0.1", "localhost"), purposes=both)
+        trust = authority.folder(folder / f"tls-{name}")
+        authority.issue(trust, "client", name)
+        authority.issue(trust, "server", name, also=(name, host.address))
+        found[name] = trust
+    return found
+
