@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from pageferry.fleet import costs
-from pageferry.fleet.costs import Costs
+from pageferry.fleet.costs import Costs, Load
 from pageferry.fleet.links import ENOUGH, PARALLEL_UPLINK, Network, Path
 from pageferry.fleet.model import Limits, Move
 
@@ -29,12 +29,10 @@ class Request:
     """Waiting move with what admission needs to know about it."""
 
     move: Move
-    volume: int
-    """Bytes of memory to send."""
-    dirty: int | None
-    """Dirty rate, bytes per second; None if unknown."""
+    load: Load
     least: int
-    """Minimum rate, bytes per second."""
+    """Minimum rate at which the move converges, bytes per second. If the path is slower, the rate of the path is
+    required."""
     path: Path
 
 
@@ -192,10 +190,10 @@ class Admission:
     def _granted(self, request: Request, average: float) -> Grant:
         """Return the grant of a move whose average rate is `average`. Set-up and pause send nothing, so that the rate
         of the transfer is higher."""
-        move, model = request.move, self.model
+        model = self.model
         most = min(request.path.rate, model.rate)
-        first = costs.predict(request.volume, request.dirty, move.mode, average, model)
+        first = costs.predict(request.load, average, model)
         rate = costs.rate_for(first.bytes, average, most, model)
-        found = costs.predict(request.volume, request.dirty, move.mode, rate, model)
+        found = costs.predict(request.load, rate, model)
         reserved = min(average, found.bytes / found.seconds)
         return Grant(request, reserved, rate, found.bytes, found.seconds, found.downtime)

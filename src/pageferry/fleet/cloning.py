@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pageferry.fleet import costs
 from pageferry.fleet.capacity import Capacity, Room
 from pageferry.fleet.model import Demand, Limits, Placed, Plan, Unplaced, View, Workload
-from pageferry.fleet.placement import Tier
 from pageferry.fleet.rebalancing import used
+from pageferry.fleet.tiers import Tier
 
 NOWHERE = ""
 """Host of a clone that is not started yet."""

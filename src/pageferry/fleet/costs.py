@@ -19,6 +19,8 @@ minutes of a clone: the kernel allocates private memory on the first write, what
 CONVERGING = 0.5
 """Maximum dirty rate for pre-copy, as a part of the rate of the move. Each round is then at most half as long as the
 previous one, and all rounds send at most twice the memory."""
+UNTHROTTLED = 2
+"""Number of rounds without progress that are assumed before a throttled workload (`--auto-converge`) converges."""
 MODES: tuple[Mode, ...] = ("precopy", "hybrid", "postcopy")
 UNMEASURED: tuple[Mode, ...] = ("hybrid", "precopy", "postcopy")
 """Modes for a workload whose dirty rate was not measured: hybrid ends at any dirty rate."""
@@ -46,6 +48,17 @@ class Costs(Record, frozen=True, kw_only=True):
     postcopy.json."""
     max_rounds: int = 30
     """Default of `pageferry migrate --max-rounds`."""
+
+
+class Load(NamedTuple):
+    """What a move has to send."""
+
+    volume: int
+    """Bytes of memory."""
+    dirty: int | None
+    """Dirty rate, bytes per second; None if unknown."""
+    mode: Mode
+    auto_converge: bool = False
 
 
 class Prediction(NamedTuple):
@@ -110,17 +123,21 @@ def choose_mode(workload: Workload, volume: int, rate: float, costs: Costs) -> t
     )
 
 
-def least_rate(workload: Workload, mode: Mode, auto_converge: bool) -> int:
-    """Return the minimum rate at which the mode converges, bytes per second; 0 if it ends at any rate."""
-    if mode != "precopy" or auto_converge or workload.dirty_rate is None:
+def least_rate(workload: Workload, mode: Mode) -> int:
+    """Return the minimum rate at which the mode converges without throttling, bytes per second; 0 if it ends at any
+    rate."""
+    if mode != "precopy" or workload.dirty_rate is None:
         return 0
     return int(workload.dirty_rate / CONVERGING)
 
 
-def predict(volume: int, dirty: int | None, mode: Mode, rate: float, costs: Costs) -> Prediction:
-    """Predict a move that sends `volume` bytes of memory at `rate` bytes per second. `dirty`: dirty rate, bytes per
-    second; None if unknown."""
-    sent, left = _sent(volume, dirty or 0, mode, rate, costs)
+def predict(load: Load, rate: float, costs: Costs) -> Prediction:
+    """Predict a move at `rate` bytes per second."""
+    sent, left = _sent(load.volume, load.dirty or 0, load.mode, rate, costs)
+    if load.auto_converge:
+        # Rounds without progress precede the throttle step at which the rounds converge.
+        sent, left = _sent(load.volume, min(load.dirty or 0, round(CONVERGING * rate)), "precopy", rate, costs)
+        sent += UNTHROTTLED * load.volume
     wire = sent * costs.overhead
     downtime = costs.downtime + left / rate
     return Prediction(round(wire), costs.setup + wire / rate + costs.downtime, downtime)

@@ -9,24 +9,19 @@ order and the failure of moves cannot overfill a host.
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from pageferry.fleet import costs
 from pageferry.fleet.capacity import Capacity, Room
 from pageferry.fleet.model import Limits, Unplaced, View, Workload
 from pageferry.fleet.schedule import Choice
+from pageferry.fleet.tiers import Tier
 
-PROBES = 64
-"""Number of hosts that are examined in the order of their load, before hosts are examined in the order of their free
-memory."""
 OWN_COPY = 2.0
 """Factor on the expected time of a clone that would not share its image at the destination, because it occupies more
 memory there from then on."""
-
-Load = Callable[[Room], float]
 
 
 class Strategy(Protocol):
@@ -39,75 +34,15 @@ class Strategy(Protocol):
         """Record that the workload was placed."""
 
 
-class Tier:
-    """Hosts in the order of their load. Loads only increase while a plan is made."""
-
-    def __init__(self, rooms: Iterable[Room], load: Load) -> None:
-        self._load = load
-        self._rooms = list(rooms)
-        self._by_load = [(load(room), -room.free, number) for number, room in enumerate(self._rooms)]
-        self._by_free = [(-room.free, number) for number, room in enumerate(self._rooms)]
-        heapq.heapify(self._by_load)
-        heapq.heapify(self._by_free)
-
-    def best(self, accepts: Callable[[Room], bool], need: int) -> Room | None:
-        """Return the accepted host with the lowest load, or after `PROBES` refusals the one with the most free memory.
-
-        `need`: minimum memory that the workload adds to any host of the tier, bytes.
-        """
-        if not self._rooms or -self._top_free()[0] < need:
-            return None
-        aside: list[tuple[float, int, int]] = []
-        found = None
-        while self._by_load and len(aside) < PROBES:
-            entry = heapq.heappop(self._by_load)
-            room = self._rooms[entry[2]]
-            current = (self._load(room), -room.free, entry[2])
-            if current > entry:
-                heapq.heappush(self._by_load, current)
-                continue
-            aside.append(entry)
-            if accepts(room):
-                found = room
-                break
-        for entry in aside:
-            heapq.heappush(self._by_load, entry)
-        if found is not None or not self._by_load or len(aside) < PROBES:
-            return found
-        return self._with_most_memory(accepts, need)
-
-    def _with_most_memory(self, accepts: Callable[[Room], bool], need: int) -> Room | None:
-        aside, found = [], None
-        while self._by_free and found is None:
-            entry = self._top_free()
-            room = self._rooms[entry[1]]
-            if -entry[0] < need:
-                break
-            aside.append(heapq.heappop(self._by_free))
-            found = room if accepts(room) else None
-        for entry in aside:
-            heapq.heappush(self._by_free, entry)
-        return found
-
-    def _top_free(self) -> tuple[int, int]:
-        """Return the entry of the host with the most free memory."""
-        while True:
-            free, number = self._by_free[0]
-            current = -self._rooms[number].free
-            if current == free:
-                return free, number
-            heapq.heapreplace(self._by_free, (current, number))
-
-
 class Spread:
     """Destinations by the time until they have received everything that was placed on them."""
 
     def __init__(self, view: View, capacity: Capacity, eligible: Collection[str], limits: Limits) -> None:
         self._capacity = capacity
         self._limits = limits
-        self._uplinks = {link.name: link.rate for link in view.links}
+        self._rates = {link.name: link.rate for link in view.links}
         self._hosts = {host.name: host for host in view.hosts}
-        self._incoming: dict[str, int] = {}
+        self._incoming: dict[tuple[str, str], int] = {}
         """Bytes placed on hosts and shared links."""
         self._rooms = [capacity.rooms[name] for name in eligible]
         self._tiers: dict[str | None, Tier] = {}
@@ -134,8 +69,9 @@ class Spread:
         room = self._capacity.rooms[destination]
         volume = costs.occupied(workload, room.shares(workload), self._capacity.sizes)
         shared = set(self._hosts[workload.host].uplinks)
-        for name in (f"host {destination}", *(one for one in room.host.uplinks if one not in shared)):
-            self._incoming[name] = self._incoming.get(name, 0) + volume
+        crossed = (("link", name) for name in room.host.uplinks if name not in shared)
+        for key in (("host", destination), *crossed):
+            self._incoming[key] = self._incoming.get(key, 0) + volume
 
     def _tiers_for(self, workload: Workload) -> Iterator[tuple[Tier, bool]]:
         if workload.base is not None and workload.base in self._holders:
@@ -144,23 +80,25 @@ class Spread:
 
     def _tier(self, base: str | None) -> Tier:
         if base not in self._tiers:
-            self._tiers[base] = Tier(self._rooms if base is None else self._holders[base], self._load)
+            rooms = self._rooms if base is None else self._holders[base]
+            self._tiers[base] = Tier(rooms, self._of_interface, self._of_links)
         return self._tiers[base]
 
-    def _load(self, room: Room) -> float:
-        """Return the time in which a host receives what was placed on it, seconds."""
-        incoming = self._incoming
-        load = incoming.get(f"host {room.host.name}", 0) / room.host.link
-        for name in room.host.uplinks:
-            if name in incoming and name in self._uplinks:
-                load = max(load, incoming[name] / self._uplinks[name])
-        return load
+    def _of_interface(self, room: Room) -> float:
+        """Return the time in which the interface of a host receives what was placed on the host, seconds."""
+        return self._incoming.get(("host", room.host.name), 0) / room.host.link
+
+    def _of_links(self, names: tuple[str, ...]) -> float:
+        """Return the same time for the slowest of several shared links."""
+        rates, incoming = self._rates, self._incoming
+        return max((incoming.get(("link", name), 0) / rates[name] for name in names if name in rates), default=0.0)
 
     def _expected(self, workload: Workload, room: Room) -> float:
         shares = room.shares(workload)
         volume = costs.occupied(workload, shares, self._capacity.sizes)
         factor = 1.0 if shares or workload.base is None else OWN_COPY
-        return (self._load(room) + volume / room.host.link) * factor
+        load = max(self._of_interface(room), self._of_links(room.host.uplinks))
+        return (load + volume / room.host.link) * factor
 
 
 class BestFit:

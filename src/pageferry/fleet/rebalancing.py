@@ -16,8 +16,8 @@ from pageferry.fleet.capacity import Capacity, Room
 from pageferry.fleet.costs import Costs
 from pageferry.fleet.evacuation import plan_of
 from pageferry.fleet.model import Limits, Plan, View, Workload
-from pageferry.fleet.placement import Tier
 from pageferry.fleet.schedule import Choice, Scheduler, lower_bound
+from pageferry.fleet.tiers import Tier
 
 
 def used(room: Room) -> float:

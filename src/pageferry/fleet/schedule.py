@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from pageferry.fleet import costs
 from pageferry.fleet.admission import Admission, Grant, Request
 from pageferry.fleet.capacity import Capacity
-from pageferry.fleet.costs import Costs
+from pageferry.fleet.costs import Costs, Load
 from pageferry.fleet.links import Network
 from pageferry.fleet.model import Limits, Mode, Move, Peak, View, Workload
 
@@ -89,9 +89,8 @@ class Scheduler:
                 shares_base=choice.shares,
                 reason=f"{choice.why}; {mode}: {why}",
             ),
-            volume=volume,
-            dirty=workload.dirty_rate,
-            least=costs.least_rate(workload, mode, throttle),
+            load=Load(volume, workload.dirty_rate, mode, throttle),
+            least=costs.least_rate(workload, mode),
             path=path,
         )
 
@@ -112,8 +111,7 @@ class Scheduler:
 
 def _alone(request: Request, model: Costs) -> float:
     """Return the duration of the move if it used its path alone, seconds."""
-    rate = min(request.path.rate, model.rate)
-    return costs.predict(request.volume, request.dirty, request.move.mode, rate, model).seconds
+    return costs.predict(request.load, min(request.path.rate, model.rate), model).seconds
 
 
 def _planned(grant: Grant, now: float) -> Move:

@@ -127,7 +127,11 @@ class CancelMove(Action, frozen=True, kw_only=True, tag="cancel-move"):
 
 class Recover(Action, frozen=True, kw_only=True, tag="recover"):
     """Run `pageferry.recover` at the source, with a receiver at the destination that replies. The reply is
-    `Recovered`."""
+    `Recovered`.
+
+    Before the recovery, the agent ensures that it rejects every later `StartMove` of the workload with this or a lower
+    `attempt`: it may have been delayed on the way to the agent. If the move still runs, the reply is `unknown`.
+    """
 
     workload: str
     source: str
