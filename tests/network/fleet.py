@@ -15,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from pageferry.host import proc
+from pageferry.host import proc, processes
 from tests.certificates import Authority
 from tests.kernel.moving import Host
 from tests.kernel.programs import Program
@@ -43,6 +42,7 @@ class Fleet:
     """
 
     def __init__(self, folder: Path, names: tuple[str, ...] = NAMES, *, secure: bool = True, **join: str) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder
         self.names = names
         self.secure = secure
@@ -54,7 +54,7 @@ class Fleet:
         self._token = secrets.token_hex(32)
         # Paths of Ray's sockets must be shorter than 108 bytes.
         self._scratch = Path(tempfile.mkdtemp(prefix="pf-", dir="/tmp"))
-        self._trust = _certificates(folder, self.hosts) if secure else {}
+        self.trust = _certificates(folder, self.hosts) if secure else {}
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -63,7 +63,10 @@ class Fleet:
         return f"{self.hosts[self.names[0]].address}:{PORT}"
 
     def start_ray(self, name: str) -> None:
-        """Start Ray on a host, and wait until its node is in the cluster."""
+        """Start Ray on a host, and wait until its node is in the cluster.
+
+        Nodes start one after the other: they share a directory, in which Ray chooses the names of sockets.
+        """
         head = ("--head", f"--port={PORT}", "--include-dashboard=false")
         role = head if name == self.names[0] else (f"--address={self.address}",)
         words = [
@@ -71,31 +74,37 @@ class Fleet:
             *(f"--node-ip-address={self.hosts[name].address}", "--num-cpus=0", f"--object-store-memory={STORE}"),
             *(f"--temp-dir={self._scratch}", "--disable-usage-stats", "--include-log-monitor=false"),
         ]
-        log = self.folder / f"ray-{name}.log"
-        with open(log, "wb") as file:
+        with open(self._log("ray", name), "wb") as file:
             command = [*self.hosts[name].within, *words]
             done = subprocess.run(command, env=self.environment(name), stdout=file, stderr=file, timeout=SECONDS)
-        assert done.returncode == 0, log.read_text()
+        assert done.returncode == 0, self._log("ray", name).read_text()
 
-    def join(self, name: str, **options: str) -> None:
-        """Start `pageferry fleet join` on a host, and wait until it has joined."""
-        given = {"images": str(self.images), "memory": "2G", "timeout": "3s", **self._join, **options}
-        words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
-        trust = ("--tls", str(self._trust[name])) if self.secure else ("--insecure",)
+    def join(self, *names: str, **options: str) -> None:
+        """Start `pageferry fleet join` on hosts at the same time, and wait until they have joined."""
+        for name in names:
+            self._start_joining(name, {"images": str(self.images), "memory": "2G", **self._join, **options})
+        for name in names:
+            output = self.agents[name].stdout
+            assert output is not None
+            line = output.readline()
+            assert line, self._log("join", name).read_text()
+            assert json.loads(line)["type"] == "fleet-joined"
+
+    def _start_joining(self, name: str, options: dict[str, str]) -> None:
+        words = [word for key, value in options.items() for word in (f"--{key}", value)]
+        trust = ("--tls", str(self.trust[name])) if self.secure else ("--insecure",)
         command = self.command("join", "--address", self.address, "--name", name, *trust, *words, "--output", "json")
-        log = self.folder / f"join-{name}.log"
-        with open(log, "ab") as errors:
-            agent = subprocess.Popen(
+        with open(self._log("join", name), "ab") as errors:
+            self.agents[name] = subprocess.Popen(
                 [*self.hosts[name].within, *command],
                 env=self.environment(name),
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
             )
-        self.agents[name] = agent
-        assert agent.stdout is not None
-        line = agent.stdout.readline()
-        assert line and json.loads(line)["type"] == "fleet-joined", log.read_text()
+
+    def _log(self, what: str, name: str) -> Path:
+        return self.folder / f"{what}-{name}.log"
 
     def leave(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
         """End the agent of a host by a signal to its command."""
@@ -157,7 +166,10 @@ class Fleet:
 
     def agent_pid(self, name: str) -> int:
         """Return the pid of the actor that is the agent of a host."""
-        found = [pid for pid in self._processes() if f"ray::host:{name}" in _title(pid)]
+        raylet = f"--node_ip_address={self.hosts[name].address} "
+        actors = [pid for pid in self._processes() if _title(pid).startswith("ray::")]
+        found = [pid for pid in actors if not _title(pid).rstrip().endswith("Agent") or "RayAgent" in _title(pid)]
+        found = [pid for pid in found if raylet in _title(proc.parent(pid) or 0)]
         assert len(found) == 1, found
         return found[0]
 
@@ -170,22 +182,19 @@ class Fleet:
         options = ("--address", self.address, "--output", "json", *(() if self.secure else ("--insecure",)))
         return (*words[:cut], *options, *words[cut:])
 
-    def _processes(self) -> Iterator[int]:
-        """Yield the processes of this cluster: their command line or environment has the path of its directory."""
+    def _processes(self) -> list[int]:
+        """Return the processes of this cluster: their command line or environment has the path of its directory, or
+        they are children of such a process. Ray overwrites the command lines of its actors."""
         marks = (os.fsencode(str(self._scratch)), os.fsencode(f"PAGEFERRY_RUN_DIR={self.folder}/"))
-        for pid in proc.pids():
-            with contextlib.suppress(OSError):
-                texts = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
-                if any(mark in text for mark in marks for text in texts) and pid != os.getpid():
-                    yield pid
+        found = [pid for pid in proc.pids() if pid != os.getpid() and _contains(pid, marks)]
+        return list({*found, *(child for pid in found for child in processes.descendants(pid))})
 
     def __enter__(self) -> Self:
         self.network.__enter__()
         try:
             for name in self.names:
                 self.start_ray(name)
-            for name in self.names:
-                self.join(name)
+            self.join(*self.names)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -209,6 +218,13 @@ class Fleet:
         assert left == [], left
 
 
+def _contains(pid: int, marks: tuple[bytes, ...]) -> bool:
+    with contextlib.suppress(OSError):
+        texts = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
+        return any(mark in text for mark in marks for text in texts)
+    return False
+
+
 def _title(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -229,4 +245,3 @@ def _certificates(folder: Path, hosts: dict[str, Host]) -> dict[str, Path]:
         authority.issue(trust, "server", name, also=(name, host.address))
         found[name] = trust
     return found
-

@@ -67,6 +67,8 @@ class Cluster:
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._agents: dict[str, Any] = {}
+        self._own: dict[str, Any] = {}
+        """Agents that this process has started. Ray ends an actor when its owner drops the last reference to it."""
 
     @classmethod
     def connect(cls, address: str | None = None, *, insecure: bool = False) -> Cluster:
@@ -119,7 +121,7 @@ class Cluster:
         end = time.monotonic() + TAKING_OVER
         while True:
             try:
-                self._agents[name] = actor.options(**options).remote(config)
+                self._own[name] = actor.options(**options).remote(config)
                 return
             except ValueError as taken:
                 if time.monotonic() > end:
@@ -130,7 +132,7 @@ class Cluster:
 
     def stop_agent(self, name: str) -> None:
         """Stop the agent that `start_agent` has started."""
-        if (agent := self._agents.pop(name, None)) is not None:
+        if (agent := self._own.pop(name, None)) is not None:
             with contextlib.suppress(Exception):
                 self._ray.kill(agent, no_restart=True)
 

@@ -5,8 +5,8 @@ in FOLDER. It records their end in `FOLDER/ended.json`. It outlives the agent, R
 interrupt a migration by exiting. It uses only the standard library.
 
 Ray lowers the priority of the processes of its actors: it raises their niceness, and makes the kernel's OOM killer
-choose them first. Workloads must not inherit this, so the supervisor restores the values of an ordinary process. It
-also removes the variables of Ray, which include the token of the cluster, from the environment of the command.
+choose them first. It also blocks signals in them. Workloads must not inherit this, so the supervisor restores the
+values of an ordinary process. It also removes the variables of Ray, which include the token of the cluster, from the environment of the command.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -36,7 +37,10 @@ def main() -> int:
 
 
 def _be_ordinary() -> None:
-    """Restore the scheduling priority and the OOM score of an ordinary process, as far as the user may."""
+    """Restore the signals, the scheduling priority and the OOM score of an ordinary process, as far as the user may."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 0)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
