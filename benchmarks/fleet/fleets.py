@@ -93,7 +93,7 @@ def _workload(chance: random.Random, name: str, host: str, images: list[Image]) 
             base=image.identity,
             dirty_rate=min(dirty, private),
             group=group,
-            cannot={mode: "a clone is migrated in pre-copy only" for mode in ("hybrid", "postcopy")},
+            cannot=dict.fromkeys(("hybrid", "postcopy"), "a clone is migrated in pre-copy only"),
         )
     memory = chance.choice((2, 4, 8, 16, 32)) * GIB
     private = round(memory * chance.uniform(0.3, 1.0))

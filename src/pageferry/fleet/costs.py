@@ -8,7 +8,7 @@ rounds of pre-copy form a geometric series: each round sends what the workload h
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import inf, log
+from math import ceil, inf, log
 from typing import NamedTuple
 
 from pageferry.fleet.model import Image, Mode, Record, Workload
@@ -158,7 +158,7 @@ def _sent(volume: int, dirty: int, mode: Mode, rate: float, costs: Costs) -> tup
     if ratio == 0.0:
         return volume, 0.0
     # Round n + 1 has volume * ratio^n bytes. The first one that fits into `max_downtime` is sent in the pause.
-    rounds = min(max(1, -int(-log(in_pause / volume) // log(1 / ratio))), costs.max_rounds)
+    rounds = min(max(1, ceil(log(volume / in_pause) / log(1 / ratio))), costs.max_rounds)
     left = volume * ratio**rounds
     return volume * (1 - ratio**rounds) / (1 - ratio) + left, left
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from msgspec.structs import replace
 
@@ -48,7 +49,7 @@ from pageferry.fleet.steps import (
     Ticked,
 )
 from pageferry.fleet.substitutes import Substitutes
-from pageferry.fleet.tasks import ENDED, Task
+from pageferry.fleet.tasks import ENDED, State, Task
 
 RETRY_DELAY = 1.0
 """Time until the first retry, seconds. It doubles with every retry."""
@@ -208,7 +209,9 @@ class Execution:
 
     def _on_head_restarted(self, _: HeadRestarted) -> None:
         for task in self.tasks.values():
-            if task.state == "moving" or (task.unresolved and task.state != "stuck"):
+            if task.state == "stuck":
+                self._actions.append(AskHost(host=task.move.source))
+            elif task.state == "moving" or task.unresolved:
                 task.reason = task.reason or "the driver has lost its calls to the agents"
                 self._doubt(task)
 
@@ -227,7 +230,7 @@ class Execution:
         for name in sorted(due & self._open):
             self._check(self.tasks[name])
 
-    _handlers: Mapping[type[StepEvent], Callable[..., None]] = {
+    _handlers: ClassVar[Mapping[type[StepEvent], Callable[..., None]]] = {
         Begun: _on_begun,
         Progressed: _on_progressed,
         Ended: _on_ended,
@@ -264,9 +267,10 @@ class Execution:
             self._check_waiting(task, found)
         elif task.state in ("asking", "stuck") and running:
             # The move continues. Its end is found by the next question, if the driver does not report it.
-            task.doubted = task.heard = self._now
+            task.doubted = self._now
+            self._reopen(task, "asking")
         elif task.state in ("asking", "stuck"):
-            self._reopen(task)
+            self._reopen(task, "recovering")
             self._actions.append(
                 Recover(
                     workload=task.name,
@@ -276,7 +280,6 @@ class Execution:
                     migration=task.migration,
                 )
             )
-            self._set_timer(task, self._now + QUESTION_INTERVAL)
 
     def _check_waiting(self, task: Task, found: Workload | None) -> None:
         """Give up a waiting workload that is not on its source any longer, or cannot be moved now."""
@@ -354,11 +357,11 @@ class Execution:
         self._release(task)
         self._wake(task.move.destination)
         self._absent.discard(task.name)
-        was_stuck = task.state == "stuck"
-        task.owner, task.cause, task.reason, task.state = task.move.source, cause, reason, "waiting"
+        self._open.add(task.name)  # it may have been stuck
+        task.owner, task.reason, task.state = task.move.source, reason, "waiting"
         if self.cancelled:
             self._give_up(task, "the plan was cancelled", remedies.of_failure(task, "cancelled"))
-        elif was_stuck or cause in FINAL or task.starts >= self.limits.attempts:
+        elif cause in FINAL or task.starts >= self.limits.attempts:
             self._give_up(task, reason or cause, remedies.of_failure(task, cause))
         else:
             self._retry(task, cause)
@@ -382,7 +385,7 @@ class Execution:
 
     def _choose_again(self, task: Task) -> None:
         """Choose another destination; if no other host is suitable, keep the destination."""
-        destination = self._substitutes.choose(task.workload, task.refused)
+        destination = self._substitutes.choose(task.workload, task.refused | self._lost.keys())
         if destination is not None:
             shares = self._capacity.rooms[destination].shares(task.workload)
             reason = f"replaces {task.move.destination}"
@@ -411,12 +414,13 @@ class Execution:
         self._release_links(task)
         self._actions.append(GiveUp(workload=task.name, reason=reason, remedy=remedy))
 
-    def _reopen(self, task: Task) -> None:
-        """Recover a task, which may be stuck, because its source replies again."""
+    def _reopen(self, task: Task, state: State) -> None:
+        """Continue to resolve a task, which may be stuck, because its source replies."""
         if task.state == "stuck":
             task.doubted = self._now
             self._open.add(task.name)
-        task.heard, task.state = self._now, "recovering"
+        task.heard, task.state = self._now, state
+        self._set_timer(task, self._now + QUESTION_INTERVAL)
 
     # -- starting moves
 
@@ -453,7 +457,7 @@ class Execution:
         """Start the moves that can start, give up those that can never start, and return all actions."""
         for grant in self._admission.starts():
             self._start(grant)
-        if self._open and not self._busy():
+        while self._open and not self._busy():
             self._end_stall()
         actions, self._actions = list(dict.fromkeys(self._actions)), []
         return actions

@@ -7,7 +7,6 @@ from typing import Literal
 
 from pageferry.fleet.admission import Grant, Request
 from pageferry.fleet.model import Move, Workload
-from pageferry.fleet.steps import Cause
 
 State = Literal["waiting", "moving", "asking", "recovering", "searching", "stuck", "done", "given-up"]
 """State of a task.
@@ -55,8 +54,6 @@ class Task:
     """Time at which the outcome became unknown, or at which the source last reported that the move still runs."""
     refused: set[str] = field(default_factory=set)
     """Destinations that failed."""
-    cause: Cause | None = None
-    """Cause of the last failure."""
     reason: str = ""
     """Message of the last failure."""
     remedy: str = ""
