@@ -122,7 +122,7 @@ class Fleet:
         """Return the environment of a process on a host."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         kept |= {"PAGEFERRY_RUN_DIR": str(self.hosts[name].run_directory), "RAY_USAGE_STATS_ENABLED": "0"}
-        kept |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        kept |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "RAY_AUTH_MODE": "disabled"}
         if self.secure:
             folder = self.folder / "ray"
             kept |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token, "RAY_USE_TLS": "1"}

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -188,6 +187,7 @@ def test_killed_migration_is_recovered_and_started_again(fleet: Fleet, ledgers: 
     assert owners(fleet, "large") == [found["moves"][0]["destination"]]
 
 
+@pytest.mark.only_full
 def test_killed_receiver_leaves_the_workload_at_its_source(fleet: Fleet, ledgers: Ledgers) -> None:
     ledgers.start("large", mib=32)
     with fleet.start("move", "large", "b") as move:
@@ -200,7 +200,7 @@ def test_killed_receiver_leaves_the_workload_at_its_source(fleet: Fleet, ledgers
 
 
 def test_cancelled_move_leaves_the_workload_at_its_source(fleet: Fleet, ledgers: Ledgers) -> None:
-    ledgers.start("large", mib=32)
+    ledgers.start("large", mib=256)
     with fleet.start("move", "large", "b") as move:
         phase(move, "moving")
         assert fleet.run("cancel", "large")[-1]["workloads"] == ["large"]
@@ -209,6 +209,7 @@ def test_cancelled_move_leaves_the_workload_at_its_source(fleet: Fleet, ledgers:
     assert owners(fleet, "large") == ["a"]
 
 
+@pytest.mark.only_full
 def test_host_that_joins_again_brings_its_workloads(fleet: Fleet, ledgers: Ledgers) -> None:
     ledgers.start("one", on="c")
     fleet.leave("c", signal.SIGKILL)
@@ -218,24 +219,21 @@ def test_host_that_joins_again_brings_its_workloads(fleet: Fleet, ledgers: Ledge
     assert fleet.where() == {"one": "c"}
 
 
+@pytest.mark.only_full
 def test_host_without_certificate_of_its_name_receives_nothing(fleet: Fleet, ledgers: Ledgers) -> None:
     ledgers.start("one")
     fleet.leave("b")
     fleet.trust["b"], right = fleet.trust["c"], fleet.trust["b"]
     try:
         fleet.join("b")
-        events = fleet.run("move", "one", "b", code=41)
-        assert events[-1]["moves"][0]["outcome"] in ("aborted", "done")
-        assert owners(fleet, "one") != ["b"]
+        with fleet.start("move", "one", "b") as move:
+            assert "certificate" in phase(move, "aborted")["reason"]
+            assert result(move)["moves"][0]["destination"] == "c"
+        assert owners(fleet, "one") == ["c"]
     finally:
         fleet.leave("b")
         fleet.trust["b"] = right
         fleet.join("b")
-
-
-def _error(fleet: Fleet, *words: str, code: int = 2) -> str:
-    fleet.run(*words, code=code)
-    return fleet.said
 
 
 def test_clones_are_spread_and_evacuated(fleet: Fleet, payload_on_tcg: GuestParts, tmp_path: Path) -> None:
@@ -268,12 +266,12 @@ def test_clones_are_spread_and_evacuated(fleet: Fleet, payload_on_tcg: GuestPart
                     stop.wait()
 
 
+@pytest.mark.only_full
 def test_cluster_without_a_token_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     hosts.require()
     with Fleet(tmp_path / "fleet", ("a",), secure=False) as fleet:
         assert [host["name"] for host in fleet.status()["hosts"]] == ["a"]
         fleet.secure = True
-        begun = time.monotonic()
-        said = _error(fleet, "status", code=40)
-        assert "accepts clients without a token" in said, (said, time.monotonic() - begun)
+        fleet.run("status", code=40, RAY_AUTH_MODE="disabled", RAY_USE_TLS="0")
+        assert "it accepts clients without a token and its connections are not encrypted" in fleet.said

@@ -6,7 +6,8 @@ interrupt a migration by exiting. It uses only the standard library.
 
 Ray lowers the priority of the processes of its actors: it raises their niceness, and makes the kernel's OOM killer
 choose them first. It also blocks signals in them. Workloads must not inherit this, so the supervisor restores the
-values of an ordinary process. It also removes the variables of Ray, which include the token of the cluster, from the environment of the command.
+values of an ordinary process. It also removes the variables of Ray, which include the token of the cluster, from the
+environment of the command.
 """
 
 from __future__ import annotations
