@@ -255,8 +255,8 @@ def test_clones_are_spread_and_evacuated(fleet: Fleet, payload_on_tcg: GuestPart
         where = fleet.where()
         assert set(where) == {"guest", "clone-1", "clone-2", "clone-3"}
         assert set(where.values()) == {"b", "c"}
-        for name, host in where.items():
-            asyncio.run(Serial(serials / f"{name}-{host}").passes(1))
+        for name, owner in where.items():
+            asyncio.run(Serial(serials / f"{name}-{owner}").passes(1))
         assert [path.name for path in serials.iterdir() if Serial(path).bad] == []
     finally:
         for host in fleet.hosts.values():

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Unpack
 
+from msgspec.structs import replace
+
 from pageferry import values
 from pageferry.errors import FleetError, ImageError, PageferryError, UsageError
 from pageferry.events import Listener, ignore
@@ -17,7 +19,7 @@ from pageferry.fleet.cluster import AgentUnreachable, Cluster
 from pageferry.fleet.driver import Driver
 from pageferry.fleet.events import CloneStarted, FleetCancelled, FleetResult, FleetStatus, Saved, SilentHost
 from pageferry.fleet.inventory import identity_of
-from pageferry.fleet.model import Demand, Host, Image, Limits, Placed, Plan, Unplaced, View
+from pageferry.fleet.model import Demand, Image, Limits, Placed, Plan, Unplaced, View
 from pageferry.fleet.options import (
     CheckpointArguments,
     CheckpointOptions,
@@ -63,6 +65,12 @@ async def status_async(**options: Unpack[ClusterArguments]) -> FleetStatus:
 
     `options` are the fields of `pageferry.fleet.options.ClusterOptions`: address (HOST:PORT of the head of the Ray
     cluster), insecure. Raises FleetError if the cluster cannot be used.
+
+    Examples:
+        >>> import pageferry
+        >>> pageferry.fleet.status(address="127.0.0.1:1")  # no cluster there
+        Traceback (most recent call last):
+        pageferry.errors.FleetError: cannot connect to Ray at 127.0.0.1:1: ...
     """
     async with connected(values.options(ClusterOptions, options)) as cluster:
         found = await reports(cluster)
@@ -91,6 +99,12 @@ async def move_async(
     `pageferry.fleet.options.MoveOptions`: address, insecure, dry_run (only plan).
 
     Raises UsageError, FleetError. The result contains the reason if the workload is not on that host afterwards.
+
+    Examples:
+        >>> import pageferry
+        >>> pageferry.fleet.move("web", "b", address="127.0.0.1:1")  # no cluster there
+        Traceback (most recent call last):
+        pageferry.errors.FleetError: cannot connect to Ray at 127.0.0.1:1: ...
     """
     chosen = values.options(MoveOptions, options)
     name, destination = values.text("workload", workload), values.text("host", host)
@@ -110,6 +124,12 @@ async def evacuate_async(*hosts: str, listener: Listener = ignore, **options: Un
     address, insecure, dry_run, deadline (seconds), per_host.
 
     Raises UsageError, FleetError. The result names workloads that remain, with the reason.
+
+    Examples:
+        >>> import pageferry
+        >>> pageferry.fleet.evacuate("a", address="127.0.0.1:1")  # no cluster there
+        Traceback (most recent call last):
+        pageferry.errors.FleetError: cannot connect to Ray at 127.0.0.1:1: ...
     """
     chosen = values.options(EvacuateOptions, options)
     names = [values.text("hosts", one) for one in hosts]
@@ -129,6 +149,12 @@ async def rebalance_async(*, listener: Listener = ignore, **options: Unpack[Reba
 
     `listener` receives the `Plan` first, and then the progress of its moves. `options` are the fields of
     `pageferry.fleet.options.RebalanceOptions`: address, insecure, dry_run, per_host. Raises UsageError, FleetError.
+
+    Examples:
+        >>> import pageferry
+        >>> pageferry.fleet.rebalance(address="127.0.0.1:1")  # no cluster there
+        Traceback (most recent call last):
+        pageferry.errors.FleetError: cannot connect to Ray at 127.0.0.1:1: ...
     """
     chosen = values.options(RebalanceOptions, options)
     async with connected(chosen) as cluster:
@@ -151,6 +177,12 @@ async def clone_async(
     `pageferry.fleet.options.CloneOptions`: address, insecure, dry_run, count, policy, name, group, labels.
 
     Raises UsageError, FleetError. The result names clones that do not run, with the reason.
+
+    Examples:
+        >>> import pageferry
+        >>> pageferry.fleet.clone("web.img", ["qemu-system-x86_64", "-m", "4G"], address="127.0.0.1:1")
+        Traceback (most recent call last):
+        pageferry.errors.FleetError: cannot connect to Ray at 127.0.0.1:1: ...
     """
     chosen = values.options(CloneOptions, options)
     command = _command(arguments)
@@ -158,9 +190,7 @@ async def clone_async(
         view = await _current(cluster)
         found = await _find_image(cluster, view, values.text("image", image))
         if is_url(image):  # each host can download it
-            hosts = tuple(_with_image(host, found) for host in view.hosts)
-            images = (*(one for one in view.images if one.identity != found.identity), found)
-            view = View(hosts=hosts, workloads=view.workloads, images=images, operations=view.operations)
+            view = _with_image(view, found)
         demand = Demand(
             image=found.identity, count=chosen.count, policy=chosen.policy, name=chosen.name, group=chosen.group
         )
@@ -169,27 +199,33 @@ async def clone_async(
         if chosen.dry_run:
             return FleetResult(verb="clone", plan=plan, unplaced=list(plan.unplaced))
         begun = time.monotonic()
-        numbers = {one.workload: number for number, one in enumerate(plan.placed, 1)}
-
-        async def start(placed: Placed) -> CloneStarted:
-            request = Clone(
-                id=new_id(),
-                image=image if is_url(image) else found.identity,
-                workload=placed.workload,
-                number=numbers[placed.workload],
-                command=command,
-                labels=parse_labels(chosen.labels),
-                group=chosen.group,
-            )
-            _, error = await reason_of(complete(cluster, placed.host, request))
-            return CloneStarted(workload=placed.workload, host=placed.host, error=error)
-
-        started = await on_hosts(plan.placed, start, STARTS)
+        started = await _start_clones(cluster, plan, image if is_url(image) else found.identity, command, chosen)
     took = time.monotonic() - begun
     return FleetResult(verb="clone", plan=plan, total_time=took, started=started, unplaced=list(plan.unplaced))
 
 
 clone = synchronous(clone_async)
+
+
+async def _start_clones(
+    cluster: Cluster, plan: Plan, image: str, command: tuple[str, ...], options: CloneOptions
+) -> list[CloneStarted]:
+    numbers = {one.workload: number for number, one in enumerate(plan.placed, 1)}
+
+    async def start(placed: Placed) -> CloneStarted:
+        request = Clone(
+            id=new_id(),
+            image=image,
+            workload=placed.workload,
+            number=numbers[placed.workload],
+            command=command,
+            labels=parse_labels(options.labels),
+            group=options.group,
+        )
+        _, error = await reason_of(complete(cluster, placed.host, request))
+        return CloneStarted(workload=placed.workload, host=placed.host, error=error)
+
+    return await on_hosts(plan.placed, start, STARTS)
 
 
 async def run_async(workload: str, arguments: Sequence[str], **options: Unpack[RunArguments]) -> FleetResult:
@@ -198,6 +234,12 @@ async def run_async(workload: str, arguments: Sequence[str], **options: Unpack[R
     `arguments`: command line of QEMU, in which {name} and {host} stand for the name of the guest and of its host.
     `options` are the fields of `pageferry.fleet.options.RunOptions`: address, insecure, host (default: the one with the
     most free memory), group, labels. Raises UsageError, FleetError.
+
+    Examples:
+        >>> import pageferry
+        >>> pageferry.fleet.run("web", ["qemu-system-x86_64", "-m", "4G"], address="127.0.0.1:1")  # no cluster there
+        Traceback (most recent call last):
+        pageferry.errors.FleetError: cannot connect to Ray at 127.0.0.1:1: ...
     """
     chosen = values.options(RunOptions, options)
     name, command = values.text("workload", workload), _command(arguments)
@@ -232,6 +274,12 @@ async def checkpoint_async(
     workloads. `options` are the fields of `pageferry.fleet.options.CheckpointOptions`: address, insecure, per_host.
 
     Raises UsageError, FleetError. The result names workloads that were not saved, with the reason.
+
+    Examples:
+        >>> import pageferry
+        >>> pageferry.fleet.checkpoint("s3://bucket/nightly", address="127.0.0.1:1")  # no cluster there
+        Traceback (most recent call last):
+        pageferry.errors.FleetError: cannot connect to Ray at 127.0.0.1:1: ...
     """
     chosen = values.options(CheckpointOptions, options)
     values.text("target", target)
@@ -257,6 +305,12 @@ async def cancel_async(*workloads: str, **options: Unpack[ClusterArguments]) -> 
 
     `workloads`: names; none for all workloads. A move after its commit is not cancelled. `options` are the fields of
     `pageferry.fleet.options.ClusterOptions`. Raises FleetError.
+
+    Examples:
+        >>> import pageferry
+        >>> pageferry.fleet.cancel(address="127.0.0.1:1")  # no cluster there
+        Traceback (most recent call last):
+        pageferry.errors.FleetError: cannot connect to Ray at 127.0.0.1:1: ...
     """
     chosen = values.options(ClusterOptions, options)
     names = {values.text("workloads", one) for one in workloads}
@@ -328,9 +382,11 @@ async def _find_image(cluster: Cluster, view: View, image: str) -> Image:
     )
 
 
-def _with_image(host: Host, image: Image) -> Host:
-    fields = {name: getattr(host, name) for name in Host.__struct_fields__}
-    return Host(**{**fields, "images": host.images | {image.identity}})
+def _with_image(view: View, image: Image) -> View:
+    """Return the view in which every host has the image."""
+    hosts = tuple(replace(host, images=host.images | {image.identity}) for host in view.hosts)
+    others = (one for one in view.images if one.identity != image.identity)
+    return replace(view, hosts=hosts, images=(*others, image))
 
 
 def _emptiest(view: View) -> str:

@@ -78,8 +78,9 @@ class Cluster:
         `insecure`: use a cluster without a token, or without TLS. Blocks for seconds. Raises UnsupportedError without
         Ray, FleetError if the cluster cannot be reached or is not secure.
         """
-        ray = _ray()
         target = _target(address)
+        _check_reachable(target)
+        ray = _ray()
         _refuse_insecure(target, insecure=insecure)
         try:
             ray.init(
@@ -241,8 +242,8 @@ def _own_address(target: str) -> dict[str, str]:
     return {}
 
 
-def _refuse_insecure(target: str, *, insecure: bool) -> None:
-    """Raise FleetError if the cluster cannot be reached, or accepts clients without a token, or has no TLS."""
+def _check_reachable(target: str) -> None:
+    """Raise FleetError if no process listens at the address: Ray would try to connect for a minute."""
     host, _, port = target.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=10):
@@ -251,6 +252,11 @@ def _refuse_insecure(target: str, *, insecure: bool) -> None:
         raise FleetError(
             f"cannot connect to Ray at {target}: {error.strerror or error}; start its head, or correct the address"
         ) from error
+
+
+def _refuse_insecure(target: str, *, insecure: bool) -> None:
+    """Raise FleetError if the cluster accepts clients without a token, or has no TLS."""
+    host = target.rpartition(":")[0]
     if insecure:
         return
     missing = list(_missing(target, host))

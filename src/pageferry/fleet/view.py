@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping
 
-from pageferry.fleet.cluster import AgentUnreachable, Cluster
-from pageferry.fleet.model import Host, Image, Link, Operation, View, Workload
-from pageferry.fleet.protocol import RECEIVE, HostReport, OperationReport, verb_of
+from msgspec.structs import replace
 
-LINK = 0
-"""Rate of a shared link that no host has described; the planner then ignores it."""
+from pageferry.fleet.cluster import AgentUnreachable, Cluster
+from pageferry.fleet.model import Host, Link, Operation, View, Workload
+from pageferry.fleet.protocol import HostReport, verb_of
 
 
 async def reports(cluster: Cluster) -> dict[str, HostReport | AgentUnreachable]:
@@ -52,9 +51,8 @@ def view_of(
 
 
 def host_of(report: HostReport, *, draining: bool = False) -> Host:
-    """Return the record of a host. Shared links are left out: their rates are not known here."""
-    fields = {name: getattr(report.host, name) for name in Host.__struct_fields__}
-    return Host(**{**fields, "draining": draining or report.host.draining})
+    """Return the record of a host. `draining`: whether Ray drains its node."""
+    return replace(report.host, draining=draining or report.host.draining)
 
 
 def operations_of(report: HostReport) -> Iterator[Operation]:
@@ -75,14 +73,3 @@ def _workloads(known: Iterable[HostReport]) -> Iterator[Workload]:
         if other is None or (other.status == "unknown" and one.status != "unknown"):
             chosen[one.name] = one
     yield from chosen.values()
-
-
-def last_receivers(report: HostReport) -> dict[str, OperationReport]:
-    """Return the last receiver of each workload on a host."""
-    return {one.workload: one for one in report.operations if one.kind == RECEIVE}
-
-
-def images_of(found: Mapping[str, HostReport | AgentUnreachable]) -> dict[str, Image]:
-    """Return all images of the fleet, by identity."""
-    known = (one for one in found.values() if isinstance(one, HostReport))
-    return {image.identity: image for one in known for image in one.images}
