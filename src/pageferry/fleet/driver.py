@@ -52,6 +52,8 @@ class Driver:
         self._execution = Execution(view, plan)
         self._events: asyncio.Queue[StepEvent] = asyncio.Queue()
         self._attempts: dict[tuple[str, int], Attempt] = {}
+        self._starts: dict[tuple[str, int], int] = {}
+        """Number of starts of a workload until a start, which the state machine numbers in the whole plan."""
         self._running: set[asyncio.Task[None]] = set()
         self._times: dict[str, tuple[float, float]] = {}
         """Start and end of the last attempt of each workload, seconds since the start of the plan."""
@@ -160,12 +162,13 @@ class Driver:
         self._emit(attempt.move, number, phase, fraction=fraction, reason=reason)
 
     def _emit(self, move: Move, number: int, phase: Phase, *, fraction: float | None = None, reason: str = "") -> None:
+        starts = self._starts.setdefault((move.workload, number), self._execution.tasks[move.workload].starts)
         event = FleetMoveEvent(
             at=self._now,
             workload=move.workload,
             source=move.source,
             destination=move.destination,
-            attempt=number,
+            attempt=starts,
             phase=phase,
             fraction=fraction,
             reason=reason,

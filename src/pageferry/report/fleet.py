@@ -154,4 +154,5 @@ def _result(found: FleetResult) -> RenderableType:
         length = "-" if saved.length is None else size(saved.length)
         rows.add_row(saved.workload, saved.host, saved.image, "failed" if saved.error else "saved", *["-"] * 3, length)
     parts: list[RenderableType] = [rows] if rows.row_count else []
-    return Group(*parts, Text(f"{found.verb}: {duration(found.total_time)}"))
+    took = duration(found.total_time) if found.total_time else "nothing was changed"
+    return Group(*parts, Text(f"{found.verb}: {took}"))
