@@ -18,6 +18,7 @@
     ├── RestoreError (32)           a workload cannot be restored, or waits for contents that cannot be read
     │   └── DisksDiffer (33)        disks are not known to be as they were at the checkpoint
     ├── FleetError (40)             the cluster or an agent of a host cannot be reached, or refuses a request
+    │   ├── ActorLost (42)          a movable actor has exited: the call may have been executed or not
     │   └── FleetIncomplete (41)    a plan has ended, and some of its workloads are not where it puts them
     └── MigrationError (20)         the migration failed; the workload keeps running at the source
         ├── PeerRefused (21)        the peer rejected the request
@@ -223,3 +224,9 @@ class FleetIncomplete(FleetError):
     names the workloads and the causes."""
 
     exit_code = 41
+
+
+class ActorLost(FleetError):
+    """A movable actor of a fleet has exited without a successor. The call may have been executed or not."""
+
+    exit_code = 42

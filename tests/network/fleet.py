@@ -244,4 +244,9 @@ def _certificates(folder: Path, hosts: dict[str, Host]) -> dict[str, Path]:
         authority.issue(trust, "client", name)
         authority.issue(trust, "server", name, also=(name, host.address))
         found[name] = trust
-    return found
+    # Movable actors use the same path on all hosts, which is one directory here.
+    shared = authority.folder(folder / "tls-shared")
+    everywhere = [name for host_name, host in hosts.items() for name in (host_name, str(host.address))]
+    authority.issue(shared, "client", "actors")
+    authority.issue(shared, "server", "actors", also=everywhere)
+    return {**found, "shared": shared}

@@ -266,6 +266,24 @@ def test_clones_are_spread_and_evacuated(fleet: Fleet, payload_on_tcg: GuestPart
                     stop.wait()
 
 
+def movable(fleet: Fleet, calls: int, *places: str) -> dict[str, Any]:
+    """Run the program with a movable actor, and return what it has found."""
+    words = ("tests.network.movable_program", fleet.address, str(calls), str(fleet.trust["shared"]), *places)
+    with fleet.hosts["a"].program("-m", *words, env=fleet.environment("a"), stderr=subprocess.DEVNULL) as program:
+        found: dict[str, Any] = program.json()
+    return found
+
+
+def test_calls_of_a_moving_actor_are_executed_exactly_once(fleet: Fleet) -> None:
+    found = movable(fleet, 4000, "a", "b", "c")
+    assert found["wrong"] == []
+    assert found["total"] == [4000, 4000]
+    assert len(found["downtimes"]) == 2
+    assert found["still"] > 0, "the calls ended before the last move"
+    assert found["error"] == "'wanted'"
+    assert "may have been executed or not" in found["lost"]
+
+
 @pytest.mark.only_full
 def test_cluster_without_a_token_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("ray")

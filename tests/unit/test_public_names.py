@@ -91,6 +91,7 @@ def test_submodules_are_imported_lazily() -> None:
         (fleet.CloneArguments, fleet_options.CloneOptions, set()),
         (fleet.ClusterArguments, fleet_options.ClusterOptions, set()),
         (fleet.EvacuateArguments, fleet_options.EvacuateOptions, set()),
+        (fleet.MovableArguments, fleet_options.MovableOptions, set()),
         (fleet.MoveArguments, fleet_options.MoveOptions, set()),
         (fleet.RebalanceArguments, fleet_options.RebalanceOptions, set()),
         (fleet.RunArguments, fleet_options.RunOptions, set()),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pageferry.lazy import lazily
 
 if TYPE_CHECKING:
+    from pageferry.fleet.actors import Movable, MovableHandle, start_movable
     from pageferry.fleet.api import (
         cancel,
         cancel_async,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         CloneArguments,
         ClusterArguments,
         EvacuateArguments,
+        MovableArguments,
         MoveArguments,
         RebalanceArguments,
         RunArguments,
@@ -64,6 +66,9 @@ __all__ = [
     "Host",
     "Image",
     "Link",
+    "Movable",
+    "MovableArguments",
+    "MovableHandle",
     "Move",
     "MoveArguments",
     "MoveResult",
@@ -91,6 +96,7 @@ __all__ = [
     "rebalance_async",
     "run",
     "run_async",
+    "start_movable",
     "status",
     "status_async",
 ]
@@ -111,6 +117,10 @@ __getattr__, __dir__ = lazily(
         "Host": "pageferry.fleet.model",
         "Image": "pageferry.fleet.model",
         "Link": "pageferry.fleet.model",
+        "Movable": "pageferry.fleet.actors",
+        "MovableArguments": "pageferry.fleet.options",
+        "MovableHandle": "pageferry.fleet.actors",
+        "start_movable": "pageferry.fleet.actors",
         "Move": "pageferry.fleet.model",
         "MoveArguments": "pageferry.fleet.options",
         "MoveResult": "pageferry.fleet.events",

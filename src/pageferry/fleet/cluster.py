@@ -19,6 +19,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from pageferry.fleet.agent import Agent
 from pageferry.fleet.protocol import AnyRequest, Describe, HostReport, decode
 from pageferry.host.blocking import in_thread
 from pageferry.host.python import start_python
+from pageferry.migration.events import MigrationResult
 
 T = TypeVar("T")
 
@@ -303,3 +305,153 @@ def _cause(error: Exception) -> str:
     return lines[
         -1 if any(line.startswith("Traceback") for line in lines) or "creation task" in lines[0] else 0
     ].rstrip(".")
+
+
+# -- movable actors
+
+
+class ActorExited(FleetError):
+    """A movable actor has exited, or its node has been lost."""
+
+
+class MovableActor:
+    """One process of a movable actor."""
+
+    def __init__(self, handle: Any, generation: int) -> None:
+        self._handle = handle
+        self.generation = generation
+
+    def call(self, client: str, number: int, method: str, arguments: bytes) -> tuple[str, bytes]:
+        """Send a call, and wait for its end. Raises ActorExited."""
+        how, result = self._get(self._handle.call.remote(client, number, method, arguments))
+        return str(how), bytes(result)
+
+    def call_start(self, size: int | str) -> None:
+        """Create the state. Raises its errors, ActorExited."""
+        self._get(self._handle.start.remote(size))
+
+    def receive(self) -> str:
+        """Start the receiver, and return its address. Raises its errors, ActorExited."""
+        return str(self._get(self._handle.receive.remote()))
+
+    def move(self, node: str) -> MigrationResult | None:
+        """Move the actor to a node, and return the result of the migration; None if it has moved before. Raises its
+        errors, ActorExited."""
+        found: MigrationResult | None = self._get(self._handle.move.remote(node))
+        return found
+
+    def kill(self) -> None:
+        """End the process."""
+        with contextlib.suppress(Exception):
+            _ray().kill(self._handle, no_restart=True)
+
+    def _get(self, reference: Any) -> Any:
+        ray = _ray()
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else FleetError(_cause(error)) from error
+        except ray.exceptions.RayError as error:
+            raise ActorExited(_cause(error)) from error
+
+
+class MovableActors:
+    """The processes of one movable actor, by generation: each successor has the next higher one."""
+
+    def __init__(self, name: str) -> None:
+        self._prefix = f"movable:{name}:"
+        self._name = name
+        self._known: MovableActor | None = None
+
+    def start(self, kind: type, node: str, generation: int, arguments: tuple[Any, ...]) -> MovableActor:
+        """Start a process on a node. It outlives this process. Raises UsageError if the name is taken."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        actor = _ray().remote(num_cpus=0, max_restarts=0, max_concurrency=32)(kind)
+        try:
+            handle = actor.options(
+                name=f"{self._prefix}{generation}",
+                namespace=NAMESPACE,
+                lifetime="detached",
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            ).remote(*arguments)
+        except ValueError as taken:
+            raise UsageError(f"cannot start {self._name}: an actor has this name; choose another name") from taken
+        return MovableActor(handle, generation)
+
+    def current(self, seconds: float, after: int = -1) -> MovableActor:
+        """Return the process with the lowest generation above `after`: a successor serves no calls before its
+        predecessor has moved. Wait for at most `seconds` seconds. Raises ActorExited."""
+        if self._known is not None and self._known.generation > after:
+            return self._known
+        end = time.monotonic() + seconds
+        while True:
+            found = [one for one in self._generations() if one > after]
+            if found:
+                with contextlib.suppress(ValueError):
+                    handle = _ray().get_actor(f"{self._prefix}{min(found)}", NAMESPACE)
+                    self._known = MovableActor(handle, min(found))
+                    return self._known
+            if time.monotonic() > end:
+                raise ActorExited(f"no actor named {self._name} is running")
+            time.sleep(0.05)
+
+    def exists(self, after: int) -> bool:
+        """Return whether there is a process of a higher generation."""
+        return any(one > after for one in self._generations())
+
+    def kill(self) -> None:
+        """End all processes."""
+        for generation in self._generations():
+            with contextlib.suppress(ValueError):
+                MovableActor(_ray().get_actor(f"{self._prefix}{generation}", NAMESPACE), generation).kill()
+
+    def _generations(self) -> list[int]:
+        from ray.util import list_named_actors
+
+        _ray()
+        names = [one["name"] for one in list_named_actors(all_namespaces=True) if one["namespace"] == NAMESPACE]
+        return [int(name.removeprefix(self._prefix)) for name in names if name.startswith(self._prefix)]
+
+
+def ensure_connected(address: str | None, *, insecure: bool) -> None:
+    """Connect this process to a cluster, unless it is connected and no address is given. Raises FleetError."""
+    if address is None and "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
+    Cluster.connect(address, insecure=insecure)
+
+
+def node_of(host: str | None) -> str:
+    """Return the id of the node of a host of the fleet, of a node, or of this process (None). Raises FleetError."""
+    ray = _ray()
+    if host is None:
+        return str(ray.get_runtime_context().get_node_id())
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    if host in nodes:
+        return host
+    try:
+        return str(ray.get(ray.get_actor(_AGENT + host, NAMESPACE).node.remote(), timeout=CALL))
+    except (ValueError, ray.exceptions.RayError) as error:
+        raise AgentUnreachable(
+            f"cannot find the node of {host}: {_cause(error)}; see `pageferry fleet status`"
+        ) from error
+
+
+def node_address() -> str:
+    """Return the address of the node on which this actor runs."""
+    return str(_ray().util.get_node_ip_address())
+
+
+def refuge() -> str | None:
+    """Return a node to which an actor of this node must move because Ray drains this node; None if it need not."""
+    ray = _ray()
+    draining = set(ray._private.state.state.get_draining_nodes())
+    if ray.get_runtime_context().get_node_id() not in draining:
+        return None
+    return next((node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining), None)
+
+
+def end_this_actor() -> None:
+    """End the actor that runs in this process. Ray does not start it again."""
+    ray = _ray()
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,13 @@ class ClusterArguments(TypedDict, total=False):
 
     address: str | None
     insecure: bool
+
+
+class MovableArguments(ClusterArguments, total=False):
+    """Keyword arguments for the fields of `MovableOptions`."""
+
+    host: str | None
+    tls: str | os.PathLike[str] | None
 
 
 class MoveArguments(ClusterArguments, total=False):
@@ -77,6 +85,16 @@ class ClusterOptions:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovableOptions(ClusterOptions):
+    """Options of a movable actor."""
+
+    host: str | None = None
+    """Host of the fleet, or id of a node of Ray; None: this node."""
+    tls: Path | None = None
+    """Directory of certificates on every node (docs/tls.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
