@@ -40,36 +40,40 @@ class Log(Movable):
         raise KeyError("wanted")
 
 
-def calling(handle: MovableHandle[Log], caller: int, count: int, wrong: list[Any]) -> None:
-    """Call the actor, and record each result that is not the expected one."""
-    for expected in range(1, count + 1):
-        found = handle.call("add", caller)
-        if found != expected:
-            wrong.append((caller, expected, found))
+def calling(handle: MovableHandle[Log], caller: int, least: int, moved: threading.Event, found: list[Any]) -> None:
+    """Call the actor at least `least` times and until it has moved. Record each result that is not the expected one."""
+    number, wrong = 0, []
+    while number < least or not moved.is_set():
+        number += 1
+        if (result := handle.call("add", caller)) != number:
+            wrong.append((caller, number, result))
+    found.append((number, wrong))
 
 
 def main() -> None:
     """Run the program."""
     address, count, tls, *hosts = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     handle = start_movable(Log, "log", "64MiB", host=hosts[0], address=address, tls=tls)
-    wrong: list[Any] = []
+    ended: list[Any] = []
+    moved = threading.Event()
     copies = [pickle.loads(pickle.dumps(handle)) for _ in range(CALLERS)]
     callers = [
-        threading.Thread(target=calling, args=(copy, number, count // CALLERS, wrong))
+        threading.Thread(target=calling, args=(copy, number, count // CALLERS, moved, ended))
         for number, copy in enumerate(copies)
     ]
     for caller in callers:
         caller.start()
     downtimes = [handle.move(host).downtime for host in hosts[1:]]
-    still = sum(caller.is_alive() for caller in callers)
+    moved.set()
     for caller in callers:
         caller.join()
+    calls, wrong = sum(number for number, _ in ended), [one for _, each in ended for one in each]
     try:
         handle.call("fail")
         error = ""
     except KeyError as raised:
         error = str(raised)
-    found = {"wrong": wrong, "total": handle.call("total"), "downtimes": downtimes, "still": still, "error": error}
+    found = {"wrong": wrong, "calls": calls, "total": handle.call("total"), "downtimes": downtimes, "error": error}
     handle.stop()
     try:
         handle.call("total")
