@@ -11,7 +11,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-LONGEST = 6
+MAX_LINKS = 6
 """Maximum number of links of a path."""
 DONE = 0.5
 """Number of bytes below which a transfer has ended."""
@@ -30,7 +30,7 @@ class Flows:
         self.carried = 0.0
         """Bytes of all transfers."""
         size = 64
-        self._paths = np.full((size, LONGEST), unlimited)
+        self._paths = np.full((size, MAX_LINKS), unlimited)
         self._limit = np.zeros(size)
         self._left = np.full(size, inf)
         self._rate = np.zeros(size)
@@ -92,7 +92,7 @@ class Flows:
 
     def _grow(self) -> None:
         size = len(self._limit)
-        self._paths = np.vstack([self._paths, np.full((size, LONGEST), self._unlimited)])
+        self._paths = np.vstack([self._paths, np.full((size, MAX_LINKS), self._unlimited)])
         self._limit = np.append(self._limit, np.zeros(size))
         self._left = np.append(self._left, np.full(size, inf))
         self._rate = np.append(self._rate, np.zeros(size))
@@ -100,31 +100,37 @@ class Flows:
         self._free += list(range(size, 2 * size))
 
     def _share(self) -> None:
-        """Compute the rates. In each step, transfers whose share is the lowest on all of their links get this share."""
+        """Compute the rates.
+
+        In each step, a transfer gets its share if this is its own limit, or the lowest share on all of its links. The
+        shares of the others can then only increase.
+        """
         if not self._changed:
             return
         self._changed = False
         waiting = np.fromiter(self._slots.values(), dtype=np.intp, count=len(self._slots))
-        free = self.links.copy()
-        load = np.zeros(len(self.links))
+        # Only the links in use are considered, under numbers from 0; the last one is the unlimited link.
+        used, numbers = np.unique(np.append(self._paths[waiting], self._unlimited), return_inverse=True)
+        paths = numbers[:-1].reshape(len(waiting), MAX_LINKS)
+        free, load = self.links[used].copy(), np.zeros(len(used))
         while len(waiting):
-            paths = self._paths[waiting]
             users = np.bincount(paths.ravel(), minlength=len(free))
-            share = np.minimum(self._limit[waiting], (free / np.maximum(users, 1))[paths].min(axis=1))
+            limit = self._limit[waiting]
+            share = np.minimum(limit, (free / np.maximum(users, 1))[paths].min(axis=1))
             lowest = np.full(len(free), inf)
-            np.minimum.at(lowest, paths.ravel(), np.repeat(share, LONGEST))
-            lowest[self._unlimited] = inf
-            fixed = share <= lowest[paths].min(axis=1) * (1 + 1e-9)
+            np.minimum.at(lowest, paths.ravel(), np.repeat(share, MAX_LINKS))
+            lowest[-1] = inf
+            fixed = (share == limit) | (share <= lowest[paths].min(axis=1) * (1 + 1e-9))
             self._rate[waiting[fixed]] = share[fixed]
             taken = _sum_by_link(paths[fixed], share[fixed], len(free))
             load += taken
             free = np.maximum(free - taken, 0.0)
-            waiting = waiting[~fixed]
-        self.peak = np.maximum(self.peak, load)
+            waiting, paths = waiting[~fixed], paths[~fixed]
+        self.peak[used] = np.maximum(self.peak[used], load)
 
 
 def _sum_by_link(paths: NDArray[np.intp], rates: NDArray[np.float64], links: int) -> NDArray[np.float64]:
     found = np.zeros(links)
-    np.add.at(found, paths.ravel(), np.repeat(rates, LONGEST))
+    np.add.at(found, paths.ravel(), np.repeat(rates, MAX_LINKS))
     found[-1] = 0.0
     return found

@@ -114,6 +114,18 @@ class Fleet:
         assert agent.stdout is not None
         agent.stdout.close()
 
+    def kill_ray(self) -> None:
+        """Kill all processes of Ray, and the commands that run the agents. Workloads and operations are not killed."""
+        for agent in self.agents.values():
+            agent.kill()
+        mark = str(self._scratch)
+        for pid in self._processes():
+            if mark in _title(pid) or _title(pid).startswith("ray::"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for name in self.names:
+            self.leave(name, signal.SIGKILL)
+
     def command(self, *words: str) -> list[str]:
         """Return the command line of `pageferry fleet`."""
         return [sys.executable, "-m", "pageferry", "fleet", *words]

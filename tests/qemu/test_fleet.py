@@ -286,6 +286,22 @@ def test_calls_of_a_moving_actor_are_executed_exactly_once(fleet: Fleet) -> None
 
 
 @pytest.mark.only_full
+def test_move_goes_on_while_ray_is_killed_and_started_again(fleet: Fleet, ledgers: Ledgers) -> None:
+    ledgers.start("large", mib=128)
+    ledgers.start("small", on="c")
+    with fleet.start("move", "large", "b") as move:
+        phase(move, "moving")
+        fleet.kill_ray()
+        move.kill()
+    assert fleet.owners("small") == ["c"]
+    for name in fleet.names:
+        fleet.start_ray(name)
+    fleet.join(*fleet.names)
+    assert owners(fleet, "large") == ["b"]
+    assert fleet.where() == {"large": "b", "small": "c"}
+
+
+@pytest.mark.only_full
 def test_cluster_without_a_token_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     hosts.require()

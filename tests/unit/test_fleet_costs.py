@@ -71,3 +71,9 @@ def test_rate_of_the_transfer_makes_up_for_the_set_up() -> None:
     rate = costs.rate_for(1 << 30, GBIT / 2, GBIT, MODEL)
     assert (1 << 30) / rate + MODEL.setup + MODEL.downtime == pytest.approx((1 << 30) / (GBIT / 2))
     assert costs.rate_for(1 << 20, GBIT / 2, GBIT, MODEL) == GBIT
+
+
+@pytest.mark.parametrize("dirty", [None, 0, 1 << 20])
+def test_moves_that_converge_are_not_expected_to_be_throttled(dirty: int | None) -> None:
+    plain = costs.predict(Load(1 << 30, dirty, "precopy"), GBIT, MODEL)
+    assert costs.predict(Load(1 << 30, dirty, "precopy", auto_converge=True), GBIT, MODEL) == plain

@@ -207,8 +207,14 @@ def test_a_workload_that_writes_too_fast_is_moved_in_another_mode() -> None:
     assert [order.move.mode for order in started(fleet)] == ["hybrid"]
 
 
-def test_a_clone_that_writes_too_fast_is_given_up_with_a_remedy() -> None:
+def test_a_clone_that_writes_too_fast_is_throttled_then_given_up_with_a_remedy() -> None:
     fleet = world(cannot={"hybrid": "a clone", "postcopy": "a clone"})
+    reach(fleet, "copying")
+    fleet.fail("web", "not-converging")
+    deliver(fleet)
+    fleet.tick(2.0)
+    (order,) = started(fleet)
+    assert (order.move.mode, order.move.auto_converge) == ("precopy", True)
     reach(fleet, "copying")
     fleet.fail("web", "not-converging")
     deliver(fleet)

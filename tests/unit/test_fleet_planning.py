@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -199,7 +201,7 @@ def test_clones_without_a_host_that_has_the_image_are_named() -> None:
     assert "image pull" in plan.unplaced[0].remedy
 
 
-def test_one_move_is_planned_or_refused_with_a_reason() -> None:
+def test_move_of_one_workload_is_planned_or_refused_with_a_reason() -> None:
     view = View(hosts=(host("a"), host("b"), host("c", memory=5 * GIB)), workloads=(own("w", "a"),))
     assert [move.destination for move in planning.move(view, "w", "b").moves] == ["b"]
     (refused,) = planning.move(view, "w", "c").unplaced
@@ -237,3 +239,10 @@ def test_scarce_memory_is_filled_by_best_fit() -> None:
     )
     plan = planning.evacuate(view, ["a"])
     assert {move.workload: move.destination for move in plan.moves} == {"b1": "b", "s1": "c", "s2": "c"}
+
+
+def test_plans_and_their_execution_import_neither_ray_nor_the_host() -> None:
+    program = "import sys, pageferry.fleet.planning, pageferry.fleet.execution; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    imported = set(done.stdout.split())
+    assert not imported & {"asyncio", "numpy", "ray", "socket", "subprocess", "pageferry.host", "pageferry._engine"}

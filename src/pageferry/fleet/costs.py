@@ -51,7 +51,7 @@ class Costs(Record, frozen=True, kw_only=True):
 
 
 class Load(NamedTuple):
-    """What a move has to send."""
+    """Memory that a move sends."""
 
     volume: int
     """Bytes of memory."""
@@ -134,7 +134,7 @@ def least_rate(workload: Workload, mode: Mode) -> int:
 def predict(load: Load, rate: float, costs: Costs) -> Prediction:
     """Predict a move at `rate` bytes per second."""
     sent, left = _sent(load.volume, load.dirty or 0, load.mode, rate, costs)
-    if load.auto_converge:
+    if load.auto_converge and (load.dirty or 0) > CONVERGING * rate:
         # Rounds without progress precede the throttle step at which the rounds converge.
         sent, left = _sent(load.volume, min(load.dirty or 0, round(CONVERGING * rate)), "precopy", rate, costs)
         sent += UNTHROTTLED * load.volume

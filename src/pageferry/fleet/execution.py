@@ -90,7 +90,11 @@ class Execution:
             self._by_source.setdefault(task.move.source, []).append(task)
         self._absent: set[str] = set()
         """Names of the tasks whose source has replied to a recovery that it does not have the workload."""
-        self._others = {one.name: one for one in view.workloads if one.name not in self.tasks}
+        self._others: dict[str, dict[str, Workload]] = {}
+        """Workloads by host and name that do not belong to the plan."""
+        for one in view.workloads:
+            if one.name not in self.tasks:
+                self._others.setdefault(one.host, {})[one.name] = one
         self._lost: dict[str, float] = {host.name: 0.0 for host in view.hosts if not host.reachable}
         """Unreachable hosts, each with the time at which it was lost."""
         self._attempt = first_attempt - 1
@@ -368,13 +372,9 @@ class Execution:
 
     def _retry(self, task: Task, cause: Cause) -> None:
         if cause == "not-converging":
-            other = next((one for one in OTHER_MODES[task.move.mode] if one not in task.workload.cannot), None)
-            if other is None:
+            if not self._choose_mode(task):
                 self._give_up(task, task.reason or cause, remedies.of_failure(task, cause))
                 return
-            task.move = replace(
-                task.move, mode=other, auto_converge=False, reason=f"{other}: pre-copy did not converge"
-            )
         else:
             task.refused.add(task.move.destination)
             if cause == "full":
@@ -382,6 +382,19 @@ class Execution:
             self._choose_again(task)
         task.not_before = self._now + RETRY_DELAY * 2 ** (task.starts - 1)
         self._set_timer(task, task.not_before)
+
+    def _choose_mode(self, task: Task) -> bool:
+        """Choose another mode after a move that did not converge, or throttle the workload. Return False if neither is
+        possible."""
+        move = task.move
+        other = next((one for one in OTHER_MODES[move.mode] if one not in task.workload.cannot), None)
+        if other is not None:
+            task.move = replace(move, mode=other, auto_converge=False, reason=f"{other}: {move.mode} did not converge")
+        elif move.mode == "precopy" and not move.auto_converge:
+            task.move = replace(move, auto_converge=True, reason="throttled: pre-copy did not converge")
+        else:
+            return False
+        return True
 
     def _choose_again(self, task: Task) -> None:
         """Choose another destination; if no other host is suitable, keep the destination."""
@@ -524,13 +537,9 @@ class Execution:
     def _update_others(self, event: Reported) -> None:
         """Count the workloads of a host that do not belong to the plan as the host reports them."""
         name = event.host.name
-        present = {one.name: one for one in event.workloads if one.name not in self.tasks}
-        for workload in [one for one in self._others.values() if one.host == name and one.name not in present]:
+        for workload in self._others.get(name, {}).values():
             self._capacity.remove(workload, name)
-            del self._others[workload.name]
+        present = {one.name: one for one in event.workloads if one.name not in self.tasks}
         for workload in present.values():
-            known = self._others.get(workload.name)
-            if known is not None:
-                self._capacity.remove(known, known.host)
             self._capacity.add(workload, name)
-            self._others[workload.name] = workload
+        self._others[name] = present

@@ -177,7 +177,8 @@ class Move(Record, frozen=True, kw_only=True):
     start: float = 0.0
     """Earliest start, seconds from the start of the plan."""
     rate: int = 0
-    """Part of the links on its path that the plan gives to the move, bytes per second."""
+    """Limit of the transfer (`pageferry migrate --bandwidth`), bytes per second. Set-up and pause send nothing, so that
+    the average rate of the move, `bytes / seconds`, is lower. The average rates of a plan fit onto its links."""
     auto_converge: bool = False
     """Whether the workload is throttled if rounds do not converge, because it supports no other mode."""
     shares_base: bool = False
@@ -203,7 +204,7 @@ class Unplaced(Record, frozen=True, kw_only=True):
     workload: str
     reason: str
     remedy: str
-    """What an operator must do."""
+    """Instruction for an operator."""
 
 
 class Peak(Record, frozen=True, kw_only=True):

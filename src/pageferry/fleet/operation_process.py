@@ -38,7 +38,8 @@ def main() -> int:
 
 
 def _be_ordinary() -> None:
-    """Restore the signals, the scheduling priority and the OOM score of an ordinary process, as far as the user may."""
+    """Restore the signals, the scheduling priority and the OOM score of an ordinary process. The kernel may refuse the
+    last two to an ordinary user."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)

@@ -14,7 +14,7 @@ from pageferry.host.registry import check_name
 from pageferry.migration.options import TIMEOUT
 from pageferry.options import Count, Duration, PathName, Rate, Size, Text, Texts, check
 
-MOST = 1 << 50
+MAX_SIZE = 1 << 50
 
 
 class ClusterArguments(TypedDict, total=False):
@@ -114,9 +114,9 @@ class JoinOptions(ClusterOptions):
     """Label of this host, such as rack=r7; can be repeated."""
     link: Annotated[int, Rate()] = 125_000_000
     """Rate of the network interface in each direction, bytes per second."""
-    memory: Annotated[int | None, Size(1, MOST, unset="the available memory, and that of its workloads")] = None
+    memory: Annotated[int | None, Size(1, MAX_SIZE, unset="the available memory, and that of its workloads")] = None
     """Memory of this host for workloads."""
-    headroom: Annotated[int, Size(0, MOST)] = 0
+    headroom: Annotated[int, Size(0, MAX_SIZE)] = 0
     """Memory that no plan uses."""
     timeout: Annotated[float, TIMEOUT] = 30.0
     """Seconds of silence after which the peer of a migration counts as lost."""

@@ -82,7 +82,7 @@ class Leveller:
         for workload in waiting:
             if excess <= 0:
                 return
-            if frees[workload.name] < excess * LEAST_BENEFIT:
+            if frees[workload.name] < excess * MIN_BENEFIT:
                 continue
             destination = destinations.choose(workload)
             if destination is not None:
@@ -90,7 +90,7 @@ class Leveller:
                 yield destinations.take(workload, destination)
 
 
-LEAST_BENEFIT = 0.02
+MIN_BENEFIT = 0.02
 """Minimum memory that a move frees, as a part of what the host must free. It keeps small workloads where they are."""
 
 

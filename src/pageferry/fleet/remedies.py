@@ -9,7 +9,7 @@ AGAIN = "then plan again"
 
 
 def of_failure(task: Task, cause: Cause) -> str:
-    """Return what an operator must do after a move has failed for good. The workload runs at the source."""
+    """Return what an operator must do after a move that is not repeated. The workload runs at the source."""
     move = task.move
     return {
         "full": f"free memory on other hosts or add a host, {AGAIN}",

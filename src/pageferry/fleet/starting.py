@@ -15,7 +15,7 @@ from pageferry.fleet.protocol import Checkpoint, Clone, OperationReport, Query, 
 _WAIT = 1.0
 """Seconds that an agent waits for the end of an operation in one request."""
 
-PATIENCE = 60.0
+AGENT_TIMEOUT = 60.0
 """Seconds for which to wait for an agent that does not reply while one of its operations runs."""
 
 
@@ -58,7 +58,7 @@ async def complete(cluster: Cluster, host: str, request: Checkpoint | Clone | Ru
             report = await cluster.call(host, query, OperationReport, timeout=_WAIT + CALL)
             heard = loop.time()
         except AgentUnreachable:
-            if loop.time() - heard > PATIENCE:
+            if loop.time() - heard > AGENT_TIMEOUT:
                 raise
             await asyncio.sleep(_WAIT)
     if report.exit_code != 0:

@@ -57,7 +57,7 @@ class Task:
     reason: str = ""
     """Message of the last failure."""
     remedy: str = ""
-    """What an operator must do; empty if nothing is to be done."""
+    """Instruction for an operator; empty if nothing is to be done."""
 
     @property
     def name(self) -> str:
