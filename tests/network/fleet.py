@@ -114,6 +114,27 @@ class Fleet:
         assert agent.stdout is not None
         agent.stdout.close()
 
+    def drain(self, name: str) -> None:
+        """Announce that the node of a host will be preempted. Ray accepts this only for nodes other than the head."""
+        program = (
+            "import ray, sys; print(next(node['NodeID'] for node in ray.nodes() if node['NodeManagerAddress'] == {}))"
+        )
+        connect = f"import ray; ray.init(address={self.address!r}, _node_ip_address={self.hosts['a'].address!r}); "
+        words = [
+            *self.hosts["a"].within,
+            sys.executable,
+            "-c",
+            connect + program.format(repr(self.hosts[name].address)),
+        ]
+        found = subprocess.run(words, env=self.environment("a"), capture_output=True, text=True, timeout=SECONDS)
+        assert found.returncode == 0, found.stderr
+        node = found.stdout.split()[-1]
+        words = [*self.hosts["a"].within, str(Path(sys.executable).with_name("ray")), "drain-node"]
+        words += ["--address", self.address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        words += ["--reason-message", "test", "--deadline-remaining-seconds", "120"]
+        done = subprocess.run(words, env=self.environment("a"), capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == 0, done.stderr
+
     def kill_ray(self) -> None:
         """Kill all processes of Ray, and the commands that run the agents. Workloads and operations are not killed."""
         for agent in self.agents.values():

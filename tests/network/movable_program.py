@@ -1,6 +1,7 @@
-"""Program with a movable actor: `python movable_program.py ADDRESS COUNT HOST...`.
+"""Program with a movable actor: `python movable_program.py ADDRESS COUNT TLS HOST...`.
 
-It calls the actor COUNT times from several threads while the actor moves to the hosts, and prints what it has found.
+It calls the actor at least COUNT times from several threads while the actor moves to the hosts, and prints what it has
+found. With COUNT 0, it prints the address of the node of the actor for each line of input.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import pageferry
 from pageferry.errors import ActorLost
 from pageferry.fleet import Movable, MovableHandle, start_movable
+from pageferry.fleet.cluster import node_address
 
 CALLERS = 4
 
@@ -35,6 +37,10 @@ class Log(Movable):
         """Return the number of calls, counted twice."""
         return int(self.counts.sum()), int(self.data.sum())
 
+    def where(self) -> str:
+        """Return the address of the node."""
+        return node_address()
+
     def fail(self) -> None:
         """Raise an error."""
         raise KeyError("wanted")
@@ -54,6 +60,10 @@ def main() -> None:
     """Run the program."""
     address, count, tls, *hosts = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
     handle = start_movable(Log, "log", "64MiB", host=hosts[0], address=address, tls=tls)
+    if count == 0:
+        while True:
+            print(json.dumps(handle.call("where")), flush=True)
+            sys.stdin.readline()
     ended: list[Any] = []
     moved = threading.Event()
     copies = [pickle.loads(pickle.dumps(handle)) for _ in range(CALLERS)]

@@ -286,6 +286,27 @@ def test_calls_of_a_moving_actor_are_executed_exactly_once(fleet: Fleet) -> None
 
 
 @pytest.mark.only_full
+def test_actor_moves_away_from_a_node_that_ray_drains(fleet: Fleet) -> None:
+    words = ("-m", "tests.network.movable_program", fleet.address, "0", str(fleet.trust["shared"]), "b")
+    try:
+        with fleet.hosts["a"].program(*words, env=fleet.environment("a"), stderr=subprocess.DEVNULL) as program:
+            assert program.json() == fleet.hosts["b"].address
+            fleet.drain("b")
+            assert next(host["draining"] for host in fleet.status()["hosts"] if host["name"] == "b")
+
+            def moved() -> bool:
+                program.say("")
+                return bool(program.json() != fleet.hosts["b"].address)
+
+            wait_until(moved, "the move of the actor")
+    finally:
+        fleet.kill_ray()
+        for name in fleet.names:
+            fleet.start_ray(name)
+        fleet.join(*fleet.names)
+
+
+@pytest.mark.only_full
 def test_move_goes_on_while_ray_is_killed_and_started_again(fleet: Fleet, ledgers: Ledgers) -> None:
     ledgers.start("large", mib=128)
     ledgers.start("small", on="c")
