@@ -3,11 +3,12 @@
 Three hosts are network namespaces of this machine, with a run directory and a node of Ray each. The guests run the
 payload, which verifies its memory, on TCG; it writes a few pages and sleeps, so that two cores are not the result.
 
-- `evacuation`: clones of one image are moved away from their host, at 1 Gbit/s per host. The other hosts have the image
-  (`base: present`), so that only private pages are sent, or do not have it (`absent`). With `--rounds N`, the host with
+- `evacuation`: clones of one image are moved away from their host, at 1 Gbit/s per host. Only private pages are sent if
+  the other hosts have the image (`base present`), otherwise all pages (`base absent`). With `--rounds N`, the host with
   the most clones is evacuated N times.
-- `one after another`: the same guests, each with separate memory, are migrated one after the other at 1 Gbit/s. The time
-  is the sum of the durations of the migrations. It excludes the starts of the receivers, which the evacuation includes.
+- `one after another`: the same guests, each with separate memory, are migrated one after the other at 1 Gbit/s. The
+  time is the sum of the durations of the migrations. It excludes the starts of the receivers, which the evacuation
+  includes.
 
 The result is printed as JSON.
 """

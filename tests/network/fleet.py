@@ -116,16 +116,12 @@ class Fleet:
 
     def drain(self, name: str) -> None:
         """Announce that the node of a host will be preempted. Ray accepts this only for nodes other than the head."""
+        here, address = self.hosts["a"], self.hosts[name].address
         program = (
-            "import ray, sys; print(next(node['NodeID'] for node in ray.nodes() if node['NodeManagerAddress'] == {}))"
+            f"import ray; ray.init(address={self.address!r}, _node_ip_address={here.address!r}); "
+            f"print(next(node['NodeID'] for node in ray.nodes() if node['NodeManagerAddress'] == {address!r}))"
         )
-        connect = f"import ray; ray.init(address={self.address!r}, _node_ip_address={self.hosts['a'].address!r}); "
-        words = [
-            *self.hosts["a"].within,
-            sys.executable,
-            "-c",
-            connect + program.format(repr(self.hosts[name].address)),
-        ]
+        words = [*here.within, sys.executable, "-c", program]
         found = subprocess.run(words, env=self.environment("a"), capture_output=True, text=True, timeout=SECONDS)
         assert found.returncode == 0, found.stderr
         node = found.stdout.split()[-1]
