@@ -24,6 +24,10 @@ help: ## Show this list
 demo: build system ## Migrate a running workload to another process and verify every write
 	$(VENV)/bin/pageferry demo
 
+.PHONY: demo-fleet
+demo-fleet: build system ## Start a fleet of three hosts in network namespaces, clone a guest, and evacuate a host (root)
+	$(VENV)/bin/python examples/fleet.py -- $$($(VENV)/bin/python -m tests.guest.payload) -m 64M -serial 'file:{folder}/{name}-{host}'
+
 .PHONY: test
 test: test-engine test-package ## Run the tests of the engine and the package (PYTEST_ARGS="-k name" selects)
 

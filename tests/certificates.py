@@ -58,6 +58,7 @@ class Authority:
         *,
         also: Sequence[str] = (),
         purpose: x509.ObjectIdentifier | None = None,
+        purposes: Sequence[x509.ObjectIdentifier] = (),
         begins: datetime.timedelta = -DAY,
         ends: datetime.timedelta = DAY,
         key: str = "P-256",
@@ -65,14 +66,14 @@ class Authority:
         """Write a certificate and its key to `ROLE-cert.pem` and `ROLE-key.pem`.
 
         Return the certificate. `role`: `client` or `server`; `also`: subject alternative names (DNS names and IP
-        addresses); `begins`, `ends`: validity, relative to now.
+        addresses); `purposes`: all purposes of a certificate with several; `begins`, `ends`: validity, relative to now.
         """
         private = new_key(key)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = self._builder(subject, private.public_key(), begins, ends)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         purpose = purpose or (SERVER if role == "server" else CLIENT)
-        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        builder = builder.add_extension(x509.ExtendedKeyUsage(purposes or [purpose]), critical=False)
         if also:
             builder = builder.add_extension(x509.SubjectAlternativeName([_general(each) for each in also]), False)
         certificate = builder.sign(self._key, hashes.SHA256())

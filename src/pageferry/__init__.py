@@ -26,6 +26,7 @@ guests of this host by their names, `logs` returns their output, `console` opens
 image with its parents, and `delete_image` deletes an image. `push_image` and `pull_image` copy an image to and from an
 object store; `list_images` lists the images of a store, and `collect_garbage` frees its space. Restores accept the URL
 of an image in a store; `list_cache` and `clear_cache` manage the downloaded images.
+`fleet` places, clones, moves and saves the workloads of many hosts.
 `import_image` writes an image of a snapshot of Firecracker, `export_image` writes the snapshot back, and `serve` loads
 the memory of microVMs from an image on demand.
 """
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING
 from pageferry.lazy import lazily
 
 if TYPE_CHECKING:
-    from pageferry import errors, large_pages, sharing
+    from pageferry import errors, fleet, large_pages, sharing
     from pageferry.checkpoints.clone import clone, clone_async
     from pageferry.checkpoints.clone_options import CloneArguments
     from pageferry.checkpoints.cloud_hypervisor import checkpoint_cloud_hypervisor, checkpoint_cloud_hypervisor_async
@@ -199,6 +200,7 @@ __all__ = [
     "errors",
     "export_image",
     "flatten_image",
+    "fleet",
     "image_info",
     "import_image",
     "large_pages",
@@ -328,6 +330,7 @@ __getattr__, __dir__ = lazily(
         "dump_async": "pageferry.objects.dump",
         "errors": "pageferry.errors",
         "export_image": "pageferry.control.images",
+        "fleet": "pageferry.fleet",
         "flatten_image": "pageferry.control.images",
         "image_info": "pageferry.control.images",
         "import_image": "pageferry.control.images",

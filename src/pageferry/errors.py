@@ -17,6 +17,9 @@
     ├── StoreError (34)             an object store cannot be reached, or rejects a request
     ├── RestoreError (32)           a workload cannot be restored, or waits for contents that cannot be read
     │   └── DisksDiffer (33)        disks are not known to be as they were at the checkpoint
+    ├── FleetError (40)             the cluster or an agent of a host cannot be reached, or refuses a request
+    │   ├── ActorLost (42)          a movable actor has exited: the call may have been executed or not
+    │   └── FleetIncomplete (41)    a plan has ended, and some of its workloads are not where it puts them
     └── MigrationError (20)         the migration failed; the workload keeps running at the source
         ├── PeerRefused (21)        the peer rejected the request
         ├── ProtocolError (22)      the peer violated the protocol
@@ -207,3 +210,23 @@ class StoreError(PageferryError):
     image needs are not changed."""
 
     exit_code = 34
+
+
+class FleetError(PageferryError):
+    """The cluster of a fleet or the agent of a host cannot be reached, or refuses a request. Workloads are not
+    affected."""
+
+    exit_code = 40
+
+
+class FleetIncomplete(FleetError):
+    """A plan has ended, and some of its workloads are not where it puts them. Every workload has one owner; the message
+    names the workloads and the causes."""
+
+    exit_code = 41
+
+
+class ActorLost(FleetError):
+    """A movable actor of a fleet has exited without a successor. The call may have been executed or not."""
+
+    exit_code = 42

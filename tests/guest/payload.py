@@ -35,3 +35,16 @@ def obstacle(accel: str) -> str | None:
     finally:
         os.close(device)
     return None
+
+
+def main() -> None:
+    """Print the command line of QEMU for the payload on TCG, without its serial line and its memory size."""
+    cache = Path(__file__).parents[2] / ".cache"
+    qemu = cache / "qemu-10/bin/qemu-system-x86_64"
+    program = str(qemu) if qemu.exists() else "qemu-system-x86_64"
+    kernel = build(cache / "guest/payload")
+    print(program, "-accel", "tcg", "-display", "none", "-nodefaults", "-kernel", kernel, "-append", "ferry.mib=16")
+
+
+if __name__ == "__main__":
+    main()

@@ -48,7 +48,7 @@ class Host:
 
     def program(self, *arguments: str, fault: str | None = None, **options: Any) -> Program:
         """Start `python ARGUMENTS` on the host. `fault`: fault point and action (`POINT=ACTION`), if any."""
-        return Program(*arguments, within=self.within, env=environment(fault, self), **options)
+        return Program(*arguments, within=self.within, **{"env": environment(fault, self), **options})
 
 
 HERE = Host()

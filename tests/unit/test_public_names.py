@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import pageferry
-from pageferry import large_pages, sharing
+from pageferry import fleet, large_pages, sharing
 from pageferry.checkpoints import clone_options, restore_options
 from pageferry.checkpoints import options as checkpoints
 from pageferry.control import options as control
+from pageferry.fleet import options as fleet_options
 from pageferry.migration import options as migration
 from pageferry.migration import receiving
 from pageferry.pager.firecracker import options as firecracker
@@ -24,7 +25,7 @@ from pageferry.sharing import options as sharing_options
 from pageferry.stores import options as stores
 from pageferry.workloads.arena import options as arenas
 
-PARTS = (pageferry, large_pages, sharing)
+PARTS = (pageferry, fleet, large_pages, sharing)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -51,6 +52,10 @@ def test_other_names_are_refused(part: ModuleType) -> None:
         (pageferry.restore, restore_options.RestoredArenaOptions),
         (pageferry.clone, clone_options.CloneOptions),
         (pageferry.restore_guest, restore_options.GuestOptions),
+        (fleet.clone, fleet_options.CloneOptions),
+        (fleet.evacuate, fleet_options.EvacuateOptions),
+        (fleet.move, fleet_options.MoveOptions),
+        (fleet.run, fleet_options.RunOptions),
     ],
 )
 def test_docstrings_name_all_options(function: object, options: Any) -> None:
@@ -82,6 +87,14 @@ def test_submodules_are_imported_lazily() -> None:
         (pageferry.RestoreArguments, restore_options.RestoredArenaOptions, {"name", "memory"}),
         (pageferry.ServeArguments, firecracker.ServeOptions, set()),
         (pageferry.ShutdownArguments, control.ShutdownOptions, set()),
+        (fleet.CheckpointArguments, fleet_options.CheckpointOptions, set()),
+        (fleet.CloneArguments, fleet_options.CloneOptions, set()),
+        (fleet.ClusterArguments, fleet_options.ClusterOptions, set()),
+        (fleet.EvacuateArguments, fleet_options.EvacuateOptions, set()),
+        (fleet.MovableArguments, fleet_options.MovableOptions, set()),
+        (fleet.MoveArguments, fleet_options.MoveOptions, set()),
+        (fleet.RebalanceArguments, fleet_options.RebalanceOptions, set()),
+        (fleet.RunArguments, fleet_options.RunOptions, set()),
         (sharing_options.SelectionArguments, sharing_options.Selection, set()),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import pageferry
-from pageferry import large_pages, sharing
+from pageferry import fleet, large_pages, sharing
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 CLASSES = ("Arena", "Arrays")
@@ -21,7 +21,7 @@ QEMU = "qemu-system-x86_64"
 
 DOCUMENTED = [
     pytest.param(inspect.getdoc(function) or "", id=f"{part.__name__}.{name}")
-    for part in (pageferry, large_pages, sharing)
+    for part in (pageferry, fleet, large_pages, sharing)
     for name in part.__all__
     if not name.endswith("_async") and (inspect.isroutine(function := getattr(part, name)) or name in CLASSES)
 ]

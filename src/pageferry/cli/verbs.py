@@ -46,6 +46,7 @@ VERBS: dict[str, Verb] = {
     "restore": _verb("restore", "Start a QEMU guest from an image, loading its memory on demand."),
     "clone": _verb("clone", "Start several QEMU guests from one image, with shared memory."),
     "serve": _verb("serve", "Load the memory of Firecracker microVMs from an image on demand."),
+    "fleet": _verb("fleet", "Place, move, clone and save workloads over the hosts of a Ray cluster."),
     "image": _verb("image", "Inspect, verify, compare, flatten, convert, copy or delete images."),
     "cache": _verb("cache", "List or remove images that restores from stores have downloaded."),
     "disks": _verb("disks", "Write overlays back to the disks that a checkpoint has frozen."),

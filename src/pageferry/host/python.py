@@ -43,12 +43,12 @@ def start_python(
     `script`: the module uses only the standard library; it is run as a file without site-packages, and therefore starts
     within a few milliseconds. Raises OSError if the child cannot be started.
     """
-    return Outliving(
-        [sys.executable, *_words(module, script), *arguments],
-        cwd="/",
-        env=_environment(),
-        **streams,
-    )
+    return Outliving(python_command(module, *arguments, script=script), cwd="/", env=_environment(), **streams)
+
+
+def python_command(module: str, *arguments: str, script: bool = False) -> list[str]:
+    """Return the command that `start_python` executes, for a program that starts it later, in `/`."""
+    return [sys.executable, *_words(module, script), *arguments]
 
 
 def _environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pageferry.report.clone import CloneView
     from pageferry.report.control import ControlView
     from pageferry.report.disks import DisksView
+    from pageferry.report.fleet import FleetView
     from pageferry.report.image import ImageView
     from pageferry.report.large_pages import LargePagesView
     from pageferry.report.migration import DemoView, MigrationView, ReceiveView
@@ -32,6 +33,7 @@ __all__ = [
     "ControlView",
     "DemoView",
     "DisksView",
+    "FleetView",
     "ImageView",
     "LargePagesView",
     "MigrationView",
@@ -54,6 +56,7 @@ __getattr__, __dir__ = lazily(
         "ControlView": "pageferry.report.control",
         "DemoView": "pageferry.report.migration",
         "DisksView": "pageferry.report.disks",
+        "FleetView": "pageferry.report.fleet",
         "ImageView": "pageferry.report.image",
         "LargePagesView": "pageferry.report.large_pages",
         "MigrationView": "pageferry.report.migration",

@@ -132,6 +132,22 @@ def _escaped(path: str) -> str:
     return path.replace(",", ",,")
 
 
+def given_by_user(words: Sequence[str]) -> list[str] | None:
+    """Return the command line of a user from the command line that `CommandLine.managed` has made of it; None if
+    `words` has another form, because another program has started the guest or has changed the command line."""
+    left = list(words)
+    if left[-3:] == ["-incoming", "defer", "-S"]:
+        del left[-3:]
+    if left[-2:] == ["-serial", f"chardev:{CONSOLE}"] and left[-4:-3] == ["-chardev"]:
+        del left[-4:]
+    if left[-2:-1] != ["-qmp"]:
+        return None
+    del left[-2:]
+    if left[-2:] == ["-machine", f"memory-backend={BACKEND}"] and left[-4:-3] == ["-object"]:
+        del left[-4:]
+    return left
+
+
 def parse(arguments: Sequence[str]) -> CommandLine:
     """Parse a QEMU command line, program first.
 
