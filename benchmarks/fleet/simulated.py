@@ -71,15 +71,15 @@ def hosts_of(view: View, area: str) -> frozenset[str]:
 def _measured(view: View, hosts: frozenset[str]) -> tuple[Plan, dict[str, float]]:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident memory
-    before, began = _status("VmRSS"), time.process_time()
+    began = time.process_time()
     plan = planning.evacuate(view, hosts)
-    return plan, {"cpu-s": time.process_time() - began, "memory": _status("VmHWM") - before}
+    return plan, {"cpu-s": time.process_time() - began, "memory": _peak()}
 
 
-def _status(key: str) -> int:
-    """Return a size from /proc/self/status, bytes."""
+def _peak() -> int:
+    """Return the peak of the resident memory of this process, with the view, bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _figures(plan: Plan) -> dict[str, Any]:

@@ -12,7 +12,7 @@ PLANS: tuple[Column, ...] = (
     ("workloads moved", "workloads", 0, 1),
     ("without a place", "unplaced", 0, 1),
     ("CPU s", "cpu-s", 2, 1),
-    ("memory MiB", "memory", 0, 1 << 20),
+    ("peak memory MiB", "memory", 0, 1 << 20),
     ("duration s", "makespan-s", 1, 1),
     ("lower bound s", "bound-s", 1, 1),
     ("duration / bound", "of-bound", 2, 1),

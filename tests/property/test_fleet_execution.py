@@ -193,7 +193,7 @@ class ForgetsStuckMoves(Execution):
         BelievesThatUnknownMovesWereAborted,
         RecoversWithoutAQuestion,
         pytest.param(BelievesOldEvents, marks=pytest.mark.only_full),
-        FreesMemoryAtTheStart,
+        pytest.param(FreesMemoryAtTheStart, marks=pytest.mark.only_full),
         ForgetsStuckMoves,
     ],
 )
