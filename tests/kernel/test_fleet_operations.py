@@ -60,14 +60,15 @@ def test_receiver_reports_its_address_until_it_is_interrupted(operations: Operat
     assert until(again, "waits", "ended").exit_code == 130
 
 
-def test_operation_is_lost_if_its_supervisor_is_killed(operations: Operations) -> None:
+def test_operation_is_lost_if_its_processes_are_killed(operations: Operations) -> None:
     operations.start(order("lost", WAITING))
     wait_until(lambda: operations.report("lost").address is not None, "the address")
     folder = operations.path / "lost"
     child = json.loads((folder / "running.json").read_text())["pid"]
     os.kill(json.loads((folder / "process.json").read_text())["pid"], signal.SIGKILL)
-    assert until(operations, "lost", "lost").exit_code is None
+    assert operations.report("lost").state == "running"
     os.kill(child, signal.SIGKILL)
+    assert until(operations, "lost", "lost").exit_code is None
 
 
 def test_operation_is_an_ordinary_process_without_the_token(

@@ -31,7 +31,9 @@ PORT = 6379
 STORE = 80_000_000
 """Size of Ray's object store, bytes: the minimum. The fleet stores no objects."""
 SECONDS = 90.0
-"""Timeout of a command."""
+"""Timeout for the start and the end of a process."""
+COMMAND_SECONDS = 600.0
+"""Timeout of `pageferry fleet`: many moves on a busy machine."""
 NAMES = ("a", "b", "c")
 
 
@@ -175,7 +177,7 @@ class Fleet:
             [*self.hosts[name].within, *self.command(*self._complete(words))],
             env=self.environment(name) | environment,
             capture_output=True,
-            timeout=SECONDS,
+            timeout=COMMAND_SECONDS,
         )
         assert done.returncode == code, (done.returncode, done.stdout.decode(), done.stderr.decode())
         self.said = done.stderr.decode()

@@ -24,10 +24,36 @@ with open(os.environ["PLANTED_RAN"], "a") as ran:
     ran.write(__name__ + " ")
 raise ImportError(__name__)
 """
-OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/libvirt.py", "workloads/qemu/process.py"}
-"""Modules that start only QEMU or virsh."""
+OTHER_PROGRAMS = {
+    "fleet/operation_process.py",
+    "host/qemus.py",
+    "workloads/qemu/libvirt.py",
+    "workloads/qemu/process.py",
+}
+"""Modules that start only QEMU or virsh, or a command that `python_command` has returned."""
 
 CHILDREN = {
+    "pageferry.fleet.operation_process": """
+        import time
+        from pathlib import Path
+        from pageferry.fleet.operations import Operations, Order, now
+        from pageferry.host.registry import Registry
+        hostile()
+        operations = Operations(Registry(Path(os.environ["SWITCHES"]) / "run"))
+        operations.start(Order(id="one", kind="run", workload="one", commands=[["--version"]], started=now()))
+        while operations.report("one").state == "running":
+            time.sleep(0.05)
+        assert operations.report("one").exit_code == 0
+    """,
+    "pageferry.fleet.cluster_probe": """
+        from pageferry.errors import FleetError
+        from pageferry.fleet import cluster
+        hostile()
+        try:
+            cluster._accepts_without_token("not an address")
+        except FleetError as error:
+            assert "whether the cluster" in str(error)
+    """,
     "pageferry.pager.process": """
         import asyncio
         from pageferry.pager.launcher import PagerProcess

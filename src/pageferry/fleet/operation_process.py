@@ -56,11 +56,17 @@ def _supervise(folder: str, commands: list[list[str]]) -> None:
     code = 0
     for command in commands:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=kept)
-        _write(folder, "running.json", {"pid": process.pid})
+        _write(folder, "running.json", {"pid": process.pid, "started": _start_time(process.pid)})
         code = process.wait()
         if code:
             break
     _write(folder, "ended.json", {"exit-code": code})
+
+
+def _start_time(pid: int) -> int:
+    """Return the start time of a child, which is not reaped yet, in the unit of proc(5)."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])
 
 
 def _write(folder: str, name: str, record: dict[str, int]) -> None:

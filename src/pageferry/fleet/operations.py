@@ -9,7 +9,7 @@
     RUN/.fleet/ID/ended.json      exit code of the command
 
 The agent keeps no other state. An agent that has been started again reads these records. An operation without an end
-whose supervisor no longer runs is lost: the registry, and a recovery, determine what it has done.
+of which no process runs is lost: the registry, and a recovery, determine what it has done.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class _Supervisor(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Child(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
+    started: int
 
 
 class _End(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -151,8 +152,8 @@ class Operations:
         if self.report(identifier).state != "running":
             return
         child = _load(self.path / identifier / "running.json", _Child)
-        if child is not None and (started := proc.start_time(child.pid)) is not None:
-            processes.send_signal(child.pid, started, number)
+        if child is not None:
+            processes.send_signal(child.pid, child.started, number)
 
     def _state(self, folder: Path) -> tuple[State, _End | None]:
         if (end := _load(folder / "ended.json", _End)) is not None:
@@ -161,10 +162,15 @@ class Operations:
         if found is None:
             # The agent may be about to write it. An agent that was killed in between has left a lost operation.
             return ("running" if time.time() - folder.stat().st_mtime < 5 else "lost"), None
-        alive = found.boot == proc.boot_id() and proc.is_alive(found.pid, found.started)
+        alive = found.boot == proc.boot_id() and (proc.is_alive(found.pid, found.started) or self._command_runs(folder))
         if not alive and (end := _load(folder / "ended.json", _End)) is not None:  # it has ended meanwhile
             return "ended", end
         return ("running" if alive else "lost"), None
+
+    def _command_runs(self, folder: Path) -> bool:
+        """Return whether the command of an operation runs, although its supervisor was killed."""
+        child = _load(folder / "running.json", _Child)
+        return child is not None and proc.is_alive(child.pid, child.started)
 
     def _folders(self) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):
