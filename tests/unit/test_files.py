@@ -66,6 +66,8 @@ OTHERS = {
     "workloads/arena/arena.py": "an unnamed file",
     "pager/client.py": "files in the private folder of a workload",
     "pager/records.py": "files in the private folder of a workload",
+    "fleet/operations.py": "the output of an operation, in the private folder of the agent",
+    "fleet/operation_process.py": "files in the private folder of the agent, and /proc, without an import of the package",
     "host/guardian_process.py": "a record, without an import of the package",
     "workloads/qemu/process.py": "a descriptor, and the log in the private folder of a workload",
 }
