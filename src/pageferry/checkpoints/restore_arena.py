@@ -29,6 +29,7 @@ from pageferry.pager import page_faults, records
 from pageferry.pager.fill_order import FillOrder, fill_order
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.server import PagerServer
+from pageferry.stores.lazy_image import open_image_file
 from pageferry.workloads.arena.arena import Arena, memory_file
 from pageferry.workloads.deferred_access import load_all, load_pages
 
@@ -207,10 +208,12 @@ def open_arena(
 ) -> RestoredArena | SharedArena:
     """Like `restore`, for a caller that has collected the options. Raises the same errors."""
     chosen = values.options(RestoredArenaOptions, {**options, "name": name, "memory": memory})
-    with local_image("path", path, listener) as source:
+    with local_image("path", path) as source:
         if chosen.memory == "shared":
             return open_shared(source, chosen, listener)
-        return RestoredArena.from_image(interruptible(lambda: ImageFile(source)), chosen, listener)
+        return RestoredArena.from_image(
+            interruptible(lambda: open_image_file(source, in_own_process=True)), chosen, listener
+        )
 
 
 def open_shared(path: Path, options: RestoredArenaOptions, listener: Listener, *, writable: bool = True) -> SharedArena:

@@ -124,7 +124,7 @@ async def restore_guest_async(
     values.options(GuestOptions, options)
     check_listener("listener", values.function("listener", listener))
     command = _command(arguments)
-    async with local_image_async("path", path, listener) as image:
+    async with local_image_async("path", path) as image:
         workload, result = await guests.restore_guest(name, image, command, listener=listener, **options)
     workload.close()
     return result

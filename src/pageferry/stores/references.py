@@ -75,6 +75,12 @@ async def open_image(store: Store, url: ImageUrl) -> tuple[Reference, list[Manif
         raise ObjectMissing(
             f"cannot find {url}: the store has no image of this name; `pageferry image list {url.store}` lists images"
         ) from error
+    return reference, await open_manifests(store, url, reference)
+
+
+async def open_manifests(store: Store, url: ImageUrl, reference: Reference) -> list[Manifest]:
+    """Read the manifest to which a reference refers, and those of its ancestors, image first. Raises ImageError,
+    StoreError."""
     try:
         manifest = await read_manifest(store, reference.key, reference.manifest)
     except ObjectMissing as error:
@@ -86,7 +92,7 @@ async def open_image(store: Store, url: ImageUrl) -> tuple[Reference, list[Manif
     for expected, found in zip(manifest.directory.ancestors, ancestors, strict=True):
         if found.directory.identity != expected.identity:
             raise ImageError(f"cannot read {url}: the manifest of its parent {expected.name} is that of another image")
-    return reference, [manifest, *ancestors]
+    return [manifest, *ancestors]
 
 
 async def read_manifest(store: Store, key: str, manifest: str) -> Manifest:

@@ -1,6 +1,6 @@
 //! Cache of storage blocks. Each block is read by one thread; other threads that need the block wait.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::memory::LoadError;
 use crate::SMALL_PAGE;
 use crate::block::{BlockError, Class};
-use crate::image::{Chain, Image, ImageError, StoredBlock, fill};
+use crate::image::{Chain, Image, ImageError, StoredBlock, Supply, fill};
 
 /// Maximum number of cached storage blocks.
 const KEPT: usize = 32;
@@ -17,8 +17,8 @@ const KEPT: usize = 32;
 /// Maximum number of spare buffers, which are reused for the next blocks.
 const SPARE: usize = 4;
 
-/// Index of an image in the chain, and of a storage block in the image.
-pub type Number = (usize, u32);
+pub use crate::image::Number;
+
 /// Storage block that has been read, with its number.
 pub type Fetched = (Number, Arc<StoredBlock>);
 type Cell = Arc<OnceLock<Result<Arc<StoredBlock>, Arc<ImageError>>>>;
@@ -41,13 +41,22 @@ pub struct Blocks {
     bytes: AtomicU64,
     /// For each image, the blocks whose pages are all loaded.
     done: Vec<Vec<AtomicBool>>,
+    /// Whether threads stop to wait for blocks that have to be fetched.
+    stopped: AtomicBool,
 }
 
 impl Blocks {
     pub fn new(chain: Chain) -> Self {
         let flags = |image: &Arc<Image>| image.blocks().iter().map(|_| AtomicBool::new(false)).collect();
         let done = chain.images().iter().map(flags).collect();
-        Self { done, chain, recent: Mutex::default(), spare: Mutex::default(), bytes: AtomicU64::new(0) }
+        Self {
+            done,
+            chain,
+            recent: Mutex::default(),
+            spare: Mutex::default(),
+            bytes: AtomicU64::new(0),
+            stopped: AtomicBool::new(false),
+        }
     }
 
     pub fn chain(&self) -> &Chain {
@@ -79,6 +88,8 @@ impl Blocks {
     /// # Errors
     /// The error of reading or verifying the block. The error is not cached, so the next call reads the block again.
     pub fn get(&self, number: Number) -> Result<Arc<StoredBlock>, Arc<ImageError>> {
+        // Wait before other threads can wait for this one: their requests may have precedence.
+        self.wait(number)?;
         let cell = self.cell(number);
         let found = cell.get_or_init(|| {
             let buffer = self.spare.lock().pop().unwrap_or_default();
@@ -101,9 +112,108 @@ impl Blocks {
     /// # Errors
     /// The error of reading or verifying the block.
     pub fn read(&self, number: Number, buffer: Vec<u8>) -> Result<StoredBlock, ImageError> {
-        let block = self.chain.images()[number.0].read_block_into(number.1, buffer)?;
+        let stopped = || self.stopped.load(Ordering::Acquire);
+        let block = self.chain.images()[number.0].read_block_while(number.1, buffer, &stopped)?;
         self.bytes.fetch_add(block.len() as u64, Ordering::Relaxed);
         Ok(block)
+    }
+
+    /// Stops all waits for blocks that have to be fetched.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+    }
+
+    /// Returns the supply of blocks that the files do not contain yet; `None` if the files are complete.
+    pub fn supply(&self) -> Option<&Arc<Supply>> {
+        self.chain.images().last()?.supply()
+    }
+
+    /// Waits until a block is in its file.
+    fn wait(&self, number: Number) -> Result<(), ImageError> {
+        let image = &self.chain.images()[number.0];
+        match image.supply() {
+            Some(supply) if (number.1 as usize) < image.blocks().len() => {
+                supply.wait(image, number, &|| self.stopped.load(Ordering::Acquire))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the blocks with the contents of pages `first` to `end`, in the order of their first page, without those
+    /// that are in their files. Empty without a supply.
+    fn absent(&self, first: usize, end: usize, is_wanted: &dyn Fn(usize) -> bool) -> Vec<Number> {
+        let (Some(supply), images) = (self.supply(), self.chain.images()) else { return Vec::new() };
+        let mut found = Vec::new();
+        let mut known = HashSet::new();
+        for page in (first..end).filter(|&page| is_wanted(page)) {
+            let Ok((image, entry)) = self.chain.find(page) else { continue };
+            let number = (image, entry.block.get());
+            if matches!(entry.class(), Some(Class::Data | Class::SameAs))
+                && known.insert(number)
+                && images[image].supply().is_some()
+                && !supply.has(&images[image], number)
+            {
+                found.push(number);
+            }
+        }
+        found
+    }
+
+    /// Requests all blocks that pages `first` to `end` need, as far as `is_wanted` is true for them. Does not wait.
+    pub fn request(&self, first: usize, end: usize, is_wanted: &dyn Fn(usize) -> bool) {
+        if let Some(supply) = self.supply() {
+            // A failure is returned to the thread that reads the block.
+            let _ = supply.request(&self.absent(first, end, is_wanted));
+        }
+    }
+
+    /// Waits until all blocks that pages `first` to `end` need are in their files.
+    ///
+    /// # Errors
+    /// See [`Supply::wait`].
+    pub fn await_pages(&self, first: usize, end: usize) -> Result<(), ImageError> {
+        if self.supply().is_none() {
+            return Ok(());
+        }
+        self.request(first, end, &|_| true);
+        self.absent(first, end, &|_| true).into_iter().try_for_each(|number| self.wait(number))
+    }
+
+    /// Requests the blocks that pages `first` to `end` need, and calls `notify` when the first of them is present or
+    /// cannot be fetched. Returns false, without a call, if none has to be awaited.
+    pub fn park(
+        &self,
+        first: usize,
+        end: usize,
+        is_wanted: &dyn Fn(usize) -> bool,
+        notify: impl FnOnce() + Send + 'static,
+    ) -> bool {
+        let Some(supply) = self.supply() else { return false };
+        let absent = self.absent(first, end, is_wanted);
+        let Some(&number) = absent.first() else { return false };
+        if absent.len() > 1 {
+            let _ = supply.request(&absent);
+        }
+        supply.park(&self.chain.images()[number.0], number, notify)
+    }
+
+    /// Sends the order of background loading to the provider of the blocks: those of `pages`, then `blocks`.
+    pub fn prefetch(&self, pages: impl Iterator<Item = usize>, blocks: &[Number]) {
+        let Some(supply) = self.supply() else { return };
+        let (mut known, mut order) = (HashSet::new(), Vec::new());
+        let of_pages = pages.filter_map(|page| {
+            let (image, entry) = self.chain.find(page).ok()?;
+            matches!(entry.class(), Some(Class::Data | Class::SameAs)).then(|| (image, entry.block.get()))
+        });
+        let is_supplied = |number: Number| self.chain.images()[number.0].supply().is_some();
+        order.extend(of_pages.chain(blocks.iter().copied()).filter(|&one| is_supplied(one) && known.insert(one)));
+        supply.prefetch(&order);
+    }
+
+    /// Returns all storage blocks of the chain, in the order of the files, nearest image first.
+    pub fn all(&self) -> Vec<Number> {
+        let images = self.chain.images().iter().enumerate();
+        images.flat_map(|(number, image)| (0..).zip(image.blocks()).map(move |(block, _)| (number, block))).collect()
     }
 
     /// Returns a storage block if it is in the cache.
