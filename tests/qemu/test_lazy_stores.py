@@ -13,6 +13,7 @@ import pytest
 import pageferry
 from pageferry.checkpoints.image_source import local_image_async
 from pageferry.host.registry import Registry
+from pageferry.pager import records
 from pageferry.pager.launcher import take_over
 from tests.guest.clones import Clone, status_of, until_gone
 from tests.guest.machines import GuestParts
@@ -91,12 +92,16 @@ def test_guest_pauses_at_a_page_that_is_damaged_in_the_store(
         async with local_image_async("image", url) as path:
             await guest.start(path, prefetch=False, paused=True)
             proxy.inject("GET", "packs/", "corrupt", 1 << 20)
-            await guest.run()
+            resuming = asyncio.create_task(guest.run())  # QEMU replies after the access if `cont` accesses memory
             await guest.logged("was damaged, truncated or replaced")
-            await guest.logged("lazy is paused")
+            await guest.logged("to continue with an intact copy")
             proxy.faults.clear()
-            await asyncio.sleep(2.5)  # the pager has just failed
             await take_over(guest.folder)
+            await resuming
+            async with asyncio.timeout(30):
+                while '"pausing":true' in (guest.folder.path / records.RECORD).read_text():  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            assert not await guest.workload.running()
             await guest.run()
             await guest.serial.passes(2)
         await guest.end()

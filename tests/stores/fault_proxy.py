@@ -138,7 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = next((value for name, value in headers if name.lower() == "content-length"), "0")
         self.send_header("Content-Length", length if self.command == "HEAD" else str(len(data)))
         self.end_headers()
-        self.wfile.write(data[:sent])
+        with suppress(OSError):  # the client has cancelled the request
+            self.wfile.write(data[:sent])
         if sent is not None:
             self.wfile.flush()
             self._reset()

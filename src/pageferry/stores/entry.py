@@ -13,6 +13,7 @@ A file has its full length from the start. Storage blocks that have not been fet
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ from pageferry.images.metadata import ImageIdentity
 from pageferry.stores import layout
 
 MAX_RECORD = 1 << 20
+_DIGEST = re.compile("[0-9a-f]{64}")
 RECORD, FILES, MANIFESTS, COMPLETE = "entry.json", "files", "manifests", "complete.json"
 
 
@@ -83,6 +85,15 @@ def mark_complete(folder: Path, descriptors: list[int]) -> None:
         os.fsync(descriptor)
         inodes.append(os.fstat(descriptor).st_ino)
     files.replace_file(folder / COMPLETE, msgspec.json.encode(Complete(inodes=inodes)), synced=True)
+
+
+def version_of(image: Path) -> int | None:
+    """Return a number that identifies the contents of a file of an entry, although blocks are written to it; None for
+    any other file."""
+    folder = image.parent.parent
+    if image.parent.name != FILES or _DIGEST.fullmatch(folder.name) is None or not (folder / RECORD).exists():
+        return None
+    return int(folder.name[:15], 16)
 
 
 def entry_of(image: Path) -> tuple[Path, Entry, int] | None:
