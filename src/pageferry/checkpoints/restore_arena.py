@@ -169,8 +169,8 @@ def restore(
     **options: Unpack[RestoreArguments],
 ) -> RestoredArena | SharedArena:
     """Create an arena from an image. The arena is usable at once: accessed pages are loaded first, the others in the
-    background. With a `name`, the arena is registered on this host. `path` can be the URL of an image in a store: the
-    image is first downloaded to the cache of this host, unless the cache has it (docs/stores.md).
+    background. With a `name`, the arena is registered on this host. `path` can be the URL of an image in a store, whose
+    contents are fetched to the cache of this host when they are accessed, and in the background (docs/stores.md).
 
     If this user cannot handle page faults (including those of system calls), all contents are loaded before this
     function returns, with a warning in the log; `listener` is called with an EagerEvent, which states the reason, and

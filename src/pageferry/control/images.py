@@ -202,7 +202,7 @@ def export_image(path: str | Path, *, firecracker: str | Path, vmstate: str | Pa
 
 def _opened(parameter: str, path: str | Path) -> ImageFile:
     found = values.path(parameter, path)
-    return interruptible(lambda: open_image_file(found))
+    return interruptible(lambda: open_image_file(found, whole=True))
 
 
 def _info(file: ImageFile) -> ImageSummary:

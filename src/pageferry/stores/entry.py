@@ -5,7 +5,7 @@
     DIR/images/MANIFEST/files/          files of one image and its parents, and their working sets
     DIR/images/MANIFEST/manifests/      manifests of these files, by digest
     DIR/images/MANIFEST/entry.json      `Entry`
-    DIR/images/MANIFEST/complete.json   `Complete`, once all storage blocks are in the files, and synced
+    DIR/images/MANIFEST/complete.json   `Complete`, once all blocks that the memory needs are in the files, and synced
 
 A file has its full length from the start. Storage blocks that have not been fetched yet are holes.
 """
@@ -70,7 +70,7 @@ def load(folder: Path) -> Entry | None:
 
 
 def is_complete(folder: Path, entry: Entry) -> bool:
-    """Return whether all storage blocks of an entry are in its files, and synced."""
+    """Return whether all blocks that the memory of the image needs are in the files, and synced."""
     try:
         found = msgspec.json.decode(files.read_regular(folder / COMPLETE, MAX_RECORD, follow=False), type=Complete)
         return found.inodes == [os.stat(folder / FILES / file.name).st_ino for file in entry.files]
@@ -79,7 +79,7 @@ def is_complete(folder: Path, entry: Entry) -> bool:
 
 
 def mark_complete(folder: Path, descriptors: list[int]) -> None:
-    """Sync the files of an entry, all of whose blocks are present, and record this. Raises OSError."""
+    """Sync the files of an entry that have all blocks that the memory needs, and record this. Raises OSError."""
     inodes = []
     for descriptor in descriptors:
         os.fsync(descriptor)

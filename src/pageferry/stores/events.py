@@ -113,7 +113,8 @@ class CachedImage(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     contents: int
     """The same space when all storage blocks have been fetched, bytes."""
     complete: bool
-    """Whether all storage blocks have been fetched, so that the image can be restored without the store."""
+    """Whether all storage blocks that the memory needs have been fetched: a restore reads nothing more from the
+    store."""
 
 
 class CacheListing(Event, frozen=True, kw_only=True, tag="cache-list"):

@@ -36,17 +36,18 @@ _END = 2.0
 _threads: dict[threading.Thread, socket.socket] = {}
 
 
-def open_image_file(path: str | Path, *, in_own_process: bool = False) -> ImageFile:
+def open_image_file(path: str | Path, *, in_own_process: bool = False, whole: bool = False) -> ImageFile:
     """Open an image with its parents, as `ImageFile` does. Storage blocks that a file of the cache lacks are fetched
     from the store when they are needed.
 
     `in_own_process`: fetch them by another process. This is necessary if this process accesses memory that is loaded
     from the image: a thread that holds the GIL could wait for a page that only a provider in the same process could
-    fetch. Raises ImageError.
+    fetch. `whole`: provide also blocks that no page of the memory needs, such as those of parents that the image
+    replaces. Raises ImageError.
     """
     image = ImageFile(path)
     for first, link in enumerate(image.links):
-        if (found := _incomplete(image, first, link)) is not None:
+        if (found := _incomplete(image, first, link, whole)) is not None:
             try:
                 _supply(image, first, *found, in_own_process)
             except OSError as error:
@@ -55,14 +56,16 @@ def open_image_file(path: str | Path, *, in_own_process: bool = False) -> ImageF
     return image
 
 
-def _incomplete(image: ImageFile, first: int, link: Link) -> tuple[Path, Entry] | None:
+def _incomplete(image: ImageFile, first: int, link: Link, whole: bool) -> tuple[Path, Entry] | None:
     """Return the entry of the cache to which image `first` of the chain and its ancestors belong; None if there is
-    none, or if it is complete."""
+    none, or if it is complete and `whole` is false."""
     if (found := entry.entry_of(Path(os.path.realpath(link.path)))) is None:
         return None
     folder, record, skipped = found
     links, files = image.links[first:], record.files[skipped:]
-    if [one.identity for one in links] != [file.identity for file in files] or entry.is_complete(folder, record):
+    if [one.identity for one in links] != [file.identity for file in files] or (
+        not whole and entry.is_complete(folder, record)
+    ):
         return None
     return folder, msgspec.structs.replace(record, files=files)
 

@@ -1,7 +1,7 @@
 """Provider of storage blocks: fetches the blocks of cached images that the engine requests over a socket (S10).
 
 The engine's threads wait for blocks without the GIL (`crates/engine/src/image/supply.rs`, which defines the messages).
-The provider runs on an event loop of a thread of the pager process, or of a process of its own. It verifies each block
+The provider runs on an event loop of a thread of the pager process, or of a separate process. It verifies each block
 by its BLAKE3 digest, writes it to the file of the cache, and reports it to the engine.
 
 Demanded blocks are fetched first, one request per range of neighbours; a request that is slower than usual is sent
@@ -45,7 +45,7 @@ T = TypeVar("T")
 Number = tuple[int, int]
 """Index of an image in the files of a provider, and number of a storage block in the image."""
 
-DEMANDS, PREFETCHES, FEW = 32, 32, 8
+MAX_DEMANDS, MAX_PREFETCHES, MIN_PREFETCHES = 32, 32, 8
 """Maximum number of requests at a time: for demanded blocks; for other blocks; for other blocks while demanded blocks
 are missing."""
 DEMAND_RANGE, PREFETCH_RANGE = 512 << 10, 2 << 20
@@ -67,7 +67,7 @@ READY = 64
 
 _REQUEST = struct.Struct("<III")
 _REPORT = struct.Struct("<IIII")
-_DEMAND, _BACKGROUND, _PREFETCH = 1, 2, 3
+_DEMAND, _BACKGROUND, _PREFETCH, _END_OF_ORDER = 1, 2, 3, 4
 _PRESENT, _FAILED = 1, 2
 _MAX_MESSAGE = 4096
 
@@ -162,8 +162,10 @@ class Provider:
         self._latencies: deque[float] = deque(maxlen=32)
         self._succeeded = time.monotonic()
         self._warned = False
-        self._checked = True
-        """Whether the files were checked for completeness since blocks were last fetched in advance."""
+        self._ordered: list[Number] = []
+        """All blocks that were to be fetched in advance."""
+        self._is_whole = False
+        """Whether `_ordered` contains all blocks that the memory needs, and the files have not been checked yet."""
 
     async def run(self, connection: socket.socket) -> None:
         """Serve the engine at the other end of a connection until the engine closes it. Closes the files."""
@@ -206,7 +208,7 @@ class Provider:
     def _take(self, kind: int, image: int, block: int) -> None:
         number = (image - self._first, block)
         if self._unusable is not None:
-            if kind != _PREFETCH:
+            if kind in (_DEMAND, _BACKGROUND):
                 self._report(number, self._unusable)
         elif kind == _DEMAND:
             if (task := self._flying.get(number)) is not None:
@@ -216,31 +218,33 @@ class Provider:
         elif kind == _BACKGROUND:
             if number not in self._flying:
                 self._waiting[number] = None
-        else:
+        elif kind == _PREFETCH:
             self._later.append(number)
-            self._checked = False
+            self._ordered.append(number)
+        elif kind == _END_OF_ORDER:
+            self._is_whole = True
 
     def _start(self) -> None:
-        """Start fetches, as far as their number permits."""
-        if self._demanded and self._running[True] < DEMANDS:
+        """Start fetches, up to the maximum number of each kind."""
+        if self._demanded and self._running[True] < MAX_DEMANDS:
             self._start_demands()
-        limit = FEW if self._running[True] else PREFETCHES
+        limit = MIN_PREFETCHES if self._running[True] else MAX_PREFETCHES
         while self._ready and self._running[False] < limit:
             self._launch(self._ready.popleft())
         pending = self._waiting or self._later
         if pending and len(self._ready) < READY and not self._scanning:
             self._scanning = True
             self._spawn(self._scan())
-        elif not (pending or self._flying or self._ready or self._scanning or self._checked):
-            self._checked = True
+        elif self._is_whole and not (pending or self._flying or self._ready or self._scanning):
+            self._is_whole = False
             self._spawn(self._complete())
 
     def _start_demands(self) -> None:
-        count = 4 * (DEMANDS - self._running[True])
+        count = 4 * (MAX_DEMANDS - self._running[True])
         taken = [number for number, _ in zip(list(self._demanded), range(count), strict=False)]
         for number in taken:
             del self._demanded[number]
-        limit = DEMAND_RANGE if len(taken) <= DEMANDS else PREFETCH_RANGE
+        limit = DEMAND_RANGE if len(taken) <= MAX_DEMANDS else PREFETCH_RANGE
         for fetch in self._fetches(taken, limit, DEMAND_GAP, demand=True):
             self._launch(fetch)
 
@@ -271,7 +275,7 @@ class Provider:
 
     async def _hurry(self, number: Number, task: asyncio.Task[None]) -> None:
         """Wait for a block that is being fetched in advance. If this takes long, fetch it alone."""
-        await asyncio.wait({task}, timeout=self._patience)
+        await asyncio.wait({task}, timeout=self._hedge_timeout)
         if not task.done():
             image, block = number
             record = self._tables[image].records[block]
@@ -281,10 +285,10 @@ class Provider:
             )
 
     async def _complete(self) -> None:
-        """Record that all blocks of all images are in the files, if they are."""
+        """Record that all blocks that the memory needs are in the files, if they are."""
 
         def check() -> None:
-            if all(table.has(number) for table in self._tables for number in range(len(table.records))):
+            if all(self._tables[image].has(number) for image, number in self._ordered):
                 entry.mark_complete(self._folder, [table.descriptor for table in self._tables])
 
         with contextlib.suppress(OSError):  # the entry was removed, or the disk is full: the next restore checks again
@@ -365,7 +369,7 @@ class Provider:
             log.warning("%s: blocks can be fetched again", self._url)
 
     @property
-    def _patience(self) -> float:
+    def _hedge_timeout(self) -> float:
         """Time after which a request is slow, seconds."""
         shortest, longest = HEDGE
         usual = 3 * statistics.median(self._latencies) if self._latencies else longest
@@ -377,10 +381,10 @@ class Provider:
             return await self._request(fetch.wanted)
         begin = time.monotonic()
         reads = {asyncio.ensure_future(self._request(fetch.wanted))}
-        patience: float | None = self._patience
+        timeout: float | None = self._hedge_timeout
         try:
             while True:
-                done, reads = await asyncio.wait(reads, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                done, reads = await asyncio.wait(reads, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 for read in done:
                     if not reads or read.exception() is None:
                         data = read.result()
@@ -388,8 +392,8 @@ class Provider:
                         return data
                 if not done:
                     reads.add(asyncio.ensure_future(self._request(fetch.wanted)))
-                    assert patience is not None
-                    patience = 4 * patience if len(reads) <= HEDGES else None
+                    assert timeout is not None
+                    timeout = 4 * timeout if len(reads) <= HEDGES else None
         finally:
             for read in reads:
                 read.cancel()

@@ -9,8 +9,8 @@
 //! missing, and is fetched. The file is therefore valid after a crash at any time, and damage is repaired.
 //!
 //! ```text
-//! engine ─▶ provider    12 bytes: kind (1 demand, 2 background, 3 prefetch), image in the chain, block
-//! provider ─▶ engine    16 bytes: kind (1 present, 2 failed), image, block, length of a message; then the message
+//! engine ─▶ provider    12 bytes: kind (1 demand, 2 background, 3 prefetch, 4 end of the order), image, block
+//! provider ─▶ engine    16 bytes: kind (1 present, 2 failed), image in the chain, block, length of a message; message
 //! ```
 
 use std::cell::Cell;
@@ -44,6 +44,7 @@ const MAX_MESSAGE: usize = 64 << 10;
 const DEMAND: u32 = 1;
 const BACKGROUND: u32 = 2;
 const PREFETCH: u32 = 3;
+const END_OF_ORDER: u32 = 4;
 const PRESENT: u32 = 1;
 const FAILED: u32 = 2;
 
@@ -76,7 +77,7 @@ struct Requests {
     pending: HashMap<Number, bool>,
     failed: HashMap<Number, (Instant, String)>,
     parked: HashMap<Number, Vec<Notify>>,
-    /// Reason why no blocks are fetched any more.
+    /// Reason why blocks are no longer fetched.
     closed: Option<String>,
 }
 
@@ -160,7 +161,7 @@ impl Supply {
         self.0.state(number).store(DAMAGED, Ordering::Release);
     }
 
-    /// Waits until a block is in the file; requests it if nobody has.
+    /// Waits until a block is in the file; requests it if no thread has.
     ///
     /// # Errors
     /// [`ImageError::Unavailable`] if the provider cannot fetch the block, [`ImageError::Interrupted`] if `stopped`
@@ -217,6 +218,11 @@ impl Supply {
     /// Sends the order in which blocks are to be fetched that no thread has requested.
     pub fn prefetch(&self, order: &[Number]) {
         self.0.send(PREFETCH, order);
+    }
+
+    /// Reports that the orders that were sent contain all blocks that the pages of the chain need.
+    pub fn end_order(&self) {
+        self.0.send(END_OF_ORDER, &[(0, 0)]);
     }
 
     /// Requests a block that is missing, and calls `notify` when it is present or cannot be fetched. Returns false,

@@ -54,7 +54,11 @@ pub fn fill(shared: &PagerState, order: &FillOrder, everything: bool) {
     let (threads, depth) = if shared.eager.load(Ordering::Relaxed) { (cores, DEPTH) } else { (cores / 2, LAZY_DEPTH) };
     let first = |window: u32| window as usize * WINDOW;
     let pages = order.windows.iter().flat_map(|&window| first(window)..first(window) + WINDOW);
-    blocks.prefetch(pages, if everything { &order.blocks } else { &[] });
+    if everything {
+        blocks.prefetch_all(pages, &order.blocks);
+    } else {
+        blocks.prefetch_pages(pages);
+    }
     let steps = Steps { order, everything, depth, next: 0.into(), ahead: 0.into(), present: 0.into() };
     let work = || steps.work(shared, blocks);
     thread::scope(|scope| {

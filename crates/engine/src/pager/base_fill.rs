@@ -284,13 +284,11 @@ impl BaseFile {
 
     /// Sends the order in which units are loaded in the background to the provider of the storage blocks.
     pub fn prefetch(&self, units: &[usize]) {
-        if self.blocks.supply().is_some() {
-            let pages = units.iter().flat_map(|&unit| {
-                let (first, end) = self.image_pages(unit);
-                first..end
-            });
-            self.blocks.prefetch(pages, &self.blocks.all());
-        }
+        let pages = units.iter().flat_map(|&unit| {
+            let (first, end) = self.image_pages(unit);
+            first..end
+        });
+        self.blocks.prefetch_all(pages, &[]);
     }
 
     /// Reads the contents of a unit from the image into `scratch.unit`.

@@ -142,24 +142,14 @@ impl Blocks {
     /// Returns the blocks with the contents of pages `first` to `end`, in the order of their first page, without those
     /// that are in their files. Empty without a supply.
     fn absent(&self, first: usize, end: usize, is_wanted: &dyn Fn(usize) -> bool) -> Vec<Number> {
-        let (Some(supply), images) = (self.supply(), self.chain.images()) else { return Vec::new() };
-        let mut found = Vec::new();
-        let mut known = HashSet::new();
-        for page in (first..end).filter(|&page| is_wanted(page)) {
-            let Ok((image, entry)) = self.chain.find(page) else { continue };
-            let number = (image, entry.block.get());
-            if matches!(entry.class(), Some(Class::Data | Class::SameAs))
-                && known.insert(number)
-                && images[image].supply().is_some()
-                && !supply.has(&images[image], number)
-            {
-                found.push(number);
-            }
-        }
+        let Some(supply) = self.supply() else { return Vec::new() };
+        let mut found = self.stored((first..end).filter(|&page| is_wanted(page)));
+        let images = self.chain.images();
+        found.retain(|&number| self.is_supplied(number) && !supply.has(&images[number.0], number));
         found
     }
 
-    /// Requests all blocks that pages `first` to `end` need, as far as `is_wanted` is true for them. Does not wait.
+    /// Requests all blocks that those of the pages `first` to `end` need for which `is_wanted` is true. Does not wait.
     pub fn request(&self, first: usize, end: usize, is_wanted: &dyn Fn(usize) -> bool) {
         if let Some(supply) = self.supply() {
             // A failure is returned to the thread that reads the block.
@@ -197,23 +187,46 @@ impl Blocks {
         supply.park(&self.chain.images()[number.0], number, notify)
     }
 
-    /// Sends the order of background loading to the provider of the blocks: those of `pages`, then `blocks`.
-    pub fn prefetch(&self, pages: impl Iterator<Item = usize>, blocks: &[Number]) {
-        let Some(supply) = self.supply() else { return };
-        let (mut known, mut order) = (HashSet::new(), Vec::new());
-        let of_pages = pages.filter_map(|page| {
-            let (image, entry) = self.chain.find(page).ok()?;
-            matches!(entry.class(), Some(Class::Data | Class::SameAs)).then(|| (image, entry.block.get()))
-        });
-        let is_supplied = |number: Number| self.chain.images()[number.0].supply().is_some();
-        order.extend(of_pages.chain(blocks.iter().copied()).filter(|&one| is_supplied(one) && known.insert(one)));
-        supply.prefetch(&order);
+    /// Sends the order in which pages are loaded in the background to the provider of the blocks. Does nothing without
+    /// a supply.
+    pub fn prefetch_pages(&self, pages: impl Iterator<Item = usize>) {
+        if let Some(supply) = self.supply() {
+            supply.prefetch(&self.stored(pages));
+        }
     }
 
-    /// Returns all storage blocks of the chain, in the order of the files, nearest image first.
-    pub fn all(&self) -> Vec<Number> {
-        let images = self.chain.images().iter().enumerate();
-        images.flat_map(|(number, image)| (0..).zip(image.blocks()).map(move |(block, _)| (number, block))).collect()
+    /// Sends the order of loading everything in the background to the provider: the blocks of `pages`, then `blocks`.
+    /// Blocks that no page of the chain needs are not fetched, and count as loaded. Does nothing without a supply.
+    pub fn prefetch_all(&self, pages: impl Iterator<Item = usize>, blocks: &[Number]) {
+        let Some(supply) = self.supply() else { return };
+        let needed = self.stored(0..self.chain.nearest().page_map().len());
+        let known: HashSet<Number> = needed.iter().copied().collect();
+        let (unneeded, rest): (Vec<_>, Vec<_>) = blocks.iter().copied().partition(|number| !known.contains(number));
+        unneeded.into_iter().filter(|&number| self.is_supplied(number)).for_each(|number| self.done(number));
+        let mut sent = HashSet::new();
+        let first = self.stored(pages);
+        let order: Vec<Number> = first
+            .into_iter()
+            .chain(rest)
+            .chain(needed)
+            .filter(|&one| self.is_supplied(one) && sent.insert(one))
+            .collect();
+        supply.prefetch(&order);
+        supply.end_order();
+    }
+
+    fn is_supplied(&self, number: Number) -> bool {
+        self.chain.images()[number.0].supply().is_some()
+    }
+
+    /// Returns the blocks that contain pages, each once, in the order of their first page.
+    fn stored(&self, pages: impl Iterator<Item = usize>) -> Vec<Number> {
+        let mut known = HashSet::new();
+        let number = |page| {
+            let (image, entry) = self.chain.find(page).ok()?;
+            matches!(entry.class(), Some(Class::Data | Class::SameAs)).then(|| (image, entry.block.get()))
+        };
+        pages.filter_map(number).filter(|&number| known.insert(number)).collect()
     }
 
     /// Returns a storage block if it is in the cache.
