@@ -25,7 +25,7 @@ guests of this host by their names, `logs` returns their output, `console` opens
 `image_info` describes an image, `verify_image` verifies it, `compare_images` compares two, `flatten_image` merges an
 image with its parents, and `delete_image` deletes an image. `push_image` and `pull_image` copy an image to and from an
 object store; `list_images` lists the images of a store, and `collect_garbage` frees its space. Restores accept the URL
-of an image in a store; `list_cache` and `clear_cache` manage the downloaded images.
+of an image in a store; `list_cache` and `clear_cache` manage the images in the cache.
 `import_image` writes an image of a snapshot of Firecracker, `export_image` writes the snapshot back, and `serve` loads
 the memory of microVMs from an image on demand.
 """

@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Action = Literal["busy", "reset", "lost", "cut", "short", "corrupt"]
+Action = Literal["busy", "reset", "lost", "cut", "short", "corrupt", "stall"]
 """`busy`: reply 503. `reset`: close the connection with RST instead of forwarding the request. `lost`: forward the
 request, and close the connection instead of replying. `cut`: close the connection in the middle of the body. `short`:
-reply with half of the body as if that were all. `corrupt`: change one byte of the body."""
+reply with half of the body as if that were all. `corrupt`: change one byte of the body. `stall`: forward the
+request after `FaultProxy.stall` seconds."""
 
 
 @dataclass
@@ -39,6 +41,13 @@ class FaultProxy:
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     """Method and path of each request."""
+    delay: float = 0.0
+    """Time after which a request is forwarded, seconds."""
+    stall: float = 20.0
+    gone: bool = False
+    """Whether every connection is closed with RST, as by a host without a server."""
+    sent: dict[str, int] = field(default_factory=dict)
+    """Bytes of the bodies of replies, by path."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def inject(self, method: str, path: str, action: Action, count: int = 1) -> None:
@@ -84,12 +93,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         action = self.owner.take(self.command, self.path)
+        time.sleep(self.owner.delay)
+        if self.owner.gone:
+            self._reset()
+            return
         if action == "busy":
             self.send_error(503)
             return
         if action == "reset":
             self._reset()
             return
+        if action == "stall":
+            time.sleep(self.owner.stall)
         status, headers, data = self._forward(body)
         if action == "lost":
             self._reset()
@@ -98,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[:-1] + bytes([data[-1] ^ 1])
         elif action == "short":
             data = data[: len(data) // 2]
+        with self.owner.lock:
+            self.owner.sent[self.path] = self.owner.sent.get(self.path, 0) + len(data)
         self._reply(status, headers, data, len(data) // 2 if action == "cut" else None)
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _handle
@@ -121,7 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = next((value for name, value in headers if name.lower() == "content-length"), "0")
         self.send_header("Content-Length", length if self.command == "HEAD" else str(len(data)))
         self.end_headers()
-        self.wfile.write(data[:sent])
+        with suppress(OSError):  # the client has cancelled the request
+            self.wfile.write(data[:sent])
         if sent is not None:
             self.wfile.flush()
             self._reset()

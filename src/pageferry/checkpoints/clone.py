@@ -120,7 +120,7 @@ async def start_clones(
 ) -> tuple[list[QemuWorkload], CloneResult]:
     """Start the guests, and return them with the result. Raises the same errors as `clone_async`."""
     commands = options.commands(arguments)
-    async with local_image_async("path", path, listener) as image:
+    async with local_image_async("path", path) as image:
         return await _start_clones(image, commands, options, listener)
 
 

@@ -1,4 +1,4 @@
-"""Images to restore, given by a path or by the URL of an image in a store, which is first downloaded to the cache."""
+"""Images to restore, given by a path or by the URL of an image in a store, whose index is first read to the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from pageferry import values
 from pageferry.errors import UsageError
-from pageferry.events import Listener
 from pageferry.host.blocking import on_new_loop
 from pageferry.host.registry import Registry
 from pageferry.stores.address import image_url, is_url
@@ -34,16 +33,17 @@ def open_cache() -> ImageCache:
 
 
 @asynccontextmanager
-async def local_image_async(name: str, source: str | Path, listener: Listener) -> AsyncIterator[Path]:
+async def local_image_async(name: str, source: str | Path) -> AsyncIterator[Path]:
     """Yield the path of an image, the value of the parameter `name`.
 
-    An image in a store is downloaded to the cache, unless the cache has it, and stays in the cache at least until the
-    end of the block. Raises ImageError, StoreError, UsageError, UnsupportedError.
+    An image in a store gets an entry in the cache, unless the cache has one, and stays in the cache at least until the
+    end of the block. Its storage blocks are fetched when they are read: open it with `lazy_image.open_image_file`.
+    Raises ImageError, StoreError, UsageError, UnsupportedError.
     """
     if not is_url(source):
         yield values.path(name, source)
         return
-    entry = await _obtain(name, str(source), listener)
+    entry = await _obtain(name, str(source))
     try:
         yield entry.path
     finally:
@@ -51,21 +51,21 @@ async def local_image_async(name: str, source: str | Path, listener: Listener) -
 
 
 @contextmanager
-def local_image(name: str, source: str | Path, listener: Listener) -> Iterator[Path]:
+def local_image(name: str, source: str | Path) -> Iterator[Path]:
     """Yield the path of an image, like `local_image_async`, to a caller that blocks."""
     if not is_url(source):
         yield values.path(name, source)
         return
-    entry = on_new_loop(lambda: _obtain(name, str(source), listener))
+    entry = on_new_loop(lambda: _obtain(name, str(source)))
     try:
         yield entry.path
     finally:
         entry.close()
 
 
-async def _obtain(name: str, source: str, listener: Listener) -> OpenEntry:
+async def _obtain(name: str, source: str) -> OpenEntry:
     url = image_url(name, source)
-    return await open_cache().obtain(url, listener)
+    return await open_cache().obtain(url)
 
 
 def _folder() -> Path:

@@ -23,6 +23,7 @@ from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, synchronous
 from pageferry.host.fault_points import fault_point
 from pageferry.images.image import ImageFile, new_file
+from pageferry.stores.lazy_image import open_image_file
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.managed import HasArena, saveable
@@ -105,7 +106,7 @@ def _open_parent(name: str, clone: CloneRecord | None, path: Path | None, option
         from pageferry.workloads.clone_view import open_image
 
         return open_image(name, clone, path)
-    return ImageFile(path) if path is not None else None
+    return open_image_file(path) if path is not None else None
 
 
 class Save:

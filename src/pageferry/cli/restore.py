@@ -43,7 +43,7 @@ async def run(args: argparse.Namespace) -> int:
             raise UsageError(
                 "cannot restore a guest: IMAGE or the command line is missing; give NAME IMAGE -- QEMU ARGS..."
             )
-        async with _local(args, reporter) as image:
+        async with _local(args) as image:
             pager = _pager(args, image)
             try:
                 workload, result = await _restore(args, image, reporter, pager)
@@ -57,13 +57,13 @@ async def run(args: argparse.Namespace) -> int:
         return await _run_in_foreground(args, workload, result, reporter)
 
 
-def _local(args: argparse.Namespace, reporter: Reporter) -> AbstractAsyncContextManager[str | Path]:
+def _local(args: argparse.Namespace) -> AbstractAsyncContextManager[str | Path]:
     """Return the context in which the image is available as a file."""
     if "://" not in args.image:
         return contextlib.nullcontext(args.image)
     from pageferry.checkpoints.image_source import local_image_async
 
-    return local_image_async("image", args.image, reporter.event)
+    return local_image_async("image", args.image)
 
 
 def _pager(args: argparse.Namespace, image: str | Path) -> PagerConnection:

@@ -100,10 +100,10 @@ async def restore_guest_async(
     """Restore a guest from an image under a name, detached, and return when the guest runs. Its memory is loaded on
     demand by a pager process that outlives this program.
 
-    `path`: image file, or the URL of an image in a store, which is first downloaded to the cache of this host
-    (docs/stores.md). `arguments`: command line of QEMU, program first. `options` are the fields of
-    `pageferry.checkpoints.restore_options.GuestOptions`, other than `detach`: eager, prefetch, hugetlb, memory, disks,
-    paused, resume, guid, clock.
+    `path`: image file, or the URL of an image in a store, whose contents are fetched to the cache of this host
+    when they are accessed (docs/stores.md). `arguments`: command line of QEMU, program first. `options` are the fields
+    of `pageferry.checkpoints.restore_options.GuestOptions`, other than `detach`: eager, prefetch, hugetlb, memory,
+    disks, paused, resume, guid, clock.
 
     Raises ImageError, UsageError, NameInUse, RestoreError if the image does not match the command line, DisksDiffer if
     disks are not known to be unchanged, WorkloadError with the message of QEMU. After an error, no guest is left.
@@ -124,7 +124,7 @@ async def restore_guest_async(
     values.options(GuestOptions, options)
     check_listener("listener", values.function("listener", listener))
     command = _command(arguments)
-    async with local_image_async("path", path, listener) as image:
+    async with local_image_async("path", path) as image:
         workload, result = await guests.restore_guest(name, image, command, listener=listener, **options)
     workload.close()
     return result

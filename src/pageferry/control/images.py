@@ -23,6 +23,7 @@ from pageferry.images.events import (
 from pageferry.images.image import ImageFile
 from pageferry.images.metadata import Codec
 from pageferry.memory.regions import SMALL_PAGE
+from pageferry.stores.lazy_image import open_image_file
 from pageferry.workloads.qemu import block_devices, frozen_files
 from pageferry.workloads.qemu.block_devices import BlockDevice, Layer
 from pageferry.workloads.qemu.device_state import SavedState
@@ -201,7 +202,7 @@ def export_image(path: str | Path, *, firecracker: str | Path, vmstate: str | Pa
 
 def _opened(parameter: str, path: str | Path) -> ImageFile:
     found = values.path(parameter, path)
-    return interruptible(lambda: ImageFile(found))
+    return interruptible(lambda: open_image_file(found, whole=True))
 
 
 def _info(file: ImageFile) -> ImageSummary:

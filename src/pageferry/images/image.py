@@ -57,6 +57,9 @@ class ImageFile:
     a parent is missing, is not the image that the child was built on, or is its own descendant.
     """
 
+    is_fetched = False
+    """Whether storage blocks are fetched from a store when they are needed."""
+
     def __init__(self, path: str | Path) -> None:
         self._verify(list(_chain(open_link(Path(path)), _open_parent)))
 
@@ -151,7 +154,7 @@ class ImageFile:
             if len(found) >= limit:
                 return found
         found += [_finding(link, wrong) for wrong in chain.verify_unused()]
-        return found + _damaged_sections(link)
+        return found + damaged_sections(link)
 
     def differences(self, other: Self, progress: Progress = _silent) -> list[tuple[int, int]]:
         """Return the runs (start, end) of pages whose contents differ. Raises ImageError if the regions differ."""
@@ -281,7 +284,8 @@ def _finding(link: Link, finding: Finding) -> str:
     return f"{link.path}: {where}{finding.message}"
 
 
-def _damaged_sections(link: Link) -> list[str]:
+def damaged_sections(link: Link) -> list[str]:
+    """Verify the sections of an image other than its index. Return a description of each error."""
     found = []
     for kind in (metadata.METADATA, metadata.STATE, metadata.LARGE_UNITS):
         try:

@@ -25,12 +25,12 @@ from pageferry.errors import ImageError, PageferryError, RestoreError, Unsupport
 from pageferry.events import Listener, ignore
 from pageferry.host import forks
 from pageferry.host.blocking import asynchronous, interruptible
-from pageferry.images.image import ImageFile
 from pageferry.objects import dtypes, layout
 from pageferry.objects.layout import BufferInfo, Directory
 from pageferry.objects.pickling import Collected, ObjectPickler
 from pageferry.objects.rebuild import SAFE
 from pageferry.objects.transfer import share
+from pageferry.stores.lazy_image import open_image_file
 from pageferry.workloads.arena.shared import SharedArena
 from pageferry.workloads.callbacks import Callback, Plain
 
@@ -131,7 +131,7 @@ def open_object(
 
     Raises ImageError.
     """
-    with local_image("source", source, listener) as path:
+    with local_image("source", source) as path:
         return _open_local(path, options, listener, writable)
 
 
@@ -139,7 +139,7 @@ def _open_local(path: Path, options: RestoredArenaOptions, listener: Listener, w
     if options.memory == "shared":
         shared = open_shared(path, options, listener, writable=writable)
         return StoredObject(shared, layout.decode(shared.received_state, shared.length, path), path)
-    image = interruptible(lambda: ImageFile(path))
+    image = interruptible(lambda: open_image_file(path, in_own_process=True))
     found = image.metadata
     if found.kind != "arena" or len(found.regions) != 1:
         raise ImageError(

@@ -35,6 +35,7 @@ from pageferry.pager.base_service import BaseInUse, BaseService
 from pageferry.pager.eager import load
 from pageferry.pager.image_pager import ImagePager
 from pageferry.printable import PrintableFormatter
+from pageferry.stores.lazy_image import open_image_file
 
 log = logging.getLogger("pageferry.pager")
 
@@ -198,7 +199,7 @@ class Session:
         begin = time.monotonic()
         if self.base is not None:
             self.base.check_image(order.path)
-        self._image = image = self._image or ImageFile(order.path)
+        self._image = image = self._image or open_image_file(order.path)
         if order.expected is not None:
             targets.check_identity(image, order.expected, order.name)
         fault_point("pager.opened")

@@ -75,8 +75,9 @@ def _listing(found: StoreListing) -> RenderableType:
 
 
 def _cached(found: CacheListing) -> RenderableType:
-    table = Table("image", "length", "file", box=None)
+    table = Table("image", "present", "of", "file", box=None)
     for image in found.images:
-        table.add_row(image.url, size(image.length), image.path)
+        of = "complete" if image.complete else size(image.contents)
+        table.add_row(image.url, size(image.length), of, image.path)
     total = Text(f"{found.folder}: {size(found.length)} of at most {size(found.limit)}")
     return Group(table, total) if found.images else total

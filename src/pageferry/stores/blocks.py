@@ -23,8 +23,11 @@ HEADER = 64
 """Length of the header of a storage block, bytes."""
 MAX_BLOCK = 8 << 20
 """Upper bound of the length of a storage block, bytes; the image format has a lower one."""
+MAGIC = b"PFBK"
+"""First bytes of the header."""
 _NUMBER = slice(32, 40)
-_CHECKSUM = slice(56, 64)
+CHECKSUM = slice(56, 64)
+"""Checksum in the header."""
 _LEVEL = 1
 
 
@@ -48,10 +51,10 @@ class BlockRecord(NamedTuple):
 def normalize(block: bytearray, number: int) -> tuple[bytes, int]:
     """Bring a block into its normal form, in place. Return the checksum of its header, and its flags. A block whose
     header contains another number is left as it is."""
-    checksum = bytes(block[_CHECKSUM])
+    checksum = bytes(block[CHECKSUM])
     if len(block) < HEADER or block[_NUMBER] != number.to_bytes(8, "little"):
         return checksum, 0
-    block[_NUMBER] = block[_CHECKSUM] = bytes(8)
+    block[_NUMBER] = block[CHECKSUM] = bytes(8)
     return checksum, NORMAL
 
 
@@ -62,7 +65,7 @@ def restore(stored: memoryview, record: BlockRecord, number: int) -> bytearray:
     block = bytearray(stored)
     if record.flags & NORMAL:
         block[_NUMBER] = number.to_bytes(8, "little")
-        block[_CHECKSUM] = record.checksum
+        block[CHECKSUM] = record.checksum
     return block
 
 

@@ -110,6 +110,11 @@ class CachedImage(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     path: str
     length: int
     """Space of the image and of its parents, bytes. Parents that other entries share are counted for each."""
+    contents: int
+    """The same space when all storage blocks have been fetched, bytes."""
+    complete: bool
+    """Whether all storage blocks that the memory needs have been fetched: a restore reads nothing more from the
+    store."""
 
 
 class CacheListing(Event, frozen=True, kw_only=True, tag="cache-list"):

@@ -7,7 +7,7 @@ A range that cannot be read, or that has wrong contents, is read once more: it m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ DOWNLOADS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
+class Range:
     """Range of a pack, with the storage blocks in it: number in the image and record."""
 
     pack: PackEntry
@@ -101,7 +101,7 @@ class Pull:
         try:
             with new_file(path) as descriptor:
                 await self._fill(manifest, records, descriptor)
-                await on_thread(lambda: _check(descriptor, manifest))
+                await on_thread(lambda: _check_synced(descriptor, manifest))
                 if path != self._target:  # another download may have written another parent of this name
                     await in_thread(_exists, path, manifest.directory.identity)
                 fault_point("store.downloaded")
@@ -109,21 +109,17 @@ class Pull:
             raise ImageError(f"cannot write {path}: {error.strerror}") from error
 
     async def _fill(self, manifest: Manifest, records: list[BlockRecord], descriptor: int) -> None:
-        directory = manifest.directory
-        stored = manifest.frame()
-        try:
-            await on_thread(lambda: frame.write(descriptor, stored, directory.chunks, directory.length))
-        except ImageError as error:
-            raise ImageError(f"cannot read {manifest.where}: {error}") from error
-        await gathered((self._copy(one, descriptor) for one in _ranges(records, directory.packs)), DOWNLOADS)
+        await on_thread(lambda: write_frame(descriptor, manifest))
+        wanted = ranges(enumerate(records), manifest.directory.packs, RANGE)
+        await gathered((self._copy(one, descriptor) for one in wanted), DOWNLOADS)
 
-    async def _copy(self, wanted: _Range, descriptor: int) -> None:
+    async def _copy(self, wanted: Range, descriptor: int) -> None:
         """Download a range, verify its blocks and write them to the file."""
         where = f"{self._store.url}/{wanted.pack.key}"
         for last in (False, True):
             try:
                 data = await self._read(wanted)
-                await on_thread(lambda: _write_blocks(descriptor, wanted, data))  # noqa: B023
+                await on_thread(lambda: write_blocks(descriptor, wanted, data))  # noqa: B023
                 break
             except (ImageError, StoreError) as error:
                 if last and isinstance(error, StoreError):
@@ -136,7 +132,7 @@ class Pull:
         self._done += sum(record.length for _, record in wanted.blocks)
         self._listener(StoreProgress(image=str(self._url), done=self._done, total=self._total))
 
-    async def _read(self, wanted: _Range) -> memoryview:
+    async def _read(self, wanted: Range) -> memoryview:
         """Read a range. Raises ImageError if the pack is missing or shorter than expected, StoreError."""
         self._requests += 1
         data = await self._store.get_range(wanted.pack.key, wanted.start, wanted.end - wanted.start)
@@ -157,39 +153,65 @@ def _exists(path: Path, identity: ImageIdentity) -> bool:
     return True
 
 
-def _ranges(records: list[BlockRecord], packs: list[PackEntry]) -> Iterator[_Range]:
-    """Yield the ranges to read, ordered by pack and offset."""
-    placed = sorted(enumerate(records), key=lambda one: (one[1].pack, one[1].start, one[0]))
+def write_frame(descriptor: int, manifest: Manifest) -> None:
+    """Write everything but the storage blocks into an empty file, which gets its full length. Raises ImageError,
+    OSError."""
+    directory = manifest.directory
+    try:
+        frame.write(descriptor, manifest.frame(), directory.chunks, directory.length)
+    except ImageError as error:
+        raise ImageError(f"cannot read {manifest.where}: {error}") from error
+
+
+def ranges(
+    numbered: Iterable[tuple[int, BlockRecord]], packs: Sequence[PackEntry], limit: int, gap: int = GAP
+) -> Iterator[Range]:
+    """Yield the ranges to read for blocks with their numbers, ordered by pack and offset.
+
+    `limit`: maximum length of a range with several blocks, bytes; `gap`: maximum number of unneeded bytes between two
+    blocks of a range.
+    """
+    placed = sorted(numbered, key=lambda one: (one[1].pack, one[1].start, one[0]))
     pending: list[tuple[int, BlockRecord]] = []
     end = 0
     for number, record in placed:
         stop = record.start + record.length
         if pending:
             first = pending[0][1]
-            if record.pack != first.pack or record.start > end + GAP or stop - first.start > RANGE:
-                yield _Range(packs[first.pack], first.start, end, tuple(pending))
+            if record.pack != first.pack or record.start > end + gap or stop - first.start > limit:
+                yield Range(packs[first.pack], first.start, end, tuple(pending))
                 pending = []
         end = max(end, stop) if pending else stop
         pending.append((number, record))
     if pending:
-        yield _Range(packs[pending[0][1].pack], pending[0][1].start, end, tuple(pending))
+        yield Range(packs[pending[0][1].pack], pending[0][1].start, end, tuple(pending))
 
 
-def _write_blocks(descriptor: int, found: _Range, data: memoryview) -> None:
-    """Verify the blocks of a range, and write them. Raises ImageError for the first that is damaged, OSError."""
+def write_blocks(descriptor: int, found: Range, data: memoryview) -> None:
+    """Verify the blocks of a range, and write them. The header of a block is written last, so that a block with a
+    header is complete unless the host has crashed. Raises ImageError for the first that is damaged, OSError."""
     for number, record in found.blocks:
         start = record.start - found.start
         block = memoryview(blocks.restore(data[start : start + record.length], record, number))
-        offset = record.offset
-        while block:
-            written = os.pwrite(descriptor, block, offset)
-            block, offset = block[written:], offset + written
+        _write(descriptor, block[blocks.HEADER :], record.offset + blocks.HEADER)
+        _write(descriptor, block[: blocks.HEADER], record.offset)
 
 
-def _check(descriptor: int, manifest: Manifest) -> None:
-    """Open the complete file, compare its identity and its blocks with the manifest, and sync the file. Raises
-    ImageError, OSError."""
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _check_synced(descriptor: int, manifest: Manifest) -> None:
+    """Sync a complete file, and check it. Raises ImageError, OSError."""
     os.fsync(descriptor)  # in this thread; the event loop does not wait for the sync of `new_file`
+    check_file(descriptor, manifest)
+
+
+def check_file(descriptor: int, manifest: Manifest) -> None:
+    """Open a file that has at least its frame, and compare its identity and its block table with the manifest. Raises
+    ImageError."""
     try:
         link = link_of(descriptor, Path(manifest.key))
     except ImageError as error:

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 TAIL = 1 << 20
 """Bytes that are read first from the end of a manifest."""
+PART = 256 << 10
+"""Length of a manifest up to which it is read by one request, bytes."""
 REQUESTS = 16
 """Maximum number of small requests at a time."""
 
@@ -75,8 +77,14 @@ async def open_image(store: Store, url: ImageUrl) -> tuple[Reference, list[Manif
         raise ObjectMissing(
             f"cannot find {url}: the store has no image of this name; `pageferry image list {url.store}` lists images"
         ) from error
+    return reference, await open_manifests(store, url, reference)
+
+
+async def open_manifests(store: Store, url: ImageUrl, reference: Reference) -> list[Manifest]:
+    """Read the manifest to which a reference refers, and those of its ancestors, image first. Raises ImageError,
+    StoreError."""
     try:
-        manifest = await read_manifest(store, reference.key, reference.manifest)
+        manifest = await read_manifest(store, reference.key, reference.manifest, reference.manifest_length)
     except ObjectMissing as error:
         raise ImageError(f"cannot read {url}: its manifest is missing: {error}") from error
     if manifest.directory.identity != reference.identity:
@@ -86,13 +94,21 @@ async def open_image(store: Store, url: ImageUrl) -> tuple[Reference, list[Manif
     for expected, found in zip(manifest.directory.ancestors, ancestors, strict=True):
         if found.directory.identity != expected.identity:
             raise ImageError(f"cannot read {url}: the manifest of its parent {expected.name} is that of another image")
-    return reference, [manifest, *ancestors]
+    return [manifest, *ancestors]
 
 
-async def read_manifest(store: Store, key: str, manifest: str) -> Manifest:
-    """Read and verify a manifest. `manifest`: its digest, hexadecimal. Raises ImageError, ObjectMissing, StoreError."""
+async def read_manifest(store: Store, key: str, manifest: str, length: int = 0) -> Manifest:
+    """Read and verify a manifest. `manifest`: its digest, hexadecimal; `length`: its length, if it is known: a long one
+    is then read by several requests at a time, because each connection is slow at first. Raises ImageError,
+    ObjectMissing, StoreError."""
     where = f"{store.url}/{key}"
-    contents = await store.get(key, layout.MAX_MANIFEST)
+    if length > PART:
+        size = max(PART, -(-length // REQUESTS))
+        starts = range(0, length, size)
+        parts = await gathered(store.get_range(key, start, min(size, length - start)) for start in starts)
+        contents = b"".join(parts)
+    else:
+        contents = await store.get(key, layout.MAX_MANIFEST)
     directory = await in_thread(layout.decode_manifest, contents, manifest, where)
     return Manifest(key, manifest, contents, directory, where)
 

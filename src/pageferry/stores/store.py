@@ -54,10 +54,14 @@ class StoredObject:
 
 class Store:
     """Open store. Keys are relative to the URL of the store. Raises UnsupportedError without the extra `stores`,
-    UsageError for an invalid URL, StoreError if the configuration in the environment is invalid."""
+    UsageError for an invalid URL, StoreError if the configuration in the environment is invalid.
 
-    def __init__(self, url: StoreUrl, *, create: bool = False) -> None:
+    `retries`: maximum number of times that the client repeats a failed request.
+    """
+
+    def __init__(self, url: StoreUrl, *, create: bool = False, retries: int | None = None) -> None:
         self.url = url
+        self._retries = MAX_RETRIES if retries is None else retries
         self._obstore = obstore()
         self._written: list[str] = []
         with self._translated("open the store"):
@@ -162,7 +166,7 @@ class Store:
             return store.LocalStore(url.folder, mkdir=create)
         options: dict[str, Any] = {
             "client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT},
-            "retry_config": {"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIMEOUT},
+            "retry_config": {"max_retries": self._retries, "retry_timeout": RETRY_TIMEOUT},
         }
         if url.scheme == "http":
             options["client_options"]["allow_http"] = True

@@ -24,6 +24,7 @@ from pageferry.pager import base_records
 from pageferry.pager.base_records import CloneRecord
 from pageferry.pager.clone_memory import base_offsets
 from pageferry.pager.records import RegionRecord
+from pageferry.stores.lazy_image import open_image_file
 
 MOVE_BACK = "move it back"
 """Advice for a command that cannot be given another path of the image."""
@@ -38,7 +39,7 @@ def open_image(
     Raises UsageError if another image is at `path`, ImageError if the image cannot be opened or has been replaced.
     """
     if path is not None:
-        image = ImageFile(path)
+        image = open_image_file(path)
         if image.identity != record.identity:
             raise UsageError(
                 f"cannot use {path} as the parent: {name} shares the memory of {record.image}, which is the parent of "
@@ -46,7 +47,7 @@ def open_image(
             )
         return image
     try:
-        image = ImageFile(record.image)
+        image = open_image_file(record.image)
     except ImageError as error:
         raise ImageError(
             f"cannot read the image whose memory {name} shares: {error}; if it was moved, {moved}"

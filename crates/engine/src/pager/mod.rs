@@ -47,6 +47,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use background::{RestJobs, RestQueues};
@@ -54,7 +55,7 @@ pub use base::{BaseCounters, BaseFailure, BasePager};
 pub use base_fill::BaseFile;
 use blocks::{Blocks, Fetched};
 pub use config::{Begin, Failure, FillOrder, Origin, PagerError, Plan, PrivateRegion, Targets};
-use demand::Inbox;
+use demand::{Fault, Inbox};
 pub use flags::{Flags, file_len};
 pub use memory::{Counters, LoadError};
 use memory::{Installer, Memory, PagedRegion, Scratch, Watched};
@@ -111,6 +112,8 @@ struct PagerState {
     evicting: AtomicBool,
     fatal: bool,
     held: Mutex<Held>,
+    /// Queue of faults whose contents have been fetched from a store; `None` if the files of the images are complete.
+    parked: Option<Sender<Fault>>,
     /// For each region and unit, whether the unit is backed by a huge page once its contents are present.
     large: Vec<Vec<bool>>,
     /// Lock held shared while `ensure` loads pages. `Pager::stop` acquires it exclusively, to wait for these loads.
@@ -195,6 +198,7 @@ impl PagerState {
     /// Requests all threads to stop, and cancels the connection to the peer.
     fn end(&self) {
         self.stop.store(true, Ordering::Release);
+        self.loader.stop_waiting();
         if let PageSource::Peer(peer) = &self.loader.source {
             peer.link().cancel();
         }
@@ -236,6 +240,7 @@ impl PagerState {
         // Stop the other threads, but keep the link to the peer open, unlike `end`. The peer completes the block that
         // it is pushing. The pages of that block are ignored, because none of them is deferred.
         self.stop.store(true, Ordering::Release);
+        self.loader.stop_waiting();
         for (number, region) in
             self.loader.memory.regions.iter().enumerate().filter(|(_, region)| region.page_size == SMALL_PAGE)
         {
@@ -288,6 +293,8 @@ impl Pager {
         register(&memory, plan.begin)?;
         memory.removals.forget_reports();
         let (queues, jobs) = RestQueues::new(plan.read_ahead);
+        let (parked, ready) = unbounded();
+        let supplied = matches!(&source, PageSource::Images(blocks) if blocks.supply().is_some());
         let shared = Arc::new(PagerState {
             loader: Loader { memory, source },
             stop: AtomicBool::new(false),
@@ -300,11 +307,16 @@ impl Pager {
             evicting: AtomicBool::new(plan.evicting),
             fatal: plan.fatal,
             held: Mutex::new(Held::No),
+            parked: supplied.then_some(parked),
             large,
             loading: RwLock::default(),
         });
         let abandoned = AtomicBool::new(false);
         let pager = Self { shared, threads: Mutex::default(), readers: Mutex::default(), abandoned };
+        for _ in 0..if supplied { SERVERS } else { 0 } {
+            let (shared, ready) = (pager.shared.clone(), ready.clone());
+            pager.spawn("pf-parked", move || demand::serve_parked(&shared, &ready))?;
+        }
         pager.spawn_all(plan.begin, jobs, plan.order, plan.background)?;
         Ok(pager)
     }
@@ -468,6 +480,7 @@ impl Pager {
         let (start, end) = (found.base + first.min(pages), found.base + first.saturating_add(count).min(pages));
         let (loader, mut scratch) = (&self.shared.loader, Scratch::default());
         let _bringing = self.shared.loading.read();
+        loader.request(start, end);
         for first in (start..end).step_by(MAX_LOAD) {
             let last = end.min(first + MAX_LOAD);
             // Another pager may have taken over: this pager could overwrite newer contents.

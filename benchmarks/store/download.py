@@ -1,0 +1,38 @@
+"""Download of an object with obstore: `python -m benchmarks.store.download BUCKET KEY FILE`.
+
+This is what a user without pageferry does before a restore: ranges of 8 MiB, 32 at a time, written to a file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import Any
+
+import obstore
+from obstore.store import S3Store
+
+RANGE, REQUESTS = 8 << 20, 32
+
+
+async def _copy(store: Any, key: str, descriptor: int, start: int, end: int, slots: asyncio.Semaphore) -> None:
+    async with slots:
+        data = memoryview(await obstore.get_range_async(store, key, start=start, end=end))
+        await asyncio.to_thread(os.pwrite, descriptor, data, start)
+
+
+async def _download(bucket: str, key: str, path: str) -> None:
+    store = S3Store(bucket, endpoint=os.environ["AWS_ENDPOINT_URL"], client_options={"allow_http": True})
+    length = (await obstore.head_async(store, key))["size"]
+    slots = asyncio.Semaphore(REQUESTS)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        starts = range(0, length, RANGE)
+        await asyncio.gather(*(_copy(store, key, descriptor, at, min(at + RANGE, length), slots) for at in starts))
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    asyncio.run(_download(*sys.argv[1:4]))
