@@ -14,6 +14,7 @@ from pageferry.events import Listener
 from pageferry.host.blocking import on_new_loop
 from pageferry.host.registry import Registry
 from pageferry.stores.address import image_url, is_url
+from pageferry.stores.options import OpenOptions
 
 if TYPE_CHECKING:
     from pageferry.stores.cache import ImageCache, OpenEntry
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 FOLDER, LIMIT = "PAGEFERRY_CACHE_DIR", "PAGEFERRY_CACHE_SIZE"
 """Environment variables with the directory and the maximum size of the cache."""
 DEFAULT_LIMIT = 32 << 30
+NO_KEY = OpenOptions()
 
 
 def open_cache() -> ImageCache:
@@ -34,16 +36,18 @@ def open_cache() -> ImageCache:
 
 
 @asynccontextmanager
-async def local_image_async(name: str, source: str | Path, listener: Listener) -> AsyncIterator[Path]:
-    """Yield the path of an image, the value of the parameter `name`.
+async def local_image_async(
+    name: str, source: str | Path, listener: Listener, keys: OpenOptions = NO_KEY
+) -> AsyncIterator[Path]:
+    """Yield the path of an image, the value of the parameter `name`. `keys`: key of an encrypted image in a store.
 
     An image in a store is downloaded to the cache, unless the cache has it, and stays in the cache at least until the
-    end of the block. Raises ImageError, StoreError, UsageError, UnsupportedError.
+    end of the block. Raises ImageError, StoreError, UsageError, UnsupportedError, WrongKey.
     """
     if not is_url(source):
-        yield values.path(name, source)
+        yield _path(name, source, keys)
         return
-    entry = await _obtain(name, str(source), listener)
+    entry = await _obtain(name, str(source), listener, keys)
     try:
         yield entry.path
     finally:
@@ -51,21 +55,32 @@ async def local_image_async(name: str, source: str | Path, listener: Listener) -
 
 
 @contextmanager
-def local_image(name: str, source: str | Path, listener: Listener) -> Iterator[Path]:
+def local_image(name: str, source: str | Path, listener: Listener, keys: OpenOptions = NO_KEY) -> Iterator[Path]:
     """Yield the path of an image, like `local_image_async`, to a caller that blocks."""
     if not is_url(source):
-        yield values.path(name, source)
+        yield _path(name, source, keys)
         return
-    entry = on_new_loop(lambda: _obtain(name, str(source), listener))
+    entry = on_new_loop(lambda: _obtain(name, str(source), listener, keys))
     try:
         yield entry.path
     finally:
         entry.close()
 
 
-async def _obtain(name: str, source: str, listener: Listener) -> OpenEntry:
+async def _obtain(name: str, source: str, listener: Listener, keys: OpenOptions) -> OpenEntry:
+    from pageferry.stores.keys import open_access
+
     url = image_url(name, source)
-    return await open_cache().obtain(url, listener)
+    access = await open_access(keys)
+    return await open_cache().obtain(url, listener, access)
+
+
+def _path(name: str, source: str | Path, keys: OpenOptions) -> Path:
+    """Return the path of an image file. Raises UsageError if a key is given, which would have no effect."""
+    given = next((option for option in ("key", "key_command") if getattr(keys, option) is not None), None)
+    if given is not None:
+        raise UsageError(f"`{given}` has no effect for the image file {source}: only images in stores are encrypted")
+    return values.path(name, source)
 
 
 def _folder() -> Path:

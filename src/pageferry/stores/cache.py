@@ -9,6 +9,8 @@
 An entry has the digest of its manifest as its name, so it never becomes outdated. It appears by a rename when all of
 its files are complete and synced. Equal parents of several entries are hard links of one file. The entries that were
 used least recently are removed when the cache is larger than its limit.
+
+The files are not encrypted. An encrypted image in the cache is only used if the keys open its manifest in the store.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 
-from pageferry.errors import ImageError, StoreError
+from pageferry.errors import ImageError, StoreError, WrongKey
 from pageferry.events import Listener
 from pageferry.host import files
 from pageferry.host.blocking import in_thread, on_thread
@@ -33,9 +35,11 @@ from pageferry.images.image import ImageFile, open_link
 from pageferry.images.metadata import ImageIdentity
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.events import CacheCleared, CachedImage, CacheListing
+from pageferry.stores.keys import NO_KEYS, Access
+from pageferry.stores.manifests import Manifest
 from pageferry.stores.pull import Pull
-from pageferry.stores.references import Manifest, open_image, read_reference
-from pageferry.stores.store import ObjectMissing, Store
+from pageferry.stores.references import open_image, prove_access
+from pageferry.stores.store import Store
 
 MAX_RECORD = 1 << 20
 POLL = 0.1
@@ -48,6 +52,8 @@ class CachedFile(msgspec.Struct, frozen=True):
 
     name: str
     identity: ImageIdentity
+    manifest: str = ""
+    """Digest of the manifest, hexadecimal. Unlike the identity, it determines all contents."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +63,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """URL from which the image was downloaded."""
     files: list[CachedFile]
     """Image, then its parents."""
+    encrypted: bool = False
+    """Whether the image is encrypted in the store."""
 
 
 @dataclass(slots=True)
@@ -93,25 +101,26 @@ class ImageCache:
         except OSError as error:
             raise StoreError(f"cannot create the cache {self.folder}: {error.strerror}") from error
 
-    async def obtain(self, url: ImageUrl, listener: Listener) -> OpenEntry:
+    async def obtain(self, url: ImageUrl, listener: Listener, access: Access = NO_KEYS) -> OpenEntry:
         """Return the entry of an image; download the image if there is no entry. Several processes that need the same
-        image download it once. Raises ImageError, StoreError, UsageError."""
+        image download it once. The keys must open the image in the store, also if there is an entry.
+
+        Raises ImageError, StoreError, UsageError, WrongKey.
+        """
         self.open()
         store = Store(url.store)
-        try:
-            manifest = (await read_reference(store, url.name)).manifest
-        except ObjectMissing:
-            await open_image(store, url)  # raises an error that names the remedy
-            raise
+        reference, encrypted = await prove_access(store, url, access)
+        manifest = reference.manifest
         lock = self._open_lock(manifest)
         try:
             while (path := await self._find_locked(lock, manifest)) is None:
                 if not _try_lock(lock, fcntl.LOCK_EX):
                     await asyncio.sleep(POLL * (1 + random.random()))  # another process downloads it, or fails to open
                 elif await in_thread(self._find, manifest) is None:
-                    await self._fill(store, url, manifest, listener)
+                    await self._fill(store, replace(url, manifest=manifest), listener, access)
                     await on_thread(lambda: self._evict(manifest))
                 fcntl.flock(lock, fcntl.LOCK_UN)
+            await in_thread(self._check, path, encrypted)
         except BaseException:
             os.close(lock)
             raise
@@ -159,24 +168,32 @@ class ImageCache:
                     return image
         return None
 
+    def _check(self, image: Path, encrypted: bool) -> None:
+        """Raise WrongKey if the image was encrypted, and its reference no longer shows that."""
+        entry = self._load(image.parent.parent)
+        if entry is not None and entry.encrypted and not encrypted:
+            raise WrongKey(f"cannot read {entry.url}: it is encrypted; give its key with `key` or `key_command`")
+
     async def _find_locked(self, lock: int, manifest: str) -> Path | None:
         """Return the path of the image of the entry, with a shared lock; None if there is no entry, or if another
         process has locked it."""
         return await in_thread(self._find, manifest) if _try_lock(lock, fcntl.LOCK_SH) else None
 
-    async def _fill(self, store: Store, url: ImageUrl, manifest: str, listener: Listener) -> None:
-        """Download an image into a new entry."""
-        _, manifests = await open_image(store, url)
-        if manifests[0].digest != manifest:
-            raise ImageError(f"cannot download {url}: it was replaced at the same time; try again")
+    async def _fill(self, store: Store, url: ImageUrl, listener: Listener, access: Access) -> None:
+        """Download an image into a new entry. `url` names its manifest."""
+        _, manifests = await open_image(store, url, access)
+        manifest = manifests[0].digest
         partial = self.folder / "images" / f".{manifest}.partial"
         names = [_file_name(url.name, manifests[0]), *(one.name for one in manifests[0].directory.ancestors)]
         entry = Entry(
             url=str(url),
-            files=[CachedFile(name, one.directory.identity) for name, one in zip(names, manifests, strict=True)],
+            files=[
+                CachedFile(name, one.directory.identity, one.digest) for name, one in zip(names, manifests, strict=True)
+            ],
+            encrypted=bool(manifests[0].sealing.domain),
         )
         await on_thread(lambda: self._begin(partial, entry))
-        await Pull(store, url, partial / _FILES / names[0], listener).run()
+        await Pull(store, url, partial / _FILES / names[0], listener, access).run()
         await on_thread(lambda: self._complete(partial, entry, manifest))
 
     def _begin(self, partial: Path, entry: Entry) -> None:
@@ -185,13 +202,13 @@ class ImageCache:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / _FILES).mkdir(mode=0o700, parents=True)
             existing = {
-                file.identity: path / _FILES / file.name
+                file.manifest: path / _FILES / file.name
                 for path in self._entries()
                 if (other := self._load(path)) is not None
                 for file in other.files
             }
             for file in entry.files[1:]:
-                if (source := existing.get(file.identity)) is not None:
+                if (source := existing.get(file.manifest)) is not None:
                     with contextlib.suppress(FileNotFoundError, ImageError):  # removed since, or damaged
                         if open_link(source).identity == file.identity:
                             os.link(source, partial / _FILES / file.name)
