@@ -44,12 +44,14 @@ def stored(result: msgspec.Struct) -> RenderableType | None:
     """Return the output of an operation on a store; None for other results."""
     match result:
         case ImagePushed(existed=True):
-            return Text(f"{result.url}: already in the store")
+            return Text(f"{result.url}: already in the store\n{result.url}@{result.manifest}")
         case ImagePushed():
             parents = f", {result.parents} parents" if result.parents else ""
+            encrypted = ", encrypted" if result.encrypted else ""
             return Text(
                 f"{result.url}: {size(result.uploaded)} uploaded of {size(result.length)}, "
-                f"{result.uploaded_blocks} of {result.blocks} storage blocks{parents}"
+                f"{result.uploaded_blocks} of {result.blocks} storage blocks{parents}{encrypted}\n"
+                f"{result.url}@{result.manifest}"
             )
         case ImagePulled():
             text = f"{result.image}: {size(result.length)}, {size(result.downloaded)} downloaded"
