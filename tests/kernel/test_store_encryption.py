@@ -172,7 +172,7 @@ def test_image_pushed_with_a_recipient_requires_an_identity_and_the_digest(world
     pushed = pageferry.push_image(world.base, f"{world.url}/a", key=world.recipient)
     with pytest.raises(WrongKey, match="does not open it"):
         world.pull("a", key=world.recipient)
-    with pytest.raises(WrongKey, match=r"everybody who knows the recipient can have encrypted it.*add @DIGEST"):
+    with pytest.raises(WrongKey, match=r"any user who knows the recipient can have encrypted it.*add @DIGEST"):
         world.pull("a", key=world.age)
     assert world.pull(f"a@{pushed.manifest}", key=world.age) == world.base.read_bytes()
 

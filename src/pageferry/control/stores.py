@@ -55,6 +55,15 @@ async def push_image_async(
         >>> store = Path("store").absolute().as_uri()
         >>> pushed = pageferry.push_image("table.img", f"{store}/table")
         >>> restored = pageferry.restore(f"{store}/table")  # through the cache of this host
+
+        Encrypted, with a key that a file contains:
+
+        >>> import os
+        >>> _ = Path("store.key").write_bytes(os.urandom(32))
+        >>> Path("store.key").chmod(0o600)
+        >>> pageferry.push_image("table.img", f"{store}/secret", key="store.key").encrypted
+        True
+        >>> restored = pageferry.restore(f"{store}/secret", key="store.key")
     """
     chosen, source = values.options(PushOptions, options), values.path("path", path)
     target = _writable("url", image_url("url", url, source.name))

@@ -6,7 +6,7 @@ A key file, or the output of a command, contains either
 - lines with age X25519 identities (`AGE-SECRET-KEY-1...`) and recipients (`age1...`), and comments (`#`).
 
 The key of a domain is wrapped in each manifest: by AES-256-GCM under the raw key, or as an age file for all recipients.
-Recipients can be public, and everybody who knows them can wrap a key. A domain is therefore authentic only if it was
+Recipients can be public, and any user who knows them can wrap a key. A domain is therefore authentic only if it was
 wrapped with the raw key, or has a proof: a code (HMAC) under a key that is derived from one of the reader's identities.
 """
 
@@ -134,10 +134,10 @@ class Access:
             )
 
     def check_authentic(self, key: WrappedKey, what: str) -> None:
-        """Raise WrongKey if everybody who knows a recipient can have created the image. `what`: the image."""
+        """Raise WrongKey if any user who knows a recipient can have created the image. `what`: the image."""
         if self.keys is not None and not self.keys.authentic(key):
             raise WrongKey(
-                f"cannot read {what}: everybody who knows the recipient can have encrypted it: it was pushed without "
+                f"cannot read {what}: any user who knows the recipient can have encrypted it: it was pushed without "
                 "any of the given identities; add @DIGEST to its URL, the digest of the manifest that the push printed"
             )
 

@@ -224,7 +224,7 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_
     """Number of ancestors."""
     sealed: Annotated[bytes, Meta(max_length=MAX_REFERENCE)] = b""
     """Description of an encrypted image (`About`), encrypted; empty for an image that is not encrypted."""
-    salt: bytes = b""
+    salt: Annotated[bytes, Meta(max_length=64)] = b""
     """Random bytes, from which the key of `sealed` is derived."""
 
     @property

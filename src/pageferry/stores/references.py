@@ -81,6 +81,12 @@ async def resolve(store: Store, url: ImageUrl) -> Reference:
 async def open_image(store: Store, url: ImageUrl, access: Access) -> tuple[Reference, list[Manifest]]:
     """Read the manifests of an image and of its ancestors, image first. Raises ImageError, StoreError, WrongKey."""
     reference = await resolve(store, url)
+    return reference, await open_manifests(store, url, reference, access)
+
+
+async def open_manifests(store: Store, url: ImageUrl, reference: Reference, access: Access) -> list[Manifest]:
+    """Read the manifest to which a reference refers, and those of its ancestors, image first. Raises ImageError,
+    StoreError, WrongKey."""
     try:
         stored = await read_manifest(store, reference.key, reference.manifest)
     except ObjectMissing as error:
@@ -91,7 +97,7 @@ async def open_image(store: Store, url: ImageUrl, access: Access) -> tuple[Refer
     for expected, found in zip(manifest.directory.ancestors, ancestors, strict=True):
         if found.directory.identity != expected.identity:
             raise ImageError(f"cannot read {url}: the manifest of its parent {expected.name} is that of another image")
-    return reference, [manifest, *ancestors]
+    return [manifest, *ancestors]
 
 
 async def prove_access(store: Store, url: ImageUrl, access: Access) -> tuple[Reference, bool]:
