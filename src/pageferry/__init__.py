@@ -110,7 +110,7 @@ if TYPE_CHECKING:
         ImagePushed,
         StoreListing,
     )
-    from pageferry.stores.options import CollectArguments, PushArguments
+    from pageferry.stores.options import CollectArguments, KeyArguments, OpenArguments, PushArguments
     from pageferry.workloads.arena.arena import Arena
     from pageferry.workloads.arena.attach import attach, attach_async
     from pageferry.workloads.arena.options import ArenaArguments
@@ -147,11 +147,13 @@ __all__ = [
     "ImagePushed",
     "ImageSummary",
     "ImportedSnapshot",
+    "KeyArguments",
     "Listener",
     "LoadArguments",
     "LogArguments",
     "MigrationArguments",
     "MigrationResult",
+    "OpenArguments",
     "PushArguments",
     "ReceiveArguments",
     "RecoverArguments",
@@ -278,11 +280,13 @@ __getattr__, __dir__ = lazily(
         "ImagePulled": "pageferry.stores.events",
         "ImagePushed": "pageferry.stores.events",
         "ImageSummary": "pageferry.images.events",
+        "KeyArguments": "pageferry.stores.options",
         "Listener": "pageferry.events",
         "LoadArguments": "pageferry.objects.load",
         "LogArguments": "pageferry.control.options",
         "MigrationArguments": "pageferry.migration.options",
         "MigrationResult": "pageferry.migration.events",
+        "OpenArguments": "pageferry.stores.options",
         "PushArguments": "pageferry.stores.options",
         "ReceiveArguments": "pageferry.migration.receiving",
         "RecoverArguments": "pageferry.migration.options",

@@ -148,3 +148,25 @@ def test_wrong_credentials_and_missing_buckets_are_named(proxy: FaultProxy, imag
         pageferry.pull_image("s3://none/fleet/a", tmp_path / "copy")
     with pytest.raises(StoreError, match="cannot list images in s3://none/fleet"):
         pageferry.list_images("s3://none/fleet")
+
+
+def test_encrypted_image_is_pushed_pulled_and_restored(
+    proxy: FaultProxy, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyrage", reason="the extra `stores` is not installed")
+    monkeypatch.setenv("PAGEFERRY_CACHE_DIR", str(tmp_path / "cache"))
+    key = tmp_path / "key"
+    key.write_bytes(bytes(range(32)))
+    pushed = pageferry.push_image(image, f"{URL}/a", key=key)
+    proxy.requests.clear()
+    pageferry.pull_image(f"{URL}/a@{pushed.manifest}", tmp_path / "copy", key=key)
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+    assert len(proxy.requests) == 3  # as for an image that is not encrypted: reference, manifest, pack
+    pageferry.restore(f"{URL}/a", key=key).load()
+    proxy.requests.clear()
+    pageferry.restore(f"{URL}/a", key=key).load()
+    assert len(proxy.requests) == 2  # from the cache: reference and manifest, which the key must open
+    proxy.inject("GET", "packs/", "corrupt", 1000)
+    with pytest.raises(ImageError, match="does not match its digest"):
+        pageferry.pull_image(f"{URL}/a", tmp_path / "again", key=key)
+    assert not (tmp_path / "again").exists()

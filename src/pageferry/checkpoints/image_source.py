@@ -13,6 +13,7 @@ from pageferry.errors import UsageError
 from pageferry.host.blocking import on_new_loop
 from pageferry.host.registry import Registry
 from pageferry.stores.address import image_url, is_url
+from pageferry.stores.options import OpenOptions
 
 if TYPE_CHECKING:
     from pageferry.stores.cache import ImageCache, OpenEntry
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 FOLDER, LIMIT = "PAGEFERRY_CACHE_DIR", "PAGEFERRY_CACHE_SIZE"
 """Environment variables with the directory and the maximum size of the cache."""
 DEFAULT_LIMIT = 32 << 30
+NO_KEY = OpenOptions()
 
 
 def open_cache() -> ImageCache:
@@ -33,17 +35,17 @@ def open_cache() -> ImageCache:
 
 
 @asynccontextmanager
-async def local_image_async(name: str, source: str | Path) -> AsyncIterator[Path]:
-    """Yield the path of an image, the value of the parameter `name`.
+async def local_image_async(name: str, source: str | Path, keys: OpenOptions = NO_KEY) -> AsyncIterator[Path]:
+    """Yield the path of an image, the value of the parameter `name`. `keys`: key of an encrypted image in a store.
 
     An image in a store gets an entry in the cache, unless the cache has one, and stays in the cache at least until the
     end of the block. Its storage blocks are fetched when they are read: open it with `lazy_image.open_image_file`.
-    Raises ImageError, StoreError, UsageError, UnsupportedError.
+    Raises ImageError, StoreError, UsageError, UnsupportedError, WrongKey.
     """
     if not is_url(source):
-        yield values.path(name, source)
+        yield _path(name, source, keys)
         return
-    entry = await _obtain(name, str(source))
+    entry = await _obtain(name, str(source), keys)
     try:
         yield entry.path
     finally:
@@ -51,21 +53,32 @@ async def local_image_async(name: str, source: str | Path) -> AsyncIterator[Path
 
 
 @contextmanager
-def local_image(name: str, source: str | Path) -> Iterator[Path]:
+def local_image(name: str, source: str | Path, keys: OpenOptions = NO_KEY) -> Iterator[Path]:
     """Yield the path of an image, like `local_image_async`, to a caller that blocks."""
     if not is_url(source):
-        yield values.path(name, source)
+        yield _path(name, source, keys)
         return
-    entry = on_new_loop(lambda: _obtain(name, str(source)))
+    entry = on_new_loop(lambda: _obtain(name, str(source), keys))
     try:
         yield entry.path
     finally:
         entry.close()
 
 
-async def _obtain(name: str, source: str) -> OpenEntry:
+async def _obtain(name: str, source: str, keys: OpenOptions) -> OpenEntry:
+    from pageferry.stores.keys import open_access
+
     url = image_url(name, source)
-    return await open_cache().obtain(url)
+    access = await open_access(keys)
+    return await open_cache().obtain(url, access)
+
+
+def _path(name: str, source: str | Path, keys: OpenOptions) -> Path:
+    """Return the path of an image file. Raises UsageError if a key is given, which would have no effect."""
+    given = next((option for option in ("key", "key_command") if getattr(keys, option) is not None), None)
+    if given is not None:
+        raise UsageError(f"`{given}` has no effect for the image file {source}: only images in stores are encrypted")
+    return values.path(name, source)
 
 
 def _folder() -> Path:

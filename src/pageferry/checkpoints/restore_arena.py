@@ -182,11 +182,12 @@ def restore(
 
     `options`: with `eager`, load in the background at full speed, without yielding to accesses. With `prefetch=False`,
     load only accessed pages. All other options are those of `Arena`: state, on_pause, on_resume, on_moved, direct_io,
-    loop, capacity. The saved state is passed to `state`, or stored in `received_state`. The image is only read, and can
-    be restored any number of times concurrently; it must not be moved until `deferred` is 0. This call blocks; a
-    coroutine awaits `restore_async` instead.
+    loop, capacity. The saved state is passed to `state`, or stored in `received_state`. An encrypted image in a store
+    requires its key: key or key_command (and allow_plain, see docs/stores.md). The image is only read, and can be
+    restored any number of times concurrently; it must not be moved until `deferred` is 0. This call blocks; a coroutine
+    awaits `restore_async` instead.
 
-    Raises ImageError if the image cannot be used, UsageError if it is not of an arena, StoreError.
+    Raises ImageError if the image cannot be used, UsageError if it is not of an arena, StoreError, WrongKey.
 
     Examples:
         >>> import pageferry
@@ -208,7 +209,7 @@ def open_arena(
 ) -> RestoredArena | SharedArena:
     """Like `restore`, for a caller that has collected the options. Raises the same errors."""
     chosen = values.options(RestoredArenaOptions, {**options, "name": name, "memory": memory})
-    with local_image("path", path) as source:
+    with local_image("path", path, chosen.keys) as source:
         if chosen.memory == "shared":
             return open_shared(source, chosen, listener)
         return RestoredArena.from_image(

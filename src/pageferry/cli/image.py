@@ -37,15 +37,15 @@ async def run(args: argparse.Namespace) -> int:
 async def _in_store(args: argparse.Namespace, out: Reporter) -> Event:
     """Run an operation on a store, or the deletion of a file."""
     from pageferry.control import stores  # the other operations need no stores and no guests
-    from pageferry.stores.options import CollectOptions, PushOptions
+    from pageferry.stores.options import CollectOptions, KeyOptions, OpenOptions, PushOptions
 
     match args.what:
         case "push":
             return await stores.push_image_async(args.image, args.url, listener=out.event, **given(args, PushOptions))
         case "pull":
-            return await stores.pull_image_async(args.url, args.image, listener=out.event)
+            return await stores.pull_image_async(args.url, args.image, listener=out.event, **given(args, OpenOptions))
         case "list":
-            return await stores.list_images_async(args.url)
+            return await stores.list_images_async(args.url, **given(args, KeyOptions))
         case "gc":
             return await stores.collect_garbage_async(args.url, **given(args, CollectOptions))
         case _:

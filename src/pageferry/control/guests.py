@@ -103,7 +103,7 @@ async def restore_guest_async(
     `path`: image file, or the URL of an image in a store, whose contents are fetched to the cache of this host
     when they are accessed (docs/stores.md). `arguments`: command line of QEMU, program first. `options` are the fields
     of `pageferry.checkpoints.restore_options.GuestOptions`, other than `detach`: eager, prefetch, hugetlb, memory,
-    disks, paused, resume, guid, clock.
+    disks, paused, resume, guid, clock, and key, key_command and allow_plain for an image in a store.
 
     Raises ImageError, UsageError, NameInUse, RestoreError if the image does not match the command line, DisksDiffer if
     disks are not known to be unchanged, WorkloadError with the message of QEMU. After an error, no guest is left.
@@ -121,10 +121,10 @@ async def restore_guest_async(
     """
     if "detach" in options:
         raise UsageError("invalid `detach`: a guest that Python restores is always detached; remove it")
-    values.options(GuestOptions, options)
+    chosen = values.options(GuestOptions, options)
     check_listener("listener", values.function("listener", listener))
     command = _command(arguments)
-    async with local_image_async("path", path) as image:
+    async with local_image_async("path", path, chosen) as image:
         workload, result = await guests.restore_guest(name, image, command, listener=listener, **options)
     workload.close()
     return result

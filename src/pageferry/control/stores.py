@@ -16,7 +16,17 @@ from pageferry.stores import references
 from pageferry.stores.address import ImageUrl, StoreUrl, image_url, is_url, store_url
 from pageferry.stores.collect import collect
 from pageferry.stores.events import GarbageCollected, ImagePulled, ImagePushed, StoreListing
-from pageferry.stores.options import CollectArguments, CollectOptions, PushArguments, PushOptions
+from pageferry.stores.keys import open_access
+from pageferry.stores.options import (
+    CollectArguments,
+    CollectOptions,
+    KeyArguments,
+    KeyOptions,
+    OpenArguments,
+    OpenOptions,
+    PushArguments,
+    PushOptions,
+)
 from pageferry.stores.pull import Pull
 from pageferry.stores.push import Push
 from pageferry.stores.store import Store
@@ -31,7 +41,8 @@ async def push_image_async(
     `url`: URL of the image in the store (see docs/stores.md); if it ends with a slash, the image has the name of the
     file. `listener` is called with StoreProgress events. If the store already has this image under this name, nothing
     is uploaded. After an error or a crash, the store has no image of this name, and garbage collections delete what
-    was uploaded. `options` are the fields of `pageferry.stores.options.PushOptions`: reupload.
+    was uploaded. `options` are the fields of `pageferry.stores.options.PushOptions`: reupload, key, key_command. With a
+    key, the image and its parents are encrypted.
 
     Raises ImageError if the image is damaged, or if the store has another image of this name, StoreError, UsageError,
     UnsupportedError without the extra `stores`.
@@ -44,26 +55,42 @@ async def push_image_async(
         >>> store = Path("store").absolute().as_uri()
         >>> pushed = pageferry.push_image("table.img", f"{store}/table")
         >>> restored = pageferry.restore(f"{store}/table")  # through the cache of this host
+
+        Encrypted, with a key that a file contains:
+
+        >>> import os
+        >>> _ = Path("store.key").write_bytes(os.urandom(32))
+        >>> Path("store.key").chmod(0o600)
+        >>> pageferry.push_image("table.img", f"{store}/secret", key="store.key").encrypted
+        True
+        >>> restored = pageferry.restore(f"{store}/secret", key="store.key")
     """
     chosen, source = values.options(PushOptions, options), values.path("path", path)
     target = _writable("url", image_url("url", url, source.name))
+    if target.manifest is not None:
+        raise UsageError(f"invalid `url` {url!r}: the digest of a new manifest is not known yet; remove @DIGEST")
     check_listener("listener", values.function("listener", listener))
+    access = await open_access(chosen)
     image = await in_own_thread(lambda: ImageFile(source))
-    return await Push(Store(target.store, create=True), target, image, listener, chosen).run()
+    return await Push(Store(target.store, create=True), target, image, listener, chosen, access).run()
 
 
 push_image = synchronous(push_image_async)
 
 
-async def pull_image_async(url: str, path: str | Path, *, listener: Listener = ignore) -> ImagePulled:
+async def pull_image_async(
+    url: str, path: str | Path, *, listener: Listener = ignore, **options: Unpack[OpenArguments]
+) -> ImagePulled:
     """Download an image from a store to a file, and its parents to the same directory.
 
     Every storage block is verified. The file replaces an existing file of its name when it is complete; after an error,
     it is unchanged. A parent that is already in the directory is not downloaded. `listener` is called with
-    StoreProgress events.
+    StoreProgress events. `options` are the fields of `pageferry.stores.options.OpenOptions`: key, key_command,
+    allow_plain.
 
     Raises ImageError if an object is missing, damaged, truncated or replaced, or if another file has the name of a
-    parent, StoreError, UsageError, UnsupportedError without the extra `stores`.
+    parent, WrongKey if the image is encrypted and the key does not open it, StoreError, UsageError, UnsupportedError
+    without the extra `stores`.
 
     Examples:
         >>> from pathlib import Path
@@ -76,16 +103,21 @@ async def pull_image_async(url: str, path: str | Path, *, listener: Listener = i
         >>> pageferry.compare_images("table.img", "again.img").same
         True
     """
+    chosen = values.options(OpenOptions, options)
     source, target = image_url("url", url), values.path("path", path)
     check_listener("listener", values.function("listener", listener))
-    return await Pull(Store(source.store), source, target, listener).run()
+    access = await open_access(chosen)
+    return await Pull(Store(source.store), source, target, listener, access).run()
 
 
 pull_image = synchronous(pull_image_async)
 
 
-async def list_images_async(url: str) -> StoreListing:
-    """List the images of a store. Raises StoreError, UsageError, UnsupportedError without the extra `stores`.
+async def list_images_async(url: str, **options: Unpack[KeyArguments]) -> StoreListing:
+    """List the images of a store. `options`: with key or key_command, encrypted images that the key opens are
+    described.
+
+    Raises StoreError, UsageError, UnsupportedError without the extra `stores`.
 
     Examples:
         >>> from pathlib import Path
@@ -97,10 +129,11 @@ async def list_images_async(url: str) -> StoreListing:
         >>> [image.name for image in pageferry.list_images(store).images]
         ['table']
     """
-    address = store_url("url", url)
+    chosen, address = values.options(KeyOptions, options), store_url("url", url)
     if not address.writable:
         raise UsageError(f"cannot list {address}: {address.scheme} has no listings; use the URL of an image")
-    return await references.list_images(Store(address))
+    access = await open_access(chosen)
+    return await references.list_images(Store(address), access)
 
 
 list_images = synchronous(list_images_async)

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pageferry.errors import ImageError
-from pageferry.stores.library import digest
+from pageferry.stores.sealing import PLAIN, TAG, BlockOpener
 
 RECORD = struct.Struct("<32s8sQIIII")
 """Entry of the table, 64 bytes: digest, header checksum, offset in the image file, length, index of the pack, offset in
 the pack, flags."""
 NORMAL = 1
 """Flag: the number and the checksum of the header are zero in the pack."""
+SEALED = 2
+"""Flag: the block is encrypted in the pack."""
 HEADER = 64
 """Length of the header of a storage block, bytes."""
 MAX_BLOCK = 8 << 20
@@ -35,17 +37,23 @@ class BlockRecord(NamedTuple):
     """Storage block of an image."""
 
     digest: bytes
-    """Digest of the block in the form in which it is in the pack."""
+    """Content address of the block in its normal form: its digest, keyed if the image is encrypted."""
     checksum: bytes
     """Checksum in the header of the block in the image file."""
     offset: int
     """Offset in the image file, bytes."""
     length: int
+    """Length in the image file, bytes."""
     pack: int
     """Index in the list of packs."""
     start: int
     """Offset in the pack, bytes."""
     flags: int
+
+    @property
+    def stored(self) -> int:
+        """Length in the pack, bytes."""
+        return self.length + (TAG if self.flags & SEALED else 0)
 
 
 def normalize(block: bytearray, number: int) -> tuple[bytes, int]:
@@ -58,11 +66,14 @@ def normalize(block: bytearray, number: int) -> tuple[bytes, int]:
     return checksum, NORMAL
 
 
-def restore(stored: memoryview, record: BlockRecord, number: int) -> bytearray:
-    """Verify a block of a pack, and return it as it is in the image file. Raises ImageError."""
-    if len(stored) != record.length or digest(stored) != record.digest:
+def restore(stored: memoryview, record: BlockRecord, number: int, sealing: BlockOpener = PLAIN) -> bytearray:
+    """Verify and decrypt a block of a pack, and return it as it is in the image file. `sealing`: that of the image.
+
+    Raises ImageError.
+    """
+    block = sealing.open_block(stored, record.digest) if len(stored) == record.stored else None
+    if block is None:
         raise ImageError(f"storage block {number} does not match its digest")
-    block = bytearray(stored)
     if record.flags & NORMAL:
         block[_NUMBER] = number.to_bytes(8, "little")
         block[CHECKSUM] = record.checksum
@@ -76,8 +87,9 @@ def encode_table(records: list[BlockRecord]) -> bytes:
     return b"".join((*parts, compressor.flush()))
 
 
-def decode_table(stored: memoryview, count: int, packs: list[int], length: int) -> list[BlockRecord]:
-    """Parse the table of `count` blocks. `packs`: lengths of the packs; `length`: size of the image file, bytes.
+def decode_table(stored: memoryview, count: int, packs: list[int], length: int, sealed: int = 0) -> list[BlockRecord]:
+    """Parse the table of `count` blocks. `packs`: lengths of the packs; `length`: size of the image file, bytes;
+    `sealed`: `SEALED` if the image is encrypted, otherwise 0.
 
     Raises ImageError unless the blocks are in their packs, and in the file one after the other.
     """
@@ -86,7 +98,9 @@ def decode_table(stored: memoryview, count: int, packs: list[int], length: int) 
     for record in _records(stored, count):
         if record.offset < end or not HEADER <= record.length <= MAX_BLOCK or record.offset + record.length > length:
             raise ImageError(f"the table of storage blocks is invalid at block {len(found)}")
-        if record.pack >= len(packs) or record.start + record.length > packs[record.pack] or record.flags & ~NORMAL:
+        if record.flags & ~NORMAL != sealed:
+            raise ImageError(f"storage block {len(found)} has the unknown flags {record.flags:#x}")
+        if record.pack >= len(packs) or record.start + record.stored > packs[record.pack]:
             raise ImageError(f"storage block {len(found)} is not in a pack")
         end = record.offset + record.length
         found.append(record)

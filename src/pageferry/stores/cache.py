@@ -10,6 +10,8 @@ An entry has the digest of its manifest as its name, so it never becomes outdate
 have everything but their storage blocks, which are fetched when they are needed (`pageferry.stores.provider`). Equal
 parents of several entries are hard links of one file. The entries that were used least recently are removed when the
 cache is larger than its limit.
+
+The files are not encrypted. An encrypted image in the cache is only used if the keys open its manifest in the store.
 """
 
 from __future__ import annotations
@@ -26,19 +28,21 @@ from pathlib import Path
 
 import msgspec
 
-from pageferry.errors import ImageError, StoreError
+from pageferry.errors import ImageError, StoreError, WrongKey
 from pageferry.host import files
 from pageferry.host.blocking import in_thread, on_thread
 from pageferry.host.fault_points import fault_point
 from pageferry.images.image import ImageFile, damaged_sections, open_link
-from pageferry.stores import entry
+from pageferry.stores import entry, tables
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.entry import CachedFile, Entry
 from pageferry.stores.events import CacheCleared, CachedImage, CacheListing
+from pageferry.stores.keys import NO_KEYS, Access
 from pageferry.stores.layout import Reference
+from pageferry.stores.manifests import Manifest
 from pageferry.stores.pull import check_file, write_frame
-from pageferry.stores.references import Manifest, open_image, open_manifests, read_reference
-from pageferry.stores.store import ObjectMissing, Store
+from pageferry.stores.references import open_manifests, prove_access
+from pageferry.stores.store import Store
 
 POLL = 0.1
 """Interval at which a lock of another process is polled, seconds."""
@@ -78,16 +82,15 @@ class ImageCache:
         except OSError as error:
             raise StoreError(f"cannot create the cache {self.folder}: {error.strerror}") from error
 
-    async def obtain(self, url: ImageUrl) -> OpenEntry:
+    async def obtain(self, url: ImageUrl, access: Access = NO_KEYS) -> OpenEntry:
         """Return the entry of an image; create it if there is none. Several processes that need the same image
-        create it once. Raises ImageError, StoreError, UsageError."""
+        create it once. The keys must open the image in the store, also if there is an entry.
+
+        Raises ImageError, StoreError, UsageError, WrongKey.
+        """
         self.open()
         store = Store(url.store)
-        try:
-            reference = await read_reference(store, url.name)
-        except ObjectMissing:
-            await open_image(store, url)  # raises an error that names the remedy
-            raise
+        reference, encrypted = await prove_access(store, url, access)
         manifest = reference.manifest
         lock = self._open_lock(manifest)
         try:
@@ -95,9 +98,10 @@ class ImageCache:
                 if not _try_lock(lock, fcntl.LOCK_EX):
                     await asyncio.sleep(POLL * (1 + random.random()))  # another process creates it, or fails to open
                 elif await in_thread(self._find, manifest) is None:
-                    await self._create(store, url, reference)
+                    await self._create(store, url, reference, access)
                     await on_thread(lambda: self._evict(manifest))
                 fcntl.flock(lock, fcntl.LOCK_UN)
+            await in_thread(_check_encrypted, path, encrypted)
         except BaseException:
             os.close(lock)
             raise
@@ -150,9 +154,9 @@ class ImageCache:
         process has locked it."""
         return await in_thread(self._find, manifest) if _try_lock(lock, fcntl.LOCK_SH) else None
 
-    async def _create(self, store: Store, url: ImageUrl, reference: Reference) -> None:
+    async def _create(self, store: Store, url: ImageUrl, reference: Reference, access: Access) -> None:
         """Create the entry of an image, without storage blocks."""
-        manifests = await open_manifests(store, url, reference)
+        manifests = await open_manifests(store, url, reference, access)
         names = [_file_name(url.name, manifests[0]), *(one.name for one in manifests[0].directory.ancestors)]
         if len(set(names)) < len(names) or any(name in (".", "..") for name in names):
             raise ImageError(f"cannot read {url}: the names of its parents are invalid: {', '.join(names[1:])}")
@@ -164,11 +168,11 @@ class ImageCache:
         partial = self.folder / "images" / f".{manifest}.partial"
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            for name in (entry.FILES, entry.MANIFESTS):
+            for name in (entry.FILES, entry.TABLES):
                 (partial / name).mkdir(mode=0o700, parents=True)
             self._link_parents(partial, manifests)
             for name, one in manifests.items():
-                (partial / entry.MANIFESTS / one.digest).write_bytes(one.contents)
+                (partial / entry.TABLES / one.digest).write_bytes(tables.encode(one))
                 if not (partial / entry.FILES / name).exists():
                     _write_frame(partial / entry.FILES / name, one)
             found = [
@@ -177,7 +181,10 @@ class ImageCache:
                 )
                 for name, one in manifests.items()
             ]
-            files.replace_file(partial / entry.RECORD, msgspec.json.encode(Entry(url=url, files=found)))
+            encrypted = any(one.sealing.domain for one in manifests.values())
+            files.replace_file(
+                partial / entry.RECORD, msgspec.json.encode(Entry(url=url, files=found, encrypted=encrypted))
+            )
             fault_point("store.written")
             shutil.rmtree(partial.parent / manifest, ignore_errors=True)  # an entry that could not be opened
             partial.rename(partial.parent / manifest)
@@ -187,13 +194,13 @@ class ImageCache:
     def _link_parents(self, partial: Path, manifests: dict[str, Manifest]) -> None:
         """Create links to the parents that other entries have."""
         existing = {
-            file.identity: path / entry.FILES / file.name
+            file.manifest: path / entry.FILES / file.name
             for path in self._entries()
             if (other := entry.load(path)) is not None
             for file in other.files
         }
         for name, one in list(manifests.items())[1:]:
-            if (source := existing.get(one.directory.identity)) is not None:
+            if (source := existing.get(one.digest)) is not None:
                 with contextlib.suppress(FileNotFoundError, ImageError):  # removed since, or damaged
                     if open_link(source).identity == one.directory.identity:
                         os.link(source, partial / entry.FILES / name)
@@ -240,6 +247,13 @@ class ImageCache:
 
     def _open_lock(self, manifest: str) -> int:
         return files.open_private(self.folder / "locks" / manifest, os.O_RDWR)
+
+
+def _check_encrypted(image: Path, encrypted: bool) -> None:
+    """Raise WrongKey if the image was encrypted when its entry was created, and its reference no longer shows that."""
+    found = entry.load(image.parent.parent)
+    if found is not None and found.encrypted and not encrypted:
+        raise WrongKey(f"cannot read {found.url}: it is encrypted; give its key with `key` or `key_command`")
 
 
 def _try_lock(lock: int, kind: int) -> bool:

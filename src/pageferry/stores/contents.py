@@ -1,6 +1,10 @@
 """Contents of a store that uploads can reuse: storage blocks and manifests that no garbage collection deletes.
 
 Packs that are missing or truncated are not reused. Damage inside a pack is only found by downloads.
+
+An encrypted upload continues the key domain of the image that was published last, among those that were encrypted with
+one of its secret keys, for the same recipients. Otherwise, it begins a new domain. Blocks of other domains, and those
+of images that are not encrypted, are not reused.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from pageferry.errors import ImageError
 from pageferry.host.blocking import in_thread
 from pageferry.images.metadata import ImageIdentity
 from pageferry.stores.blocks import BlockRecord
+from pageferry.stores.keys import Keys
 from pageferry.stores.layout import Ancestor, PackEntry
-from pageferry.stores.references import Manifest, gathered, read_reference, read_tail
-from pageferry.stores.store import Store, StoredObject
+from pageferry.stores.manifests import Manifest, StoredManifest, read_tail
+from pageferry.stores.references import read_reference
+from pageferry.stores.sealing import PLAIN, Domain, Sealing
+from pageferry.stores.store import Store, StoredObject, gathered
 
 log = getLogger(__name__)
 
@@ -37,23 +44,31 @@ class Contents:
     """Keys of objects that a garbage collection has marked."""
     packs: dict[str, int]
     """Lengths of the packs in the store, by their keys; empty if the upload is to reuse nothing."""
+    sealing: Sealing = PLAIN
+    """Sealing of the upload, and of all contents that it reuses."""
     places: dict[bytes, tuple[PackEntry, int]] = field(default_factory=dict)
     """Pack and offset of storage blocks, by their digest."""
     read_at: float = field(default_factory=time.monotonic)
 
     @classmethod
-    async def read(cls, store: Store, *, reuse: bool) -> Contents:
-        """Read the marks, and the tables of the images that were published last. Without `reuse`, nothing is found.
+    async def read(cls, store: Store, *, reuse: bool, keys: Keys | None = None) -> Contents:
+        """Read the marks, and the manifests of the images that were published last. Without `reuse`, nothing is found.
+        `keys`: keys with which the upload is encrypted; None if it is not.
 
         Raises StoreError.
         """
         self = cls(store, await condemned_keys(store), {})
-        if not reuse:
-            return self
-        self.packs = {entry.key: entry.length for entry in await store.list("packs")}
-        entries = sorted(await store.list("images"), key=lambda entry: entry.modified)
-        for packs, records in await gathered(self._blocks(entry) for entry in entries[-MAX_SOURCES:]):
-            self._add(packs, records)
+        found: list[StoredManifest] = []
+        if reuse or keys is not None:
+            entries = sorted(await store.list("images"), key=lambda entry: entry.modified)
+            read = await gathered(self._manifest(entry) for entry in entries[-MAX_SOURCES:])
+            found = [one for one in read if one is not None]
+        if keys is not None:
+            self.sealing = await in_thread(_domain, found, keys)
+        if reuse:
+            self.packs = {entry.key: entry.length for entry in await store.list("packs")}
+            for manifest in found:
+                self._add(*await in_thread(self._blocks, manifest))
         return self
 
     async def find(self, identity: ImageIdentity, ancestors: list[Ancestor]) -> Manifest | None:
@@ -63,7 +78,10 @@ class Contents:
             return None
         for entry in await self.store.list(f"manifests/{identity.id}"):
             try:
-                manifest = await read_tail(self.store, entry.key, entry.key.rpartition("/")[2], entry.length)
+                stored = await read_tail(self.store, entry.key, entry.key.rpartition("/")[2], entry.length)
+                if stored.domain != self.sealing.domain:
+                    continue
+                manifest = await in_thread(stored.open_in, self.sealing)
             except ImageError as error:
                 log.warning("%s: uploading another manifest: %s", entry.key, error)
                 continue
@@ -87,15 +105,25 @@ class Contents:
             found |= keys - {entry.key for entry in existing}
         return found
 
-    async def _blocks(self, entry: StoredObject) -> tuple[list[PackEntry], list[BlockRecord]]:
-        """Read the packs and the block table of a named image. Return none if they cannot be read: they are only an
+    async def _manifest(self, entry: StoredObject) -> StoredManifest | None:
+        """Read the end of the manifest of a named image. Return None if it cannot be read: it is only an
         optimisation."""
         try:
             reference = await read_reference(self.store, entry.key.removeprefix("images/"))
-            manifest = await read_tail(self.store, reference.key, reference.manifest, reference.manifest_length)
-            return manifest.directory.packs, await in_thread(manifest.records)
+            return await read_tail(self.store, reference.key, reference.manifest, reference.manifest_length)
         except ImageError as error:
             log.info("%s: its storage blocks are not reused: %s", entry.key, error)
+            return None
+
+    def _blocks(self, manifest: StoredManifest) -> tuple[list[PackEntry], list[BlockRecord]]:
+        """Return the packs and the block table of an image. Return none if they cannot be read."""
+        try:
+            if manifest.domain != self.sealing.domain:
+                return [], []
+            opened = manifest.open_in(self.sealing)
+            return opened.directory.packs, opened.records()
+        except ImageError as error:
+            log.info("%s: its storage blocks are not reused: %s", manifest.key, error)
             return [], []
 
     def _usable(self, pack: PackEntry) -> bool:
@@ -116,10 +144,25 @@ async def condemned_keys(store: Store) -> set[str]:
     return {entry.key.removeprefix("condemned/") for entry in await store.list("condemned")}
 
 
-def needs(manifest: Manifest) -> set[str]:
-    """Return the keys of a manifest, of its packs, and of the manifests of its ancestors."""
-    directory = manifest.directory
-    return {manifest.key, *(pack.key for pack in directory.packs), *(one.key for one in directory.ancestors)}
+def needs(manifest: StoredManifest | Manifest) -> set[str]:
+    """Return the keys of a manifest, of its packs, and of the manifests of its ancestors. Raises ImageError."""
+    packs, ancestors = manifest.needed
+    return {manifest.key, *(pack.key for pack in packs), *(one.key for one in ancestors)}
+
+
+def _domain(found: list[StoredManifest], keys: Keys) -> Domain:
+    """Return the key domain of an upload. `found`: manifests in the store, in the order of their publication."""
+    for manifest in reversed(found):
+        try:
+            outline = manifest.outline
+        except ImageError as error:
+            log.info("%s: its key domain is not continued: %s", manifest.key, error)
+            continue
+        if outline is None or (domain := keys.unwrap(outline.key)) is None:
+            continue
+        if keys.authentic(outline.key) and keys.same_recipients(outline.key, domain):
+            return domain
+    return Domain.create()
 
 
 def ancestor_of(manifest: Manifest, name: str) -> Ancestor:

@@ -3,7 +3,7 @@
 ::
 
     DIR/images/MANIFEST/files/          files of one image and its parents, and their working sets
-    DIR/images/MANIFEST/manifests/      manifests of these files, by digest
+    DIR/images/MANIFEST/tables/         block tables of these files (`tables`), by the digests of their manifests
     DIR/images/MANIFEST/entry.json      `Entry`
     DIR/images/MANIFEST/complete.json   `Complete`, once all blocks that the memory needs are in the files, and synced
 
@@ -20,11 +20,10 @@ import msgspec
 
 from pageferry.host import files
 from pageferry.images.metadata import ImageIdentity
-from pageferry.stores import layout
 
 MAX_RECORD = 1 << 20
 _DIGEST = re.compile("[0-9a-f]{64}")
-RECORD, FILES, MANIFESTS, COMPLETE = "entry.json", "files", "manifests", "complete.json"
+RECORD, FILES, TABLES, COMPLETE = "entry.json", "files", "tables", "complete.json"
 
 
 class CachedFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,14 +32,9 @@ class CachedFile(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     identity: ImageIdentity
     manifest: str
-    """Digest of the manifest, hexadecimal."""
+    """Digest of the manifest, hexadecimal. Unlike the identity, it determines all contents."""
     contents: int
     """Space of the file when all of its storage blocks are present, bytes."""
-
-    @property
-    def key(self) -> str:
-        """Key of the manifest in the store."""
-        return layout.manifest_key(self.identity.id, self.manifest)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +44,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """URL of the image."""
     files: list[CachedFile]
     """Image, then its parents."""
+    encrypted: bool = False
+    """Whether the image is encrypted in the store."""
 
 
 class Complete(msgspec.Struct, frozen=True, kw_only=True):

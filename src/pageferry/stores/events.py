@@ -37,6 +37,7 @@ class ImagePushed(Event, frozen=True, kw_only=True, tag="image-pushed"):
     """Number of parents that the store did not contain."""
     existed: bool
     """Whether the store already contained this image under this name. Nothing was uploaded then."""
+    encrypted: bool
 
 
 class ImagePulled(Event, frozen=True, kw_only=True, tag="image-pulled"):
@@ -55,25 +56,28 @@ class ImagePulled(Event, frozen=True, kw_only=True, tag="image-pulled"):
     """Number of downloads of ranges of packs."""
     parents: list[str]
     """Parents that were written."""
+    encrypted: bool
 
 
 class StoredImage(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Image in a store, as its reference describes it."""
+    """Image in a store, as its reference describes it. `digest`, `kind`, `workload` and `created` are None if the image
+    is encrypted and the keys do not open it."""
 
     name: str
     url: str
     manifest: str
     id: str
-    digest: str
-    kind: str
-    workload: str
-    created: str
+    digest: str | None
+    kind: str | None
+    workload: str | None
+    created: str | None
     """Time of the snapshot point, UTC, ISO 8601."""
     pushed: str
     """Time at which the image was published in the store, UTC, ISO 8601."""
     length: int
     """Size of the image file without its parents, bytes."""
     parents: int
+    encrypted: bool
 
 
 class StoreListing(Event, frozen=True, kw_only=True, tag="image-list"):

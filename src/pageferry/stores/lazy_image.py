@@ -78,14 +78,14 @@ def _supply(image: ImageFile, first: int, folder: Path, record: Entry, in_own_pr
     ours, theirs = socket.socketpair()
     try:
         for link, file in zip(image.links[first:], record.files, strict=True):
-            manifest = files.open_regular(folder / entry.MANIFESTS / file.manifest, follow=False)
+            table = files.open_regular(folder / entry.TABLES / file.manifest, follow=False)
             try:
                 # The path may lead to another file by now.
                 descriptor = os.open(f"/proc/self/fd/{link.image.fileno()}", os.O_RDWR | os.O_CLOEXEC)
             except OSError:
-                os.close(manifest)
+                os.close(table)
                 raise
-            opened.append(SuppliedFile(descriptor, manifest, file.key, file.manifest))
+            opened.append(SuppliedFile(descriptor, table))
         (_start_process if in_own_process else _start_thread)(record.url, opened, first, folder, theirs)
         opened = []
         image.chain.supply_from(ours.fileno(), first)
@@ -113,8 +113,8 @@ def _start_thread(url: str, opened: list[SuppliedFile], first: int, folder: Path
 
 
 def _start_process(url: str, opened: list[SuppliedFile], first: int, folder: Path, connection: socket.socket) -> None:
-    described = [[file.descriptor, file.manifest, file.key, file.digest] for file in opened]
-    descriptors = [number for file in opened for number in (file.descriptor, file.manifest)]
+    described = [[file.descriptor, file.table] for file in opened]
+    descriptors = [number for file in opened for number in (file.descriptor, file.table)]
     with connection:
         start_python(
             "pageferry.stores.provider_process",

@@ -31,12 +31,12 @@ from typing import TypeVar
 
 from pageferry.errors import ImageError, PageferryError, StoreError
 from pageferry.host.blocking import in_thread, on_thread
-from pageferry.stores import blocks, entry, layout
+from pageferry.stores import blocks, entry, tables
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.blocks import BlockRecord
 from pageferry.stores.layout import PackEntry
 from pageferry.stores.pull import GAP, Range, ranges, write_blocks
-from pageferry.stores.references import Manifest
+from pageferry.stores.sealing import BlockOpener
 from pageferry.stores.store import Store
 
 log = logging.getLogger("pageferry.stores")
@@ -74,19 +74,17 @@ _MAX_MESSAGE = 4096
 
 @dataclass(frozen=True, slots=True)
 class SuppliedFile:
-    """File of an image, and the open file of its manifest."""
+    """File of an image, and the open file of its block table."""
 
     descriptor: int
     """Descriptor of the image file, for reading and writing."""
-    manifest: int
-    """Descriptor of the manifest."""
-    key: str
-    digest: str
+    table: int
+    """Descriptor of the block table (`tables`)."""
 
     def close(self) -> None:
         """Close both files."""
         os.close(self.descriptor)
-        os.close(self.manifest)
+        os.close(self.table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +94,13 @@ class _Table:
     descriptor: int
     packs: Sequence[PackEntry]
     records: Sequence[BlockRecord]
+    sealing: BlockOpener
 
     @classmethod
-    def read(cls, file: SuppliedFile, store: str) -> _Table:
-        """Read the table from the manifest. Raises ImageError, OSError."""
-        length, where = os.fstat(file.manifest).st_size, f"{store}/{file.key}"
-        contents = os.pread(file.manifest, min(length, layout.MAX_MANIFEST), 0)
-        directory = layout.decode_manifest(contents, file.digest, where)
-        manifest = Manifest(file.key, file.digest, contents, directory, where)
-        return cls(file.descriptor, directory.packs, manifest.records())
+    def read(cls, file: SuppliedFile) -> _Table:
+        """Read the table. Raises ImageError, OSError."""
+        found = tables.read(file.table)
+        return cls(file.descriptor, found.packs, found.records, found.sealing)
 
     def has(self, number: int) -> bool:
         """Return whether the file has the header of a block. Raises OSError."""
@@ -128,7 +124,7 @@ class _Fetch:
 
     def single(self, number: int, record: BlockRecord) -> _Fetch:
         """Return the fetch of one block of the range."""
-        part = Range(self.wanted.pack, record.start, record.start + record.length, ((number, record),))
+        part = Range(self.wanted.pack, record.start, record.start + record.stored, ((number, record),))
         return _Fetch(self.image, part, self.demand)
 
 
@@ -194,7 +190,7 @@ class Provider:
         """Read the tables, and open the store."""
 
         def read() -> None:
-            self._tables = [_Table.read(file, str(self._url.store)) for file in self._files]
+            self._tables = [_Table.read(file) for file in self._files]
             self._store = Store(self._url.store, retries=0)
 
         try:
@@ -281,7 +277,7 @@ class Provider:
             record = self._tables[image].records[block]
             pack = self._tables[image].packs[record.pack]
             await self._serve(
-                _Fetch(image, Range(pack, record.start, record.start + record.length, ((block, record),)), True)
+                _Fetch(image, Range(pack, record.start, record.start + record.stored, ((block, record),)), True)
             )
 
     async def _complete(self) -> None:
@@ -320,14 +316,18 @@ class Provider:
     async def _obtain(self, fetch: _Fetch) -> dict[int, str]:
         """Fetch, verify and write the blocks of a range. Return the failures by block. A range with wrong contents is
         read once more, and then block by block."""
-        descriptor, wanted = self._tables[fetch.image].descriptor, fetch.wanted
+        table, wanted = self._tables[fetch.image], fetch.wanted
         assert self._store is not None
         where = f"{self._store.url}/{wanted.pack.key}"
         cause: ImageError | None = None
+
+        def write(data: memoryview) -> None:
+            write_blocks(table.descriptor, wanted, data, table.sealing)
+
         for _ in range(2):
             try:
                 data = await self._repeat(lambda: self._read(fetch))
-                await self._repeat(lambda: on_thread(lambda: write_blocks(descriptor, wanted, data)))  # noqa: B023
+                await self._repeat(lambda: on_thread(lambda: write(data)))  # noqa: B023
                 return {}
             except ImageError as error:
                 cause = error

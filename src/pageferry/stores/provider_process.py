@@ -1,8 +1,8 @@
 """Process of a provider of storage blocks, for a program that loads memory of its own from an image (S10).
 
 The connection to the engine of the program is standard input. The argument is a JSON list with the parameters of
-`Provider`; each file is a list of its descriptor, the descriptor of its manifest, and the key and the digest of the
-manifest. The process exits when the program has released the image.
+`Provider`; each file is a list of its descriptor and the descriptor of its block table. The process exits when the
+program has released the image.
 """
 
 from __future__ import annotations

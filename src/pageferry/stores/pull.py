@@ -21,9 +21,12 @@ from pageferry.stores import blocks, frame
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.blocks import BlockRecord
 from pageferry.stores.events import ImagePulled, StoreProgress
+from pageferry.stores.keys import NO_KEYS, Access
 from pageferry.stores.layout import PackEntry
-from pageferry.stores.references import Manifest, gathered, open_image
-from pageferry.stores.store import Store
+from pageferry.stores.manifests import Manifest
+from pageferry.stores.references import open_image
+from pageferry.stores.sealing import BlockOpener
+from pageferry.stores.store import Store, gathered
 
 RANGE = 8 << 20
 """Maximum length of a range of a pack that is read with one request, bytes."""
@@ -46,9 +49,10 @@ class Range:
 class Pull:
     """Download of one image with its parents to a directory."""
 
-    def __init__(self, store: Store, url: ImageUrl, target: Path, listener: Listener) -> None:
+    def __init__(self, store: Store, url: ImageUrl, target: Path, listener: Listener, access: Access = NO_KEYS) -> None:
         self._store = store
         self._url = url
+        self._access = access
         self._target = target
         self._listener = listener
         self._done = 0
@@ -58,8 +62,8 @@ class Pull:
 
     async def run(self) -> ImagePulled:
         """Download the parents that are missing, oldest first, and then the image. Raises ImageError, StoreError,
-        UsageError if the image would replace one of its parents."""
-        _, manifests = await open_image(self._store, self._url)
+        WrongKey, UsageError if the image would replace one of its parents."""
+        _, manifests = await open_image(self._store, self._url, self._access)
         paths = self._paths(manifests[0])
         missing = [
             (manifest, path)
@@ -80,6 +84,7 @@ class Pull:
             downloaded=self._downloaded,
             requests=self._requests,
             parents=[str(path) for _, path in missing if path != self._target],
+            encrypted=bool(manifests[0].sealing.domain),
         )
 
     def _paths(self, manifest: Manifest) -> list[Path]:
@@ -111,15 +116,15 @@ class Pull:
     async def _fill(self, manifest: Manifest, records: list[BlockRecord], descriptor: int) -> None:
         await on_thread(lambda: write_frame(descriptor, manifest))
         wanted = ranges(enumerate(records), manifest.directory.packs, RANGE)
-        await gathered((self._copy(one, descriptor) for one in wanted), DOWNLOADS)
+        await gathered((self._copy(one, descriptor, manifest.sealing) for one in wanted), DOWNLOADS)
 
-    async def _copy(self, wanted: Range, descriptor: int) -> None:
+    async def _copy(self, wanted: Range, descriptor: int, sealing: BlockOpener) -> None:
         """Download a range, verify its blocks and write them to the file."""
         where = f"{self._store.url}/{wanted.pack.key}"
         for last in (False, True):
             try:
                 data = await self._read(wanted)
-                await on_thread(lambda: write_blocks(descriptor, wanted, data))  # noqa: B023
+                await on_thread(lambda: write_blocks(descriptor, wanted, data, sealing))  # noqa: B023
                 break
             except (ImageError, StoreError) as error:
                 if last and isinstance(error, StoreError):
@@ -175,7 +180,7 @@ def ranges(
     pending: list[tuple[int, BlockRecord]] = []
     end = 0
     for number, record in placed:
-        stop = record.start + record.length
+        stop = record.start + record.stored
         if pending:
             first = pending[0][1]
             if record.pack != first.pack or record.start > end + gap or stop - first.start > limit:
@@ -187,12 +192,12 @@ def ranges(
         yield Range(packs[pending[0][1].pack], pending[0][1].start, end, tuple(pending))
 
 
-def write_blocks(descriptor: int, found: Range, data: memoryview) -> None:
-    """Verify the blocks of a range, and write them. The header of a block is written last, so that a block with a
-    header is complete unless the host has crashed. Raises ImageError for the first that is damaged, OSError."""
+def write_blocks(descriptor: int, found: Range, data: memoryview, sealing: BlockOpener) -> None:
+    """Verify and decrypt the blocks of a range, and write them. The header of a block is written last, so that a block
+    with a header is complete unless the host has crashed. Raises ImageError for the first that is damaged, OSError."""
     for number, record in found.blocks:
         start = record.start - found.start
-        block = memoryview(blocks.restore(data[start : start + record.length], record, number))
+        block = memoryview(blocks.restore(data[start : start + record.stored], record, number, sealing))
         _write(descriptor, block[blocks.HEADER :], record.offset + blocks.HEADER)
         _write(descriptor, block[: blocks.HEADER], record.offset)
 

@@ -26,10 +26,13 @@ from pageferry.stores.address import ImageUrl
 from pageferry.stores.blocks import BlockRecord
 from pageferry.stores.contents import Contents
 from pageferry.stores.events import ImagePushed, StoreProgress
+from pageferry.stores.keys import NO_KEYS, Access, Keys
 from pageferry.stores.layout import Ancestor, Chunk, Directory, PackEntry, Part, Reference
 from pageferry.stores.library import digest
+from pageferry.stores.manifests import FRAME, TABLE, Manifest, sealed
 from pageferry.stores.options import PushOptions
-from pageferry.stores.references import Manifest, find_reference
+from pageferry.stores.references import find_reference, identity, seal_reference
+from pageferry.stores.sealing import KEY, PLAIN, Sealing
 from pageferry.stores.store import Store
 
 BATCH = 16 << 20
@@ -63,15 +66,17 @@ class _Block:
 
 
 class Packer:
-    """Writer of packs. Blocks that the store contains (`known`), or that were added before, are not written again."""
+    """Writer of packs. Blocks that the store contains (`known`), or that were added before, are not written again.
+    `sealing` encrypts the others."""
 
-    def __init__(self, store: Store, known: dict[bytes, tuple[PackEntry, int]]) -> None:
+    def __init__(self, store: Store, known: dict[bytes, tuple[PackEntry, int]], sealing: Sealing = PLAIN) -> None:
         self.blocks = 0
         """Number of blocks written."""
         self.uploaded = 0
         """Bytes uploaded."""
         self._store = store
         self._known = known
+        self._sealing = sealing
         self._own: dict[bytes, tuple[_Pack, int]] = {}
         self._current: _Pack | None = None
         self._uploads: list[asyncio.Task[None]] = []
@@ -84,10 +89,10 @@ class Packer:
         if (known := self._known.get(block.digest)) is not None:
             return known
         if self._current is None:
-            self._current = _Pack(layout.new_pack())
+            self._current = _Pack(layout.new_pack(layout.ENCRYPTED if self._sealing.domain else 0))
         pack = self._current
         place = self._own[block.digest] = pack, len(pack.contents)
-        pack.contents += block.stored
+        pack.contents += self._sealing.seal_block(block.stored, block.digest)
         self.blocks += 1
         if len(pack.contents) >= layout.PACK_LENGTH:
             await self._complete()
@@ -130,8 +135,17 @@ class Packer:
 class Push:
     """Upload of one image with its parents."""
 
-    def __init__(self, store: Store, url: ImageUrl, image: ImageFile, listener: Listener, options: PushOptions) -> None:
+    def __init__(
+        self,
+        store: Store,
+        url: ImageUrl,
+        image: ImageFile,
+        listener: Listener,
+        options: PushOptions,
+        access: Access = NO_KEYS,
+    ) -> None:
         self._store = store
+        self._access = access
         self._url = url
         self._image = image
         self._options = options
@@ -147,9 +161,9 @@ class Push:
     async def run(self) -> ImagePushed:
         """Upload the image, and create its reference. Raises ImageError, StoreError."""
         if (existing := await find_reference(self._store, self._url.name)) is not None:
-            return self._existing(existing)
+            return await self._existing(existing)
         for _ in range(ATTEMPTS):
-            known = await Contents.read(self._store, reuse=not self._options.reupload)
+            known = await Contents.read(self._store, reuse=not self._options.reupload, keys=self._access.keys)
             manifest = await self._upload_chain(known)
             fault_point("store.uploaded")
             if not await known.unavailable(self._needed):
@@ -161,11 +175,13 @@ class Push:
             )
         return await self._publish(manifest)
 
-    def _existing(self, reference: Reference) -> ImagePushed:
-        if reference.identity != self._image.identity:
+    async def _existing(self, reference: Reference) -> ImagePushed:
+        """Return the result if the store has this image under this name, encrypted if keys are given. Raises ImageError
+        if it has another image."""
+        if await identity(self._store, self._url, reference, self._access) != self._image.identity:
             raise ImageError(
-                f"cannot upload {self._image.path} to {self._url}: the store has another image of this name; delete it "
-                "with `pageferry image delete`, or use another name"
+                f"cannot upload {self._image.path} to {self._url}: the store has another image of this name, or one "
+                "that the given key does not open; delete it with `pageferry image delete`, or use another name"
             )
         return self._result(reference.manifest, existed=True)
 
@@ -198,24 +214,26 @@ class Push:
         link = self._image.links[number]
         if findings := await on_thread(lambda: self._image.verify_link(number)):
             raise ImageError(f"cannot upload {link.path}: it is damaged: {findings[0]}; take another checkpoint")
-        packer = Packer(self._store, known.places)
+        packer = Packer(self._store, known.places, known.sealing)
         try:
-            records, packs = await self._upload_blocks(link, packer)
+            records, packs = await self._upload_blocks(link, packer, known.sealing)
         finally:
             await packer.close()
         stored, chunks = await in_thread(_frame, link)
-        data, directory, found = await in_thread(_manifest, link, _Index(records, packs, stored, chunks, ancestors))
-        key = layout.manifest_key(directory.id, found)
-        await self._store.put(key, data)
-        self._uploaded += packer.uploaded + len(data)
+        index = _Index(records, packs, stored, chunks, ancestors)
+        manifest = await in_thread(lambda: _manifest(link, index, known.sealing, self._access.keys))
+        await self._store.put(manifest.key, manifest.contents)
+        self._uploaded += packer.uploaded + len(manifest.contents)
         self._sent.append((link, packer.blocks))
-        return Manifest(key, found, data, directory, f"{self._store.url}/{key}")
+        return manifest
 
-    async def _upload_blocks(self, link: Link, packer: Packer) -> tuple[list[BlockRecord], list[PackEntry]]:
+    async def _upload_blocks(
+        self, link: Link, packer: Packer, sealing: Sealing
+    ) -> tuple[list[BlockRecord], list[PackEntry]]:
         """Upload the packs of an image. Return the table of its blocks, and the packs that the table refers to."""
         placed: list[tuple[_Block, int, _Pack | PackEntry, int]] = []
         for first, extents in _batches(link.image.blocks):
-            for at, block in enumerate(await on_thread(lambda: _read(link, first, extents))):  # noqa: B023
+            for at, block in enumerate(await on_thread(lambda: _read(link, first, extents, sealing))):  # noqa: B023
                 placed.append((block, extents[at][0], *await packer.add(block)))
                 block_length = extents[at][1]
                 block.stored = bytearray()  # the pack has a copy
@@ -240,6 +258,8 @@ class Push:
         await self._store.sync()
         about, key = self._image.metadata, layout.reference_key(self._url.name)
         reference = Reference(
+            format="pageferry-image",
+            version=layout.VERSION,
             manifest=manifest.digest,
             manifest_length=manifest.first + len(manifest.contents),
             id=self._image.identity.id,
@@ -252,13 +272,14 @@ class Push:
         )
         try:
             async with asyncio.timeout(PUBLISH_TIMEOUT):
-                found = await self._create(key, msgspec.json.encode(reference))
+                published = seal_reference(reference, self._url.name, manifest.sealing)
+                found = await self._create(key, msgspec.json.encode(published))
         except TimeoutError as error:
             raise StoreError(
                 f"cannot publish {self._url}: the store did not reply within {PUBLISH_TIMEOUT:g} s; repeat the upload"
             ) from error
         if found is not None and found.manifest != manifest.digest:
-            return self._existing(found)
+            return await self._existing(found)
         fault_point("store.published")
         await self._store.sync()
         return self._result(manifest.digest, existed=False)
@@ -294,6 +315,7 @@ class Push:
             uploaded=self._uploaded,
             parents=sum(link is not self._image.links[0] for link, _ in sent),
             existed=existed,
+            encrypted=self._access.keys is not None,
         )
 
 
@@ -315,25 +337,29 @@ def _frame(link: Link) -> tuple[bytes, list[Chunk]]:
         raise ImageError(f"cannot read {link.path}: {error.strerror}") from error
 
 
-def _manifest(link: Link, index: _Index) -> tuple[bytes, Directory, str]:
-    """Return the manifest of an image, its directory and its digest."""
-    table = blocks.encode_table(index.records)
+def _manifest(link: Link, index: _Index, sealing: Sealing, keys: Keys | None) -> Manifest:
+    """Return the manifest of an image. `keys`: keys that wrap the domain of an encrypted image; otherwise None."""
+    salt = os.urandom(KEY)
+    table = sealing.seal_part(salt, TABLE, blocks.encode_table(index.records))
+    stored = sealing.seal_part(salt, FRAME, index.frame)
     directory = Directory(
         random=os.urandom(16),
         id=link.identity.id,
         digest=link.identity.digest,
         length=link.image.length,
         packs=index.packs,
-        blocks=Part(len(index.frame), len(table), digest(table)),
+        blocks=Part(len(stored), len(table), digest(table)),
         count=len(index.records),
-        frame=Part(0, len(index.frame), digest(index.frame)),
+        frame=Part(0, len(stored), digest(stored)),
         chunks=index.chunks,
         ancestors=index.ancestors,
     )
-    data, found = layout.encode_manifest(index.frame + table, directory)
+    body = directory if keys is None else sealed(directory, salt, sealing, keys)
+    data, found = layout.encode_manifest(stored + table, body)
     if len(data) > layout.MAX_MANIFEST:
         raise ImageError(f"cannot upload {link.path}: its index of {len(data)} bytes is too large for a store")
-    return data, directory, found
+    key = layout.manifest_key(directory.id, found)
+    return Manifest(key, found, data, directory, key, sealing=sealing, salt=salt)
 
 
 def _batches(extents: list[tuple[int, int]]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
@@ -346,7 +372,7 @@ def _batches(extents: list[tuple[int, int]]) -> Iterator[tuple[int, list[tuple[i
             first, size = number + 1, 0
 
 
-def _read(link: Link, first: int, extents: list[tuple[int, int]]) -> list[_Block]:
+def _read(link: Link, first: int, extents: list[tuple[int, int]], sealing: Sealing) -> list[_Block]:
     """Read storage blocks, and bring them into their normal form. Raises ImageError."""
     found = []
     for number, (offset, length) in enumerate(extents, start=first):
@@ -357,5 +383,6 @@ def _read(link: Link, first: int, extents: list[tuple[int, int]]) -> list[_Block
         if len(stored) != length:
             raise ImageError(f"cannot read {link.path}: it was truncated during the upload")
         checksum, flags = blocks.normalize(stored, number)
-        found.append(_Block(stored, digest(stored), checksum, flags))
+        flags |= blocks.SEALED if sealing.domain else 0
+        found.append(_Block(stored, sealing.address(stored), checksum, flags))
     return found

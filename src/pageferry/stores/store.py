@@ -6,11 +6,12 @@ request, so no multipart upload is ever left unfinished.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
 import stat
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ CONNECT_TIMEOUT = timedelta(seconds=10)
 RETRY_TIMEOUT = timedelta(minutes=3)
 """Maximum time during which a failed request is repeated."""
 MAX_RETRIES = 12
+REQUESTS = 16
+"""Maximum number of small requests at a time."""
 KINDS = ("images", "manifests", "packs", "condemned")
 """First parts of the keys of all objects."""
 _INCOMPLETE = re.compile(r".+#[0-9]+")
@@ -248,3 +251,25 @@ def _sync(folder: str, keys: list[str]) -> None:
                 os.close(descriptor)
     except OSError as error:
         raise StoreError(f"cannot write to the store in {folder}: {error.strerror}") from error
+
+
+async def gathered(calls: Iterable[Coroutine[object, object, T]], limit: int = REQUESTS) -> list[T]:
+    """Run coroutines, at most `limit` at a time, and return their results in order. After an error, cancel the others,
+    and raise the error."""
+    slots = asyncio.Semaphore(limit)
+
+    async def one(call: Coroutine[object, object, T]) -> T:
+        async with slots:
+            return await call
+
+    pending = list(calls)
+    tasks = [asyncio.ensure_future(one(call)) for call in pending]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for call in pending:
+            call.close()  # those that have not begun
+        raise

@@ -10,7 +10,7 @@ from pageferry.checkpoints.options import Options
 from pageferry.cli.options import add_options
 from pageferry.cli.parser import shared_options
 from pageferry.images.metadata import Codec
-from pageferry.stores.options import CollectOptions, PushOptions
+from pageferry.stores.options import CollectOptions, KeyOptions, OpenOptions, PushOptions
 
 _FILE = "image file written by `pageferry checkpoint`"
 _STORE = "URL of a store, such as s3://BUCKET/PREFIX (see docs/stores.md)"
@@ -47,6 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add["push"]("url", metavar="URL", help=f"{_URL}; the name is that of the file if the URL ends with a slash")
     add_options(operations.choices["push"], PushOptions)
     add["pull"]("url", metavar="URL", help=_URL)
+    add_options(operations.choices["pull"], OpenOptions)
+    add_options(operations.choices["list"], KeyOptions)
     add["import"]("image", metavar="IMAGE", type=Path, help="image file to write")
     add["export"]("image", metavar="IMAGE", type=Path, help="image file written by `pageferry image import`")
     add["pull"]("image", metavar="IMAGE", type=Path, help="file to write")
