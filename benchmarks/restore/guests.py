@@ -100,10 +100,17 @@ def restore(
     finally:
         subprocess.run([PAGEFERRY, "stop", name], check=False, capture_output=True)
         told.end()
-    parts = restored.get("time-parts", {})
     return result | {
         "running-ms": first["time-to-running"],
         "command-to-resume-ms": (resumed - begin) * 1e3,
+        **_figures(told, restored, begin),
+    }
+
+
+def _figures(told: Told, restored: dict[str, Any], begin: float) -> dict[str, Any]:
+    """Return the figures of the result of a restore, or of its last progress event."""
+    parts = restored.get("time-parts", {})
+    return {
         "parts": parts,
         "qemu-start-ms": parts.get("qemu-start"),
         "complete-ms": told.at.get("restore", 0.0) * 1e3 - begin * 1e3 if parts else None,

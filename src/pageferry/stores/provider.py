@@ -24,7 +24,7 @@ import statistics
 import struct
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -95,12 +95,15 @@ class _Table:
     packs: Sequence[PackEntry]
     records: Sequence[BlockRecord]
     sealing: BlockOpener
+    present: bytearray
+    """For each block, whether this provider has fetched it."""
 
     @classmethod
     def read(cls, file: SuppliedFile) -> _Table:
         """Read the table. Raises ImageError, OSError."""
         found = tables.read(file.table)
-        return cls(file.descriptor, found.packs, found.records, found.sealing)
+        records = found.records
+        return cls(file.descriptor, found.packs, records, found.sealing, bytearray(len(records)))
 
     def has(self, number: int) -> bool:
         """Return whether the file has the header of a block. Raises OSError."""
@@ -148,8 +151,10 @@ class Provider:
         self._waiting: dict[Number, None] = {}
         """Blocks that a background thread waits for."""
         self._later: deque[Number] = deque()
+        self._awaited: deque[_Fetch] = deque()
+        """Ranges of `_waiting`. Each block is reported, even if it was fetched before."""
         self._ready: deque[_Fetch] = deque()
-        """Ranges of `_waiting` and `_later` that are missing in the files."""
+        """Ranges of `_later` that are missing in the files."""
         self._scanning = False
         self._flying: dict[Number, asyncio.Task[None]] = {}
         self._running: dict[bool, int] = {True: 0, False: 0}
@@ -225,13 +230,15 @@ class Provider:
         if self._demanded and self._running[True] < MAX_DEMANDS:
             self._start_demands()
         limit = MIN_PREFETCHES if self._running[True] else MAX_PREFETCHES
+        while self._awaited and self._running[False] < limit:
+            self._launch(self._awaited.popleft())
         while self._ready and self._running[False] < limit:
-            self._launch(self._ready.popleft())
+            self._launch_missing(self._ready.popleft())
         pending = self._waiting or self._later
         if pending and len(self._ready) < READY and not self._scanning:
             self._scanning = True
             self._spawn(self._scan())
-        elif self._is_whole and not (pending or self._flying or self._ready or self._scanning):
+        elif self._is_whole and not (pending or self._flying or self._awaited or self._ready or self._scanning):
             self._is_whole = False
             self._spawn(self._complete())
 
@@ -259,13 +266,14 @@ class Provider:
     async def _scan(self) -> None:
         """Choose the next blocks to fetch in advance: those that background threads wait for, then the next ones of the
         order that are missing in the files. Another process may have fetched blocks since."""
-        waiting, self._waiting = list(self._waiting)[:SCAN], {}
+        waiting, self._waiting = list(self._waiting), {}
         later = [self._later.popleft() for _ in range(min(SCAN, len(self._later)))]
         try:
             missing = await in_thread(lambda: [one for one in later if not self._tables[one[0]].has(one[1])])
         except OSError:
             missing = later
-        self._ready.extend(self._fetches([*waiting, *missing], PREFETCH_RANGE, GAP, demand=False))
+        self._awaited.extend(self._fetches(waiting, PREFETCH_RANGE, GAP, demand=False))
+        self._ready.extend(self._fetches(missing, PREFETCH_RANGE, GAP, demand=False))
         self._scanning = False
         self._start()
 
@@ -292,6 +300,13 @@ class Provider:
 
     # -- fetches
 
+    def _launch_missing(self, fetch: _Fetch) -> None:
+        """Start to fetch those blocks of a range that have not been fetched since the range was chosen."""
+        present = self._tables[fetch.image].present
+        left = [(fetch.image, number) for number, _ in fetch.wanted.blocks if not present[number]]
+        for part in self._fetches(left, PREFETCH_RANGE, GAP, demand=False):
+            self._launch(part)
+
     def _launch(self, fetch: _Fetch) -> None:
         self._running[fetch.demand] += 1
         task = self._spawn(self._finish(fetch))
@@ -309,7 +324,12 @@ class Provider:
 
     async def _serve(self, fetch: _Fetch) -> None:
         """Fetch a range, and report its blocks."""
-        failures = await self._obtain(fetch)
+        failures: Mapping[int, str]
+        try:
+            failures = await self._obtain(fetch)
+        except Exception as error:  # threads of the workload must not wait for ever
+            log.exception("%s: cannot fetch blocks", self._url)
+            failures = dict.fromkeys((number for number, _ in fetch.wanted.blocks), f"unexpected error: {error!r}")
         for number in fetch.numbers:
             self._report(number, failures.get(number[1]))
 
@@ -406,6 +426,8 @@ class Provider:
 
     def _report(self, number: Number, failure: str | None) -> None:
         message = (failure or "").encode()[:_MAX_MESSAGE]
+        if not message:
+            self._tables[number[0]].present[number[1]] = True
         head = _REPORT.pack(_FAILED if message else _PRESENT, number[0] + self._first, number[1], len(message))
         self._writer.write(head + message)
 

@@ -198,6 +198,10 @@ impl Supply {
         {
             let mut requests = self.0.requests.lock();
             for &number in numbers {
+                // The block may have been reported since the caller has looked: there is no second report.
+                if self.0.state(number).load(Ordering::Acquire) >= FOUND {
+                    continue;
+                }
                 if let Some(error) = requests.failure(number) {
                     if numbers.len() == 1 {
                         return Err(error);

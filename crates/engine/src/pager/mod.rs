@@ -275,10 +275,7 @@ impl Pager {
         let regions = paged_regions(&plan.targets);
         let base = regions.last().map_or(0, PagedRegion::end);
         let flags = plan.flags;
-        if flags.pages() != base {
-            let words = format!("deferred bitmap does not match the regions: {} pages, expected {base}", flags.pages());
-            return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, words)));
-        }
+        check_flags(&flags, base)?;
         if matches!(plan.from, Origin::Peer(_)) && !plan.targets.are_files() {
             return Err(PagerError::Peer("cannot load private memory from a peer"));
         }
@@ -294,7 +291,7 @@ impl Pager {
         memory.removals.forget_reports();
         let (queues, jobs) = RestQueues::new(plan.read_ahead);
         let (parked, ready) = unbounded();
-        let supplied = matches!(&source, PageSource::Images(blocks) if blocks.supply().is_some());
+        let parked = source.is_supplied().then_some(parked);
         let shared = Arc::new(PagerState {
             loader: Loader { memory, source },
             stop: AtomicBool::new(false),
@@ -307,18 +304,24 @@ impl Pager {
             evicting: AtomicBool::new(plan.evicting),
             fatal: plan.fatal,
             held: Mutex::new(Held::No),
-            parked: supplied.then_some(parked),
+            parked,
             large,
             loading: RwLock::default(),
         });
         let abandoned = AtomicBool::new(false);
         let pager = Self { shared, threads: Mutex::default(), readers: Mutex::default(), abandoned };
-        for _ in 0..if supplied { SERVERS } else { 0 } {
-            let (shared, ready) = (pager.shared.clone(), ready.clone());
-            pager.spawn("pf-parked", move || demand::serve_parked(&shared, &ready))?;
-        }
+        pager.spawn_parked(&ready)?;
         pager.spawn_all(plan.begin, jobs, plan.order, plan.background)?;
         Ok(pager)
+    }
+
+    /// Starts the threads that resolve faults whose contents have been fetched from a store.
+    fn spawn_parked(&self, ready: &Receiver<Fault>) -> io::Result<()> {
+        for _ in 0..if self.shared.parked.is_some() { SERVERS } else { 0 } {
+            let (shared, ready) = (self.shared.clone(), ready.clone());
+            self.spawn("pf-parked", move || demand::serve_parked(&shared, &ready))?;
+        }
+        Ok(())
     }
 
     fn spawn_all(&self, begin: Begin, jobs: RestJobs, order: FillOrder, everything: bool) -> io::Result<()> {
@@ -559,6 +562,15 @@ impl Drop for Pager {
             self.shared.loader.memory.watched.iter().for_each(|watched| std::mem::forget(watched.uffd.clone()));
         }
     }
+}
+
+/// Checks that the deferred bitmap covers the pages of all regions.
+fn check_flags(flags: &Flags, pages: usize) -> io::Result<()> {
+    if flags.pages() == pages {
+        return Ok(());
+    }
+    let words = format!("deferred bitmap does not match the regions: {} pages, expected {pages}", flags.pages());
+    Err(io::Error::new(io::ErrorKind::InvalidInput, words))
 }
 
 fn paged_regions(targets: &Targets) -> Vec<PagedRegion> {

@@ -27,6 +27,11 @@ pub enum PageSource {
 }
 
 impl PageSource {
+    /// Returns whether storage blocks are fetched from a store.
+    pub fn is_supplied(&self) -> bool {
+        matches!(self, Self::Images(blocks) if blocks.supply().is_some())
+    }
+
     /// Checks an order of background loading. A pager that loads from a peer does not use the order.
     ///
     /// # Errors
