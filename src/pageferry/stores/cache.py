@@ -168,7 +168,7 @@ class ImageCache:
                 (partial / name).mkdir(mode=0o700, parents=True)
             self._link_parents(partial, manifests)
             for name, one in manifests.items():
-                (partial / entry.MANIFESTS / one.digest).write_bytes(one.contents)
+                files.replace_file(partial / entry.MANIFESTS / one.digest, one.contents)
                 if not (partial / entry.FILES / name).exists():
                     _write_frame(partial / entry.FILES / name, one)
             found = [
