@@ -56,7 +56,10 @@ CHILDREN = {
         from pageferry.checkpoints.image_source import open_cache
         from pageferry.stores.address import image_url
         from pageferry.stores.lazy_image import open_image_file
-        image = Path(os.environ["IMAGE"])
+        image = Path(os.environ["IMAGE"]).with_name("saved")
+        arena = pageferry.Arena("1MiB")
+        memoryview(arena)[0] = 7
+        pageferry.checkpoint(arena, image)
         url = f"file://{image.parent}/store/image"
         os.environ["PAGEFERRY_CACHE_DIR"] = str(image.parent / "cache")
         pageferry.push_image(image, url)
