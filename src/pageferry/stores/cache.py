@@ -172,7 +172,7 @@ class ImageCache:
                 (partial / name).mkdir(mode=0o700, parents=True)
             self._link_parents(partial, manifests)
             for name, one in manifests.items():
-                (partial / entry.TABLES / one.digest).write_bytes(tables.encode(one))
+                files.replace_file(partial / entry.TABLES / one.digest, tables.encode(one))
                 if not (partial / entry.FILES / name).exists():
                     _write_frame(partial / entry.FILES / name, one)
             found = [

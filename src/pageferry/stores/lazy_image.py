@@ -81,7 +81,7 @@ def _supply(image: ImageFile, first: int, folder: Path, record: Entry, in_own_pr
             table = files.open_regular(folder / entry.TABLES / file.manifest, follow=False)
             try:
                 # The path may lead to another file by now.
-                descriptor = os.open(f"/proc/self/fd/{link.image.fileno()}", os.O_RDWR | os.O_CLOEXEC)
+                descriptor = files.open_regular(f"/proc/self/fd/{link.image.fileno()}", os.O_RDWR)
             except OSError:
                 os.close(table)
                 raise

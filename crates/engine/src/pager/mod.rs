@@ -290,8 +290,7 @@ impl Pager {
         register(&memory, plan.begin)?;
         memory.removals.forget_reports();
         let (queues, jobs) = RestQueues::new(plan.read_ahead);
-        let (parked, ready) = unbounded();
-        let parked = source.is_supplied().then_some(parked);
+        let (parked, ready) = parking(&source);
         let shared = Arc::new(PagerState {
             loader: Loader { memory, source },
             stop: AtomicBool::new(false),
@@ -562,6 +561,13 @@ impl Drop for Pager {
             self.shared.loader.memory.watched.iter().for_each(|watched| std::mem::forget(watched.uffd.clone()));
         }
     }
+}
+
+/// Returns the two ends of the queue of faults whose contents have been fetched from a store. The first is `None` if no
+/// contents are fetched.
+fn parking(source: &PageSource) -> (Option<Sender<Fault>>, Receiver<Fault>) {
+    let (parked, ready) = unbounded();
+    (source.is_supplied().then_some(parked), ready)
 }
 
 /// Checks that the deferred bitmap covers the pages of all regions.
