@@ -157,6 +157,8 @@ def test_further_recipient_begins_a_new_domain(world: World) -> None:
     pageferry.push_image(world.base, f"{world.url}/a", key=world.age)
     other = pyrage.x25519.Identity.generate()
     both = world.key("both", f"{world.identity}\n{other.to_public()}\n".encode())
+    with pytest.raises(ImageError, match="this image, encrypted for other keys"):
+        pageferry.push_image(world.base, f"{world.url}/a", key=both)
     second = pageferry.push_image(world.base, f"{world.url}/b", key=both)
     assert second.uploaded_blocks == second.blocks
     reader = world.key("reader", str(other).encode())
@@ -195,7 +197,7 @@ def test_missing_and_wrong_keys_are_refused(world: World) -> None:
             world.pull("a", **options)
     with pytest.raises(ImageError, match="another image of this name"):
         pageferry.push_image(world.base, f"{world.url}/a")
-    with pytest.raises(ImageError, match="another image of this name, or one that the given key does not open"):
+    with pytest.raises(ImageError, match="another image of this name, or this image, encrypted for other keys"):
         pageferry.push_image(world.base, f"{world.url}/a", key=world.age)
 
 
@@ -363,6 +365,10 @@ def test_digest_also_identifies_images_that_are_not_encrypted(world: World) -> N
         world.pull(f"a@{'0' * 64}")
     with pytest.raises(UsageError, match="remove @DIGEST"):
         pageferry.push_image(world.base, f"{world.url}/b@{pushed.manifest}")
+    with pytest.raises(ImageError, match="the name was used again"):
+        pageferry.delete_image(f"{world.url}/a@{'0' * 64}")
+    pageferry.delete_image(f"{world.url}/a@{pushed.manifest}")
+    assert pageferry.list_images(world.url).images == []
 
 
 def test_outline_of_a_manifest_is_authenticated(world: World) -> None:

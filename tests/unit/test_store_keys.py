@@ -53,6 +53,7 @@ def test_identities_include_their_recipients(identity: Any) -> None:
         (b"", "contains no key"),
         (b"# only a comment\n", "contains no key"),
         (bytes(31), "line 1 is not a key"),
+        (b"0123456789abcdef" * 2, "its 32 bytes are a text, not random bytes"),
         (b"\xff" * 33, "33 bytes that are not text"),
         (b"x" * 64, "line 1 is not a key"),
         (b"# ok\nage1notarecipient\n", "line 2 is not a valid X25519 recipient"),

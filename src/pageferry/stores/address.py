@@ -107,6 +107,8 @@ def image_url(name: str, value: object, default: str | None = None) -> ImageUrl:
 
 def image_name(name: str, value: str) -> str:
     """Check the name of an image in a store. Raises UsageError."""
+    if _PIN.fullmatch(value) is not None:
+        raise UsageError(f"invalid `{name}`: invalid image name {value!r}, which ends with the digest of a manifest")
     if _NAME.fullmatch(value) is None:
         raise UsageError(
             f"invalid `{name}`: invalid image name {value!r}, expected up to 200 letters, digits and ._+=@- of ASCII, "

@@ -169,6 +169,10 @@ def parse(contents: bytes, where: str) -> Keys:
     Raises UsageError.
     """
     if len(contents) == KEY:
+        if contents.isascii() and contents.decode().isprintable():
+            raise UsageError(
+                f"cannot read the key in {where}: its 32 bytes are a text, not random bytes; expected {_FORMS}"
+            )
         return Keys(raw=contents)
     try:
         text = contents.decode("ascii").strip()

@@ -180,8 +180,9 @@ class Push:
         if it has another image."""
         if await identity(self._store, self._url, reference, self._access) != self._image.identity:
             raise ImageError(
-                f"cannot upload {self._image.path} to {self._url}: the store has another image of this name, or one "
-                "that the given key does not open; delete it with `pageferry image delete`, or use another name"
+                f"cannot upload {self._image.path} to {self._url}: the store has another image of this name, or this "
+                "image, encrypted for other keys or not at all; delete it with `pageferry image delete`, or use "
+                "another name"
             )
         return self._result(reference.manifest, existed=True)
 

@@ -19,7 +19,7 @@ from pageferry.stores.layout import (
     Reference,
 )
 from pageferry.stores.manifests import Manifest, StoredManifest, read_manifest, read_tail
-from pageferry.stores.sealing import KEY, PLAIN, Sealing
+from pageferry.stores.sealing import KEY, PLAIN, Domain, Sealing
 from pageferry.stores.store import ObjectMissing, Store, StoredObject, gathered
 
 LABEL = b"reference"
@@ -27,17 +27,20 @@ LABEL = b"reference"
 
 
 async def identity(store: Store, url: ImageUrl, reference: Reference, access: Access) -> ImageIdentity | None:
-    """Return the identity of an image; None if it is not encrypted as the keys require, or if they do not open it.
-
-    Raises ImageError, StoreError.
+    """Return the identity of an image; None if it is not encrypted for exactly the recipients of the keys, or if they
+    do not open it. Raises ImageError, StoreError.
     """
     if access.keys is None:
         return None if reference.sealed else reference.identity
     tail = await read_tail(store, reference.key, reference.manifest, reference.manifest_length)
     try:
-        return opened(tail, url, reference, Access(access.keys)).directory.identity
+        manifest = opened(tail, url, reference, Access(access.keys))
     except WrongKey:
         return None
+    outline, domain = tail.outline, manifest.sealing
+    assert outline is not None
+    assert isinstance(domain, Domain)
+    return manifest.directory.identity if access.keys.same_recipients(outline.key, domain) else None
 
 
 async def read_reference(store: Store, name: str) -> Reference:
@@ -169,9 +172,11 @@ async def list_images(store: Store, access: Access) -> StoreListing:
 async def delete_reference(store: Store, url: ImageUrl) -> None:
     """Delete the reference of an image. Its manifest and packs remain until garbage collections delete them.
 
-    Raises ImageError if there is no such image, StoreError.
+    Raises ImageError if there is no such image, or if the URL names another manifest, StoreError.
     """
     key = layout.reference_key(url.name)
+    if url.manifest is not None:
+        await resolve(store, url)
     if await store.find(key) is None:
         raise ImageError(f"cannot delete {url}: the store has no image of this name")
     await store.delete(key)
