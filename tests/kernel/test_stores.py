@@ -23,6 +23,7 @@ from pageferry.stores import contents, push
 from pageferry.stores.address import image_url
 from pageferry.stores.options import PushOptions
 from pageferry.stores.push import Push
+from pageferry.stores.sources import file_sources
 from pageferry.stores.store import Store
 
 SIZE = 24 << 20
@@ -308,8 +309,8 @@ class _Collecting(Push):
 
     interruptions = 1
 
-    async def _upload_chain(self, known: contents.Contents) -> Any:
-        manifest = await super()._upload_chain(known)
+    async def _upload_chain(self, known: contents.Contents, first: int = 0) -> Any:
+        manifest = await super()._upload_chain(known, first)
         if self.interruptions:
             self.interruptions -= 1
             store = str(self._url.store)
@@ -329,7 +330,7 @@ def test_upload_notices_a_collection_at_the_same_time(
 
     async def upload() -> Any:
         target = image_url("url", f"{url}/new")
-        upload = _Collecting(Store(target.store), target, ImageFile(base), lambda _: None, PushOptions())
+        upload = _Collecting(Store(target.store), target, file_sources(ImageFile(base)), lambda _: None, PushOptions())
         upload.interruptions = interruptions
         return await upload.run()
 

@@ -19,6 +19,7 @@ from pageferry.stores.events import GarbageCollected, ImagePulled, ImagePushed, 
 from pageferry.stores.options import CollectArguments, CollectOptions, PushArguments, PushOptions
 from pageferry.stores.pull import Pull
 from pageferry.stores.push import Push
+from pageferry.stores.sources import file_sources
 from pageferry.stores.store import Store
 from pageferry.workloads.callbacks import check_listener
 
@@ -49,7 +50,7 @@ async def push_image_async(
     target = _writable("url", image_url("url", url, source.name))
     check_listener("listener", values.function("listener", listener))
     image = await in_own_thread(lambda: ImageFile(source))
-    return await Push(Store(target.store, create=True), target, image, listener, chosen).run()
+    return await Push(Store(target.store, create=True), target, file_sources(image), listener, chosen).run()
 
 
 push_image = synchronous(push_image_async)

@@ -39,7 +39,8 @@ class Contents:
     """Lengths of the packs in the store, by their keys; empty if the upload is to reuse nothing."""
     places: dict[bytes, tuple[PackEntry, int]] = field(default_factory=dict)
     """Pack and offset of storage blocks, by their digest."""
-    read_at: float = field(default_factory=time.monotonic)
+    read_at: float = 0.0
+    """Time before the marks were read, of `time.monotonic`."""
 
     @classmethod
     async def read(cls, store: Store, *, reuse: bool) -> Contents:
@@ -47,7 +48,8 @@ class Contents:
 
         Raises StoreError.
         """
-        self = cls(store, await condemned_keys(store), {})
+        begin = time.monotonic()
+        self = cls(store, await condemned_keys(store), {}, read_at=begin)
         if not reuse:
             return self
         self.packs = {entry.key: entry.length for entry in await store.list("packs")}
