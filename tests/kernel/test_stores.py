@@ -309,8 +309,8 @@ class _Collecting(Push):
 
     interruptions = 1
 
-    async def _upload_chain(self, known: contents.Contents, first: int = 0) -> Any:
-        manifest = await super()._upload_chain(known, first)
+    async def _upload_chain(self, known: contents.Contents) -> Any:
+        manifest = await super()._upload_chain(known)
         if self.interruptions:
             self.interruptions -= 1
             store = str(self._url.store)

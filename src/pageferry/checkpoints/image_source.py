@@ -18,8 +18,8 @@ from pageferry.stores.address import image_url, is_url
 if TYPE_CHECKING:
     from pageferry.stores.cache import ImageCache, OpenEntry
 
-FOLDER, LIMIT = "PAGEFERRY_CACHE_DIR", "PAGEFERRY_CACHE_SIZE"
-"""Environment variables with the directory and the maximum size of the cache."""
+FOLDER, LIMIT, SPOOL = "PAGEFERRY_CACHE_DIR", "PAGEFERRY_CACHE_SIZE", "PAGEFERRY_SPOOL_SIZE"
+"""Environment variables with the directory and the maximum size of the cache, and the maximum size of a spool."""
 DEFAULT_LIMIT = 32 << 30
 
 
@@ -31,6 +31,20 @@ def open_cache() -> ImageCache:
     given = os.environ.get(LIMIT)
     limit = DEFAULT_LIMIT if not given else values.size(LIMIT, given, 1, 1 << 60)
     return ImageCache(_folder(), limit, lambda: recorded_images(Registry()))
+
+
+def spool_limit() -> int:
+    """Return the maximum size of a spool (`stores.spool`), bytes; 0 for no limit. Raises UsageError."""
+    given = os.environ.get(SPOOL)
+    return values.size(SPOOL, given, 1, 1 << 60) if given else 0
+
+
+def image_argument(name: str, source: str | Path) -> str | Path:
+    """Check the path or the URL of an image, the value of the parameter `name`, before anything happens.
+
+    Raises UsageError.
+    """
+    return str(image_url(name, source)) if is_url(source) else values.path(name, source)
 
 
 @asynccontextmanager

@@ -102,11 +102,11 @@ class Packer:
         for upload in self._uploads:
             if upload.done():
                 upload.result()  # raises its error now, not after all other uploads
-        data, pack.contents = bytes(pack.contents), bytearray()
+        data, pack.contents = pack.contents, bytearray()
         pack.entry = PackEntry(await in_thread(digest, data), len(data))
         self._uploads.append(asyncio.ensure_future(self._upload(pack.entry, data)))
 
-    async def _upload(self, entry: PackEntry, data: bytes) -> None:
+    async def _upload(self, entry: PackEntry, data: bytearray) -> None:
         try:
             await self._store.put(entry.key, data)
             self.uploaded += len(data)
@@ -202,12 +202,10 @@ class Push:
             )
         return self._result(reference.manifest, existed=True)
 
-    async def _upload_chain(self, known: Contents, first: int = 0) -> Manifest:
-        """Upload the images of the chain from number `first` on that the store lacks, oldest first. Return the manifest
-        of the first."""
+    async def _upload_chain(self, known: Contents) -> Manifest:
+        """Upload the images that the store lacks, oldest first. Return the manifest of the first source."""
         manifest: Manifest | None = None
-        for number in reversed(range(first, len(self._sources))):
-            source = self._sources[number]
+        for source in reversed(self._sources):
             ancestors = self._ancestors(source, manifest)
             manifest = await known.find(source.identity, ancestors)
             if manifest is None:

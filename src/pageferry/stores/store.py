@@ -30,8 +30,11 @@ REQUEST_TIMEOUT = timedelta(minutes=10)
 CONNECT_TIMEOUT = timedelta(seconds=10)
 RETRY_TIMEOUT = timedelta(minutes=3)
 """Maximum time during which a failed request is repeated."""
-MAX_RETRIES = 12
-KINDS = ("images", "manifests", "packs", "condemned")
+MAX_RETRIES = 1000
+"""Maximum number of repetitions. `RETRY_TIMEOUT` ends them earlier, because of the pauses between them."""
+BACKOFF = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 4}
+"""Pauses between repetitions: each is random, and on average about twice as long as the previous one."""
+KINDS = ("images", "manifests", "packs", "condemned", "checks")
 """First parts of the keys of all objects."""
 _INCOMPLETE = re.compile(r".+#[0-9]+")
 """Name of a file that an upload to a directory has not completed."""
@@ -106,7 +109,7 @@ class Store:
 
     # -- writing
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, data: bytes | bytearray) -> None:
         """Upload an object, which replaces an object with the same key. Raises StoreError."""
         await self._upload(key, data, "overwrite")
 
@@ -121,6 +124,12 @@ class Store:
         except self._obstore.exceptions.AlreadyExistsError:
             return False
         return True
+
+    async def probe(self) -> None:
+        """Create an object in the prefix `checks`, and delete it, to find missing permissions. Raises StoreError."""
+        key = f"checks/{os.urandom(16).hex()}"
+        await self.create(key, b"")
+        await self.delete(key)
 
     async def delete(self, key: str) -> None:
         """Delete an object, if it exists. Raises StoreError."""
@@ -147,7 +156,7 @@ class Store:
         if (folder := self.url.folder) is not None:
             await in_thread(_remove_incomplete, folder, before)
 
-    async def _upload(self, key: str, data: bytes, mode: str) -> None:
+    async def _upload(self, key: str, data: bytes | bytearray, mode: str) -> None:
         put = self._obstore.put_async
         await self._call(lambda: put(self._client, key, data, mode=mode, use_multipart=False), f"write {key}")
         self._written.append(key)
@@ -162,7 +171,7 @@ class Store:
             return store.LocalStore(url.folder, mkdir=create)
         options: dict[str, Any] = {
             "client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT},
-            "retry_config": {"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIMEOUT},
+            "retry_config": {"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIMEOUT, "backoff": BACKOFF},
         }
         if url.scheme == "http":
             options["client_options"]["allow_http"] = True
