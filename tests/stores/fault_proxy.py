@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -39,6 +40,10 @@ class FaultProxy:
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     """Method and path of each request."""
+    gone: bool = False
+    """Whether every connection is closed with RST, as if the server were gone."""
+    delay: float = 0.0
+    """Time by which each upload of a pack is delayed, seconds."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def inject(self, method: str, path: str, action: Action, count: int = 1) -> None:
@@ -84,6 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         action = self.owner.take(self.command, self.path)
+        if self.command == "PUT" and "/packs/" in self.path:
+            time.sleep(self.owner.delay)
+        if self.owner.gone:
+            action = "reset"
         if action == "busy":
             self.send_error(503)
             return

@@ -158,7 +158,10 @@ class Store:
 
     async def _upload(self, key: str, data: bytes | bytearray, mode: str) -> None:
         put = self._obstore.put_async
-        await self._call(lambda: put(self._client, key, data, mode=mode, use_multipart=False), f"write {key}")
+        try:
+            await self._call(lambda: put(self._client, key, data, mode=mode, use_multipart=False), f"write {key}")
+        except ObjectMissing as error:
+            raise StoreError(f"cannot write {key} in {self.url}: there is no such bucket; check the URL") from error
         self._written.append(key)
 
     # -- connection and errors
