@@ -24,8 +24,9 @@ guests of this host by their names, `logs` returns their output, `console` opens
 `qmp` execute commands of QEMU's monitor. `commit_disks` writes overlays back to the disks that a checkpoint has frozen.
 `image_info` describes an image, `verify_image` verifies it, `compare_images` compares two, `flatten_image` merges an
 image with its parents, and `delete_image` deletes an image. `push_image` and `pull_image` copy an image to and from an
-object store; `list_images` lists the images of a store, and `collect_garbage` frees its space. Restores accept the URL
-of an image in a store; `list_cache` and `clear_cache` manage the downloaded images.
+object store, and `copy_image` between stores; `list_images` lists the images of a store, and `collect_garbage` frees
+its space. Checkpoints and restores accept the URL of an image in a store; `list_cache` and `clear_cache` manage the
+downloaded images.
 `import_image` writes an image of a snapshot of Firecracker, `export_image` writes the snapshot back, and `serve` loads
 the memory of microVMs from an image on demand.
 """
@@ -74,6 +75,8 @@ if TYPE_CHECKING:
     from pageferry.control.stores import (
         collect_garbage,
         collect_garbage_async,
+        copy_image,
+        copy_image_async,
         delete_image,
         delete_image_async,
         list_images,
@@ -189,6 +192,8 @@ __all__ = [
     "compare_images",
     "console",
     "console_async",
+    "copy_image",
+    "copy_image_async",
     "delete_image",
     "delete_image_async",
     "dump",
@@ -317,6 +322,8 @@ __getattr__, __dir__ = lazily(
         "compare_images": "pageferry.control.images",
         "console": "pageferry.control.console",
         "console_async": "pageferry.control.console",
+        "copy_image": "pageferry.control.stores",
+        "copy_image_async": "pageferry.control.stores",
         "delete_image": "pageferry.control.stores",
         "delete_image_async": "pageferry.control.stores",
         "dump": "pageferry.objects.dump",

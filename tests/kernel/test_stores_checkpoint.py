@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 import pageferry
+from pageferry import values
+from pageferry.checkpoints import store_target
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.target import target
 from pageferry.cli.main import main
@@ -22,6 +24,7 @@ from pageferry.errors import CheckpointError, ImageError, StoreError, UsageError
 from pageferry.events import Event
 from pageferry.stores import layout, spool, store
 from pageferry.stores.events import StoreProgress
+from pageferry.stores.streaming import StreamedPush
 from tests.kernel.conftest import URL
 from tests.kernel.programs import Program
 from tests.saved import check_ledger, ledger
@@ -66,13 +69,17 @@ def local(url: str, tmp_path: Path) -> Path:
 
 def free_of_garbage(url: str) -> bool:
     """Return whether garbage collections free all space of a store in a directory without images."""
-    folder = Path(url.removeprefix("file://"))
     for _ in range(2):
-        then = time.time() - 7200
-        for path in folder.rglob("*"):
-            os.utime(path, (then, then))
+        make_old(url)
         pageferry.collect_garbage(url, grace="1h")
-    return not [path for path in folder.rglob("*") if path.is_file()]
+    return not [path for path in Path(url.removeprefix("file://")).rglob("*") if path.is_file()]
+
+
+def make_old(url: str) -> None:
+    """Set the modification times of all objects of a store in a directory to an earlier time."""
+    then = time.time() - 7200
+    for path in Path(url.removeprefix("file://")).rglob("*"):
+        os.utime(path, (then, then))
 
 
 def test_chain_of_a_writing_workload_is_saved_to_s3_and_exact(proxy: FaultProxy, tmp_path: Path) -> None:
@@ -133,7 +140,7 @@ def test_invalid_targets_are_refused_before_the_workload_is_touched(url: str, tm
 
 def test_disks_are_not_saved_to_a_store(url: str) -> None:
     with pytest.raises(UsageError, match="cannot use `disks` snapshot with file://"):
-        target("path", f"{url}/a").check(Options(disks="snapshot"), None)
+        target("path", f"{url}/a").check(values.options(Options, {"disks": "snapshot"}), None)
 
 
 def test_store_without_rights_is_reported_before_the_workload_is_touched(proxy: FaultProxy, tmp_path: Path) -> None:
@@ -257,3 +264,29 @@ def test_cancelled_checkpoint_publishes_nothing(url: str) -> None:
     words(arena)[:] += 1  # no write waits
     assert pageferry.list_images(url).images == []
     assert free_of_garbage(url)
+
+
+class _Collecting(StreamedPush):
+    """Upload during which the image whose blocks it reuses is deleted, and a collection marks them."""
+
+    async def _complete(self, *arguments: Any) -> Any:
+        manifest = await super()._complete(*arguments)
+        store = str(self._url.store)
+        await pageferry.delete_image_async(f"{store}/old")
+        make_old(store)
+        await pageferry.collect_garbage_async(store, grace="1h")
+        return manifest
+
+
+def test_collection_during_a_checkpoint_loses_no_blocks(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_target, "StreamedPush", _Collecting)
+    arena = filled()
+    pageferry.push_image(pageferry.checkpoint(arena, tmp_path / "old").image, f"{url}/")
+    words(arena)[:MIB] += 1
+    pageferry.checkpoint(arena, f"{url}/new")
+    for _ in range(2):
+        make_old(url)
+        pageferry.collect_garbage(url, grace="1h")
+    assert (words(pageferry.restore(f"{url}/new")) == words(arena)).all()

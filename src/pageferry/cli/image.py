@@ -44,6 +44,8 @@ async def _in_store(args: argparse.Namespace, out: Reporter) -> Event:
             return await stores.push_image_async(args.image, args.url, listener=out.event, **given(args, PushOptions))
         case "pull":
             return await stores.pull_image_async(args.url, args.image, listener=out.event)
+        case "copy":
+            return await stores.copy_image_async(args.image, args.target, listener=out.event)
         case "list":
             return await stores.list_images_async(args.url)
         case "gc":

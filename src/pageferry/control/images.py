@@ -1,4 +1,8 @@
-"""Inspection, verification, comparison and merging of images, and their conversion from and to snapshot files."""
+"""Inspection, verification, comparison and merging of images, and their conversion from and to snapshot files.
+
+An image to read can be given by the URL of an image in a store (docs/stores.md), which is first downloaded to the cache
+of this host.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import get_args
 
 from pageferry import values
 from pageferry.errors import ImageError, UsageError, WorkloadError
+from pageferry.events import ignore
 from pageferry.host.blocking import interruptible
 from pageferry.images.events import (
     Difference,
@@ -23,6 +28,7 @@ from pageferry.images.events import (
 from pageferry.images.image import ImageFile
 from pageferry.images.metadata import Codec
 from pageferry.memory.regions import SMALL_PAGE
+from pageferry.stores.address import is_url
 from pageferry.workloads.qemu import block_devices, frozen_files
 from pageferry.workloads.qemu.block_devices import BlockDevice, Layer
 from pageferry.workloads.qemu.device_state import SavedState
@@ -50,7 +56,7 @@ def image_info(path: str | Path) -> ImageSummary:
         >>> print(info.kind, info.codec, info.regions[0].length, info.regions[0].pages["data"])
         arena lz4 1048576 1
     """
-    return _info(_opened("path", path))
+    return _info(_opened("path", path), str(path))
 
 
 def verify_image(path: str | Path) -> Verification:
@@ -200,11 +206,17 @@ def export_image(path: str | Path, *, firecracker: str | Path, vmstate: str | Pa
 
 
 def _opened(parameter: str, path: str | Path) -> ImageFile:
+    """Open an image file, or an image in a store, through the cache of this host."""
+    if is_url(path):
+        from pageferry.checkpoints.image_source import local_image  # files need no cache
+
+        with local_image(parameter, path, ignore) as local:
+            return interruptible(lambda: ImageFile(local))
     found = values.path(parameter, path)
     return interruptible(lambda: ImageFile(found))
 
 
-def _info(file: ImageFile) -> ImageSummary:
+def _info(file: ImageFile, name: str) -> ImageSummary:
     image, about = file.image, file.metadata
     regions, first = [], 0
     for region in about.regions:
@@ -214,7 +226,7 @@ def _info(file: ImageFile) -> ImageSummary:
         regions.append(RegionSummary(region.name, region.length, counts))
         first += pages
     return ImageSummary(
-        path=str(file.path),
+        path=name,
         id=image.id.hex(),
         digest=f"{image.digest:016x}",
         kind=about.kind,

@@ -15,6 +15,7 @@ from pageferry.images.image import ImageFile
 from pageferry.stores import references
 from pageferry.stores.address import ImageUrl, StoreUrl, image_url, is_url, store_url
 from pageferry.stores.collect import collect
+from pageferry.stores.copy import stored_sources
 from pageferry.stores.events import GarbageCollected, ImagePulled, ImagePushed, StoreListing
 from pageferry.stores.options import CollectArguments, CollectOptions, PushArguments, PushOptions
 from pageferry.stores.pull import Pull
@@ -83,6 +84,44 @@ async def pull_image_async(url: str, path: str | Path, *, listener: Listener = i
 
 
 pull_image = synchronous(pull_image_async)
+
+
+async def copy_image_async(
+    path: str | Path, target: str | Path, *, listener: Listener = ignore
+) -> ImagePushed | ImagePulled:
+    """Copy an image and its parents from one store to another. Only storage blocks that the target lacks are copied.
+
+    If one of both is a file, this is `push_image` or `pull_image`. If the URL of the target ends with a slash, the copy
+    has the name of the image. Between stores, each storage block is verified, and the reference is created last, as for
+    `push_image`. `listener` is called with StoreProgress events.
+
+    Raises ImageError if an object is missing, damaged, truncated or replaced, or if the target has another image of
+    this name, StoreError, UsageError, UnsupportedError without the extra `stores`.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import pageferry
+        >>> arena = pageferry.Arena("1MiB")
+        >>> store, backup = (Path(name).absolute().as_uri() for name in ("store", "backup"))
+        >>> result = pageferry.checkpoint(arena, f"{store}/table")
+        >>> copied = pageferry.copy_image(f"{store}/table", f"{backup}/")
+        >>> print([image.name for image in pageferry.list_images(backup).images], copied.existed)
+        ['table'] False
+    """
+    if not is_url(target):
+        if not is_url(path):
+            raise UsageError(f"cannot copy {path}: neither it nor {target} is in a store; copy files with cp")
+        return await pull_image_async(str(path), target, listener=listener)
+    if not is_url(path):
+        return await push_image_async(path, str(target), listener=listener)
+    source = image_url("path", path)
+    place = _writable("target", image_url("target", target, source.name))
+    check_listener("listener", values.function("listener", listener))
+    images = await stored_sources(Store(source.store), source)
+    return await Push(Store(place.store, create=True), place, images, listener, PushOptions()).run()
+
+
+copy_image = synchronous(copy_image_async)
 
 
 async def list_images_async(url: str) -> StoreListing:

@@ -76,6 +76,10 @@ class Contents:
                 return manifest
         return None
 
+    def add(self, manifest: Manifest) -> None:
+        """Add the storage blocks of an image that has no reference yet. Raises ImageError."""
+        self._add(manifest.directory.packs, manifest.records())
+
     async def unavailable(self, keys: set[str]) -> set[str]:
         """Return those of the objects that are condemned now, or were deleted. Raises StoreError.
 

@@ -7,7 +7,7 @@ A range that cannot be read, or that has wrong contents, is read once more: it m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ DOWNLOADS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
+class Range:
     """Range of a pack, with the storage blocks in it: number in the image and record."""
 
     pack: PackEntry
@@ -115,9 +115,9 @@ class Pull:
             await on_thread(lambda: frame.write(descriptor, stored, directory.chunks, directory.length))
         except ImageError as error:
             raise ImageError(f"cannot read {manifest.where}: {error}") from error
-        await gathered((self._copy(one, descriptor) for one in _ranges(records, directory.packs)), DOWNLOADS)
+        await gathered((self._copy(one, descriptor) for one in ranges(enumerate(records), directory.packs)), DOWNLOADS)
 
-    async def _copy(self, wanted: _Range, descriptor: int) -> None:
+    async def _copy(self, wanted: Range, descriptor: int) -> None:
         """Download a range, verify its blocks and write them to the file."""
         where = f"{self._store.url}/{wanted.pack.key}"
         for last in (False, True):
@@ -136,7 +136,7 @@ class Pull:
         self._done += sum(record.length for _, record in wanted.blocks)
         self._listener(StoreProgress(image=str(self._url), done=self._done, total=self._total))
 
-    async def _read(self, wanted: _Range) -> memoryview:
+    async def _read(self, wanted: Range) -> memoryview:
         """Read a range. Raises ImageError if the pack is missing or shorter than expected, StoreError."""
         self._requests += 1
         data = await self._store.get_range(wanted.pack.key, wanted.start, wanted.end - wanted.start)
@@ -157,9 +157,9 @@ def _exists(path: Path, identity: ImageIdentity) -> bool:
     return True
 
 
-def _ranges(records: list[BlockRecord], packs: list[PackEntry]) -> Iterator[_Range]:
-    """Yield the ranges to read, ordered by pack and offset."""
-    placed = sorted(enumerate(records), key=lambda one: (one[1].pack, one[1].start, one[0]))
+def ranges(records: Iterable[tuple[int, BlockRecord]], packs: list[PackEntry]) -> Iterator[Range]:
+    """Yield the ranges to read for numbered blocks, ordered by pack and offset."""
+    placed = sorted(records, key=lambda one: (one[1].pack, one[1].start, one[0]))
     pending: list[tuple[int, BlockRecord]] = []
     end = 0
     for number, record in placed:
@@ -167,15 +167,15 @@ def _ranges(records: list[BlockRecord], packs: list[PackEntry]) -> Iterator[_Ran
         if pending:
             first = pending[0][1]
             if record.pack != first.pack or record.start > end + GAP or stop - first.start > RANGE:
-                yield _Range(packs[first.pack], first.start, end, tuple(pending))
+                yield Range(packs[first.pack], first.start, end, tuple(pending))
                 pending = []
         end = max(end, stop) if pending else stop
         pending.append((number, record))
     if pending:
-        yield _Range(packs[pending[0][1].pack], pending[0][1].start, end, tuple(pending))
+        yield Range(packs[pending[0][1].pack], pending[0][1].start, end, tuple(pending))
 
 
-def _write_blocks(descriptor: int, found: _Range, data: memoryview) -> None:
+def _write_blocks(descriptor: int, found: Range, data: memoryview) -> None:
     """Verify the blocks of a range, and write them. Raises ImageError for the first that is damaged, OSError."""
     for number, record in found.blocks:
         start = record.start - found.start

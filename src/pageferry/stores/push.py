@@ -64,6 +64,10 @@ class Packer:
         self._uploads: list[asyncio.Task[None]] = []
         self._slots = asyncio.Semaphore(UPLOADS)
 
+    def lacks(self, block: bytes) -> bool:
+        """Return whether the contents of the block with this digest must be added."""
+        return block not in self._own and block not in self._known
+
     async def add(self, block: Block) -> tuple[_Pack | PackEntry, int]:
         """Add a block. Return its pack and its offset there."""
         if (place := self._own.get(block.digest)) is not None:
@@ -128,7 +132,7 @@ class BlockUpload:
 
         Raises ImageError, StoreError.
         """
-        for at, block in enumerate(await source.read(len(self._placed), extents)):
+        for at, block in enumerate(await source.read(len(self._placed), extents, self.packer.lacks)):
             self._placed.append((block, *await self.packer.add(block)))
             self.extents.append(extents[at])
             block.stored = bytearray()  # the pack has a copy
@@ -168,6 +172,8 @@ class Push:
         self._sent: list[tuple[Source, int]] = []
         """Images uploaded, with the number of blocks that the store lacked."""
         self._uploaded = 0
+        self.manifests: list[Manifest] = []
+        """Manifests without a reference whose storage blocks are reused: those of this upload."""
 
     async def run(self) -> ImagePushed:
         """Upload the image, and create its reference. Raises ImageError, StoreError."""
@@ -175,6 +181,8 @@ class Push:
             return self._existing(existing)
         for _ in range(ATTEMPTS):
             known = await Contents.read(self._store, reuse=not self._options.reupload)
+            for earlier in self.manifests:
+                await in_thread(known.add, earlier)
             self._needed, self._sent, self._done = set(), [], 0
             manifest = await self._upload_chain(known)
             fault_point("store.uploaded")
@@ -243,7 +251,8 @@ class Push:
         await self._store.put(key, data)
         self._uploaded += upload.packer.uploaded + len(data)
         self._sent.append((source, upload.packer.blocks))
-        return Manifest(key, found, data, directory, f"{self._store.url}/{key}")
+        self.manifests.append(Manifest(key, found, data, directory, f"{self._store.url}/{key}"))
+        return self.manifests[-1]
 
     async def _publish(self, known: Contents, manifest: Manifest) -> ImagePushed | None:
         """Create the reference, unless another upload has. Return None if a collection has marked an object that the

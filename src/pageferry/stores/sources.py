@@ -7,7 +7,7 @@ and then the frame.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,8 @@ BATCH = 16 << 20
 
 Extent = tuple[int, int]
 """Offset and length of a storage block in the image file, bytes."""
+Lacks = Callable[[bytes], bool]
+"""Function that returns whether an upload lacks the storage block with a digest."""
 
 
 @dataclass(slots=True)
@@ -50,8 +52,9 @@ class About:
 class Reader(Protocol):
     """Reader of storage blocks, in the order of the file."""
 
-    async def read(self, first: int, extents: Sequence[Extent]) -> list[Block]:
-        """Read consecutive storage blocks, the first of which has the number `first`. Raises ImageError, StoreError."""
+    async def read(self, first: int, extents: Sequence[Extent], lacks: Lacks) -> list[Block]:
+        """Read consecutive storage blocks, the first of which has the number `first`. The contents of blocks that the
+        upload does not lack may be missing. Raises ImageError, StoreError."""
 
 
 class Source(Reader, Protocol):
@@ -107,7 +110,7 @@ class FileSource:
         if findings := await on_thread(lambda: self._image.verify_link(self._number)):
             raise ImageError(f"cannot upload {self.where}: it is damaged: {findings[0]}; take another checkpoint")
 
-    async def read(self, first: int, extents: Sequence[Extent]) -> list[Block]:
+    async def read(self, first: int, extents: Sequence[Extent], lacks: Lacks) -> list[Block]:
         """See `Source`."""
         return await on_thread(lambda: read_blocks(self._link.image.fileno(), self.where, first, extents))
 

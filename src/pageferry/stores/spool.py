@@ -17,8 +17,9 @@ from pathlib import Path
 from pageferry._engine import Mapping
 from pageferry.errors import CheckpointError
 from pageferry.host import files
+from pageferry.host.blocking import on_thread
 from pageferry.memory.regions import SMALL_PAGE
-from pageferry.stores.sources import BATCH, Block, Extent, read_blocks
+from pageferry.stores.sources import BATCH, Block, Extent, Lacks, read_blocks
 
 log = getLogger(__name__)
 
@@ -85,10 +86,8 @@ class Spool:
             self._end += length
         return found
 
-    async def read(self, first: int, extents: Sequence[Extent]) -> list[Block]:
+    async def read(self, first: int, extents: Sequence[Extent], lacks: Lacks) -> list[Block]:
         """Read storage blocks (see `sources.Reader`)."""
-        from pageferry.host.blocking import on_thread
-
         return await on_thread(lambda: read_blocks(self.descriptor, self.where, first, extents))
 
     def free(self, end: int) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pageferry.errors import CheckpointError, ImageError, StoreError
+from pageferry.errors import ImageError
 from pageferry.events import Listener
 from pageferry.host.blocking import in_thread
 from pageferry.host.fault_points import fault_point
@@ -21,11 +21,12 @@ from pageferry.images.image import link_of
 from pageferry.stores import contents
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.contents import Contents
+from pageferry.stores.copy import StoredSource
 from pageferry.stores.events import ImagePushed
 from pageferry.stores.layout import Chunk
 from pageferry.stores.options import PushOptions
 from pageferry.stores.push import BlockUpload, Packer, Push
-from pageferry.stores.references import Manifest, find_reference
+from pageferry.stores.references import Manifest, find_reference, gathered, read_manifest
 from pageferry.stores.sources import Extent, Source, about_of, parent_name, read_frame
 from pageferry.stores.spool import Spool
 from pageferry.stores.store import Store
@@ -116,12 +117,20 @@ class StreamedPush(Push):
         self._needed |= contents.needs(manifest)
         self._sources = [image, *self._sources]
         fault_point("store.uploaded")
-        if (pushed := await self._publish(known, manifest)) is None:
-            raise StoreError(
-                f"cannot write {self._url}: a garbage collection deletes objects that it needs; use a longer --grace "
-                "for `pageferry image gc`, and repeat the checkpoint"
-            )
-        return pushed
+        if (pushed := await self._publish(known, manifest)) is not None:
+            return pushed
+        return await self._publish_again(manifest)
+
+    async def _publish_again(self, manifest: Manifest) -> ImagePushed:
+        """Upload the image again, from the store itself, because a garbage collection deletes objects that it needs:
+        the spool no longer contains them. A marked object exists for at least the grace period."""
+        ancestors = manifest.directory.ancestors
+        found = [manifest, *await gathered(read_manifest(self._store, one.key, one.manifest) for one in ancestors)]
+        about = self._image.about
+        sources = [StoredSource(self._store, one, await in_thread(one.records), about) for one in found]
+        again = Push(self._store, self._url, sources, self._listener, PushOptions())
+        again.manifests += self.manifests
+        return await again.run()
 
     async def close(self) -> None:
         """Stop all work, and free the spool."""
@@ -208,8 +217,3 @@ class _SpooledImage:
     async def frame(self) -> tuple[bytes, list[Chunk]]:
         """Return the compressed frame and its chunks."""
         return await in_thread(read_frame, self._link)
-
-
-def failed(url: ImageUrl, error: StoreError | CheckpointError) -> StoreError | CheckpointError:
-    """Return the error of a checkpoint whose upload has failed."""
-    return type(error)(f"cannot write {url}: {error}; no image was written, and the workload keeps running")
