@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from pageferry.control.shutdown import shutdown, shutdown_async
     from pageferry.control.stopping import stop, stop_async
     from pageferry.control.stores import (
+        check_store,
+        check_store_async,
         collect_garbage,
         collect_garbage_async,
         copy_image,
@@ -111,6 +113,7 @@ if TYPE_CHECKING:
         GarbageCollected,
         ImagePulled,
         ImagePushed,
+        StoreCheck,
         StoreListing,
     )
     from pageferry.stores.options import CollectArguments, PushArguments
@@ -168,6 +171,7 @@ __all__ = [
     "SharedArena",
     "ShutdownArguments",
     "StopResult",
+    "StoreCheck",
     "StoreListing",
     "StoredBuffer",
     "StoredBuffers",
@@ -178,6 +182,8 @@ __all__ = [
     "arena_of",
     "attach",
     "attach_async",
+    "check_store",
+    "check_store_async",
     "checkpoint",
     "checkpoint_async",
     "checkpoint_guest",
@@ -298,6 +304,7 @@ __getattr__, __dir__ = lazily(
         "SharedArena": "pageferry.workloads.arena.shared",
         "ShutdownArguments": "pageferry.control.options",
         "StopResult": "pageferry.control.events",
+        "StoreCheck": "pageferry.stores.events",
         "StoreListing": "pageferry.stores.events",
         "StoredBuffer": "pageferry.objects.buffers",
         "StoredBuffers": "pageferry.objects.buffers",
@@ -308,6 +315,8 @@ __getattr__, __dir__ = lazily(
         "arena_of": "pageferry.objects.load",
         "attach": "pageferry.workloads.arena.attach",
         "attach_async": "pageferry.workloads.arena.attach",
+        "check_store": "pageferry.control.stores",
+        "check_store_async": "pageferry.control.stores",
         "checkpoint": "pageferry.checkpoints.save",
         "checkpoint_async": "pageferry.checkpoints.save",
         "checkpoint_guest": "pageferry.control.guests",

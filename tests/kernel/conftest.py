@@ -34,6 +34,7 @@ def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         create_bucket(server, "images")
         yield proxy
         proxy.gone, proxy.delay = False, 0.0
+        proxy.faults.clear()
         asyncio.run(_empty())
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import pageferry
+from pageferry.cli.main import main
 from pageferry.errors import ImageError, StoreError
 from pageferry.stores import pull, store
+from pageferry.stores.address import store_url
 from tests.kernel.conftest import URL
 from tests.stores.fault_proxy import FaultProxy
 
@@ -116,3 +118,50 @@ def test_wrong_credentials_and_missing_buckets_are_named(proxy: FaultProxy, imag
         pageferry.pull_image("s3://none/fleet/a", tmp_path / "copy")
     with pytest.raises(StoreError, match="cannot list images in s3://none/fleet"):
         pageferry.list_images("s3://none/fleet")
+
+
+def test_check_tries_each_permission_and_leaves_nothing(proxy: FaultProxy, capsys: pytest.CaptureFixture[str]) -> None:
+    found = pageferry.check_store(URL)
+    assert [step.name for step in found.steps] == ["open", "list", "create", "refuse", "read", "delete"]
+    assert (found.usable, found.reason) == (True, None)
+    assert main(["check", "--store", URL]) == 0
+    assert "usable" in capsys.readouterr().out
+    assert asyncio.run(store.Store(store_url("url", URL)).list("checks")) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "step"),
+    [
+        ("GET", "list-type", "list"),
+        ("PUT", "checks/", "create"),
+        ("GET", "checks/", "read"),
+        ("POST", "delete", "delete"),
+        ("DELETE", "checks/", "delete"),
+    ],
+)
+def test_check_names_the_permission_that_is_missing(
+    proxy: FaultProxy, capsys: pytest.CaptureFixture[str], method: str, path: str, step: str
+) -> None:
+    proxy.inject(method, path, "denied", 100)
+    found = pageferry.check_store(URL)
+    if found.usable:
+        assert step == "delete"  # the client uses the other request to delete
+        return
+    assert (found.steps[-1].name, found.steps[-1].passed) == (step, False)
+    assert "permission denied" in found.steps[-1].detail
+    assert "grant s3:" in found.steps[-1].remedy
+    proxy.inject(method, path, "denied", 100)
+    assert main(["check", "--store", URL]) == StoreError.exit_code
+    assert "grant s3:" in capsys.readouterr().err
+
+
+def test_check_finds_a_server_that_ignores_conditions(proxy: FaultProxy) -> None:
+    proxy.ignores_conditions = True
+    found = pageferry.check_store(URL)
+    assert [step.name for step in found.steps if not step.passed] == ["refuse"]
+    assert "conditional writes" in (found.reason or "")
+
+
+def test_check_names_a_directory_that_is_missing(tmp_path: Path) -> None:
+    found = pageferry.check_store(f"file://{tmp_path}/none")
+    assert (found.steps[-1].name, found.steps[-1].remedy) == ("open", "create the directory")

@@ -15,10 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Action = Literal["busy", "reset", "lost", "cut", "short", "corrupt"]
-"""`busy`: reply 503. `reset`: close the connection with RST instead of forwarding the request. `lost`: forward the
-request, and close the connection instead of replying. `cut`: close the connection in the middle of the body. `short`:
-reply with half of the body as if that were all. `corrupt`: change one byte of the body."""
+Action = Literal["busy", "reset", "lost", "cut", "short", "corrupt", "denied"]
+"""`busy`: reply 503. `denied`: reply 403. `reset`: close the connection with RST instead of forwarding the request.
+`lost`: forward the request, and close the connection instead of replying. `cut`: close the connection in the middle of
+the body. `short`: reply with half of the body as if that were all. `corrupt`: change one byte of the body."""
 
 
 @dataclass
@@ -44,6 +44,8 @@ class FaultProxy:
     """Whether every connection is closed with RST, as if the server were gone."""
     delay: float = 0.0
     """Time by which each upload of a pack is delayed, seconds."""
+    ignores_conditions: bool = False
+    """Whether `If-None-Match` is removed from requests, as if the server did not know it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def inject(self, method: str, path: str, action: Action, count: int = 1) -> None:
@@ -96,6 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "busy":
             self.send_error(503)
             return
+        if action == "denied":
+            self.send_error(403)
+            return
         if action == "reset":
             self._reset()
             return
@@ -116,7 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             # The server checks only that there are credentials.
             headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
-            connection.request(self.command, self.path, body, headers | dict(self.headers))
+            given = dict(self.headers)
+            if self.owner.ignores_conditions:
+                given = {name: value for name, value in given.items() if name.lower() != "if-none-match"}
+            connection.request(self.command, self.path, body, headers | given)
             reply = connection.getresponse()
             return reply.status, reply.getheaders(), reply.read()
         finally:

@@ -14,9 +14,10 @@ from pageferry.host.blocking import in_own_thread, on_thread, synchronous
 from pageferry.images.image import ImageFile
 from pageferry.stores import references
 from pageferry.stores.address import ImageUrl, StoreUrl, image_url, is_url, store_url
+from pageferry.stores.check import check_store as check
 from pageferry.stores.collect import collect
 from pageferry.stores.copy import stored_sources
-from pageferry.stores.events import GarbageCollected, ImagePulled, ImagePushed, StoreListing
+from pageferry.stores.events import GarbageCollected, ImagePulled, ImagePushed, StoreCheck, StoreListing
 from pageferry.stores.options import CollectArguments, CollectOptions, PushArguments, PushOptions
 from pageferry.stores.pull import Pull
 from pageferry.stores.push import Push
@@ -144,6 +145,27 @@ async def list_images_async(url: str) -> StoreListing:
 
 
 list_images = synchronous(list_images_async)
+
+
+async def check_store_async(url: str) -> StoreCheck:
+    """Check whether the credentials in the environment permit the operations that images need: list, create an object
+    unless it exists, read a range, delete. The result names a remedy for the step that fails.
+
+    The object of the check has the prefix `checks/` in the store. Failed requests are repeated for 10 s. Raises
+    UsageError, UnsupportedError without the extra `stores`.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import pageferry
+        >>> Path("store").mkdir()
+        >>> found = pageferry.check_store(Path("store").absolute().as_uri())
+        >>> print(found.usable, [step.name for step in found.steps])
+        True ['open', 'list', 'create', 'refuse', 'read', 'delete']
+    """
+    return await check(store_url("url", url))
+
+
+check_store = synchronous(check_store_async)
 
 
 async def collect_garbage_async(url: str, **options: Unpack[CollectArguments]) -> GarbageCollected:

@@ -6,6 +6,7 @@
     manifests/ID/DIGEST       manifest of the image with this id: where its storage blocks are, and all other bytes
     packs/DIGEST              storage blocks of one or several images
     condemned/KEY             mark of the garbage collection: KEY is to be deleted
+    checks/RANDOM             object of a check of permissions, deleted by the check or a garbage collection
 
 An object is never replaced: manifests and packs contain random bytes, so that each upload has another digest.
 """

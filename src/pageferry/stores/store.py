@@ -38,6 +38,8 @@ KINDS = ("images", "manifests", "packs", "condemned", "checks")
 """First parts of the keys of all objects."""
 _INCOMPLETE = re.compile(r".+#[0-9]+")
 """Name of a file that an upload to a directory has not completed."""
+_DENIED = re.compile(r"\b(403|Forbidden|AccessDenied)\b")
+"""Text of errors of listings without permission, which the client does not distinguish from other errors."""
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 """Environment variables with the URL of an S3 server, in the order of their precedence."""
 
@@ -59,8 +61,9 @@ class Store:
     """Open store. Keys are relative to the URL of the store. Raises UnsupportedError without the extra `stores`,
     UsageError for an invalid URL, StoreError if the configuration in the environment is invalid."""
 
-    def __init__(self, url: StoreUrl, *, create: bool = False) -> None:
+    def __init__(self, url: StoreUrl, *, create: bool = False, retry_timeout: timedelta = RETRY_TIMEOUT) -> None:
         self.url = url
+        self._retry_timeout = retry_timeout
         self._obstore = obstore()
         self._written: list[str] = []
         with self._translated("open the store"):
@@ -174,7 +177,7 @@ class Store:
             return store.LocalStore(url.folder, mkdir=create)
         options: dict[str, Any] = {
             "client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT},
-            "retry_config": {"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIMEOUT, "backoff": BACKOFF},
+            "retry_config": {"max_retries": MAX_RETRIES, "retry_timeout": self._retry_timeout, "backoff": BACKOFF},
         }
         if url.scheme == "http":
             options["client_options"]["allow_http"] = True
@@ -199,12 +202,13 @@ class Store:
             raise
         except FileNotFoundError as error:
             raise ObjectMissing(f"cannot {operation} in {self.url}: there is no such object") from error
-        except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
-            raise StoreError(
-                f"cannot {operation} in {self.url}: permission denied: {_cause(error)}; check the credentials in the "
-                "environment (docs/stores.md)"
-            ) from error
         except (errors.BaseError, OSError, ValueError, NotImplementedError) as error:
+            denied = isinstance(error, (errors.PermissionDeniedError, errors.UnauthenticatedError))
+            if denied or _DENIED.search(str(error)):
+                raise StoreError(
+                    f"cannot {operation} in {self.url}: permission denied: {_cause(error)}; check the credentials in "
+                    "the environment (docs/stores.md)"
+                ) from error
             raise StoreError(f"cannot {operation} in {self.url}: {_cause(error)}") from error
 
 
