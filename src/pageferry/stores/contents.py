@@ -5,6 +5,7 @@ Packs that are missing or truncated are not reused. Damage inside a pack is only
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from logging import getLogger
@@ -54,8 +55,8 @@ class Contents:
             return self
         self.packs = {entry.key: entry.length for entry in await store.list("packs")}
         entries = sorted(await store.list("images"), key=lambda entry: entry.modified)
-        for packs, records in await gathered(self._blocks(entry) for entry in entries[-MAX_SOURCES:]):
-            self._add(packs, records)
+        decoding = asyncio.Semaphore(1)
+        await gathered(self._add_image(entry, decoding) for entry in entries[-MAX_SOURCES:])
         return self
 
     async def find(self, identity: ImageIdentity, ancestors: list[Ancestor]) -> Manifest | None:
@@ -77,7 +78,7 @@ class Contents:
         return None
 
     def add(self, manifest: Manifest) -> None:
-        """Add the storage blocks of an image that has no reference yet. Raises ImageError."""
+        """Add the storage blocks of an image. Raises ImageError."""
         self._add(manifest.directory.packs, manifest.records())
 
     async def unavailable(self, keys: set[str]) -> set[str]:
@@ -93,16 +94,17 @@ class Contents:
             found |= keys - {entry.key for entry in existing}
         return found
 
-    async def _blocks(self, entry: StoredObject) -> tuple[list[PackEntry], list[BlockRecord]]:
-        """Read the packs and the block table of a named image. Return none if they cannot be read: they are only an
-        optimisation."""
+    async def _add_image(self, entry: StoredObject, decoding: asyncio.Semaphore) -> None:
+        """Add the storage blocks of a named image. Add none if they cannot be read, or if there are too many: they are
+        only an optimisation. `decoding` bounds the number of block tables in memory."""
         try:
             reference = await read_reference(self.store, entry.key.removeprefix("images/"))
             manifest = await read_tail(self.store, reference.key, reference.manifest, reference.manifest_length)
-            return manifest.directory.packs, await in_thread(manifest.records)
+            if manifest.directory.count <= MAX_PLACES:
+                async with decoding:
+                    await in_thread(self.add, manifest)
         except ImageError as error:
             log.info("%s: its storage blocks are not reused: %s", entry.key, error)
-            return [], []
 
     def _usable(self, pack: PackEntry) -> bool:
         """Return whether the store has the pack, as long as it should be."""

@@ -43,7 +43,11 @@ PACK_LENGTH = 32 << 20
 """Length from which on a pack is complete, bytes."""
 MAX_PACK = 64 << 20
 MAX_MANIFEST = 1 << 30
-MAX_DIRECTORY = 256 << 20
+MAX_MANIFESTS = 2 << 30
+"""Maximum length of the manifests of an image and its ancestors together, bytes. They are read into memory."""
+MAX_DIRECTORY = 64 << 20
+MAX_ENTRIES = 1 << 20
+"""Maximum number of packs, and of chunks, of an image."""
 MAX_REFERENCE = 64 << 10
 MAX_TIME = 250_000_000_000
 """Latest time of a snapshot point, seconds since 1970: before the year 9999."""
@@ -122,14 +126,14 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True):
     """Checksum of the footer of the image file."""
     length: _Offset
     """Size of the image file, bytes."""
-    packs: list[PackEntry]
+    packs: Annotated[list[PackEntry], Meta(max_length=MAX_ENTRIES)]
     blocks: Part
     """Table of the storage blocks, compressed with zlib."""
     count: Annotated[int, Meta(ge=0, le=1 << 32)]
     """Number of storage blocks."""
     frame: Part
     """Contents of all chunks."""
-    chunks: list[Chunk]
+    chunks: Annotated[list[Chunk], Meta(max_length=MAX_ENTRIES)]
     ancestors: Annotated[list[Ancestor], Meta(max_length=MAX_CHAIN - 1)]
     """Ancestors of the image, parent first."""
 

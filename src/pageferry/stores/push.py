@@ -350,6 +350,6 @@ def _manifest(source: Source, index: _Index) -> tuple[bytes, Directory, str]:
         ancestors=index.ancestors,
     )
     data, found = layout.encode_manifest(index.frame + table, directory)
-    if len(data) > layout.MAX_MANIFEST:
+    if len(data) > layout.MAX_MANIFEST or len(index.records) > blocks.MAX_BLOCKS:
         raise ImageError(f"cannot upload {source.where}: its index of {len(data)} bytes is too large for a store")
     return data, directory, found

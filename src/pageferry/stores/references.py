@@ -15,7 +15,7 @@ from pageferry.stores.address import ImageUrl
 from pageferry.stores.blocks import BlockRecord
 from pageferry.stores.events import StoredImage, StoreListing
 from pageferry.stores.layout import Directory, Reference
-from pageferry.stores.store import ObjectMissing, Store, StoredObject
+from pageferry.stores.store import Budget, ObjectMissing, Store, StoredObject
 
 T = TypeVar("T")
 
@@ -44,6 +44,7 @@ class Manifest:
         table = layout.part_of(self.contents, directory.blocks, self.where, self.first)
         lengths = [pack.length for pack in directory.packs]
         try:
+            blocks.check_count(directory.count, directory.blocks.length)
             return blocks.decode_table(table, directory.count, lengths, directory.length)
         except ImageError as error:
             raise ImageError(f"cannot read {self.where}: {error}") from error
@@ -76,23 +77,31 @@ async def open_image(store: Store, url: ImageUrl) -> tuple[Reference, list[Manif
             f"cannot find {url}: the store has no image of this name; `pageferry image list {url.store}` lists images"
         ) from error
     try:
-        manifest = await read_manifest(store, reference.key, reference.manifest)
+        budget = Budget(layout.MAX_MANIFESTS)
+        manifest = await read_manifest(store, reference.key, reference.manifest, budget)
     except ObjectMissing as error:
         raise ImageError(f"cannot read {url}: its manifest is missing: {error}") from error
     if manifest.directory.identity != reference.identity:
         raise ImageError(f"cannot read {url}: its manifest is that of another image")
-    reads = [read_manifest(store, one.key, one.manifest) for one in manifest.directory.ancestors]
+    reads = [read_manifest(store, one.key, one.manifest, budget) for one in manifest.directory.ancestors]
     ancestors = await gathered(reads)
+    if (count := sum(one.directory.count for one in (manifest, *ancestors))) > blocks.MAX_BLOCKS:
+        raise ImageError(
+            f"cannot read {url}: it and its ancestors have {count} storage blocks, expected at most {blocks.MAX_BLOCKS}"
+        )
     for expected, found in zip(manifest.directory.ancestors, ancestors, strict=True):
         if found.directory.identity != expected.identity:
             raise ImageError(f"cannot read {url}: the manifest of its parent {expected.name} is that of another image")
     return reference, [manifest, *ancestors]
 
 
-async def read_manifest(store: Store, key: str, manifest: str) -> Manifest:
-    """Read and verify a manifest. `manifest`: its digest, hexadecimal. Raises ImageError, ObjectMissing, StoreError."""
+async def read_manifest(store: Store, key: str, manifest: str, budget: Budget | None = None) -> Manifest:
+    """Read and verify a manifest. `manifest`: its digest, hexadecimal; `budget`: memory for it and other manifests.
+
+    Raises ImageError, ObjectMissing, StoreError.
+    """
     where = f"{store.url}/{key}"
-    contents = await store.get(key, layout.MAX_MANIFEST)
+    contents = await store.get(key, layout.MAX_MANIFEST, budget)
     directory = await in_thread(layout.decode_manifest, contents, manifest, where)
     return Manifest(key, manifest, contents, directory, where)
 
@@ -111,6 +120,8 @@ async def read_tail(store: Store, key: str, manifest: str, length: int) -> Manif
         size = min(needed, length)
     directory = await in_thread(layout.decode_manifest, contents, manifest, where)
     needed = length - directory.blocks.offset
+    if directory.blocks.length > directory.count * blocks.RECORD.size + TAIL or needed > length:
+        raise ImageError(f"cannot read {where}: its table of storage blocks has an invalid length")
     if needed > size:
         contents = bytes(await store.get_range(key, directory.blocks.offset, needed))
     return Manifest(key, manifest, contents, directory, where, length - len(contents))

@@ -57,6 +57,19 @@ class StoredObject:
     modified: datetime
 
 
+class Budget:
+    """Memory that objects of untrusted lengths may occupy together, bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = self._left = limit
+
+    def take(self, length: int, where: str) -> None:
+        """Reserve memory for an object. Raises ImageError if the objects are too large."""
+        self._left -= length
+        if self._left < 0:
+            raise ImageError(f"cannot read {where}: it and its ancestors have more than {self._limit} bytes")
+
+
 class Store:
     """Open store. Keys are relative to the URL of the store. Raises UnsupportedError without the extra `stores`,
     UsageError for an invalid URL, StoreError if the configuration in the environment is invalid."""
@@ -71,13 +84,15 @@ class Store:
 
     # -- reading
 
-    async def get(self, key: str, limit: int) -> bytes:
-        """Return the contents of an object. Raises ObjectMissing, ImageError if it is larger than `limit` bytes,
-        StoreError."""
+    async def get(self, key: str, limit: int, budget: Budget | None = None) -> bytes:
+        """Return the contents of an object. Raises ObjectMissing, ImageError if it is larger than `limit` bytes or than
+        the rest of the budget, StoreError."""
         found = await self._call(lambda: self._obstore.get_async(self._client, key), f"read {key}")
         length = found.meta["size"]
         if length > limit:
             raise ImageError(f"cannot read {self.url}/{key}: it has {length} bytes, expected at most {limit}")
+        if budget is not None:
+            budget.take(length, f"{self.url}/{key}")
         return bytes(await self._call(found.bytes_async, f"read {key}"))
 
     async def get_range(self, key: str, start: int, length: int) -> memoryview:
