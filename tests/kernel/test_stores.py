@@ -542,7 +542,7 @@ def test_parent_appears_only_with_its_child(
     pageferry.push_image(child, f"{url}/child")
     (other,) = set(objects(url, "packs")) - known
     _flip(other)
-    target = tmp_path / "pulled" / "child"
+    target = tmp_path / "pulled" / "third"
     target.parent.mkdir()
     with pytest.raises(ImageError, match="damaged"):
         pageferry.pull_image(f"{url}/child", target)
