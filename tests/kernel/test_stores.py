@@ -547,3 +547,34 @@ def test_parent_appears_only_with_its_child(
     with pytest.raises(ImageError, match="damaged"):
         pageferry.pull_image(f"{url}/child", target)
     assert list(target.parent.iterdir()) == []
+
+
+def test_interrupted_upload_is_continued(
+    chain: tuple[Path, Path], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGEFERRY_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(layout, "PACK_LENGTH", 4 << 20)
+
+    def fail(point: str) -> None:
+        if point == "store.uploaded":
+            raise OSError("as if the process were killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(push, "fault_point", fail)
+        with pytest.raises(OSError, match="killed"):
+            pageferry.push_image(chain[1], f"{url}/a")
+    packs = objects(url, "packs")
+    packs[0].unlink()  # a collection has deleted it
+    journal = tmp_path / "cache" / "uploads"
+    assert len([path for path in journal.rglob("*") if path.is_file()]) == len(packs)
+    again = pageferry.push_image(chain[1], f"{url}/a")
+    assert 0 < again.uploaded_blocks <= 4
+    assert [path for path in journal.rglob("*") if path.is_file()] == [journal_of(journal, packs[0])]
+    pageferry.pull_image(f"{url}/a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == chain[1].read_bytes()
+    assert (tmp_path / "base").read_bytes() == chain[0].read_bytes()
+
+
+def journal_of(journal: Path, pack: Path) -> Path:
+    """Return the path of the entry of a pack in a journal with one store."""
+    return next(journal.iterdir()) / pack.name

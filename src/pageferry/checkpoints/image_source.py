@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pageferry import values
-from pageferry.errors import UsageError
+from pageferry.errors import StoreError, UsageError
 from pageferry.events import Listener
 from pageferry.host.blocking import on_new_loop
 from pageferry.host.registry import Registry
-from pageferry.stores.address import image_url, is_url
+from pageferry.stores.address import StoreUrl, image_url, is_url
 
 if TYPE_CHECKING:
     from pageferry.stores.cache import ImageCache, OpenEntry
+    from pageferry.stores.journal import Journal
+
+log = getLogger(__name__)
 
 FOLDER, LIMIT, SPOOL = "PAGEFERRY_CACHE_DIR", "PAGEFERRY_CACHE_SIZE", "PAGEFERRY_SPOOL_SIZE"
 """Environment variables with the directory and the maximum size of the cache, and the maximum size of a spool."""
@@ -31,6 +35,19 @@ def open_cache() -> ImageCache:
     given = os.environ.get(LIMIT)
     limit = DEFAULT_LIMIT if not given else values.size(LIMIT, given, 1, 1 << 60)
     return ImageCache(_folder(), limit, lambda: recorded_images(Registry()))
+
+
+def open_journal(store: StoreUrl) -> Journal | None:
+    """Return the journal of uploads to a store, in the directory of the cache; None if that cannot be used."""
+    from pageferry.stores.journal import Journal
+
+    try:
+        cache = open_cache()
+        cache.open()
+    except (UsageError, StoreError) as error:
+        log.info("%s: an interrupted upload will not be continued: %s", store, error)
+        return None
+    return Journal(cache.folder, store)
 
 
 def spool_limit() -> int:

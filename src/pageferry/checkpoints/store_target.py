@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pageferry.checkpoints.events import UploadSummary
-from pageferry.checkpoints.image_source import open_cache, spool_limit
+from pageferry.checkpoints.image_source import open_cache, open_journal, spool_limit
 from pageferry.checkpoints.options import Options
 from pageferry.errors import CheckpointError, StoreError, UsageError
 from pageferry.events import Listener
@@ -55,7 +55,9 @@ class StoreTarget:
         cache, limit = open_cache(), spool_limit()
         cache.open()
         sources = file_sources(parent) if parent is not None else []
-        self._push = push = StreamedPush(Store(self.url.store, create=True), self.url, sources, listener)
+        self._push = push = StreamedPush(
+            Store(self.url.store, create=True), self.url, sources, listener, open_journal(self.url.store)
+        )
         try:
             yield await push.prepare(cache.folder, limit)
             with self._translated():

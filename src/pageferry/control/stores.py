@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from pageferry import values
+from pageferry.checkpoints.image_source import open_journal
 from pageferry.control.disks import delete_image as delete_file
 from pageferry.control.events import ImageDeleted
 from pageferry.errors import UsageError
@@ -52,7 +53,8 @@ async def push_image_async(
     target = _writable("url", image_url("url", url, source.name))
     check_listener("listener", values.function("listener", listener))
     image = await in_own_thread(lambda: ImageFile(source))
-    return await Push(Store(target.store, create=True), target, file_sources(image), listener, chosen).run()
+    journal = await in_own_thread(lambda: open_journal(target.store))
+    return await Push(Store(target.store, create=True), target, file_sources(image), listener, chosen, journal).run()
 
 
 push_image = synchronous(push_image_async)
@@ -119,7 +121,8 @@ async def copy_image_async(
     place = _writable("target", image_url("target", target, source.name))
     check_listener("listener", values.function("listener", listener))
     images = await stored_sources(Store(source.store), source)
-    return await Push(Store(place.store, create=True), place, images, listener, PushOptions()).run()
+    journal = await in_own_thread(lambda: open_journal(place.store))
+    return await Push(Store(place.store, create=True), place, images, listener, PushOptions(), journal).run()
 
 
 copy_image = synchronous(copy_image_async)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from logging import getLogger
 
@@ -76,6 +77,13 @@ class Contents:
             if all(map(self._usable, found.packs)):
                 return manifest
         return None
+
+    def add_packs(self, packs: Iterable[tuple[PackEntry, list[tuple[bytes, int]]]]) -> None:
+        """Add packs with the digest and the offset of each of their storage blocks."""
+        for pack, placed in packs:
+            if pack.key not in self.condemned and self._usable(pack) and len(self.places) < MAX_PLACES:
+                for block, start in placed:
+                    self.places.setdefault(block, (pack, start))
 
     def add(self, manifest: Manifest) -> None:
         """Add the storage blocks of an image. Raises ImageError."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -24,6 +24,7 @@ from pageferry.stores.address import ImageUrl
 from pageferry.stores.blocks import BlockRecord
 from pageferry.stores.contents import Contents
 from pageferry.stores.events import ImagePushed, StoreProgress
+from pageferry.stores.journal import Journal
 from pageferry.stores.layout import Ancestor, Chunk, Directory, PackEntry, Part, Reference
 from pageferry.stores.library import digest
 from pageferry.stores.options import PushOptions
@@ -45,6 +46,8 @@ class _Pack:
     """Pack of this upload."""
 
     contents: bytearray
+    blocks: list[tuple[bytes, int]] = field(default_factory=list)
+    """Digest and offset of each storage block."""
     entry: PackEntry | None = None
     """Set when the pack is complete."""
 
@@ -52,12 +55,13 @@ class _Pack:
 class Packer:
     """Writer of packs. Blocks that the store contains (`known`), or that were added before, are not written again."""
 
-    def __init__(self, store: Store, known: dict[bytes, tuple[PackEntry, int]]) -> None:
+    def __init__(self, store: Store, known: dict[bytes, tuple[PackEntry, int]], journal: Journal | None = None) -> None:
         self.blocks = 0
         """Number of blocks written."""
         self.uploaded = 0
         """Bytes uploaded."""
         self._store = store
+        self._journal = journal
         self._known = known
         self._own: dict[bytes, tuple[_Pack, int]] = {}
         self._current: _Pack | None = None
@@ -78,6 +82,7 @@ class Packer:
             self._current = _Pack(layout.new_pack())
         pack = self._current
         place = self._own[block.digest] = pack, len(pack.contents)
+        pack.blocks.append((block.digest, len(pack.contents)))
         pack.contents += block.stored
         self.blocks += 1
         if len(pack.contents) >= layout.PACK_LENGTH:
@@ -108,12 +113,15 @@ class Packer:
                 upload.result()  # raises its error now, not after all other uploads
         data, pack.contents = pack.contents, bytearray()
         pack.entry = PackEntry(await in_thread(digest, data), len(data))
-        self._uploads.append(asyncio.ensure_future(self._upload(pack.entry, data)))
+        self._uploads.append(asyncio.ensure_future(self._upload(pack, pack.entry, data)))
 
-    async def _upload(self, entry: PackEntry, data: bytearray) -> None:
+    async def _upload(self, pack: _Pack, entry: PackEntry, data: bytearray) -> None:
         try:
             await self._store.put(entry.key, data)
             self.uploaded += len(data)
+            fault_point("store.pack-uploaded")
+            if self._journal is not None:
+                await in_thread(self._journal.add, entry, pack.blocks)
         finally:
             self._slots.release()
 
@@ -158,12 +166,19 @@ class Push:
     """Upload of one image with its parents. `sources`: the image, then its ancestors."""
 
     def __init__(
-        self, store: Store, url: ImageUrl, sources: Sequence[Source], listener: Listener, options: PushOptions
+        self,
+        store: Store,
+        url: ImageUrl,
+        sources: Sequence[Source],
+        listener: Listener,
+        options: PushOptions,
+        journal: Journal | None = None,
     ) -> None:
         self._store = store
         self._url = url
         self._sources = sources
         self._options = options
+        self._journal = journal
         self._listener = listener
         self._done = 0
         self._total = sum(length for source in sources for _, length in source.extents)
@@ -180,9 +195,7 @@ class Push:
         if (existing := await find_reference(self._store, self._url.name)) is not None:
             return self._existing(existing)
         for _ in range(ATTEMPTS):
-            known = await Contents.read(self._store, reuse=not self._options.reupload)
-            for earlier in self.manifests:
-                await in_thread(known.add, earlier)
+            known = await self._read_contents()
             self._needed, self._sent, self._done = set(), [], 0
             manifest = await self._upload_chain(known)
             fault_point("store.uploaded")
@@ -192,6 +205,15 @@ class Push:
             f"cannot upload {self._name} to {self._url}: garbage collections delete objects that it needs; "
             "use a longer --grace for `pageferry image gc`, and repeat the upload"
         )
+
+    async def _read_contents(self) -> Contents:
+        """Read what the store contains, with the packs of this upload and of interrupted ones."""
+        known = await Contents.read(self._store, reuse=not self._options.reupload)
+        for earlier in self.manifests:
+            await in_thread(known.add, earlier)
+        if self._journal is not None:
+            await in_thread(known.add_packs, self._journal.entries())
+        return known
 
     @property
     def _image(self) -> Source:
@@ -233,7 +255,7 @@ class Push:
     async def _upload(self, source: Source, ancestors: list[Ancestor], known: Contents) -> Manifest:
         """Upload the packs and the manifest of one image. Raises ImageError if the image is damaged."""
         await source.check()
-        upload = BlockUpload(Packer(self._store, known.places))
+        upload = BlockUpload(Packer(self._store, known.places, self._journal))
         try:
             for _, extents in batches(source.extents):
                 await upload.add(source, extents)
@@ -287,6 +309,9 @@ class Push:
             return self._existing(found)
         fault_point("store.published")
         await self._store.sync()
+        if self._journal is not None:
+            for published in self.manifests:
+                await in_thread(self._journal.remove, published.directory.packs)
         return self._result(manifest.digest, existed=False)
 
     async def _create(self, key: str, data: bytes) -> Reference | None:

@@ -23,6 +23,7 @@ from pageferry.stores.address import ImageUrl
 from pageferry.stores.contents import Contents
 from pageferry.stores.copy import StoredSource
 from pageferry.stores.events import ImagePushed
+from pageferry.stores.journal import Journal
 from pageferry.stores.layout import Chunk
 from pageferry.stores.options import PushOptions
 from pageferry.stores.push import BlockUpload, Packer, Push
@@ -45,8 +46,10 @@ class StreamedPush(Push):
     Calls in order: `prepare`; `start`; `restart` if the writer begins again; `complete`; `close` in any case.
     """
 
-    def __init__(self, store: Store, url: ImageUrl, parents: Sequence[Source], listener: Listener) -> None:
-        super().__init__(store, url, parents, listener, PushOptions())
+    def __init__(
+        self, store: Store, url: ImageUrl, parents: Sequence[Source], listener: Listener, journal: Journal | None = None
+    ) -> None:
+        super().__init__(store, url, parents, listener, PushOptions(), journal)
         self.spool: Spool | None = None
         self._known: Contents | None = None
         self._parent: Manifest | None = None
@@ -70,10 +73,10 @@ class StreamedPush(Push):
                 "delete`, or use another name"
             )
         await self._store.probe()
-        self._known = known = await Contents.read(self._store, reuse=True)
+        self._known = known = await self._read_contents()
         if self._sources:
             self._parent = await self._upload_chain(known)
-        self._packer = Packer(self._store, known.places)
+        self._packer = Packer(self._store, known.places, self._journal)
         self.spool = await in_thread(Spool, folder, limit)
         return self.spool.descriptor
 
@@ -128,7 +131,7 @@ class StreamedPush(Push):
         found = [manifest, *await gathered(read_manifest(self._store, one.key, one.manifest) for one in ancestors)]
         about = self._image.about
         sources = [StoredSource(self._store, one, await in_thread(one.records), about) for one in found]
-        again = Push(self._store, self._url, sources, self._listener, PushOptions())
+        again = Push(self._store, self._url, sources, self._listener, PushOptions(), self._journal)
         again.manifests += self.manifests
         return await again.run()
 
