@@ -102,3 +102,16 @@ def test_images_in_stores_are_inspected(url: str, tmp_path: Path, capsys: pytest
     assert main(["image", "flatten", child, str(tmp_path / "flat2")]) == 0
     assert main(["image", "copy", child, f"file://{tmp_path}/back/"]) == 0
     assert child in capsys.readouterr().out
+
+
+def test_objects_and_flattened_images_are_written_to_a_store(url: str, tmp_path: Path) -> None:
+    dumped = pageferry.dump({"x": np.arange(1 << 20)}, f"{url}/object")
+    assert dumped.buffers == 1
+    assert (pageferry.load(f"{url}/object")["x"] == np.arange(1 << 20)).all()
+    with pytest.raises(ImageError, match="the store has an image of this name"):
+        pageferry.dump({}, f"{url}/object")
+    flat = pageferry.flatten_image(f"{url}/child", f"{url}/flat", codec="zstd")
+    assert (flat.path, flat.length) == (f"{url}/flat", pageferry.image_info(f"{url}/flat").length)
+    assert pageferry.image_info(f"{url}/flat").parents == []
+    assert pageferry.compare_images(f"{url}/flat", tmp_path / "images" / "child").same
+    assert main(["image", "flatten", f"{url}/child", f"{url}/flat2"]) == 0

@@ -109,4 +109,4 @@ class StoreTarget:
         try:
             yield
         except (StoreError, CheckpointError) as error:
-            raise type(error)(f"{error}; no image was written, and the workload keeps running") from error
+            raise type(error)(f"{error}; no image was written, and a running workload is unharmed") from error

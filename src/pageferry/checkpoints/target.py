@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from pageferry import values
 from pageferry.checkpoints.options import Options
 from pageferry.errors import UsageError
-from pageferry.events import Listener
+from pageferry.events import Listener, ignore
+from pageferry.host.blocking import on_new_loop, on_thread
 from pageferry.images.image import ImageFile, beside, new_file
 from pageferry.stores.address import image_url, is_url
 
@@ -108,6 +109,20 @@ class FileTarget:
 
     def release(self) -> None:
         """See `Target`."""
+
+
+def write_image(place: Target, write: Callable[[int], T]) -> T:
+    """Write an image by a call that blocks, with the descriptor of an empty file, and publish it. Return the result of
+    the call. An upload follows the call while it writes. Raises OSError, and the errors of the store."""
+    if not place.uploads:
+        with new_file(place.path) as file:
+            return write(file)
+    return on_new_loop(lambda: _write_image(place, write))
+
+
+async def _write_image(place: Target, write: Callable[[int], T]) -> T:
+    async with place.opened(None, ignore) as file:
+        return await place.during(on_thread(lambda: write(file)))
 
 
 def target(name: str, value: object) -> Target:

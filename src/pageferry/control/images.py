@@ -101,10 +101,10 @@ def compare_images(path: str | Path, other: str | Path) -> Difference:
 
 def flatten_image(path: str | Path, target: str | Path, *, codec: Codec | None = None) -> Flattened:
     """Merge an incremental image and its parents into one image, which needs no parent. `codec`: compression of the new
-    image, `none`, `lz4` or `zstd`; None for that of the image.
+    image, `none`, `lz4` or `zstd`; None for that of the image. `target` can be the URL of an image in a store.
 
     Raises ImageError if an image is damaged, or if the new one cannot be written. Raises UsageError if `target` is the
-    image or one of its parents.
+    image or one of its parents. Raises StoreError, CheckpointError if the spool of an upload is full.
 
     Examples:
         >>> import pageferry
@@ -116,14 +116,17 @@ def flatten_image(path: str | Path, target: str | Path, *, codec: Codec | None =
         >>> pageferry.image_info("whole.img").parents
         []
     """
-    written = values.path("target", target)
+    from pageferry.checkpoints.target import target as image_target  # the other functions write nothing
+    from pageferry.checkpoints.target import write_image
+
+    place = image_target("target", target)
     if codec is not None:
         values.choice("codec", codec, get_args(Codec))
     image = _opened("path", path)
-    image.check_target(written)
+    image.check_target(place.path)
     try:
-        interruptible(lambda: image.flatten(written, codec))
-        return Flattened(str(target), written.stat().st_size)
+        written = interruptible(lambda: write_image(place, lambda file: image.flatten_into(file, codec)))
+        return Flattened(str(target), written.length)
     except OSError as error:
         raise ImageError(f"cannot write {target}: {error.strerror}") from error
 

@@ -44,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add["diff"]("other", metavar="OTHER", help="image to compare with")
     add["copy"]("image", metavar="IMAGE", help=_IMAGE)
     add["copy"]("target", metavar="TARGET", help=f"file to write, or {_URL}; one of both is in a store")
-    add["flatten"]("target", metavar="TARGET", type=Path, help="file to write")
+    add["flatten"]("target", metavar="TARGET", help=f"file to write, or {_URL}")
     add["flatten"](
         "--codec", choices=("none", "lz4", "zstd"), help="compression of the new image (default: that of IMAGE)"
     )
