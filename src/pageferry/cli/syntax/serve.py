@@ -36,9 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "one written by `pageferry image import`. Without --detach, Ctrl-C kills or stops the microVMs whose memory is "
         "not loaded completely, depending on --on-failure."
     )
-    parser.add_argument(
-        "image", metavar="IMAGE", help="image file written by `pageferry image import`, or URL of it in a store"
-    )
+    parser.add_argument("image", metavar="IMAGE", help="image written by `pageferry image import`, a file or a URL")
     parser.add_argument(
         "--firecracker",
         metavar="SOCKET",
