@@ -87,6 +87,8 @@ async def save(
     """Save a workload as `checkpoint_async` does, with arguments that have been checked."""
     if workload.live is None:
         options = replace(options, mode="stop")
+    place.check(options, None)  # before the parent is downloaded
+    await place.prepare()
     statistics = Statistics(options.mode)
     clone = clone_of(workload)
     async with _local(parent, listener) as local:

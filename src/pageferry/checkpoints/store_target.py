@@ -18,7 +18,7 @@ from pageferry.images.image import ImageFile
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.sources import file_sources
 from pageferry.stores.store import Store
-from pageferry.stores.streaming import StreamedPush
+from pageferry.stores.streaming import StreamedPush, check_name
 
 T = TypeVar("T")
 
@@ -48,6 +48,10 @@ class StoreTarget:
     def place(self) -> str:
         """See `Target`."""
         return f"the spool of {self.url} in {open_cache().folder}"
+
+    async def prepare(self) -> None:
+        """See `Target`."""
+        await check_name(Store(self.url.store, create=True), self.url)
 
     @asynccontextmanager
     async def opened(self, parent: ImageFile | None, listener: Listener) -> AsyncIterator[int]:

@@ -48,6 +48,9 @@ class Target(Protocol):
     def check(self, options: Options, parent: ImageFile | None) -> None:
         """Raise UsageError if the image cannot be written with these options and this parent."""
 
+    async def prepare(self) -> None:
+        """Check that the image can be created. Raises ImageError, StoreError."""
+
     def opened(self, parent: ImageFile | None, listener: Listener) -> AbstractAsyncContextManager[int]:
         """Return a context that yields an empty file for the image. The image is published if the block ends without an
         error. Raises OSError, and the errors of the store before the block begins."""
@@ -89,6 +92,9 @@ class FileTarget:
             )
         parent.check_target(self.path)
 
+    async def prepare(self) -> None:
+        """See `Target`."""
+
     @asynccontextmanager
     async def opened(self, parent: ImageFile | None, listener: Listener) -> AsyncIterator[int]:
         """See `Target`."""
@@ -121,6 +127,7 @@ def write_image(place: Target, write: Callable[[int], T]) -> T:
 
 
 async def _write_image(place: Target, write: Callable[[int], T]) -> T:
+    await place.prepare()
     async with place.opened(None, ignore) as file:
         return await place.during(on_thread(lambda: write(file)))
 

@@ -125,7 +125,7 @@ def flatten_image(path: str | Path, target: str | Path, *, codec: Codec | None =
     image = _opened("path", path)
     image.check_target(place.path)
     try:
-        written = interruptible(lambda: write_image(place, lambda file: image.flatten_into(file, codec)))
+        written = interruptible(lambda: write_image(place, lambda file: image.flatten(file, codec)))
         return Flattened(str(target), written.length)
     except OSError as error:
         raise ImageError(f"cannot write {target}: {error.strerror}") from error

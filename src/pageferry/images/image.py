@@ -177,15 +177,7 @@ class ImageFile:
                 "need; use another name"
             )
 
-    def flatten(self, path: str | Path, codec: str | None = None) -> None:
-        """Write an image with the same contents and no parent. `path` appears when it is complete, or not at all.
-
-        Raises ImageError, or OSError, for example if the disk is full.
-        """
-        with new_file(Path(path)) as descriptor:
-            self.flatten_into(descriptor, codec)
-
-    def flatten_into(self, descriptor: int, codec: str | None = None) -> WrittenImage:
+    def flatten(self, descriptor: int, codec: str | None = None) -> WrittenImage:
         """Write an image with the same contents and no parent to an empty file. Raises ImageError, OSError."""
         sections = [(metadata.METADATA, metadata.encode(msgspec.structs.replace(self.metadata, parent=None)))]
         kept = (metadata.STATE, metadata.LARGE_UNITS)

@@ -40,6 +40,16 @@ PROGRESS = 0.2
 """Minimum interval between two progress events, seconds."""
 
 
+async def check_name(store: Store, url: ImageUrl) -> None:
+    """Check that an image can be created. Raises ImageError if the store has an image of this name, StoreError."""
+    if await find_reference(store, url.name) is not None:
+        raise ImageError(
+            f"cannot write {url}: the store has an image of this name; delete it with `pageferry image delete`, or use "
+            "another name"
+        )
+    await store.probe()
+
+
 class StreamedPush(Push):
     """Upload of an image that is being written, and of its parents if the store lacks them.
 
@@ -62,17 +72,9 @@ class StreamedPush(Push):
         self._reported = 0.0
 
     async def prepare(self, folder: Path, limit: int) -> int:
-        """Check that the image can be written, upload the parents that the store lacks, and return the descriptor of
-        the spool in `folder`. The workload is not touched before this call returns.
-
-        Raises ImageError if the store has an image of this name, StoreError, CheckpointError.
+        """Upload the parents that the store lacks, and return the descriptor of the spool in `folder`. The workload is
+        not touched before this call returns. Raises ImageError, StoreError, CheckpointError.
         """
-        if await find_reference(self._store, self._url.name) is not None:
-            raise ImageError(
-                f"cannot write {self._url}: the store has an image of this name; delete it with `pageferry image "
-                "delete`, or use another name"
-            )
-        await self._store.probe()
         self._known = known = await self._read_contents()
         if self._sources:
             self._parent = await self._upload_chain(known)
