@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ from tests.kernel.conftest import URL
 from tests.kernel.programs import Program
 from tests.saved import check_ledger, ledger
 from tests.stores.fault_proxy import FaultProxy
+
+T = TypeVar("T")
 
 MIB = 1 << 20
 SIZE = 24 * MIB
@@ -297,3 +300,43 @@ def test_collection_during_a_checkpoint_loses_no_blocks(
         make_old(url)
         pageferry.collect_garbage(url, grace="1h")
     assert (words(pageferry.restore(f"{url}/new")) == words(arena)).all()
+
+
+def test_second_attempt_follows_the_spool_from_its_beginning(url: str) -> None:
+    """The trace cannot be used, because the pause discards memory. The second attempt compares with the parent."""
+    discards: list[bool] = []
+
+    def pause() -> None:
+        if discards:
+            hole = ("--punch-hole", "--offset", "0", "--length", "4096", "-n")
+            subprocess.run(["fallocate", *hole, f"/proc/{os.getpid()}/fd/{arena.descriptor}"], check=True)
+
+    arena = pageferry.Arena(SIZE, on_pause=pause)
+    words(arena)[:] = np.random.default_rng(1).integers(0, 1 << 63, SIZE // 8, dtype="u8")
+    pageferry.checkpoint(arena, f"{url}/one", track=True)
+    words(arena)[: 4 * MIB // 8] += 1
+    discards.append(True)
+    saving = pageferry.checkpoint_async(arena, f"{url}/two", parent=f"{url}/one")
+    result = asyncio.run(_within(60, saving))
+    assert result.tracking == "compare"
+    restored = pageferry.restore(f"{url}/two")
+    assert (words(restored) == words(arena)).all()
+    assert words(restored)[0] == 0
+
+
+async def _within(seconds: float, saving: Coroutine[Any, Any, T]) -> T:
+    return await asyncio.wait_for(saving, seconds)
+
+
+def test_command_reports_the_upload(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        time.sleep(0.5)
+        assert main(["checkpoint", f"pid:{sleeper.pid}", f"{url}/heap", "--regions", "heap"]) == 0
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    out = capsys.readouterr().out
+    assert f"in {url}/heap" in out
+    assert "spool of up to" in out
+    assert pageferry.image_info(f"{url}/heap").kind == "process"

@@ -155,6 +155,7 @@ class StreamedPush(Push):
         """Wait until the upload has read all complete blocks."""
         assert self._following is not None
         self._ended.set()
+        self.release()  # an attempt can fail while the workload is paused
         await self._following
 
     async def _follow(self, blocks: BlockUpload) -> None:
@@ -162,9 +163,9 @@ class StreamedPush(Push):
         uploading = asyncio.ensure_future(self._upload_new(blocks))
         try:
             await asyncio.wait({watching, uploading}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (uploading, watching):
-                if task.done():
-                    task.result()
+            if not uploading.done():
+                watching.result()
+            await uploading
         finally:
             for task in (uploading, watching):
                 task.cancel()
@@ -189,9 +190,9 @@ class StreamedPush(Push):
                     await asyncio.wait_for(self._ended.wait(), POLL)
 
     async def _watch(self) -> None:
-        """Raise CheckpointError when the spool has reached its limit."""
+        """Raise CheckpointError when the spool has reached its limit, until its writer has ended."""
         assert self.spool is not None
-        while True:
+        while not self._ended.is_set():
             self.spool.check_space()
             await asyncio.sleep(CHECK)
 
