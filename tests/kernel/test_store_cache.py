@@ -167,3 +167,23 @@ def test_command_lists_and_clears(url: str, capsys: pytest.CaptureFixture[str]) 
 def test_guest_is_not_started_if_its_image_is_missing(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["restore", "web", f"{url}/none", "--", "qemu-system-x86_64"])
     assert (code, "no image of this name" in capsys.readouterr().err) == (31, True)
+
+
+def test_locks_are_removed_with_their_entries(url: str, cache: Path) -> None:
+    pageferry.restore(f"{url}/base").load()
+    (cache / "locks" / "left").touch()  # by an earlier release
+    pageferry.clear_cache()
+    assert list((cache / "locks").iterdir()) == []
+    assert words(pageferry.restore(f"{url}/base")).size
+    assert len(list((cache / "locks").iterdir())) == 1
+
+
+def test_restores_and_removals_at_the_same_time_do_not_fail(url: str) -> None:
+    program = f"import pageferry\nfor _ in range(10): pageferry.restore({url + '/base'!r}).load()"
+    with (
+        subprocess.Popen([sys.executable, "-c", program]) as one,
+        subprocess.Popen([sys.executable, "-c", program]) as two,
+    ):
+        while one.poll() is None or two.poll() is None:
+            pageferry.clear_cache()
+    assert (one.returncode, two.returncode) == (0, 0)

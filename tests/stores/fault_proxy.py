@@ -15,11 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Action = Literal["busy", "reset", "lost", "cut", "short", "corrupt", "stall"]
-"""`busy`: reply 503. `reset`: close the connection with RST instead of forwarding the request. `lost`: forward the
-request, and close the connection instead of replying. `cut`: close the connection in the middle of the body. `short`:
-reply with half of the body as if that were all. `corrupt`: change one byte of the body. `stall`: forward the
-request after `FaultProxy.stall` seconds."""
+Action = Literal["busy", "reset", "lost", "cut", "short", "corrupt", "stall", "denied"]
+"""`busy`: reply 503. `denied`: reply 403. `reset`: close the connection with RST instead of forwarding the request.
+`lost`: forward the request, and close the connection instead of replying. `cut`: close the connection in the middle of
+the body. `short`: reply with half of the body as if that were all. `corrupt`: change one byte of the body. `stall`:
+forward the request after `FaultProxy.stall` seconds."""
 
 
 @dataclass
@@ -42,12 +42,16 @@ class FaultProxy:
     requests: list[str] = field(default_factory=list)
     """Method and path of each request."""
     delay: float = 0.0
-    """Time after which a request is forwarded, seconds."""
+    """Time after which each request is forwarded, seconds."""
+    pack_delay: float = 0.0
+    """Additional time for each upload of a pack, seconds."""
     stall: float = 20.0
     gone: bool = False
     """Whether every connection is closed with RST, as by a host without a server."""
     sent: dict[str, int] = field(default_factory=dict)
     """Bytes of the bodies of replies, by path."""
+    ignores_conditions: bool = False
+    """Whether `If-None-Match` is removed from requests, as if the server did not know it."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def inject(self, method: str, path: str, action: Action, count: int = 1) -> None:
@@ -94,11 +98,15 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         action = self.owner.take(self.command, self.path)
         time.sleep(self.owner.delay)
+        if self.command == "PUT" and "/packs/" in self.path:
+            time.sleep(self.owner.pack_delay)
         if self.owner.gone:
-            self._reset()
-            return
+            action = "reset"
         if action == "busy":
             self.send_error(503)
+            return
+        if action == "denied":
+            self.send_error(403)
             return
         if action == "reset":
             self._reset()
@@ -124,7 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             # The server checks only that there are credentials.
             headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
-            connection.request(self.command, self.path, body, headers | dict(self.headers))
+            given = dict(self.headers)
+            if self.owner.ignores_conditions:
+                given = {name: value for name, value in given.items() if name.lower() != "if-none-match"}
+            connection.request(self.command, self.path, body, headers | given)
             reply = connection.getresponse()
             return reply.status, reply.getheaders(), reply.read()
         finally:

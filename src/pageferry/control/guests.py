@@ -9,10 +9,11 @@ from typing import Unpack
 from pageferry import values
 from pageferry.checkpoints import restore_guest as guests
 from pageferry.checkpoints.events import CheckpointResult, RestoreResult
-from pageferry.checkpoints.image_source import local_image_async
+from pageferry.checkpoints.image_source import image_argument, local_image_async
 from pageferry.checkpoints.options import CheckpointArguments, Options
 from pageferry.checkpoints.restore_options import GuestArguments, GuestOptions
 from pageferry.checkpoints.save import save
+from pageferry.checkpoints.target import target
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import synchronous
@@ -75,13 +76,13 @@ async def checkpoint_guest_async(
         >>> pageferry.stop("web")
     """
     chosen = values.options(Options, options)
-    target, older = values.path("path", path), values.optional(values.path, "parent", parent)
+    place, older = target("path", path, chosen), values.optional(image_argument, "parent", parent)
     check_listener("listener", values.function("listener", listener))
     registry = Registry()
     workload = await open_workload(name, registry=registry)
     try:
-        with registry.folder(name).exclusively(f"a checkpoint to {target}"):
-            return await save(workload, target, older, chosen, listener)
+        with registry.folder(name).exclusively(f"a checkpoint to {place.name}"):
+            return await save(workload, place, older, chosen, listener)
     finally:
         workload.close()
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Unpack
 
 from pageferry import values
+from pageferry.checkpoints.image_source import image_argument, local_image_async
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread, synchronous
-from pageferry.images.image import ImageFile
 from pageferry.pager.firecracker.events import ServeResult, Serving
 from pageferry.pager.firecracker.options import ServeArguments, ServeOptions
 from pageferry.pager.firecracker.process import start_detached
 from pageferry.pager.firecracker.server import Server
+from pageferry.stores.lazy_image import open_image_file
 from pageferry.workloads.callbacks import check_listener
 
 
@@ -33,7 +34,8 @@ async def serve_async(
     `detach`: start a process that serves, and return the event; the process ends on SIGTERM.
 
     `options` are the fields of `pageferry.pager.firecracker.options.ServeOptions`: eager, prefetch, on_failure,
-    microvms. The image must not be moved until all memory is loaded.
+    microvms, key, key_command, allow_plain. The image must not be moved until all memory is loaded. It can be given by
+    its URL in a store (docs/stores.md), where a key opens an encrypted image.
 
     Raises UsageError if the socket cannot be created or the image is not that of a snapshot, ImageError if it is
     damaged.
@@ -46,12 +48,14 @@ async def serve_async(
         Traceback (most recent call last):
         pageferry.errors.UsageError: ...
     """
-    path, socket = values.path("image", image), values.path("firecracker", firecracker)
+    source, socket = image_argument("image", image), values.path("firecracker", firecracker)
     check_listener("listener", values.function("listener", listener))
     chosen = values.options(ServeOptions, options)
-    if values.flag("detach", detach):
-        return await in_thread(start_detached, path, socket, chosen)
-    opened = await in_thread(ImageFile, path)
+    values.flag("detach", detach)
+    async with local_image_async("image", source, chosen) as path:  # opened, the image needs no name
+        if detach:
+            return await in_thread(start_detached, path, socket, chosen.without_keys())
+        opened = await in_thread(open_image_file, path)
     server = Server(opened, socket, chosen, listener)
     try:
         listener(server.serving)

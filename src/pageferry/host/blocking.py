@@ -125,6 +125,13 @@ async def ignoring_cancellation(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
+async def cancelled(task: asyncio.Task[Any]) -> None:
+    """Cancel a task unless it has ended, and wait for its end, which cancellations of the caller do not interrupt."""
+    if not task.done():
+        task.cancel()
+        await _cancelled_until_end(task)
+
+
 async def _cancelled_until_end(task: asyncio.Task[Any]) -> asyncio.CancelledError | None:
     """Wait until a task has ended. Return the last cancellation of the caller during the wait; None if there was
     none."""

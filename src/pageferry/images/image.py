@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from pageferry._engine import Finding, Image, ImageChain
+from pageferry._engine import Finding, Image, ImageChain, WrittenImage
 from pageferry.errors import ImageError, UsageError
 from pageferry.host import files
 from pageferry.host.fault_points import fault_point
@@ -180,22 +180,18 @@ class ImageFile:
                 "need; use another name"
             )
 
-    def flatten(self, path: str | Path, codec: str | None = None) -> None:
-        """Write an image with the same contents and no parent. `path` appears when it is complete, or not at all.
-
-        Raises ImageError, or OSError, for example if the disk is full.
-        """
+    def flatten(self, descriptor: int, codec: str | None = None) -> WrittenImage:
+        """Write an image with the same contents and no parent to an empty file. Raises ImageError, OSError."""
         sections = [(metadata.METADATA, metadata.encode(msgspec.structs.replace(self.metadata, parent=None)))]
         kept = (metadata.STATE, metadata.LARGE_UNITS)
         sections += [(kind, contents) for kind in kept if (contents := self.section(kind)) is not None]
         regions = [region.length // SMALL_PAGE for region in self.metadata.regions]
-        with new_file(Path(path)) as descriptor:
-            _checked(
-                self.path,
-                lambda: self.chain.flatten(
-                    descriptor, os.urandom(16), regions, sections, codec=codec or self.metadata.codec
-                ),
-            )
+        return _checked(
+            self.path,
+            lambda: self.chain.flatten(
+                descriptor, os.urandom(16), regions, sections, codec=codec or self.metadata.codec
+            ),
+        )
 
 
 def new_file(path: Path) -> AbstractContextManager[int]:

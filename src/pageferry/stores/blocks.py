@@ -27,6 +27,12 @@ MAX_BLOCK = 8 << 20
 """Upper bound of the length of a storage block, bytes; the image format has a lower one."""
 MAGIC = b"PFBK"
 """First bytes of the header."""
+MAX_BLOCKS = 1 << 22
+"""Maximum number of storage blocks of an image, and of a chain: 4 TiB of memory in blocks of 1 MiB. A table of this
+size takes about 1.5 GiB of memory."""
+MAX_RATIO = 16
+"""Maximum ratio of the size of a table to its compressed size. Digests cannot be compressed, so that it is below 2,
+unless many blocks are equal."""
 _NUMBER = slice(32, 40)
 CHECKSUM = slice(56, 64)
 """Checksum in the header."""
@@ -78,6 +84,15 @@ def restore(stored: memoryview, record: BlockRecord, number: int, sealing: Block
         block[_NUMBER] = number.to_bytes(8, "little")
         block[CHECKSUM] = record.checksum
     return block
+
+
+def check_count(count: int, stored: int) -> None:
+    """Raise ImageError if a table of `stored` compressed bytes cannot have `count` blocks, or if these are too many to
+    be read into memory."""
+    if count > MAX_BLOCKS:
+        raise ImageError(f"it has {count} storage blocks, expected at most {MAX_BLOCKS}")
+    if count * RECORD.size > MAX_RATIO * (stored + RECORD.size):
+        raise ImageError(f"the table of {count} storage blocks has only {stored} bytes")
 
 
 def encode_table(records: list[BlockRecord]) -> bytes:

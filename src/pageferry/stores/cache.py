@@ -4,7 +4,8 @@
 
     DIR/images/MANIFEST            entry: one image with its parents (`pageferry.stores.entry`)
     DIR/images/.MANIFEST.partial   entry that is being created, or was left by a killed process
-    DIR/locks/MANIFEST             locked exclusively by creations and removals, shared while the image is opened
+    DIR/locks/MANIFEST             locked exclusively by creations and removals, shared while the image is opened;
+                                   removed with the entry
 
 An entry has the digest of its manifest as its name, so it never becomes outdated. It appears by a rename when its files
 have everything but their storage blocks, which are fetched when they are needed (`pageferry.stores.provider`). Equal
@@ -95,7 +96,10 @@ class ImageCache:
         lock = self._open_lock(manifest)
         try:
             while (path := await self._find_locked(lock, manifest)) is None:
-                if not _try_lock(lock, fcntl.LOCK_EX):
+                if _is_removed(lock):
+                    os.close(lock)
+                    lock = self._open_lock(manifest)
+                elif not _try_lock(lock, fcntl.LOCK_EX):
                     await asyncio.sleep(POLL * (1 + random.random()))  # another process creates it, or fails to open
                 elif await in_thread(self._find, manifest) is None:
                     await self._create(store, url, reference, access)
@@ -225,20 +229,22 @@ class ImageCache:
             if limit and _size(self._entries()) <= limit:
                 break
             (kept if str(path) in used or not self._remove_entry(path.name) else removed).append(str(path))
-        for path in (self.folder / "images").glob(".*.partial"):
-            self._remove_entry(path.name.removeprefix(".").removesuffix(".partial"), partial=True)
+        for path in (self.folder / "locks").iterdir():
+            if not (self.folder / "images" / path.name).exists():
+                self._remove_entry(path.name, partial=True)
         return CacheCleared(folder=str(self.folder), removed=removed, kept=kept, freed=before - _size(self._entries()))
 
     def _remove_entry(self, manifest: str, *, partial: bool = False) -> bool:
-        """Remove an entry, or the rest of a download, unless a process has locked it."""
+        """Remove an entry, or the rest of a download, and its lock, unless a process has locked it."""
         lock = self._open_lock(manifest)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        else:
-            name = f".{manifest}.partial" if partial else manifest
-            shutil.rmtree(self.folder / "images" / name, ignore_errors=True)
+            if not _try_lock(lock, fcntl.LOCK_EX):
+                return False
+            if not partial:
+                shutil.rmtree(self.folder / "images" / manifest, ignore_errors=True)
+            shutil.rmtree(self.folder / "images" / f".{manifest}.partial", ignore_errors=True)
+            if not (self.folder / "images" / manifest).exists():
+                os.unlink(self.folder / "locks" / manifest)
             return True
         finally:
             os.close(lock)
@@ -257,12 +263,21 @@ def _check_encrypted(image: Path, encrypted: bool) -> None:
 
 
 def _try_lock(lock: int, kind: int) -> bool:
-    """Try to acquire a lock, or to convert it, and return whether this succeeded. A failed conversion releases it."""
+    """Try to acquire a lock, or to convert it, and return whether this succeeded. A failed conversion releases it. The
+    lock of a file that was removed protects nothing, and cannot be acquired."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    if _is_removed(lock):
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        return False
     return True
+
+
+def _is_removed(lock: int) -> bool:
+    """Return whether the file of a lock has been removed with its entry. Another file may have its name."""
+    return os.fstat(lock).st_nlink == 0
 
 
 def _file_name(name: str, manifest: Manifest) -> str:

@@ -67,6 +67,8 @@ async def collect(store: Store, grace: float) -> GarbageCollected:
     await store.sync()
     fault_point("store.marked")
     await store.remove_incomplete(now - period)
+    left = [one.key for one in await store.list("checks") if one.modified < now - period]
+    await gathered(store.delete(key) for key in left)
     await gathered(store.delete(one.key) for one in plan.expired)
     fault_point("store.swept")
     await gathered(store.delete(key) for key in (*(mark_key(one.key) for one in plan.expired), *plan.obsolete))

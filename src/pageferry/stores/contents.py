@@ -10,19 +10,21 @@ of images that are not encrypted, are not reused.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from logging import getLogger
 
 from pageferry.errors import ImageError
 from pageferry.host.blocking import in_thread
 from pageferry.images.metadata import ImageIdentity
+from pageferry.stores import layout
 from pageferry.stores.blocks import BlockRecord
 from pageferry.stores.keys import Keys
 from pageferry.stores.layout import Ancestor, PackEntry
 from pageferry.stores.manifests import Manifest, StoredManifest, read_tail
 from pageferry.stores.references import read_reference
 from pageferry.stores.sealing import PLAIN, Domain, Sealing
-from pageferry.stores.store import Store, StoredObject, gathered
+from pageferry.stores.store import Budget, Store, StoredObject, gathered
 
 log = getLogger(__name__)
 
@@ -48,27 +50,34 @@ class Contents:
     """Sealing of the upload, and of all contents that it reuses."""
     places: dict[bytes, tuple[PackEntry, int]] = field(default_factory=dict)
     """Pack and offset of storage blocks, by their digest."""
-    read_at: float = field(default_factory=time.monotonic)
+    read_at: float = 0.0
+    """Time before the marks were read, of `time.monotonic`."""
 
     @classmethod
-    async def read(cls, store: Store, *, reuse: bool, keys: Keys | None = None) -> Contents:
+    async def read(
+        cls, store: Store, *, reuse: bool, keys: Keys | None = None, domain: Domain | None = None
+    ) -> Contents:
         """Read the marks, and the manifests of the images that were published last. Without `reuse`, nothing is found.
-        `keys`: keys with which the upload is encrypted; None if it is not.
+        `keys`: keys with which the upload is encrypted; None if it is not. `domain`: key domain to continue if the
+        store has none of these keys; None for a new one.
 
         Raises StoreError.
         """
-        self = cls(store, await condemned_keys(store), {})
+        begin = time.monotonic()
+        self = cls(store, await condemned_keys(store), {}, read_at=begin)
         found: list[StoredManifest] = []
         if reuse or keys is not None:
             entries = sorted(await store.list("images"), key=lambda entry: entry.modified)
-            read = await gathered(self._manifest(entry) for entry in entries[-MAX_SOURCES:])
-            found = [one for one in read if one is not None]
+            budget = Budget(layout.MAX_MANIFESTS)
+            read = await gathered(self._manifest(entry, budget) for entry in entries[: -MAX_SOURCES - 1 : -1])
+            found = [one for one in reversed(read) if one is not None]
         if keys is not None:
-            self.sealing = await in_thread(_domain, found, keys)
+            continued: Domain | None = await in_thread(_domain, found, keys)
+            self.sealing = continued or domain or Domain.create()
         if reuse:
             self.packs = {entry.key: entry.length for entry in await store.list("packs")}
-            for manifest in found:
-                self._add(*await in_thread(self._blocks, manifest))
+            for manifest in found:  # one after the other: a table in memory is large
+                await in_thread(self._add_image, manifest)
         return self
 
     async def find(self, identity: ImageIdentity, ancestors: list[Ancestor]) -> Manifest | None:
@@ -92,6 +101,18 @@ class Contents:
                 return manifest
         return None
 
+    def add_packs(self, packs: Iterable[tuple[PackEntry, list[tuple[bytes, int]]]]) -> None:
+        """Add packs with the address and the offset of each of their storage blocks."""
+        for pack, placed in packs:
+            if pack.key not in self.condemned and self._usable(pack) and len(self.places) < MAX_PLACES:
+                for block, start in placed:
+                    self.places.setdefault(block, (pack, start))
+
+    def add(self, manifest: Manifest) -> None:
+        """Add the storage blocks of an image, unless it belongs to another key domain. Raises ImageError."""
+        if manifest.sealing.domain == self.sealing.domain:
+            self._add(manifest.directory.packs, manifest.records())
+
     async def unavailable(self, keys: set[str]) -> set[str]:
         """Return those of the objects that are condemned now, or were deleted. Raises StoreError.
 
@@ -105,26 +126,26 @@ class Contents:
             found |= keys - {entry.key for entry in existing}
         return found
 
-    async def _manifest(self, entry: StoredObject) -> StoredManifest | None:
-        """Read the end of the manifest of a named image. Return None if it cannot be read: it is only an
-        optimisation."""
+    async def _manifest(self, entry: StoredObject, budget: Budget) -> StoredManifest | None:
+        """Read the end of the manifest of a named image. Return None if it cannot be read, or if it exceeds the budget:
+        it is only an optimisation."""
         try:
             reference = await read_reference(self.store, entry.key.removeprefix("images/"))
-            return await read_tail(self.store, reference.key, reference.manifest, reference.manifest_length)
+            return await read_tail(self.store, reference.key, reference.manifest, reference.manifest_length, budget)
         except ImageError as error:
             log.info("%s: its storage blocks are not reused: %s", entry.key, error)
             return None
 
-    def _blocks(self, manifest: StoredManifest) -> tuple[list[PackEntry], list[BlockRecord]]:
-        """Return the packs and the block table of an image. Return none if they cannot be read."""
+    def _add_image(self, manifest: StoredManifest) -> None:
+        """Add the storage blocks of a named image. Add none if they cannot be read, or if there are too many: they are
+        only an optimisation."""
         try:
-            if manifest.domain != self.sealing.domain:
-                return [], []
-            opened = manifest.open_in(self.sealing)
-            return opened.directory.packs, opened.records()
+            if manifest.domain == self.sealing.domain:
+                opened = manifest.open_in(self.sealing)
+                if opened.directory.count <= MAX_PLACES:
+                    self.add(opened)
         except ImageError as error:
             log.info("%s: its storage blocks are not reused: %s", manifest.key, error)
-            return [], []
 
     def _usable(self, pack: PackEntry) -> bool:
         """Return whether the store has the pack, as long as it should be."""
@@ -150,19 +171,18 @@ def needs(manifest: StoredManifest | Manifest) -> set[str]:
     return {manifest.key, *(pack.key for pack in packs), *(one.key for one in ancestors)}
 
 
-def _domain(found: list[StoredManifest], keys: Keys) -> Domain:
-    """Return the key domain of an upload. `found`: manifests in the store, in the order of their publication."""
+def _domain(found: list[StoredManifest], keys: Keys) -> Domain | None:
+    """Return the key domain that an upload continues; None if there is none. `found`: manifests in the store, in the
+    order of their publication."""
     for manifest in reversed(found):
         try:
             outline = manifest.outline
         except ImageError as error:
             log.info("%s: its key domain is not continued: %s", manifest.key, error)
             continue
-        if outline is None or (domain := keys.unwrap(outline.key)) is None:
-            continue
-        if keys.authentic(outline.key) and keys.same_recipients(outline.key, domain):
+        if outline is not None and (domain := keys.continued(outline.key)) is not None:
             return domain
-    return Domain.create()
+    return None
 
 
 def ancestor_of(manifest: Manifest, name: str) -> Ancestor:

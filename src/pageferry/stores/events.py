@@ -89,6 +89,29 @@ class StoreListing(Event, frozen=True, kw_only=True, tag="image-list"):
     """References that cannot be read, with the reason."""
 
 
+class StoreStep(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Step of the check of a store."""
+
+    name: str
+    """`open`, `list`, `create`, `refuse` (replace an object that exists), `read` or `delete`."""
+    passed: bool
+    detail: str
+    remedy: str = ""
+    """Remedy, if the step has failed."""
+
+
+class StoreCheck(Event, frozen=True, kw_only=True, tag="store-check"):
+    """Result of `check --store`."""
+
+    store: str
+    steps: list[StoreStep]
+    """Steps in their order, up to the first that has failed."""
+    usable: bool
+    """Whether images can be pushed, pulled and deleted; for a read-only store, whether the server replies."""
+    reason: str | None
+    """Reason why the store cannot be used, with a remedy; None if it can."""
+
+
 class GarbageCollected(Event, frozen=True, kw_only=True, tag="image-gc"):
     """Result of `image gc`."""
 

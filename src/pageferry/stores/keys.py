@@ -82,6 +82,13 @@ class Keys:
         expected = [_proof(one, key.domain, key.recipients) for one in self.identities]
         return any(hmac.compare_digest(one, proof) for one in expected for proof in key.proofs)
 
+    def continued(self, key: WrappedKey) -> Domain | None:
+        """Return the domain of a wrapped key if uploads with these keys can continue it: it was wrapped by a user with
+        one of these secret keys, for exactly the same recipients. Otherwise, return None."""
+        if (domain := self.unwrap(key)) is None:
+            return None
+        return domain if self.authentic(key) and self.same_recipients(key, domain) else None
+
     def same_recipients(self, key: WrappedKey, domain: Domain) -> bool:
         """Return whether a key was wrapped for exactly the recipients of these keys."""
         return hmac.compare_digest(key.recipients, domain.fingerprint(self._recipients))

@@ -6,6 +6,7 @@
     manifests/ID/DIGEST       manifest of the image with this id: where its storage blocks are, and all other bytes
     packs/DIGEST              storage blocks of one or several images
     condemned/KEY             mark of the garbage collection: KEY is to be deleted
+    checks/RANDOM             object of a check of permissions, deleted by the check or a garbage collection
 
 An object is never replaced: manifests and packs contain random bytes, so that each upload has another digest.
 
@@ -48,7 +49,11 @@ PACK_LENGTH = 32 << 20
 """Length from which on a pack is complete, bytes."""
 MAX_PACK = 64 << 20
 MAX_MANIFEST = 1 << 30
-MAX_DIRECTORY = 256 << 20
+MAX_MANIFESTS = 2 << 30
+"""Maximum length of the manifests of an image and its ancestors together, bytes. They are read into memory."""
+MAX_DIRECTORY = 64 << 20
+MAX_ENTRIES = 1 << 20
+"""Maximum number of packs, and of chunks, of an image."""
 MAX_REFERENCE = 64 << 10
 MAX_TIME = 250_000_000_000
 """Latest time of a snapshot point, seconds since 1970: before the year 9999."""
@@ -127,14 +132,14 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True):
     """Checksum of the footer of the image file."""
     length: _Offset
     """Size of the image file, bytes."""
-    packs: list[PackEntry]
+    packs: Annotated[list[PackEntry], Meta(max_length=MAX_ENTRIES)]
     blocks: Part
     """Table of the storage blocks, compressed with zlib."""
     count: Annotated[int, Meta(ge=0, le=1 << 32)]
     """Number of storage blocks."""
     frame: Part
     """Contents of all chunks."""
-    chunks: list[Chunk]
+    chunks: Annotated[list[Chunk], Meta(max_length=MAX_ENTRIES)]
     ancestors: Annotated[list[Ancestor], Meta(max_length=MAX_CHAIN - 1)]
     """Ancestors of the image, parent first."""
 
@@ -175,7 +180,7 @@ class Outline(msgspec.Struct, frozen=True, kw_only=True):
     salt: _Hash
     """Random bytes, from which the keys of this manifest are derived."""
     id: _Id
-    packs: list[PackEntry]
+    packs: Annotated[list[PackEntry], Meta(max_length=MAX_ENTRIES)]
     ancestors: Annotated[list[AncestorKey], Meta(max_length=MAX_CHAIN - 1)]
     table: _Offset
     """Offset of the block table in the manifest, bytes."""

@@ -23,7 +23,7 @@ from pageferry.stores.layout import (
     WrappedKey,
 )
 from pageferry.stores.sealing import PLAIN, Domain, Sealing
-from pageferry.stores.store import REQUESTS, Store, gathered
+from pageferry.stores.store import REQUESTS, Budget, Store, gathered
 
 TAIL = 1 << 20
 """Bytes that are read first from the end of a manifest."""
@@ -126,10 +126,11 @@ class Manifest:
     def records(self) -> list[BlockRecord]:
         """Verify and return the table of storage blocks. Raises ImageError."""
         directory = self.directory
-        table = self._part(directory.blocks, TABLE)
         lengths = [pack.length for pack in directory.packs]
         sealed = blocks.SEALED if self.sealing.domain else 0
         try:
+            blocks.check_count(directory.count, directory.blocks.length)
+            table = self._part(directory.blocks, TABLE)
             return blocks.decode_table(table, directory.count, lengths, directory.length, sealed)
         except ImageError as error:
             raise ImageError(f"cannot read {self.where}: {error}") from error
@@ -165,25 +166,32 @@ def sealed(directory: Directory, salt: bytes, domain: Sealing, keys: Keys) -> En
     return Envelope(outline=outline, directory=domain.seal_part(salt, DIRECTORY, contents, outline))
 
 
-async def read_manifest(store: Store, key: str, manifest: str, length: int = 0) -> StoredManifest:
+async def read_manifest(
+    store: Store, key: str, manifest: str, length: int = 0, budget: Budget | None = None
+) -> StoredManifest:
     """Read and verify a manifest. `manifest`: its digest, hexadecimal; `length`: its length, if it is known: a long one
-    is then read by several requests at a time, because each connection is slow at first. Raises ImageError,
-    ObjectMissing, StoreError."""
+    is then read by several requests at a time, because each connection is slow at first. `budget`: memory for it and
+    other manifests. Raises ImageError, ObjectMissing, StoreError."""
     where = f"{store.url}/{key}"
     if length > PART:
+        if budget is not None:
+            budget.take(length, where)
         size = max(PART, -(-length // REQUESTS))
         starts = range(0, length, size)
         parts = await gathered(store.get_range(key, start, min(size, length - start)) for start in starts)
         contents = b"".join(parts)
     else:
-        contents = await store.get(key, layout.MAX_MANIFEST)
+        contents = await store.get(key, layout.MAX_MANIFEST, budget)
     body = await in_thread(layout.decode_manifest, contents, manifest, where)
     return StoredManifest(key, manifest, contents, body, where)
 
 
-async def read_tail(store: Store, key: str, manifest: str, length: int) -> StoredManifest:
+async def read_tail(store: Store, key: str, manifest: str, length: int, budget: Budget | None = None) -> StoredManifest:
     """Read and verify the end of a manifest of `length` bytes: its directory, and the table of storage blocks. The
-    frame is in the contents only if the manifest is short. Raises ImageError, ObjectMissing, StoreError."""
+    frame is in the contents only if the manifest is short. `budget`: memory for it and other manifests.
+
+    Raises ImageError, ObjectMissing, StoreError.
+    """
     where, size = f"{store.url}/{key}", min(length, TAIL)
     if not layout.TRAILER <= length <= layout.MAX_MANIFEST:
         raise ImageError(f"cannot read {where}: it has {length} bytes, so it is not a manifest, or is truncated")
@@ -195,9 +203,12 @@ async def read_tail(store: Store, key: str, manifest: str, length: int) -> Store
         size = min(needed, length)
     body = await in_thread(layout.decode_manifest, contents, manifest, where)
     table = body.blocks.offset if isinstance(body, Directory) else body.decoded(where).table
-    if table > length:
-        raise ImageError(f"cannot read {where}: its block table is not in it")
     needed = length - table
+    plain = body if isinstance(body, Directory) else None
+    if needed < 0 or (plain is not None and plain.blocks.length > plain.count * blocks.RECORD.size + TAIL):
+        raise ImageError(f"cannot read {where}: its table of storage blocks has an invalid length")
+    if budget is not None:
+        budget.take(max(needed, size), where)
     if needed > size:
         contents = bytes(await store.get_range(key, table, needed))
     return StoredManifest(key, manifest, contents, body, where, length - len(contents))

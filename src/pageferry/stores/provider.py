@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -196,7 +197,7 @@ class Provider:
 
         def read() -> None:
             self._tables = [_Table.read(file) for file in self._files]
-            self._store = Store(self._url.store, retries=0)
+            self._store = Store(self._url.store, retry_timeout=timedelta(0))
 
         try:
             await in_thread(read)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +74,7 @@ class Pull:
         self._downloaded = sum(len(manifest.contents) for manifest in manifests)
         work = [(manifest, path, await in_thread(manifest.records)) for manifest, path in missing]
         self._total = sum(record.length for _, _, records in work for record in records)
-        for manifest, path, records in reversed(work):
-            await self._write(manifest, records, path)
+        await self._write_all(work)
         await in_thread(lambda: ImageFile(self._target))  # verifies the references between the images
         return ImagePulled(
             url=str(self._url),
@@ -101,15 +101,21 @@ class Pull:
             )
         return [self._target, *parents]
 
-    async def _write(self, manifest: Manifest, records: list[BlockRecord], path: Path) -> None:
-        """Write one image. The file appears when all of its contents have been verified."""
+    async def _write_all(self, work: Sequence[tuple[Manifest, Path, list[BlockRecord]]]) -> None:
+        """Write the image and its missing parents, given in this order. When all files are complete and verified, they
+        appear, oldest first. After an error, no file has appeared, unless a file cannot be given its name."""
+        path = self._target
         try:
-            with new_file(path) as descriptor:
-                await self._fill(manifest, records, descriptor)
-                await on_thread(lambda: _check_synced(descriptor, manifest))
-                if path != self._target:  # another download may have written another parent of this name
+            with ExitStack() as files:  # publishes the files in the reverse order
+                opened = []
+                for _, path, _ in work:
+                    opened.append(files.enter_context(new_file(path)))
+                for (manifest, path, records), descriptor in reversed(list(zip(work, opened, strict=True))):  # noqa: B007
+                    await self._fill(manifest, records, descriptor)
+                    await on_thread(lambda: _check_synced(descriptor, manifest))  # noqa: B023
+                    fault_point("store.downloaded")
+                for manifest, path, _ in work[1:]:  # another download may have written another parent of this name
                     await in_thread(_exists, path, manifest.directory.identity)
-                fault_point("store.downloaded")
         except OSError as error:
             raise ImageError(f"cannot write {path}: {error.strerror}") from error
 

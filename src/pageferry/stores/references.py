@@ -10,7 +10,7 @@ import msgspec
 from pageferry.errors import ImageError, WrongKey
 from pageferry.host.blocking import in_thread
 from pageferry.images.metadata import ImageIdentity
-from pageferry.stores import layout
+from pageferry.stores import blocks, layout
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.events import StoredImage, StoreListing
 from pageferry.stores.keys import Access
@@ -20,7 +20,7 @@ from pageferry.stores.layout import (
 )
 from pageferry.stores.manifests import Manifest, StoredManifest, read_manifest, read_tail
 from pageferry.stores.sealing import KEY, PLAIN, Domain, Sealing
-from pageferry.stores.store import ObjectMissing, Store, StoredObject, gathered
+from pageferry.stores.store import Budget, ObjectMissing, Store, StoredObject, gathered
 
 LABEL = b"reference"
 """Label of the description of an encrypted image (`sealing`)."""
@@ -83,17 +83,36 @@ async def open_image(store: Store, url: ImageUrl, access: Access) -> tuple[Refer
 async def open_manifests(store: Store, url: ImageUrl, reference: Reference, access: Access) -> list[Manifest]:
     """Read the manifest to which a reference refers, and those of its ancestors, image first. Raises ImageError,
     StoreError, WrongKey."""
+    budget = Budget(layout.MAX_MANIFESTS)
     try:
-        stored = await read_manifest(store, reference.key, reference.manifest, reference.manifest_length)
+        stored = await read_manifest(store, reference.key, reference.manifest, reference.manifest_length, budget)
     except ObjectMissing as error:
         raise ImageError(f"cannot read {url}: its manifest is missing: {error}") from error
     manifest = await in_thread(lambda: opened(stored, url, reference, access))
-    reads = [read_manifest(store, one.key, one.manifest) for one in manifest.directory.ancestors]
+    reads = [read_manifest(store, one.key, one.manifest, budget=budget) for one in manifest.directory.ancestors]
     ancestors = [await in_thread(one.open_in, manifest.sealing) for one in await gathered(reads)]
+    if (count := sum(one.directory.count for one in (manifest, *ancestors))) > blocks.MAX_BLOCKS:
+        raise ImageError(
+            f"cannot read {url}: it and its ancestors have {count} storage blocks, expected at most {blocks.MAX_BLOCKS}"
+        )
     for expected, found in zip(manifest.directory.ancestors, ancestors, strict=True):
         if found.directory.identity != expected.identity:
             raise ImageError(f"cannot read {url}: the manifest of its parent {expected.name} is that of another image")
     return [manifest, *ancestors]
+
+
+async def open_described(store: Store, url: ImageUrl, access: Access) -> tuple[About, list[Manifest], Domain | None]:
+    """Read the manifests of an image and of its ancestors, image first, with its description. Return also its key
+    domain if the image is encrypted for exactly the recipients of the keys, by a user with one of these secret keys.
+    Raises ImageError, StoreError, WrongKey."""
+    reference, manifests = await open_image(store, url, access)
+    about, domain, first = describe(reference, url.name, manifests[0].sealing), None, manifests[0]
+    assert about is not None, "`opened` has checked it"
+    body = await in_thread(layout.decode_manifest, first.contents, first.digest, first.where)
+    outline = StoredManifest(first.key, first.digest, first.contents, body, first.where).outline
+    if access.keys is not None and outline is not None:
+        domain = access.keys.continued(outline.key)
+    return about, manifests, domain
 
 
 async def prove_access(store: Store, url: ImageUrl, access: Access) -> tuple[Reference, bool]:

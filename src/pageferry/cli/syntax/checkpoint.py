@@ -13,18 +13,23 @@ WORKS_ON = "name"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     parser.description = (
-        "Save a running workload to an image file. The workload is paused for milliseconds to save its state. Its "
-        "memory as of this pause, the snapshot point, is written while the workload keeps running. The file IMAGE "
-        "exists only when it is complete. Of a clone, only the private pages are stored; the parent of IMAGE is the "
-        "image that the clone shares."
+        "Save a running workload to an image file or to an object store. The workload is paused for milliseconds to "
+        "save its state. Its memory as of this pause, the snapshot point, is written while the workload keeps running. "
+        "IMAGE exists only when it is complete. Of a clone, only the private pages are stored; the parent of IMAGE is "
+        "the image that the clone shares."
     )
     parser.add_argument("name", metavar="NAME", help="workload to save (see `pageferry list`), or a process as pid:N")
-    parser.add_argument("image", metavar="IMAGE", help="file to write; an existing file is replaced")
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        help="file to write, which replaces an existing file; or URL of a new image in a store, such as "
+        "s3://BUCKET/PREFIX/NAME (see docs/stores.md)",
+    )
     parser.add_argument(
         "--parent",
         metavar="IMAGE",
-        help="earlier image of the workload: store only pages that differ; a restore then needs both images "
-        "(default for a clone: the image that it shares, otherwise none)",
+        help="earlier image of the workload, a file or a URL: store only pages that differ; a restore then needs both "
+        "images (default for a clone: the image that it shares, otherwise none)",
     )
     parser.add_argument(
         "--regions",

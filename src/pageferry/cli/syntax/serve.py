@@ -10,6 +10,7 @@ from typing import Annotated
 from pageferry.cli.options import add_options
 from pageferry.options import Count
 from pageferry.pager.firecracker.options import MAX_MICROVMS, OnFailure
+from pageferry.stores.options import OpenOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "one written by `pageferry image import`. Without --detach, Ctrl-C kills or stops the microVMs whose memory is "
         "not loaded completely, depending on --on-failure."
     )
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="image file written by `pageferry image import`")
+    parser.add_argument("image", metavar="IMAGE", help="image written by `pageferry image import`, a file or a URL")
     parser.add_argument(
         "--firecracker",
         metavar="SOCKET",
@@ -45,3 +46,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="Unix socket to create, the `backend_path` of `PUT /snapshot/load`",
     )
     add_options(parser, ServeOptions)
+    add_options(parser, OpenOptions)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal, TypedDict
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 from pageferry.errors import UsageError
-from pageferry.options import Count, check
+from pageferry.options import Count
+from pageferry.stores.options import OpenArguments, OpenOptions
 
 OnFailure = Literal["kill", "freeze"]
 MAX_MICROVMS = 4096
 
 
-class ServeArguments(TypedDict, total=False):
+class ServeArguments(OpenArguments, total=False):
     """Keyword arguments of `serve` for the fields of `ServeOptions`."""
 
     eager: bool
@@ -22,7 +23,7 @@ class ServeArguments(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
+class ServeOptions(OpenOptions):
     """Options of `serve`. Raises UsageError."""
 
     eager: bool = False
@@ -35,9 +36,13 @@ class ServeOptions:
     """Number of microVMs to serve; 0 for any number, until the pager is stopped."""
 
     def __post_init__(self) -> None:
-        check(self)
+        OpenOptions.__post_init__(self)
         if self.eager and not self.prefetch:
             raise UsageError(
                 "`eager` requires background loading, which --no-prefetch (in Python prefetch=False) disables; remove "
                 "one of them"
             )
+
+    def without_keys(self) -> ServeOptions:
+        """Return these options for a process that gets the image from the cache."""
+        return replace(self, key=None, key_command=None, allow_plain=False)
