@@ -17,7 +17,7 @@ import msgspec
 
 from pageferry.errors import ImageError, StoreError
 from pageferry.events import Listener
-from pageferry.host.blocking import in_thread
+from pageferry.host.blocking import in_background, in_thread
 from pageferry.host.fault_points import fault_point
 from pageferry.stores import blocks, contents, layout
 from pageferry.stores.address import ImageUrl
@@ -112,7 +112,7 @@ class Packer:
             if upload.done():
                 upload.result()  # raises its error now, not after all other uploads
         data, pack.contents = pack.contents, bytearray()
-        pack.entry = PackEntry(await in_thread(digest, data), len(data))
+        pack.entry = PackEntry(await in_background(lambda: digest(data)), len(data))
         self._uploads.append(asyncio.ensure_future(self._upload(pack, pack.entry, data)))
 
     async def _upload(self, pack: _Pack, entry: PackEntry, data: bytearray) -> None:
