@@ -150,7 +150,7 @@ def test_killed_creation_leaves_no_entry(url: str, cache: Path) -> None:
 
 
 def test_directory_of_another_user_is_refused(url: str, cache: Path) -> None:
-    cache.mkdir(mode=0o777)
+    cache.mkdir(exist_ok=True)
     cache.chmod(0o777)
     with pytest.raises(UsageError, match="other users can write to it"):
         pageferry.restore(f"{url}/base")

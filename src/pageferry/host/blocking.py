@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import os
 import signal
 import threading
 from collections.abc import Callable, Collection, Coroutine, Iterator
@@ -18,6 +19,9 @@ from pageferry.host.workers import Workers, in_new_thread
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+NICENESS = 5
+"""Niceness of threads in the background, as that of the engine's."""
 
 Work = Callable[[Callable[[Any], object]], Coroutine[Any, Any, T]]
 """Factory of the coroutine of an operation; the argument is the listener for the events of the operation."""
@@ -105,6 +109,18 @@ async def on_thread(call: Callable[[], T], cancel: Callable[[], object] | None =
         with contextlib.suppress(Exception):
             await task
         raise
+
+
+async def in_background(call: Callable[[], T]) -> T:
+    """Run a call as `on_thread` does, with a lower priority than the workload and the threads for which it waits."""
+
+    def lowered() -> T:
+        thread = threading.get_native_id()
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, max(os.getpriority(os.PRIO_PROCESS, thread), NICENESS))
+        return call()
+
+    return await on_thread(lowered)
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:

@@ -17,7 +17,7 @@ import msgspec
 
 from pageferry.errors import ImageError, StoreError
 from pageferry.events import Listener
-from pageferry.host.blocking import in_thread
+from pageferry.host.blocking import in_background, in_thread
 from pageferry.host.fault_points import fault_point
 from pageferry.stores import blocks, contents, layout
 from pageferry.stores.address import ImageUrl
@@ -57,7 +57,7 @@ class _Pack:
 
 class Packer:
     """Writer of packs. Blocks that the store contains (`known`), or that were added before, are not written again.
-    `sealing` encrypts the others."""
+    `sealing`: that of the upload."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Packer:
         pack = self._current
         place = self._own[block.digest] = pack, len(pack.contents)
         pack.blocks.append((block.digest, len(pack.contents)))
-        pack.contents += self.sealing.seal_block(block.stored, block.digest)
+        pack.contents += block.stored
         self.blocks += 1
         if len(pack.contents) >= layout.PACK_LENGTH:
             await self._complete()
@@ -123,7 +123,7 @@ class Packer:
             if upload.done():
                 upload.result()  # raises its error now, not after all other uploads
         data, pack.contents = pack.contents, bytearray()
-        pack.entry = PackEntry(await in_thread(digest, data), len(data))
+        pack.entry = PackEntry(await in_background(lambda: digest(data)), len(data))
         self._uploads.append(asyncio.ensure_future(self._upload(pack, pack.entry, data)))
 
     async def _upload(self, pack: _Pack, entry: PackEntry, data: bytearray) -> None:
@@ -132,7 +132,7 @@ class Packer:
             self.uploaded += len(data)
             fault_point("store.pack-uploaded")
             if self._journal is not None:
-                await in_thread(self._journal.add, entry, pack.blocks, self.sealing.domain)
+                await in_thread(self._journal.add, entry, pack.blocks)
         finally:
             self._slots.release()
 
@@ -155,7 +155,7 @@ class BlockUpload:
         for at, block in enumerate(read):
             self._placed.append((block, *await self.packer.add(block)))
             self.extents.append(extents[at])
-            block.stored = bytearray()  # the pack has a copy
+            block.stored = b""  # the pack has a copy
 
     async def finish(self) -> tuple[list[BlockRecord], list[PackEntry]]:
         """Upload the last pack. Return the table of the blocks, and the packs that the table refers to."""
@@ -230,15 +230,18 @@ class Push:
 
     async def _read_contents(self) -> Contents:
         """Read what the store contains, with the packs of this upload and of interrupted ones."""
-        known = await Contents.read(
-            self._store, reuse=not self._options.reupload, keys=self._access.keys, domain=self._domain
-        )
-        if isinstance(known.sealing, Domain):
+        keys, journal = self._access.keys, self._journal
+        if self._domain is None and keys is not None and journal is not None:
+            self._domain = await in_thread(journal.domain, keys)
+        known = await Contents.read(self._store, reuse=not self._options.reupload, keys=keys, domain=self._domain)
+        if isinstance(known.sealing, Domain) and keys is not None:
             self._domain = known.sealing
+            if journal is not None:
+                journal.key = await in_thread(keys.wrap, known.sealing)
         for earlier in self.manifests:
             await in_thread(known.add, earlier)
-        if self._journal is not None:
-            await in_thread(known.add_packs, self._journal.entries(known.sealing.domain))
+        if journal is not None:
+            await in_thread(known.add_packs, journal.packs())
         return known
 
     @property
@@ -341,8 +344,7 @@ class Push:
         fault_point("store.published")
         await self._store.sync()
         if self._journal is not None:
-            for uploaded in self.manifests:
-                await in_thread(self._journal.remove, uploaded.directory.packs)
+            await in_thread(self._journal.remove, self._needed)
         return self._result(manifest.digest, existed=False)
 
     async def _create(self, key: str, data: bytes) -> Reference | None:

@@ -32,9 +32,10 @@ Lacks = Callable[[bytes], bool]
 
 @dataclass(slots=True)
 class Block:
-    """Storage block in its normal form."""
+    """Storage block of an upload."""
 
-    stored: bytearray
+    stored: bytes | bytearray
+    """Contents as they are written to a pack."""
     digest: bytes
     """Content address, keyed if the upload is encrypted."""
     checksum: bytes
@@ -114,7 +115,9 @@ class FileSource:
 
     async def read(self, first: int, extents: Sequence[Extent], sealing: Sealing, lacks: Lacks) -> list[Block]:
         """See `Source`."""
-        return await on_thread(lambda: read_blocks(self._link.image.fileno(), self.where, first, extents, sealing))
+        return await on_thread(
+            lambda: read_blocks(self._link.image.fileno(), self.where, first, extents, sealing, lacks)
+        )
 
     async def frame(self) -> tuple[bytes, list[Chunk]]:
         """See `Source`."""
@@ -157,11 +160,10 @@ def batches(extents: list[Extent]) -> Iterator[tuple[int, list[Extent]]]:
             first, size = number + 1, 0
 
 
-def read_blocks(descriptor: int, where: str, first: int, extents: Sequence[Extent], sealing: Sealing) -> list[Block]:
-    """Read storage blocks of a file, and bring them into their normal form. `sealing`: that of the upload.
-
-    Raises ImageError.
-    """
+def read_blocks(
+    descriptor: int, where: str, first: int, extents: Sequence[Extent], sealing: Sealing, lacks: Lacks
+) -> list[Block]:
+    """Read storage blocks of a file, and bring them into the form of a pack (see `Reader`). Raises ImageError."""
     found = []
     for number, (offset, length) in enumerate(extents, start=first):
         try:
@@ -174,7 +176,9 @@ def read_blocks(descriptor: int, where: str, first: int, extents: Sequence[Exten
             raise ImageError(f"cannot read {where}: its storage block {number} is missing")
         checksum, flags = blocks.normalize(stored, number)
         flags |= blocks.SEALED if sealing.domain else 0
-        found.append(Block(stored, sealing.address(stored), checksum, flags))
+        address = sealing.address(stored)
+        contents = sealing.seal_block(stored, address) if lacks(address) else b""
+        found.append(Block(contents, address, checksum, flags))
     return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from pageferry._engine import Mapping
 from pageferry.errors import CheckpointError
 from pageferry.host import files
-from pageferry.host.blocking import on_thread
+from pageferry.host.blocking import in_background
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.stores.sealing import Sealing
 from pageferry.stores.sources import BATCH, Block, Extent, Lacks, read_blocks
@@ -89,7 +89,7 @@ class Spool:
 
     async def read(self, first: int, extents: Sequence[Extent], sealing: Sealing, lacks: Lacks) -> list[Block]:
         """Read storage blocks (see `sources.Reader`)."""
-        return await on_thread(lambda: read_blocks(self.descriptor, self.where, first, extents, sealing))
+        return await in_background(lambda: read_blocks(self.descriptor, self.where, first, extents, sealing, lacks))
 
     def free(self, end: int) -> None:
         """Free the space of the file before offset `end`, without the first page. Whole pages only."""
