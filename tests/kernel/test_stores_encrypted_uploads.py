@@ -94,7 +94,8 @@ def test_encrypted_checkpoints_are_restored_with_the_key_only(
     assert not any(MARK in contents for contents in stored(url))
     restored = pageferry.restore(f"{url}/second", key=key)
     assert (words(restored) == words(arena)).all()
-    for wrong in ({}, {"key": other}):
+    wrongs: list[dict[str, Any]] = [{}, {"key": other}]
+    for wrong in wrongs:
         with pytest.raises(WrongKey):
             pageferry.restore(f"{url}/second", **wrong)
         with pytest.raises(WrongKey):
@@ -174,7 +175,8 @@ def test_copies_are_encrypted_and_share_the_key_domain(
     pageferry.checkpoint(arena, f"{url}/base", track=True, codec="none", key=key)
     words(arena)[1000] = 7
     pageferry.checkpoint(arena, f"{url}/child", parent=f"{url}/base", codec="none", key=key)
-    for wrong in ({}, {"key": other}):
+    wrongs: list[dict[str, Any]] = [{}, {"key": other}]
+    for wrong in wrongs:
         with pytest.raises(WrongKey):
             pageferry.copy_image(f"{url}/child", f"{back}/", **wrong)
     first = pageferry.copy_image(f"{url}/base", f"{back}/", key=key)

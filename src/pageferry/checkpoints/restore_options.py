@@ -91,7 +91,7 @@ class RestoredArenaOptions(ArenaOptions):
     key: Path | None = None
     """File with the key of an image in a store (docs/stores.md)."""
     key_command: str | None = None
-    """Command that prints what a file for `key` contains. It is run once, without a shell."""
+    """Command that prints what a file for `key` contains. It is run for each image, without a shell."""
     allow_plain: bool = False
     """With a key, also accept an image that is not encrypted."""
 

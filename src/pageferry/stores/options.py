@@ -47,7 +47,7 @@ class KeyOptions:
     """File with the key of an image in a store: a raw key of 256 bits (32 bytes or 64 hexadecimal digits), or lines
     with age identities and recipients; see docs/stores.md."""
     key_command: Annotated[str | None, Text(metavar="COMMAND")] = None
-    """Command that prints what a file for `key` contains. It is run once, without a shell."""
+    """Command that prints what a file for `key` contains. It is run for each image, without a shell."""
 
     def __post_init__(self) -> None:
         check(self)
