@@ -53,7 +53,9 @@ def test_guest_runs_after_two_requests_and_survives_its_pager(
 ) -> None:
     async def run() -> None:
         async with local_image_async("image", url) as path:
-            assert [request.split("/")[3] for request in proxy.requests] == ["images", "manifests"]
+            kinds = [request.split("/")[3] for request in proxy.requests]
+            assert kinds == ["images", *["manifests"] * (len(kinds) - 1)]  # a long manifest is read in parts
+            assert len(set(proxy.requests)) == 2
             proxy.delay = 0.02
             result = await guest.start(path, prefetch=False)
         assert result.deferred > 32 << 20
