@@ -51,7 +51,8 @@ def image_info(path: str | Path) -> ImageSummary:
         >>> print(info.kind, info.codec, info.regions[0].length, info.regions[0].pages["data"])
         arena lz4 1048576 1
     """
-    return _info(_opened("path", path))
+    found = values.path("path", path)
+    return _info(interruptible(lambda: ImageFile(found)))
 
 
 def verify_image(path: str | Path) -> Verification:
@@ -201,6 +202,7 @@ def export_image(path: str | Path, *, firecracker: str | Path, vmstate: str | Pa
 
 
 def _opened(parameter: str, path: str | Path) -> ImageFile:
+    """Open an image whose contents will be read."""
     found = values.path(parameter, path)
     return interruptible(lambda: open_image_file(found, whole=True))
 

@@ -331,6 +331,8 @@ class Provider:
         failures: Mapping[int, str]
         try:
             failures = await self._obtain(fetch)
+        except PageferryError as error:
+            failures = dict.fromkeys((number for number, _ in fetch.wanted.blocks), str(error))
         except Exception as error:  # threads of the workload must not wait for ever
             log.exception("%s: cannot fetch blocks", self._url)
             failures = dict.fromkeys((number for number, _ in fetch.wanted.blocks), f"unexpected error: {error!r}")
