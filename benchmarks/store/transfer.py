@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import obstore
-from obstore.store import S3Store
+from pageferry.stores import library
+
+obstore = library.obstore()  # prevents that threads of obstore abort this process at its end
 
 RANGE, REQUESTS = 8 << 20, 32
 
@@ -24,7 +25,7 @@ async def _copy(store: Any, key: str, descriptor: int, start: int, end: int, slo
 
 
 async def _transfer(direction: str, bucket: str, key: str, path: str) -> None:
-    store = S3Store(bucket, endpoint=os.environ["AWS_ENDPOINT_URL"], client_options={"allow_http": True})
+    store = obstore.store.S3Store(bucket, endpoint=os.environ["AWS_ENDPOINT_URL"], client_options={"allow_http": True})
     if direction == "put":
         await obstore.put_async(store, key, Path(path))
         return
