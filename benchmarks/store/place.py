@@ -59,12 +59,13 @@ class Place:
         subprocess.run([*self.server.within, *words], env=dict(self.environment), check=True, capture_output=True)
 
     def upload(self, file: Path, key: str) -> None:
-        """Put a file into the bucket as one object."""
-        shutil.copyfile(file, self.folder / "buckets" / BUCKET / key)
+        """Upload a file as one object, on the host of the server."""
+        words = [sys.executable, "-m", "benchmarks.store.transfer", "put", BUCKET, key, str(file)]
+        subprocess.run([*self.server.within, *words], env=dict(self.environment), check=True, cwd=machine.ROOT)
 
     def download(self, key: str, target: Path) -> float:
         """Download an object over the link with several requests at a time. Return the duration, seconds."""
-        words = [sys.executable, "-m", "benchmarks.store.download", BUCKET, key, str(target)]
+        words = [sys.executable, "-m", "benchmarks.store.transfer", "get", BUCKET, key, str(target)]
         begin = time.monotonic()
         subprocess.run([*self.client.within, *words], env=dict(self.environment), check=True, cwd=machine.ROOT)
         return time.monotonic() - begin

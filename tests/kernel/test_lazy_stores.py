@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -228,3 +230,10 @@ def test_entry_is_removed_while_it_is_read(proxy: FaultProxy, words: Words, tmp_
         assert len(pageferry.clear_cache().removed) == 1
         program.say("sum")
         assert int(program.line()) == checksum(words)
+
+
+def test_programs_that_use_a_store_exit_without_an_abort(proxy: FaultProxy) -> None:  # noqa: F811
+    """Threads of the client that take the GIL while the interpreter is finalised would abort about half of them."""
+    program = f"import pageferry; pageferry.list_images({URL!r})"
+    programs = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(6)]
+    assert [one.wait(60) for one in programs] == [0] * 6

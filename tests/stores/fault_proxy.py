@@ -160,6 +160,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
         self.close_connection = True
 
+    def handle(self) -> None:
+        """Ignore that a client has been killed."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def finish(self) -> None:
         """Ignore that the connection is closed."""
         with suppress(OSError):

@@ -60,7 +60,8 @@ def image_info(path: str | Path, **options: Unpack[OpenArguments]) -> ImageSumma
         >>> print(info.kind, info.codec, info.regions[0].length, info.regions[0].pages["data"])
         arena lz4 1048576 1
     """
-    return _info(_opened("path", path, values.options(OpenOptions, options)), str(path))
+    with local_image("path", path, values.options(OpenOptions, options)) as local:
+        return _info(interruptible(lambda: ImageFile(local)), str(path))
 
 
 def verify_image(path: str | Path, **options: Unpack[OpenArguments]) -> Verification:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -35,7 +34,7 @@ from pageferry.pager.base_service import BaseInUse, BaseService
 from pageferry.pager.eager import load
 from pageferry.pager.image_pager import ImagePager
 from pageferry.printable import PrintableFormatter
-from pageferry.stores.lazy_image import open_image_file
+from pageferry.stores.lazy_image import exit_process, open_image_file
 
 log = logging.getLogger("pageferry.pager")
 
@@ -276,4 +275,4 @@ def main(connection: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(socket.socket(fileno=0)))
+    exit_process(main(socket.socket(fileno=0)))

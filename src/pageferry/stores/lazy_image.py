@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 import json
+import logging
 import os
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
@@ -34,6 +36,8 @@ _END = 2.0
 """Maximum time to wait for the threads of providers when this process exits, seconds."""
 
 _threads: dict[threading.Thread, socket.socket] = {}
+_started = threading.Event()
+"""Set when a provider was started in this process."""
 
 
 def open_image_file(path: str | Path, *, in_own_process: bool = False, whole: bool = False) -> ImageFile:
@@ -109,6 +113,7 @@ def _start_thread(url: str, opened: list[SuppliedFile], first: int, folder: Path
 
     thread = threading.Thread(target=run, name="pageferry-provider", daemon=True)
     _threads[thread] = connection
+    _started.set()
     thread.start()
 
 
@@ -139,3 +144,15 @@ def _end_threads() -> None:
 
 
 atexit.register(_end_threads)
+
+
+def exit_process(code: int) -> NoReturn:
+    """Exit as `sys.exit` does; if a provider was started in this process, exit without finalising the interpreter: a
+    thread of its client that then takes the GIL would abort the process."""
+    if not _started.is_set():
+        sys.exit(code)
+    _end_threads()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pageferry.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+_POLL, _QUIET, _END = 0.002, 5, 1.0
+"""Interval of checks whether the client's threads sleep, seconds; number of such checks; maximum time, seconds."""
 
 
 def obstore() -> ModuleType:
@@ -21,7 +28,26 @@ def obstore() -> ModuleType:
         raise UnsupportedError(
             f"cannot use object stores: the Python package {missing.name} is missing; pip install 'pageferry[stores]'"
         ) from missing
+    atexit.unregister(_await_threads)
+    atexit.register(_await_threads)
     return obstore
+
+
+def _await_threads() -> None:
+    """Wait until the threads of the client sleep. After a call, they release its Python objects. A thread that takes
+    the GIL for this while the interpreter is being finalised aborts the process (Python 3.11 to 3.13)."""
+    deadline, quiet = time.monotonic() + _END, 0
+    while quiet < _QUIET and time.monotonic() < deadline:
+        time.sleep(_POLL)  # releases the GIL
+        quiet = quiet + 1 if all(map(_sleeps, Path("/proc/self/task").iterdir())) else 0
+
+
+def _sleeps(thread: Path) -> bool:
+    """Return whether a thread sleeps, or is not one of the client."""
+    with contextlib.suppress(OSError, ValueError):  # the thread has exited
+        name, _, rest = (thread / "stat").read_text().partition("(")[2].rpartition(")")
+        return not name.startswith("tokio") or rest.split()[0] == "S"
+    return True
 
 
 def digest(data: bytes | bytearray | memoryview) -> bytes:

@@ -57,6 +57,8 @@ HEDGE = (0.05, 2.0)
 """Minimum and maximum time after which a slow request is sent again, seconds. Between them: three times the median."""
 HEDGES = 3
 """Maximum number of times that a slow request is sent again. Each time, the wait is four times as long."""
+MAX_HEDGED = 4
+"""Number of fetches of demanded blocks above which no request is sent again: they wait for bandwidth."""
 PAUSE = (0.1, 5.0)
 """First and longest pause before a failed request is repeated, seconds."""
 WARN_AFTER = 2.0
@@ -281,13 +283,16 @@ class Provider:
     async def _hurry(self, number: Number, task: asyncio.Task[None]) -> None:
         """Wait for a block that is being fetched in advance. If this takes long, fetch it alone."""
         await asyncio.wait({task}, timeout=self._hedge_timeout)
-        if not task.done():
+        if not task.done() and self._running[True] < MAX_HEDGED:
             image, block = number
             record = self._tables[image].records[block]
             pack = self._tables[image].packs[record.pack]
-            await self._serve(
-                _Fetch(image, Range(pack, record.start, record.start + record.stored, ((block, record),)), True)
-            )
+            wanted = Range(pack, record.start, record.start + record.stored, ((block, record),))
+            self._running[True] += 1
+            try:
+                await self._serve(_Fetch(image, wanted, True))
+            finally:
+                self._running[True] -= 1
 
     async def _complete(self) -> None:
         """Record that all blocks that the memory needs are in the files, if they are."""
@@ -328,6 +333,8 @@ class Provider:
         failures: Mapping[int, str]
         try:
             failures = await self._obtain(fetch)
+        except PageferryError as error:
+            failures = dict.fromkeys((number for number, _ in fetch.wanted.blocks), str(error))
         except Exception as error:  # threads of the workload must not wait for ever
             log.exception("%s: cannot fetch blocks", self._url)
             failures = dict.fromkeys((number for number, _ in fetch.wanted.blocks), f"unexpected error: {error!r}")
@@ -411,7 +418,7 @@ class Provider:
                         data = read.result()
                         self._latencies.append(time.monotonic() - begin)
                         return data
-                if not done:
+                if not done and self._running[True] <= MAX_HEDGED:
                     reads.add(asyncio.ensure_future(self._request(fetch.wanted)))
                     assert timeout is not None
                     timeout = 4 * timeout if len(reads) <= HEDGES else None
