@@ -24,8 +24,8 @@ with open(os.environ["PLANTED_RAN"], "a") as ran:
     ran.write(__name__ + " ")
 raise ImportError(__name__)
 """
-OTHER_PROGRAMS = {"host/qemus.py", "workloads/qemu/libvirt.py", "workloads/qemu/process.py"}
-"""Modules that start only QEMU or virsh."""
+OTHER_PROGRAMS = {"host/qemus.py", "stores/keys.py", "workloads/qemu/libvirt.py", "workloads/qemu/process.py"}
+"""Modules that start only QEMU, virsh, or the key command of the user."""
 
 CHILDREN = {
     "pageferry.pager.process": """

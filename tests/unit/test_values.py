@@ -75,7 +75,7 @@ OPTIONS: dict[str, Any] = {
     "push": PushOptions,
     "collection": CollectOptions,
 }
-PATHS = ("tls", "store", "tls_hostname")
+PATHS = ("tls", "store", "tls_hostname", "key", "key_command")
 FLAGS = (
     "auto_converge",
     "adaptive",
