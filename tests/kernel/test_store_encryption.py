@@ -145,6 +145,17 @@ def test_contents_are_shared_in_a_key_domain_only(world: World) -> None:
     assert world.pull("b", key=world.raw) == world.pull("c") == world.pull("d", key=world.age) == other.read_bytes()
 
 
+def test_parents_are_uploaded_again_in_the_domain_of_their_children(world: World) -> None:
+    pageferry.push_image(world.base, f"{world.url}/plain")
+    pageferry.push_image(world.base, f"{world.url}/raw", key=world.raw)
+    first = pageferry.push_image(world.child, f"{world.url}/child-1", key=world.age)
+    second = pageferry.push_image(world.child, f"{world.url}/child-2", key=world.age)
+    plain = pageferry.push_image(world.child, f"{world.url}/child-3")
+    assert (first.parents, second.parents, plain.parents) == (1, 0, 0)
+    for name, options in (("child-1", {"key": world.age}), ("child-2", {"key": world.age}), ("child-3", {})):
+        assert world.pull(name, **options) == world.child.read_bytes()
+
+
 def test_domain_is_continued_after_a_reupload(world: World) -> None:
     pageferry.push_image(world.base, f"{world.url}/a", key=world.age)
     again = pageferry.push_image(world.base, f"{world.url}/b", key=world.age, reupload=True)

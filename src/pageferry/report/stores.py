@@ -71,7 +71,7 @@ def _listing(found: StoreListing) -> RenderableType:
     table = Table("name", "of", "created", "pushed", "length", "parents", box=None)
     for image in found.images:
         of = f"{image.workload} ({image.kind})" if image.kind is not None else "encrypted"
-        created = image.created or "encrypted"
+        created = image.created or "-"
         table.add_row(image.name, of, created, image.pushed, size(image.length), str(image.parents))
     lines = [Text(f"unreadable: {reason}") for reason in found.unreadable]
     return Group(table if found.images else Text(f"{found.store}: no images"), *lines)
