@@ -10,11 +10,16 @@ import sys
 
 from benchmarks.harness import machine
 from benchmarks.harness.bench import Bench
-from benchmarks.store import arenas, guests, requests, tables
+from benchmarks.store import arenas, encryption, guests, requests, tables
 
 BENCH = Bench(
     name="store",
-    questions={"requests": requests.measure, "arenas": arenas.measure, "guests": guests.measure},
+    questions={
+        "requests": requests.measure,
+        "arenas": arenas.measure,
+        "encryption": encryption.measure,
+        "guests": guests.measure,
+    },
     judge=tables.judge,
     tables=tables.render,
 )

@@ -1,7 +1,8 @@
 """Cost of encryption: transfers and eager restores of one image, with a directory on tmpfs as the store.
 
 `python -m benchmarks.store.encryption [MIB REPETITIONS]` prints the medians. Runs with and without encryption
-alternate. The CPU time includes all threads, and is less affected by other processes than the time.
+alternate. The CPU time is that of all threads of this process, without the process that fetches blocks for a restore.
+It is less affected by other processes than the time.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _repetition(folder: Path, number: int) -> list[dict[str, Any]]:
             wall, cpu = time.perf_counter(), time.process_time()
             operation()
             times = {"s": time.perf_counter() - wall, "cpu-s": time.process_time() - cpu}
-            measured.append({"operation": name, "encrypted": encrypted} | times)
+            measured.append({"method": f"{name}, encrypted" if encrypted else name} | times)
         copy.unlink()
         pageferry.clear_cache()
         shutil.rmtree(store)
@@ -80,17 +81,20 @@ def _repetition(folder: Path, number: int) -> list[dict[str, Any]]:
 
 def summary(measured: list[dict[str, Any]]) -> list[str]:
     """Return a line per operation with the medians."""
-    lines = []
-    for name in dict.fromkeys(run["operation"] for run in measured):
-        words = [f"{name}:"]
-        for unit, text in (("s", "time"), ("cpu-s", "CPU time")):
-            plain, sealed = (
-                statistics.median(run[unit] for run in measured if (run["operation"], run["encrypted"]) == (name, one))
-                for one in (False, True)
-            )
-            words.append(f"{text} {plain:.3f} s, encrypted {sealed:.3f} s ({sealed / plain - 1:+.0%});")
-        lines.append(" ".join(words).removesuffix(";"))
-    return lines
+    return [
+        f"{name}: time {_median(measured, name, 's'):.3f} s, encrypted {cost(measured, name, 's') - 1:+.0%}; CPU time "
+        f"{_median(measured, name, 'cpu-s'):.3f} s, encrypted {cost(measured, name, 'cpu-s') - 1:+.0%}"
+        for name in ("push", "pull", "eager restore")
+    ]
+
+
+def cost(measured: list[dict[str, Any]], name: str, unit: str) -> float:
+    """Return the median of an operation with encryption, as a multiple of that without."""
+    return _median(measured, f"{name}, encrypted", unit) / _median(measured, name, unit)
+
+
+def _median(measured: list[dict[str, Any]], name: str, unit: str) -> float:
+    return statistics.median(float(run[unit]) for run in measured if run["method"] == name)
 
 
 if __name__ == "__main__":

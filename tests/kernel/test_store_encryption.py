@@ -24,6 +24,7 @@ from pageferry.stores.address import image_url
 from pageferry.stores.keys import Access, parse
 from pageferry.stores.manifests import Manifest, read_manifest
 from pageferry.stores.references import open_image
+from pageferry.stores.sealing import Domain
 from pageferry.stores.store import Store
 
 pyrage = pytest.importorskip("pyrage", reason="the extra `stores` is not installed")
@@ -241,6 +242,37 @@ def test_restores_require_the_key_even_if_the_image_is_cached(world: World) -> N
     for options in refused:
         with pytest.raises(ImageError, match=r"it is encrypted|its reference was changed"):
             pageferry.restore(url, **options)
+
+
+def test_blocks_are_fetched_with_keys_that_open_one_image_only(world: World) -> None:
+    world.words[:] += 1
+    pageferry.checkpoint(world.arena, world.folder / "other")
+    for name, image in (("base", world.base), ("other", world.folder / "other")):
+        pageferry.push_image(image, f"{world.url}/{name}", key=world.raw)
+    restored = pageferry.restore(f"{world.url}/base", key=world.raw, prefetch=False)
+    base, other = (world.manifest(name, world.raw) for name in ("base", "other"))
+    assert isinstance(base.sealing, Domain)
+    cached = b"".join(path.read_bytes() for path in (world.folder / "cache").rglob("*") if path.is_file())
+    for record in base.records():
+        assert base.sealing.block_key(record.digest) in cached
+    for record in other.records():
+        assert base.sealing.block_key(record.digest) not in cached
+    for secret in (base.sealing.secret, world.raw.read_bytes()):
+        assert secret not in cached
+    restored.load()
+    unchanged = slice(1 << 12, None)  # since the checkpoint, apart from the addition of 1
+    assert (np.frombuffer(memoryview(restored), "u8")[unchanged] + 1 == world.words[unchanged]).all()
+
+
+def test_changed_block_is_not_loaded_on_demand(world: World) -> None:
+    pageferry.push_image(world.base, f"{world.url}/a", key=world.raw)
+    restored = pageferry.restore(f"{world.url}/a", key=world.raw, prefetch=False)
+    (pack,) = world.objects("packs")
+    contents = bytearray(pack.read_bytes())
+    contents[-20] ^= 1
+    pack.write_bytes(contents)
+    with pytest.raises(ImageError, match="does not match its digest"):
+        restored.load()
 
 
 def test_objects_are_loaded_from_an_encrypted_image(world: World) -> None:

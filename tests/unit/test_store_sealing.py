@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pageferry.errors import ImageError
 from pageferry.stores import blocks, library
 from pageferry.stores.blocks import BlockRecord
-from pageferry.stores.sealing import PLAIN, TAG, Domain
+from pageferry.stores.sealing import PLAIN, TAG, BlockKeys, Domain
 
 pytest.importorskip("pyrage", reason="the extra `stores` is not installed")
 
@@ -27,6 +27,17 @@ def test_block_is_decrypted_under_its_address_and_domain_only(contents: bytes) -
     assert DOMAIN.open_block(stored, DOMAIN.address(contents + b"x")) is None
     assert OTHER.open_block(stored, address) is None
     assert OTHER.address(contents) != address != library.digest(contents)
+
+
+def test_keys_of_blocks_open_these_blocks_only() -> None:
+    mine, other = DOMAIN.address(b"mine"), DOMAIN.address(b"other")
+    keys = BlockKeys(DOMAIN.domain, {mine: DOMAIN.block_key(mine)})
+    opened = keys.open_block(memoryview(DOMAIN.seal_block(bytearray(b"mine"), mine)), mine)
+    assert opened is not None
+    assert bytes(opened) == b"mine"
+    stored = memoryview(DOMAIN.seal_block(bytearray(b"other"), other))
+    assert keys.open_block(stored, other) is None
+    assert keys.open_block(stored, mine) is None
 
 
 @given(st.data())
