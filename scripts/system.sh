@@ -15,6 +15,8 @@ need fio fio || complete=no
 need mkfs.ext4 e2fsprogs || complete=no
 # Only the tests of copies that share blocks need these.
 need mkfs.xfs xfsprogs && need mkfs.btrfs btrfs-progs || echo "tests of XFS and Btrfs will be skipped" >&2
+# Only the tests of keys that are wrapped with age need this.
+need age age || echo "the tests against another implementation of age will be skipped" >&2
 # Only the test of a seed needs this.
 need genisoimage genisoimage || echo "the test of a seed of cloud-init will be skipped" >&2
 

@@ -122,6 +122,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAGEFERRY_RUN_DIR", str(directory))
+        patch.setenv("PAGEFERRY_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield directory
 
 

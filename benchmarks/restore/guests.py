@@ -48,7 +48,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
     runs, watched = [], period(setting)
     with guests(place, words, "to be restored") as (ours, theirs):
         image, mapped, stream = (setting.folder / name for name in ("image", "mapped", "stream"))
-        usual = {ours.label: _save_ours(ours, image), theirs.label: _save_theirs(theirs, mapped, stream)}
+        usual = {ours.label: save_ours(ours, image), theirs.label: save_theirs(theirs, mapped, stream)}
         ours.end()
         theirs.end()
         for _ in range(setting.repetitions):
@@ -69,8 +69,15 @@ def period(setting: Setting) -> float:
     return HURRIED if setting.quick else WATCHED
 
 
-def restore(line: PageferryLine, image: Path, usual: float, *options: str, watched: float = WATCHED) -> dict[str, Any]:
-    """Restore with `pageferry restore`, and return the figures.
+def restore(
+    line: PageferryLine,
+    image: str | Path,
+    usual: float,
+    *options: str,
+    watched: float = WATCHED,
+    through: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Restore with `pageferry restore`, and return the figures. `through`: command prefix.
 
     The guest is observed for at least `watched` seconds and, with prefetch, until all of its memory is loaded.
     """
@@ -78,7 +85,8 @@ def restore(line: PageferryLine, image: Path, usual: float, *options: str, watch
     name = line.name(line.hops)
     line.serial.ticks.clear()
     begin = time.time()
-    told = Told(pageferry("restore", name, str(image), "--output", "json", *options, "--", *line.command(line.hops)))
+    words = ("restore", name, str(image), "--output", "json", *options, "--", *line.command(line.hops))
+    told = Told(pageferry(*words, through=through))
     try:
         running = Running.behind(line.monitor_path(line.hops))
         first = told.wait("running", TIMEOUT)
@@ -92,10 +100,17 @@ def restore(line: PageferryLine, image: Path, usual: float, *options: str, watch
     finally:
         subprocess.run([PAGEFERRY, "stop", name], check=False, capture_output=True)
         told.end()
-    parts = restored.get("time-parts", {})
     return result | {
         "running-ms": first["time-to-running"],
         "command-to-resume-ms": (resumed - begin) * 1e3,
+        **_figures(told, restored, begin),
+    }
+
+
+def _figures(told: Told, restored: dict[str, Any], begin: float) -> dict[str, Any]:
+    """Return the figures of the result of a restore, or of its last progress event."""
+    parts = restored.get("time-parts", {})
+    return {
         "parts": parts,
         "qemu-start-ms": parts.get("qemu-start"),
         "complete-ms": told.at.get("restore", 0.0) * 1e3 - begin * 1e3 if parts else None,
@@ -185,13 +200,15 @@ class Told:
         yield from self.process.stdout
 
 
-def _save_ours(line: PageferryLine, image: Path) -> float:
+def save_ours(line: PageferryLine, image: Path) -> float:
+    """Save the guest with pageferry. Return its usual writes per second."""
     usual = _usual(line)
     save(line, image)
     return usual
 
 
-def _save_theirs(line: QemuLine, mapped: Path, stream: Path) -> float:
+def save_theirs(line: QemuLine, mapped: Path, stream: Path) -> float:
+    """Save the guest with QEMU, to a mapped-ram file and to a stream. Return its usual writes per second."""
     usual = _usual(line)
     save_by_qemu(line, mapped, ("mapped-ram", "multifd"))
     time.sleep(0.2)

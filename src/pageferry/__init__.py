@@ -24,9 +24,9 @@ guests of this host by their names, `logs` returns their output, `console` opens
 `qmp` execute commands of QEMU's monitor. `commit_disks` writes overlays back to the disks that a checkpoint has frozen.
 `image_info` describes an image, `verify_image` verifies it, `compare_images` compares two, `flatten_image` merges an
 image with its parents, and `delete_image` deletes an image. `push_image` and `pull_image` copy an image to and from an
-object store; `list_images` lists the images of a store, and `collect_garbage` frees its space. Restores accept the URL
-of an image in a store; `list_cache` and `clear_cache` manage the downloaded images.
-`fleet` places, clones, moves and saves the workloads of many hosts.
+object store, and `copy_image` between stores; `list_images` lists the images of a store, and `collect_garbage` frees
+its space. Checkpoints and restores accept the URL of an image in a store; `list_cache` and `clear_cache` manage the
+images in the cache. `fleet` places, clones, moves and saves the workloads of many hosts.
 `import_image` writes an image of a snapshot of Firecracker, `export_image` writes the snapshot back, and `serve` loads
 the memory of microVMs from an image on demand.
 """
@@ -74,8 +74,12 @@ if TYPE_CHECKING:
     from pageferry.control.shutdown import shutdown, shutdown_async
     from pageferry.control.stopping import stop, stop_async
     from pageferry.control.stores import (
+        check_store,
+        check_store_async,
         collect_garbage,
         collect_garbage_async,
+        copy_image,
+        copy_image_async,
         delete_image,
         delete_image_async,
         list_images,
@@ -110,9 +114,10 @@ if TYPE_CHECKING:
         GarbageCollected,
         ImagePulled,
         ImagePushed,
+        StoreCheck,
         StoreListing,
     )
-    from pageferry.stores.options import CollectArguments, PushArguments
+    from pageferry.stores.options import CollectArguments, KeyArguments, OpenArguments, PushArguments
     from pageferry.workloads.arena.arena import Arena
     from pageferry.workloads.arena.attach import attach, attach_async
     from pageferry.workloads.arena.options import ArenaArguments
@@ -149,11 +154,13 @@ __all__ = [
     "ImagePushed",
     "ImageSummary",
     "ImportedSnapshot",
+    "KeyArguments",
     "Listener",
     "LoadArguments",
     "LogArguments",
     "MigrationArguments",
     "MigrationResult",
+    "OpenArguments",
     "PushArguments",
     "ReceiveArguments",
     "RecoverArguments",
@@ -167,6 +174,7 @@ __all__ = [
     "SharedArena",
     "ShutdownArguments",
     "StopResult",
+    "StoreCheck",
     "StoreListing",
     "StoredBuffer",
     "StoredBuffers",
@@ -177,6 +185,8 @@ __all__ = [
     "arena_of",
     "attach",
     "attach_async",
+    "check_store",
+    "check_store_async",
     "checkpoint",
     "checkpoint_async",
     "checkpoint_cloud_hypervisor",
@@ -193,6 +203,8 @@ __all__ = [
     "compare_images",
     "console",
     "console_async",
+    "copy_image",
+    "copy_image_async",
     "delete_image",
     "delete_image_async",
     "dump",
@@ -283,11 +295,13 @@ __getattr__, __dir__ = lazily(
         "ImagePulled": "pageferry.stores.events",
         "ImagePushed": "pageferry.stores.events",
         "ImageSummary": "pageferry.images.events",
+        "KeyArguments": "pageferry.stores.options",
         "Listener": "pageferry.events",
         "LoadArguments": "pageferry.objects.load",
         "LogArguments": "pageferry.control.options",
         "MigrationArguments": "pageferry.migration.options",
         "MigrationResult": "pageferry.migration.events",
+        "OpenArguments": "pageferry.stores.options",
         "PushArguments": "pageferry.stores.options",
         "ReceiveArguments": "pageferry.migration.receiving",
         "RecoverArguments": "pageferry.migration.options",
@@ -298,6 +312,7 @@ __getattr__, __dir__ = lazily(
         "SharedArena": "pageferry.workloads.arena.shared",
         "ShutdownArguments": "pageferry.control.options",
         "StopResult": "pageferry.control.events",
+        "StoreCheck": "pageferry.stores.events",
         "StoreListing": "pageferry.stores.events",
         "StoredBuffer": "pageferry.objects.buffers",
         "StoredBuffers": "pageferry.objects.buffers",
@@ -308,6 +323,8 @@ __getattr__, __dir__ = lazily(
         "arena_of": "pageferry.objects.load",
         "attach": "pageferry.workloads.arena.attach",
         "attach_async": "pageferry.workloads.arena.attach",
+        "check_store": "pageferry.control.stores",
+        "check_store_async": "pageferry.control.stores",
         "checkpoint": "pageferry.checkpoints.save",
         "checkpoint_async": "pageferry.checkpoints.save",
         "checkpoint_cloud_hypervisor": "pageferry.checkpoints.cloud_hypervisor",
@@ -324,6 +341,8 @@ __getattr__, __dir__ = lazily(
         "compare_images": "pageferry.control.images",
         "console": "pageferry.control.console",
         "console_async": "pageferry.control.console",
+        "copy_image": "pageferry.control.stores",
+        "copy_image_async": "pageferry.control.stores",
         "delete_image": "pageferry.control.stores",
         "delete_image_async": "pageferry.control.stores",
         "dump": "pageferry.objects.dump",

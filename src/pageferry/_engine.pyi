@@ -1159,6 +1159,11 @@ class ImageChain:
     def read(self, first: int, count: int) -> bytes:
         """Read and verify `count` pages from page `first` on, and return their contents. Raises ValueError if a block
         is damaged, or if the image that contains a page is not in the chain."""
+    def supply_from(self, socket: int, first: int) -> None:
+        """Fetch storage blocks that are missing or damaged in the files of image `first` of the chain and its ancestors
+        from the provider at the other end of a socket, whose descriptor is duplicated (see
+        `pageferry.stores.provider`). The connection is closed with the last of the images. Raises OSError if one of
+        them has a provider."""
     def differences(self, other: ImageChain, first: int, count: int) -> list[_Range]:
         """Return those of `count` pages from page `first` on whose contents differ between the chains, as runs (start,
         end)."""

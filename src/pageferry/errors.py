@@ -14,6 +14,7 @@
     │   └── AddressInUse (15)       an address in the command line of a guest is in use; nothing was started
     ├── CheckpointError (30)        no image was written; the workload keeps running
     ├── ImageError (31)             an image is missing, damaged, incomplete or of an unsupported version
+    │   └── WrongKey (35)           a key is missing, does not open the image, or the image is not encrypted
     ├── StoreError (34)             an object store cannot be reached, or rejects a request
     ├── RestoreError (32)           a workload cannot be restored, or waits for contents that cannot be read
     │   └── DisksDiffer (33)        disks are not known to be as they were at the checkpoint
@@ -190,6 +191,13 @@ class ImageError(PageferryError):
     """An image is missing, damaged, incomplete or of an unsupported version."""
 
     exit_code = 31
+
+
+class WrongKey(ImageError):
+    """The key of an encrypted image is missing, does not open the image, or does not prove which user has encrypted it;
+    or a key is given for an image that is not encrypted. Nothing was written."""
+
+    exit_code = 35
 
 
 class RestoreError(PageferryError):

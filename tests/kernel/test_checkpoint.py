@@ -96,7 +96,7 @@ def test_chain_of_incremental_checkpoints_is_consistent(tmp_path: Path) -> None:
         check_ledger(image)
     assert all(later.bytes_written < results[0].bytes_written / 2 for later in results[1:])
     assert all(later.pages.in_parent > 0 for later in results[1:])
-    ImageFile(images[-1]).flatten(tmp_path / "flat")
+    pageferry.flatten_image(images[-1], tmp_path / "flat")
     check_ledger(tmp_path / "flat")
 
 

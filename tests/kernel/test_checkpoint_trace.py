@@ -70,7 +70,7 @@ def test_traced_chain_under_a_heavy_writer_is_consistent(tmp_path: Path, process
     for image in images:
         check_ledger(image)
     assert all(result.traps == 0 and result.written > 0 for result in results[1:])
-    ImageFile(images[-1]).flatten(tmp_path / "flat")
+    pageferry.flatten_image(images[-1], tmp_path / "flat")
     check_ledger(tmp_path / "flat")
 
 

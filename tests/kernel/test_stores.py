@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -19,10 +20,12 @@ import pageferry
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, StoreError, UsageError
 from pageferry.images.image import ImageFile
-from pageferry.stores import contents, push
+from pageferry.stores import blocks, contents, layout, push
 from pageferry.stores.address import image_url
+from pageferry.stores.keys import NO_KEYS
 from pageferry.stores.options import PushOptions
 from pageferry.stores.push import Push
+from pageferry.stores.sources import file_sources
 from pageferry.stores.store import Store
 
 SIZE = 24 << 20
@@ -329,7 +332,8 @@ def test_upload_notices_a_collection_at_the_same_time(
 
     async def upload() -> Any:
         target = image_url("url", f"{url}/new")
-        upload = _Collecting(Store(target.store), target, ImageFile(base), lambda _: None, PushOptions())
+        sources = file_sources(ImageFile(base), NO_KEYS)
+        upload = _Collecting(push.Destination(Store(target.store), target), sources, lambda _: None, PushOptions())
         upload.interruptions = interruptions
         return await upload.run()
 
@@ -465,3 +469,115 @@ def test_commands_copy_list_and_delete(
     assert (code, "the store has no image of this name" in err) == (31, True)
     code, _, err = spoken("image", "list", f"file://{tmp_path}/nowhere")
     assert (code, "is not a directory" in err) == (34, True)
+
+
+def hostile(url: str, **changes: Any) -> None:
+    """Replace the manifest of the image `a` by one with changed fields and a valid digest, and its reference."""
+    path = objects(url, "manifests")[0]
+    directory = layout.decode_manifest(path.read_bytes(), path.name, "")
+    assert isinstance(directory, layout.Directory)
+    parts = path.read_bytes()[: directory.blocks.offset + directory.blocks.length]
+    data, found = layout.encode_manifest(parts, msgspec.structs.replace(directory, **changes))
+    (path.parent / found).write_bytes(data)
+    reference = folder(url) / "images" / "a"
+    earlier = layout.decode_reference(reference.read_bytes(), "")
+    changed = msgspec.structs.replace(earlier, manifest=found, manifest_length=len(data))
+    reference.write_bytes(msgspec.json.encode(changed))
+
+
+ENTRY = layout.PackEntry(bytes(32), 100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 1 << 32}, "storage blocks, expected at most"),
+        ({"count": blocks.MAX_BLOCKS}, "the table of .* has only"),
+        ({"packs": [ENTRY] * (layout.MAX_ENTRIES + 1)}, "its directory is invalid"),
+    ],
+)
+def test_hostile_manifest_is_refused_before_memory_is_allocated(
+    chain: tuple[Path, Path], url: str, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    pageferry.push_image(chain[0], f"{url}/a")
+    hostile(url, **changes)
+    with pytest.raises(ImageError, match=message):
+        pageferry.pull_image(f"{url}/a", tmp_path / "copy")
+    pageferry.push_image(chain[0], f"{url}/b")  # reuses nothing of it
+
+
+def test_manifests_of_a_chain_are_bounded_together(
+    chain: tuple[Path, Path], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pageferry.push_image(chain[1], f"{url}/a")
+    lengths = [path.stat().st_size for path in objects(url, "manifests")]
+    monkeypatch.setattr(layout, "MAX_MANIFESTS", sum(lengths) - 1)
+    with pytest.raises(ImageError, match="it and its ancestors have more than"):
+        pageferry.pull_image(f"{url}/a", tmp_path / "copy")
+    monkeypatch.setattr(layout, "MAX_MANIFESTS", sum(lengths))
+    monkeypatch.setattr(blocks, "MAX_BLOCKS", 19)
+    with pytest.raises(ImageError, match=r"it and its ancestors have .* storage blocks"):
+        pageferry.pull_image(f"{url}/a", tmp_path / "copy")
+
+
+def test_slow_listing_of_marks_counts_for_the_time_limit_of_the_publication(
+    chain: tuple[Path, Path], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(*_: object) -> set[str]:
+        await asyncio.sleep(30)
+        return set()
+
+    monkeypatch.setattr(contents.Contents, "unavailable", slow)
+    monkeypatch.setattr(push, "PUBLISH_TIMEOUT", 0.2)
+    with pytest.raises(StoreError, match="did not reply within"):
+        pageferry.push_image(chain[0], f"{url}/a")
+    assert pageferry.list_images(url).images == []
+
+
+def test_parent_appears_only_with_its_child(
+    arena: pageferry.Arena, chain: tuple[Path, Path], url: str, tmp_path: Path
+) -> None:
+    pageferry.push_image(chain[1], f"{url}/parents")
+    words(arena)[1 << 20] += 1
+    child = chain[0].parent / "third"
+    pageferry.checkpoint(arena, child, parent=chain[1])
+    known = set(objects(url, "packs"))
+    pageferry.push_image(child, f"{url}/child")
+    (other,) = set(objects(url, "packs")) - known
+    _flip(other)
+    target = tmp_path / "pulled" / "third"
+    target.parent.mkdir()
+    with pytest.raises(ImageError, match="damaged"):
+        pageferry.pull_image(f"{url}/child", target)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_interrupted_upload_is_continued(
+    chain: tuple[Path, Path], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAGEFERRY_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(layout, "PACK_LENGTH", 4 << 20)
+
+    def fail(point: str) -> None:
+        if point == "store.uploaded":
+            raise OSError("as if the process were killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(push, "fault_point", fail)
+        with pytest.raises(OSError, match="killed"):
+            pageferry.push_image(chain[1], f"{url}/a")
+    packs = objects(url, "packs")
+    packs[0].unlink()  # a collection has deleted it
+    journal = tmp_path / "cache" / "uploads"
+    assert len([path for path in journal.rglob("*") if path.is_file()]) == len(packs)
+    again = pageferry.push_image(chain[1], f"{url}/a")
+    assert 0 < again.uploaded_blocks <= 4
+    assert [path for path in journal.rglob("*") if path.is_file()] == [journal_of(journal, packs[0])]
+    pageferry.pull_image(f"{url}/a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == chain[1].read_bytes()
+    assert (tmp_path / "base").read_bytes() == chain[0].read_bytes()
+
+
+def journal_of(journal: Path, pack: Path) -> Path:
+    """Return the path of the entry of a pack in a journal with one store."""
+    return next(journal.iterdir()) / pack.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +10,12 @@ import numpy as np
 import pytest
 
 import pageferry
+from pageferry.cli.main import main
 from pageferry.errors import ImageError, StoreError
 from pageferry.stores import pull, store
-from tests.stores.fault_proxy import FaultProxy, fault_proxy
-from tests.stores.s3_server import create_bucket, s3_server
-
-URL = "s3://images/fleet"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """Run an S3 server, and yield its URL."""
-    pytest.importorskip("moto", reason="the S3 server of the package moto is not installed")
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def proxy(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FaultProxy]:
-    """Run a proxy in front of the server, which the environment names as the endpoint of S3. The bucket is empty."""
-    with fault_proxy(server) as proxy:
-        for name, value in (("ENDPOINT_URL", proxy.url), ("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test")):
-            monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        create_bucket(server, "images")
-        yield proxy
-        asyncio.run(_empty())
-
-
-async def _empty() -> None:
-    from pageferry.stores.address import store_url
-
-    opened = store.Store(store_url("url", URL))
-    for kind in ("images", "manifests", "packs", "condemned"):
-        for entry in await opened.list(kind):
-            await opened.delete(entry.key)
+from pageferry.stores.address import store_url
+from tests.kernel.conftest import URL
+from tests.stores.fault_proxy import FaultProxy
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +118,72 @@ def test_wrong_credentials_and_missing_buckets_are_named(proxy: FaultProxy, imag
         pageferry.pull_image("s3://none/fleet/a", tmp_path / "copy")
     with pytest.raises(StoreError, match="cannot list images in s3://none/fleet"):
         pageferry.list_images("s3://none/fleet")
+
+
+def test_encrypted_image_is_pushed_pulled_and_restored(
+    proxy: FaultProxy, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyrage", reason="the extra `stores` is not installed")
+    monkeypatch.setenv("PAGEFERRY_CACHE_DIR", str(tmp_path / "cache"))
+    key = tmp_path / "key"
+    key.write_bytes(bytes(range(32)))
+    pushed = pageferry.push_image(image, f"{URL}/a", key=key)
+    proxy.requests.clear()
+    pageferry.pull_image(f"{URL}/a@{pushed.manifest}", tmp_path / "copy", key=key)
+    assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+    assert len(proxy.requests) == 3  # as for an image that is not encrypted: reference, manifest, pack
+    pageferry.restore(f"{URL}/a", key=key).load()
+    proxy.requests.clear()
+    pageferry.restore(f"{URL}/a", key=key).load()
+    assert len(proxy.requests) == 2  # from the cache: reference and manifest, which the key must open
+    proxy.inject("GET", "packs/", "corrupt", 1000)
+    with pytest.raises(ImageError, match="does not match its digest"):
+        pageferry.pull_image(f"{URL}/a", tmp_path / "again", key=key)
+    assert not (tmp_path / "again").exists()
+
+
+def test_check_tries_each_permission_and_leaves_nothing(proxy: FaultProxy, capsys: pytest.CaptureFixture[str]) -> None:
+    found = pageferry.check_store(URL)
+    assert [step.name for step in found.steps] == ["open", "list", "create", "refuse", "read", "delete"]
+    assert (found.usable, found.reason) == (True, None)
+    assert main(["check", "--store", URL]) == 0
+    assert "usable" in capsys.readouterr().out
+    assert asyncio.run(store.Store(store_url("url", URL)).list("checks")) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "step"),
+    [
+        ("GET", "list-type", "list"),
+        ("PUT", "checks/", "create"),
+        ("GET", "checks/", "read"),
+        ("POST", "delete", "delete"),
+        ("DELETE", "checks/", "delete"),
+    ],
+)
+def test_check_names_the_permission_that_is_missing(
+    proxy: FaultProxy, capsys: pytest.CaptureFixture[str], method: str, path: str, step: str
+) -> None:
+    proxy.inject(method, path, "denied", 100)
+    found = pageferry.check_store(URL)
+    if found.usable:
+        assert step == "delete"  # the client uses the other request to delete
+        return
+    assert (found.steps[-1].name, found.steps[-1].passed) == (step, False)
+    assert "permission denied" in found.steps[-1].detail
+    assert "grant s3:" in found.steps[-1].remedy
+    proxy.inject(method, path, "denied", 100)
+    assert main(["check", "--store", URL]) == StoreError.exit_code
+    assert "grant s3:" in capsys.readouterr().err
+
+
+def test_check_finds_a_server_that_ignores_conditions(proxy: FaultProxy) -> None:
+    proxy.ignores_conditions = True
+    found = pageferry.check_store(URL)
+    assert [step.name for step in found.steps if not step.passed] == ["refuse"]
+    assert "conditional writes" in (found.reason or "")
+
+
+def test_check_names_a_directory_that_is_missing(tmp_path: Path) -> None:
+    found = pageferry.check_store(f"file://{tmp_path}/none")
+    assert (found.steps[-1].name, found.steps[-1].remedy) == ("open", "create the directory")

@@ -21,6 +21,7 @@ from benchmarks.postcopy import accesses, ledgers
 from benchmarks.postcopy import tables as postcopy
 from benchmarks.python import __main__ as python
 from benchmarks.restore import tables as restore
+from benchmarks.store import tables as store
 from tests.network import hosts
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,6 +89,21 @@ def test_restore_benchmark_covers_all_methods() -> None:
     assert all(run["faults"] > 0 and run["cpu-ns"] > 0 for run in results["fault-threads"])
     assert "| QEMU | stream |" in "\n".join(restore.render(results))
     assert all(isinstance(target, Target) for target in restore.judge(results))
+
+
+@pytest.mark.only_full
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("root", "qemu_10", "checker_initrd")
+def test_store_benchmark_covers_all_methods() -> None:
+    pytest.importorskip("moto", reason="the S3 server of the package moto is not installed")
+    results = quick("store")
+    assert [run["requests"] for run in results["requests"]] == [2, 3]
+    assert {run["method"] for run in results["arenas"]} >= {"local", "store", "store, eager", "download, then local"}
+    assert all(run["complete-ms"] > 0 and run["iperf3-mbps"] > 0 for run in results["arenas"])
+    assert len({run["method"] for run in results["guests"]}) == 7
+    assert all(run["command-to-resume-ms"] > 0 for run in results["guests"])
+    assert "| store, eager |" in "\n".join(store.render(results))
+    assert all(isinstance(target, Target) for target in store.judge(results))
 
 
 @pytest.mark.timeout(400)

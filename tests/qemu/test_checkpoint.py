@@ -22,6 +22,7 @@ from tests.guest import booted
 from tests.guest.machines import GuestParts
 from tests.guest.serial import Serial
 from tests.saved import DigestedWorkload, digests_of_image
+from tests.stores.s3_server import create_bucket, s3_server
 
 MakeSerial = Callable[[str], Serial]
 
@@ -171,3 +172,37 @@ def test_guest_keeps_running_after_a_refused_checkpoint(
         await source.discard()
 
     asyncio.run(run())
+
+
+def test_guest_is_saved_to_a_store_while_it_writes_and_restored_from_there(
+    parts: GuestParts, serial: MakeSerial, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("moto", reason="the S3 server of the package moto is not installed")
+    monkeypatch.setenv("PAGEFERRY_CACHE_DIR", str(tmp_path / "cache"))
+
+    async def save_to(source: QemuWorkload, name: str, **options: Any) -> tuple[events.CheckpointResult, Path]:
+        digested = DigestedWorkload(source)
+        result = await pageferry.checkpoint_async(cast(Migratable, digested), f"s3://images/{name}", **options)
+        await pageferry.pull_image_async(f"s3://images/{name}", tmp_path / name)
+        assert digests_of_image(ImageFile(tmp_path / name)) == digested.digests
+        return result, tmp_path / name
+
+    async def run() -> None:
+        here, there = serial("source"), serial("restored")
+        source = await started(parts, here)
+        first, _ = await save_to(source, "first", track=True)
+        second, path = await save_to(source, "second", parent="s3://images/first")
+        assert (first.tracking, second.parent is not None) == ("none", True)
+        assert second.bytes_written < first.bytes_written
+        await here.passes(1)
+        copy = await restored(path, parts, there, *SMP)
+        await there.passes(2)
+        assert here.bad == there.bad == []
+        await copy.discard()
+        await source.discard()
+
+    with s3_server() as endpoint:
+        for name, value in (("ENDPOINT_URL", endpoint), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        create_bucket(endpoint, "images")
+        asyncio.run(run())

@@ -137,10 +137,10 @@ def test_state_of_an_open_image_is_not_that_of_a_file_that_has_replaced_it(tmp_p
     path = tmp_path / "image"
     path.write_bytes(b"image")
     with open(path, "rb") as opened:
-        assert base_records.image_stat(opened.fileno()) == base_records.image_stat(path)
+        assert base_records.image_stat(path, opened.fileno()) == base_records.image_stat(path)
         (tmp_path / "new").write_bytes(b"image")
         os.rename(tmp_path / "new", path)
-        assert base_records.image_stat(opened.fileno()) != base_records.image_stat(path)
+        assert base_records.image_stat(path, opened.fileno()) != base_records.image_stat(path)
 
 
 def test_pager_that_does_not_reply_is_reported(

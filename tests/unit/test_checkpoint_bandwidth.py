@@ -11,6 +11,7 @@ import pytest
 from pageferry.checkpoints.attempt import attempt
 from pageferry.checkpoints.options import Mode, Options
 from pageferry.checkpoints.statistics import Statistics
+from pageferry.checkpoints.target import FileTarget
 
 LIMIT = 1 << 20
 
@@ -34,7 +35,7 @@ def test_copies_of_disks_are_limited_while_the_workload_runs(mode: Mode, live: b
     if not live:
         workload.live = None
     options = Options(bandwidth=LIMIT)
-    request = SimpleNamespace(workload=workload, options=options, path=Path("image"), id=bytes(16))
+    request = SimpleNamespace(workload=workload, options=options, target=FileTarget(Path("image")), id=bytes(16))
     # A checkpoint can switch to mode `stop` itself: the options in effect are those of the preparation.
     preparation: Any = SimpleNamespace(
         request=request, statistics=Statistics(mode), options=Options(mode=mode, bandwidth=LIMIT)

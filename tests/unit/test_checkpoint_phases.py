@@ -38,7 +38,8 @@ def test_attempt_follows_the_order_of_its_mode(mode: Mode, phases: tuple[Phase, 
     assert after(mode, phases).phase is Phase.PUBLISH
     assert after(mode, (*phases, Phase.PUBLISHED)).phase is Phase.PUBLISHED
     assert refused(mode, ()) == set(Phase) - {phases[0], Phase.PUBLISH}
-    assert refused(mode, phases) == set(Phase) - {phases[0], Phase.PUBLISHED}
+    assert refused(mode, phases) == set(Phase) - {phases[0], Phase.UPLOAD, Phase.PUBLISHED}
+    assert refused(mode, (*phases, Phase.UPLOAD)) == set(Phase) - {Phase.PUBLISHED}
     assert refused(mode, (*phases, Phase.PUBLISHED)) == set(Phase)
 
 

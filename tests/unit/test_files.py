@@ -25,25 +25,26 @@ PACKAGE = Path(pageferry.__file__).parent
 SECRET = b"root:$6$secret\n" * 1000
 DEADLINE = 20
 KERNEL_FILES = {
-    "host/check.py",
     "host/cgroups.py",
+    "host/check.py",
     "host/compaction.py",
     "host/cpu_quota.py",
+    "host/memory_file.py",
     "host/proc.py",
     "host/processes.py",
-    "host/memory_file.py",
     "host/smaps.py",
-    "sharing/ksm.py",
     "large_pages/swap.py",
-    "workloads/direct_io.py",
     "memory/mappers.py",
-    "workloads/qemu/kvm_prefault.py",
+    "pager/base_records.py",
+    "sharing/ksm.py",
+    "stores/library.py",
+    "workloads/direct_io.py",
+    "workloads/handles.py",
     "workloads/process.py",
+    "workloads/qemu/devices_only.py",
     "workloads/qemu/direct_io.py",
     "workloads/qemu/disks.py",
-    "workloads/qemu/devices_only.py",
-    "workloads/handles.py",
-    "pager/base_records.py",
+    "workloads/qemu/kvm_prefault.py",
 }
 """Modules that open only kernel interfaces (/proc, /sys, pidfds) and unnamed files."""
 OTHERS = {
@@ -67,7 +68,7 @@ OTHERS = {
     "pager/client.py": "files in the private folder of a workload",
     "pager/records.py": "files in the private folder of a workload",
     "fleet/operations.py": "the output of an operation, in the private folder of the agent",
-    "fleet/operation_process.py": "files in the private folder of the agent, and /proc, without an import of the package",
+    "fleet/operation_process.py": "files in the private folder of the agent, /proc; it does not import the package",
     "host/guardian_process.py": "a record, without an import of the package",
     "workloads/qemu/process.py": "a descriptor, and the log in the private folder of a workload",
 }

@@ -27,10 +27,11 @@ raise ImportError(__name__)
 OTHER_PROGRAMS = {
     "fleet/operation_process.py",
     "host/qemus.py",
+    "stores/keys.py",
     "workloads/qemu/libvirt.py",
     "workloads/qemu/process.py",
 }
-"""Modules that start only QEMU or virsh, or a command that `python_command` has returned."""
+"""Modules that start only QEMU, virsh, the key command of the user, or a command that `python_command` has returned."""
 
 CHILDREN = {
     "pageferry.fleet.operation_process": """
@@ -74,6 +75,25 @@ CHILDREN = {
             start_detached("firecracker", image, image.with_name("socket"), ServeOptions())
         except UsageError as refused:
             assert "an image of made" in str(refused), refused
+    """,
+    "pageferry.stores.provider_process": """
+        import asyncio
+        import pageferry
+        from pathlib import Path
+        from pageferry.checkpoints.image_source import open_cache
+        from pageferry.stores.address import image_url
+        from pageferry.stores.lazy_image import open_image_file
+        image = Path(os.environ["IMAGE"]).with_name("saved")
+        arena = pageferry.Arena("1MiB")
+        memoryview(arena)[0] = 7
+        pageferry.checkpoint(arena, image)
+        url = f"file://{image.parent}/store/image"
+        os.environ["PAGEFERRY_CACHE_DIR"] = str(image.parent / "cache")
+        pageferry.push_image(image, url)
+        entry = asyncio.run(open_cache().obtain(image_url("url", url)))
+        hostile()
+        opened = open_image_file(entry.path, in_own_process=True, whole=True)
+        assert opened.verify() == []
     """,
     "pageferry.demo.child": """
         from pageferry import _engine

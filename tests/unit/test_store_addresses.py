@@ -26,6 +26,16 @@ def test_image_urls_consist_of_a_store_and_a_name(text: str, store: str, name: s
     assert (str(found.store), found.name, str(found)) == (store, name, text)
 
 
+def test_image_urls_can_name_a_manifest() -> None:
+    digest = "0123456789abcdef" * 4
+    found = image_url("url", f"s3://bucket/a@b/day@{digest}")
+    assert (found.name, found.manifest, str(found)) == ("day", digest, "s3://bucket/a@b/day")
+    assert image_url("url", f"s3://bucket/day@{digest[1:]}").name == f"day@{digest[1:]}"
+    assert image_url("url", "s3://bucket/day@home").manifest is None
+    with pytest.raises(UsageError, match="ends with the digest of a manifest"):
+        image_url("url", "s3://bucket/", f"day@{digest}")
+
+
 def test_name_of_the_file_is_the_default() -> None:
     assert image_url("url", "s3://bucket/a/", "web.img").name == "web.img"
     with pytest.raises(UsageError, match="invalid image name ''"):

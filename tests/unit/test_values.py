@@ -75,7 +75,7 @@ OPTIONS: dict[str, Any] = {
     "push": PushOptions,
     "collection": CollectOptions,
 }
-PATHS = ("tls", "store", "tls_hostname")
+PATHS = ("tls", "store", "tls_hostname", "key", "key_command")
 FLAGS = (
     "auto_converge",
     "adaptive",
@@ -162,6 +162,8 @@ def _arguments(path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "restore_guest": (pageferry.restore_guest, {"name": "guest", "path": path / "none", "arguments": []}),
         "push_image": (pageferry.push_image, {"path": path / "none", "url": "file:///none/image"}),
         "pull_image": (pageferry.pull_image, {"url": "file:///none/image", "path": path / "image"}),
+        "copy_image": (pageferry.copy_image, {"path": path / "none", "target": "file:///none/image"}),
+        "check_store": (pageferry.check_store, {"url": "none"}),
         "list_images": (pageferry.list_images, {"url": "file:///none"}),
         "collect_garbage": (pageferry.collect_garbage, {"url": "file:///none"}),
         "list_cache": (pageferry.list_cache, {}),

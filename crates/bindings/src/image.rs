@@ -193,6 +193,12 @@ impl ImageChain {
         Ok(PyBytes::new(py, &contents.map_err(image_error)?))
     }
 
+    /// Fetches storage blocks that the files of image `first` and its ancestors do not contain from the provider at the other end of a socket.
+    fn supply_from(&self, py: Python<'_>, socket: i32, first: usize) -> PyResult<()> {
+        let socket = duplicate(socket).map_err(errors::kernel)?;
+        py.detach(|| image::Supply::attach(&self.inner, first, socket)).map(drop).map_err(errors::kernel)
+    }
+
     /// Returns those pages of a range whose contents differ between two chains, as runs (start, end).
     fn differences(
         &self,

@@ -95,7 +95,7 @@ class Attempt(ABC):
         if not isinstance(workload, SavesDisks):
             return None
         options = request.options
-        return workload.save_disks(*options.disks, request.path, request.id.hex(), self._bandwidth)
+        return workload.save_disks(*options.disks, request.target.path, request.id.hex(), self._bandwidth)
 
     @property
     def _bandwidth(self) -> int:
@@ -197,6 +197,7 @@ class Attempt(ABC):
         if self._disks is not None:
             await self._disks.flush()
         self._paused = True
+        self.request.target.hold()
         stopped = await pause_to_save(self.request.workload)
         self.statistics.enter(Phase.STOP, at=stopped)
         # Before the state is saved: QEMU's migration of the state deactivates all block nodes.
@@ -258,6 +259,7 @@ class LazyAttempt(Attempt):
             self.statistics.enter(Phase.PROTECT)
             self._saver.begin()  # in this thread: a switch of threads would prolong the pause
             await self._resume()
+            self.request.target.release()
             self.statistics.enter(Phase.SAVE)
             if self._disks is not None:
                 await self._disks.resumed()
@@ -321,6 +323,7 @@ class StoppedAttempt(Attempt):
 
     async def _save(self) -> None:
         state = await self._pause()
+        self.request.target.release()  # the upload does not wait until the workload resumes
         await self._arm(self.preparation.traced_segments())
         try:
             regions = self._region_pages()

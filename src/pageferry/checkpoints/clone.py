@@ -37,7 +37,8 @@ async def clone_async(
 
     `arguments` is the command line of QEMU, program first, in which {n} and {name} stand for the number and the name of
     the guest. `options` are the fields of `pageferry.checkpoints.clone_options.CloneOptions`: `count`, `name`,
-    `memory`, `eager`, `prefetch`, `disks`, `clock`. If a guest cannot be started, all are terminated.
+    `memory`, `eager`, `prefetch`, `disks`, `clock`, and for an image in a store `key`, `key_command`, `allow_plain`. If
+    a guest cannot be started, all are terminated.
 
     Raises the errors of `pageferry restore`; UsageError if two guests would listen on one address, before a guest is
     started; RestoreError if two guests have the same generation ID; UnsupportedError if the memory of the image cannot
@@ -120,7 +121,7 @@ async def start_clones(
 ) -> tuple[list[QemuWorkload], CloneResult]:
     """Start the guests, and return them with the result. Raises the same errors as `clone_async`."""
     commands = options.commands(arguments)
-    async with local_image_async("path", path, listener) as image:
+    async with local_image_async("path", path, options) as image:
         return await _start_clones(image, commands, options, listener)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Required, TypedDict
+from typing import Annotated, Required
 
 from pageferry.checkpoints.options import RESTORED_DISKS, Clones, Memory, check_loading
 from pageferry.errors import UsageError
 from pageferry.host.registry import check_name
-from pageferry.options import check
+from pageferry.stores.options import OpenArguments, OpenOptions
 from pageferry.values import Placed
 from pageferry.workloads.qemu import addresses, placeholders, rtc
 
 
-class CloneArguments(TypedDict, total=False):
+class CloneArguments(OpenArguments, total=False):
     """Keyword arguments of `clone` for the fields of `CloneOptions`."""
 
     count: Required[int]
@@ -27,7 +27,7 @@ class CloneArguments(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CloneOptions:
+class CloneOptions(OpenOptions):
     """Options of clones, the same as those of `pageferry clone`. Raises UsageError."""
 
     count: Clones
@@ -48,7 +48,7 @@ class CloneOptions:
     """Time from which the real-time clocks of the guests continue; None: as QEMU's `-rtc` specifies."""
 
     def __post_init__(self) -> None:
-        check(self)
+        OpenOptions.__post_init__(self)
         check_loading(self.eager, self.prefetch)
         for name in self.names:
             check_name(name)

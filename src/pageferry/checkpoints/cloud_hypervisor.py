@@ -8,8 +8,10 @@ from typing import Unpack
 
 from pageferry import values
 from pageferry.checkpoints.events import CheckpointResult
+from pageferry.checkpoints.image_source import image_argument
 from pageferry.checkpoints.options import CheckpointArguments, Options
 from pageferry.checkpoints.save import save
+from pageferry.checkpoints.target import Target, target
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import synchronous
@@ -25,8 +27,8 @@ async def checkpoint_cloud_hypervisor_async(
     listener: Listener = ignore,
     **options: Unpack[CheckpointArguments],
 ) -> CheckpointResult:
-    """Save a VM of Cloud Hypervisor to an image, for `serve` with `cloud_hypervisor`. The image appears at `path` when
-    it is complete.
+    """Save a VM of Cloud Hypervisor to an image, for `serve` with `cloud_hypervisor`. The image appears at `path`, a
+    file or a URL in a store, when it is complete.
 
     `api_socket`: path of the API socket (--api-socket). The memory of the VM must be shared (`--memory shared=on`).
     With `preserve_source`, the VM keeps running while its memory is saved; a paused VM stays paused. Otherwise the VM
@@ -43,18 +45,18 @@ async def checkpoint_cloud_hypervisor_async(
         pageferry.errors.WorkloadDied: ...
     """
     chosen = values.options(Options, options)
-    socket, target = values.path("api_socket", api_socket), values.path("path", path)
-    older = values.optional(values.path, "parent", parent)
+    socket, place = values.path("api_socket", api_socket), target("path", path, chosen)
+    older = values.optional(image_argument, "parent", parent)
     preserve = values.flag("preserve_source", preserve_source)
     check_listener("listener", values.function("listener", listener))
-    return await save_vm(socket, target, preserve, older, chosen, listener)
+    return await save_vm(socket, place, preserve, older, chosen, listener)
 
 
 checkpoint_cloud_hypervisor = synchronous(checkpoint_cloud_hypervisor_async)
 
 
 async def save_vm(
-    api_socket: Path, path: Path, preserve: bool, parent: Path | None, options: Options, listener: Listener
+    api_socket: Path, place: Target, preserve: bool, parent: str | Path | None, options: Options, listener: Listener
 ) -> CheckpointResult:
     """Save a VM as `checkpoint_cloud_hypervisor_async` does, with arguments that have been checked."""
     from pageferry.workloads.cloud_hypervisor.vm import CloudHypervisorVm  # other checkpoints do not need it
@@ -66,7 +68,7 @@ async def save_vm(
     options = replace(options, track=False, mode=options.mode if preserve else "stop")
     vm = await CloudHypervisorVm.open(api_socket, preserve=preserve)
     try:
-        result = await save(vm, path, parent, options, listener)
+        result = await save(vm, place, parent, options, listener)
         if not preserve:
             await vm.complete()
         return result

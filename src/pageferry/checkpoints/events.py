@@ -102,13 +102,27 @@ class TrapCount(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Number of traps that found the staging buffer full."""
 
 
+class UploadSummary(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Upload of the image of a checkpoint to a store."""
+
+    manifest: str
+    """Digest of the manifest, hexadecimal."""
+    uploaded: int
+    """Bytes uploaded, manifests and missing parents included."""
+    blocks: int
+    """Number of storage blocks that the store did not contain."""
+    spool: int
+    """Maximum space of the spool, bytes."""
+    encrypted: bool
+
+
 class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     """Result of a checkpoint. Times are in milliseconds, and sizes in bytes."""
 
     status: Literal["completed"]
     workload: str
     image: str
-    """Absolute path of the image."""
+    """Absolute path of the image, or its URL in a store."""
     id: str
     """Identifier of the image."""
     digest: str
@@ -154,6 +168,8 @@ class CheckpointResult(Event, frozen=True, kw_only=True, tag="checkpoint"):
     trap_details: TrapCount
     disks: list[SavedDiskSummary] = msgspec.field(default_factory=list)
     """Disks that were saved with the image."""
+    upload: UploadSummary | None = None
+    """Upload to a store; None for a file."""
     paused: bool = False
     """Whether the user had paused the workload before the checkpoint. It stays paused, and is paused after a restore
     from the image."""

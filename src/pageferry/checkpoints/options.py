@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
 from pageferry import values
 from pageferry.errors import UsageError
 from pageferry.images.metadata import Codec
-from pageferry.options import API_ONLY, Count, Place, Rate, Size, check
+from pageferry.options import API_ONLY, Count, Place, Rate, Size
+from pageferry.stores.options import OpenArguments, OpenOptions
 from pageferry.values import Placed
 
 Mode = Literal["lazy", "stop"]
@@ -35,7 +36,7 @@ def check_loading(eager: bool, prefetch: bool) -> None:
         )
 
 
-class CheckpointArguments(TypedDict, total=False):
+class CheckpointArguments(OpenArguments, total=False):
     """Keyword arguments of `checkpoint` for the fields of `Options`."""
 
     track: bool | None
@@ -52,8 +53,9 @@ class CheckpointArguments(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Options of a checkpoint: those of `pageferry checkpoint`, and also `packers` and `at_snapshot_point`.
+class Options(OpenOptions):
+    """Options of a checkpoint: those of `pageferry checkpoint`, and also `packers` and `at_snapshot_point`. With a key,
+    an image in a store is encrypted; the same key opens a parent in a store.
 
     Sizes are in bytes and rates in bytes per second, or strings such as `64K`. Raises UsageError.
     """
@@ -87,7 +89,7 @@ class Options:
     fit, pages are saved in rounds before the pause."""
 
     def __post_init__(self) -> None:
-        check(self)
+        OpenOptions.__post_init__(self)
         values.size("storage_block", self.storage_block, self.page_block, 4 * MIB)
         values.size("staging", self.staging, 2 * self.trap_block, 1 << 40)
         if self.trap_block & (self.trap_block - 1):

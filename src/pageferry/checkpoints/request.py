@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pageferry.checkpoints.options import Options
+from pageferry.checkpoints.target import Target
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
-from pageferry.images.image import ImageFile, beside
+from pageferry.images.image import ImageFile
 from pageferry.memory.view import Extent
 from pageferry.workloads.protocols import Saveable, SavesDisks
 
@@ -24,8 +24,8 @@ class Request:
     """Request to save a workload to an image. Raises UsageError if the image cannot be written as requested."""
 
     workload: Saveable
-    path: Path
-    """Path of the image. The constructor makes it absolute."""
+    target: Target
+    """File or image in a store to write."""
     options: Options
     listener: Listener = ignore
     parent: ImageFile | None = None
@@ -36,7 +36,6 @@ class Request:
     """Identifier of the image."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", self.path.absolute())
         if self.parent is not None:
             self._check_parent(self.parent)
         if self.options.disks.word != "record" and not isinstance(self.workload, SavesDisks):
@@ -44,8 +43,7 @@ class Request:
                 f"`disks` {self.options.disks.word} requires a QEMU guest, and {self.workload.name} has no disks; "
                 "use `disks` record"
             )
-        if self.path.is_dir():
-            raise UsageError(f"cannot write {self.path}: it is a directory; give the name of a file")
+        self.target.check(self.options, self.parent)
 
     def _check_parent(self, parent: ImageFile) -> None:
         regions: Sequence[Extent] = self.workload.regions if self.clone is None else self.clone.regions
@@ -56,10 +54,3 @@ class Request:
                 f"cannot use {parent.path} as the parent: its regions are {theirs}, and those of {self.workload.name} "
                 f"are {ours}; use an image of the same guest, or none"
             )
-        needed = beside(self.path, parent.path)
-        if not (needed.exists() and needed.samefile(parent.path)):
-            raise UsageError(
-                f"cannot write {self.path}: its parent {parent.path} must be in the same directory; write to "
-                f"{parent.path.parent}, or put a symbolic link to the parent into {self.path.parent}"
-            )
-        parent.check_target(self.path)

@@ -29,6 +29,7 @@ from pageferry.pager import page_faults, records
 from pageferry.pager.fill_order import FillOrder, fill_order
 from pageferry.pager.page_faults import CannotHandleFaults
 from pageferry.pager.server import PagerServer
+from pageferry.stores.lazy_image import open_image_file
 from pageferry.workloads.arena.arena import Arena, memory_file
 from pageferry.workloads.deferred_access import load_all, load_pages
 
@@ -168,8 +169,8 @@ def restore(
     **options: Unpack[RestoreArguments],
 ) -> RestoredArena | SharedArena:
     """Create an arena from an image. The arena is usable at once: accessed pages are loaded first, the others in the
-    background. With a `name`, the arena is registered on this host. `path` can be the URL of an image in a store: the
-    image is first downloaded to the cache of this host, unless the cache has it (docs/stores.md).
+    background. With a `name`, the arena is registered on this host. `path` can be the URL of an image in a store, whose
+    contents are fetched to the cache of this host when they are accessed, and in the background (docs/stores.md).
 
     If this user cannot handle page faults (including those of system calls), all contents are loaded before this
     function returns, with a warning in the log; `listener` is called with an EagerEvent, which states the reason, and
@@ -181,11 +182,12 @@ def restore(
 
     `options`: with `eager`, load in the background at full speed, without yielding to accesses. With `prefetch=False`,
     load only accessed pages. All other options are those of `Arena`: state, on_pause, on_resume, on_moved, direct_io,
-    loop, capacity. The saved state is passed to `state`, or stored in `received_state`. The image is only read, and can
-    be restored any number of times concurrently; it must not be moved until `deferred` is 0. This call blocks; a
-    coroutine awaits `restore_async` instead.
+    loop, capacity. The saved state is passed to `state`, or stored in `received_state`. An encrypted image in a store
+    requires its key: key or key_command (and allow_plain, see docs/stores.md). The image is only read, and can be
+    restored any number of times concurrently; it must not be moved until `deferred` is 0. This call blocks; a coroutine
+    awaits `restore_async` instead.
 
-    Raises ImageError if the image cannot be used, UsageError if it is not of an arena, StoreError.
+    Raises ImageError if the image cannot be used, UsageError if it is not of an arena, StoreError, WrongKey.
 
     Examples:
         >>> import pageferry
@@ -207,10 +209,12 @@ def open_arena(
 ) -> RestoredArena | SharedArena:
     """Like `restore`, for a caller that has collected the options. Raises the same errors."""
     chosen = values.options(RestoredArenaOptions, {**options, "name": name, "memory": memory})
-    with local_image("path", path, listener) as source:
+    with local_image("path", path, chosen.keys) as source:
         if chosen.memory == "shared":
             return open_shared(source, chosen, listener)
-        return RestoredArena.from_image(interruptible(lambda: ImageFile(source)), chosen, listener)
+        return RestoredArena.from_image(
+            interruptible(lambda: open_image_file(source, in_own_process=True)), chosen, listener
+        )
 
 
 def open_shared(path: Path, options: RestoredArenaOptions, listener: Listener, *, writable: bool = True) -> SharedArena:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Annotated, TypedDict, get_args
+from pathlib import Path
+from typing import Annotated, get_args
 
 from pageferry import values
 from pageferry.checkpoints.options import RESTORED_DISKS, Memory, check_loading
 from pageferry.errors import UsageError
-from pageferry.options import Text, check
+from pageferry.options import Text
+from pageferry.stores.options import OpenArguments, OpenOptions
 from pageferry.workloads.arena.options import ArenaArguments, ArenaOptions
 from pageferry.workloads.qemu import generation_id, rtc
 
 
-class GuestArguments(TypedDict, total=False):
+class GuestArguments(OpenArguments, total=False):
     """Keyword arguments of `restore_guest` for the fields of `GuestOptions`."""
 
     eager: bool
@@ -28,7 +30,7 @@ class GuestArguments(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GuestOptions:
+class GuestOptions(OpenOptions):
     """Options of the restore of a guest, the same as those of `pageferry restore`. Raises UsageError."""
 
     eager: bool = False
@@ -59,7 +61,7 @@ class GuestOptions:
     `-rtc` in the command line specifies."""
 
     def __post_init__(self) -> None:
-        check(self)
+        OpenOptions.__post_init__(self)
         object.__setattr__(self, "guid", generation_id.check_choice("guid", self.guid))
         check_loading(self.eager, self.prefetch)
         if self.paused and self.resume:
@@ -68,7 +70,7 @@ class GuestOptions:
             raise UsageError("`hugetlb` cannot be combined with shared `memory`: remove one of them")
 
 
-class RestoreArguments(ArenaArguments, total=False):
+class RestoreArguments(ArenaArguments, OpenArguments, total=False):
     """Keyword arguments of `restore` for the fields of `RestoredArenaOptions`, other than `name` and `memory`."""
 
     eager: bool
@@ -86,15 +88,27 @@ class RestoredArenaOptions(ArenaOptions):
     memory: Memory = "own"
     """Separate memory for the arena, or private pages over one copy of the image's memory for all processes of this
     user that restore the image in this way (docs/clones.md)."""
+    key: Path | None = None
+    """File with the key of an image in a store (docs/stores.md)."""
+    key_command: str | None = None
+    """Command that prints what a file for `key` contains. It is run for each image, without a shell."""
+    allow_plain: bool = False
+    """With a key, also accept an image that is not encrypted."""
 
     def __post_init__(self) -> None:
         ArenaOptions.__post_init__(self)
+        object.__setattr__(self, "key", self.keys.key)
         values.flag("eager", self.eager)
         values.flag("prefetch", self.prefetch)
         values.choice("memory", self.memory, get_args(Memory))
         if self.memory == "shared":
             self._check_shared()
         check_loading(self.eager, self.prefetch)
+
+    @property
+    def keys(self) -> OpenOptions:
+        """Key of an image in a store."""
+        return OpenOptions(key=self.key, key_command=self.key_command, allow_plain=self.allow_plain)
 
     def _check_shared(self) -> None:
         """Raise UsageError for options of `Arena`, because they would have no effect."""

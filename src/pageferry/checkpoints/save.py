@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Unpack
 from pageferry import values
 from pageferry.checkpoints.attempt import Attempt, attempt
 from pageferry.checkpoints.events import CheckpointResult
+from pageferry.checkpoints.image_source import NO_KEY, image_argument, local_image_async
 from pageferry.checkpoints.options import CheckpointArguments, Options
 from pageferry.checkpoints.preparation import Preparation
 from pageferry.checkpoints.request import Request
 from pageferry.checkpoints.statistics import Phase, Statistics
+from pageferry.checkpoints.target import Target, target
 from pageferry.errors import CheckpointError, UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import beside_loop, synchronous
 from pageferry.host.fault_points import fault_point
-from pageferry.images.image import ImageFile, new_file
+from pageferry.images.image import ImageFile
+from pageferry.stores.address import is_url
+from pageferry.stores.lazy_image import open_image_file
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.managed import HasArena, saveable
@@ -41,17 +45,19 @@ async def checkpoint_async(
     **options: Unpack[CheckpointArguments],
 ) -> CheckpointResult:
     """Save a running workload to an image, while the workload keeps running. The image appears at `path` when it is
-    complete.
+    complete. `path` and `parent` can be URLs of images in a store (docs/stores.md).
 
     With `parent`, an earlier image of the same workload, only pages that differ from the parent are stored, and the new
     image requires the parent. The parent of a clone is always the image that the clone shares; only its private pages
     are stored. `options` are the fields of `pageferry.checkpoints.options.Options`: mode, disks, codec, track, packers,
     bandwidth (bytes per second), and the sizes trap_block, page_block, storage_block, staging and at_snapshot_point
-    (bytes). `listener` is called with an event for every step.
+    (bytes). With `key` or `key_command`, an image in a store is encrypted. The same key opens a parent in a store;
+    `allow_plain` also accepts one that is not encrypted. `listener` is called with an event for every step.
 
     Raises CheckpointError if no image was written, for example because the disk is full; the workload keeps running.
-    Raises ImageError if the parent cannot be used, WorkloadDied if the workload exits. Also raises WorkloadError and
-    UsageError.
+    Raises StoreError if a store cannot be used, before or while the workload is saved; the workload keeps running.
+    Raises ImageError if the parent cannot be used, or if the store has an image of this name, WorkloadDied if the
+    workload exits. Also raises WorkloadError and UsageError.
 
     Examples:
         >>> import pageferry
@@ -65,47 +71,62 @@ async def checkpoint_async(
     """
     workload = saveable(workload)
     chosen = values.options(Options, options)
-    target, older = values.path("path", path), values.optional(values.path, "parent", parent)
+    place, older = target("path", path, chosen), values.optional(image_argument, "parent", parent)
     values.function("listener", listener)
     check_listener("listener", listener)
     if isinstance(workload, Arena):
         workload.check_here()
         arena = workload
-        return await beside_loop(lambda heard: save(arena.workload(), target, older, chosen, heard), listener)
-    return await save(workload, target, older, chosen, listener)
+        return await beside_loop(lambda heard: save(arena.workload(), place, older, chosen, heard), listener)
+    return await save(workload, place, older, chosen, listener)
 
 
 checkpoint = synchronous(checkpoint_async)
 
 
 async def save(
-    workload: Saveable, path: Path, parent: Path | None, options: Options, listener: Listener
+    workload: Saveable, place: Target, parent: str | Path | None, options: Options, listener: Listener
 ) -> CheckpointResult:
     """Save a workload as `checkpoint_async` does, with arguments that have been checked."""
+    if options.allow_plain and not is_url(parent):
+        raise UsageError("`allow_plain` has no effect without a `parent` in a store; remove it")
     if workload.live is None:
         options = replace(options, mode="stop")
+    place.check(options, None)  # before the parent is downloaded
+    await place.prepare()
     statistics = Statistics(options.mode)
     clone = clone_of(workload)
-    request = Request(
-        workload=workload,
-        path=path,
-        options=options,
-        listener=listener,
-        parent=_open_parent(workload.name, clone, parent, options),
-        clone=clone,
-    )
-    return await Save(request, statistics).run()
+    async with _local(parent, options) as local:
+        request = Request(
+            workload=workload,
+            target=place,
+            options=options,
+            listener=listener,
+            parent=_open_parent(workload.name, clone, local, options, whole=place.uploads),
+            clone=clone,
+        )
+        return await Save(request, statistics).run()
 
 
-def _open_parent(name: str, clone: CloneRecord | None, path: Path | None, options: Options) -> ImageFile | None:
-    """Return the parent of the new image: for a clone, the image that it shares."""
+def _local(parent: str | Path | None, options: Options) -> AbstractAsyncContextManager[Path | None]:
+    """Return the context in which the parent is available as a file."""
+    if parent is None:
+        return contextlib.nullcontext(None)
+    return local_image_async("parent", parent, options if is_url(parent) else NO_KEY)
+
+
+def _open_parent(
+    name: str, clone: CloneRecord | None, path: Path | None, options: Options, *, whole: bool
+) -> ImageFile | None:
+    """Return the parent of the new image: for a clone, the image that it shares. `whole`: whether the upload may need
+    all of its storage blocks."""
     if clone is not None:
         if options.track:
             raise UsageError(f"cannot use `track` for {name}: a checkpoint of a clone needs no trace; omit `track`")
         from pageferry.workloads.clone_view import open_image
 
-        return open_image(name, clone, path)
-    return ImageFile(path) if path is not None else None
+        return open_image(name, clone, path, whole=whole)
+    return open_image_file(path, whole=whole) if path is not None else None
 
 
 class Save:
@@ -132,9 +153,14 @@ class Save:
     async def _write(self) -> Attempt:
         """Write and publish the image. After an error, undo what was changed in the disks of the workload."""
         try:
-            with writing(self.request.path), new_file(self.request.path) as file:
-                await self._preparation.set_up()
-                return await self._save(file)
+            place = self.request.target
+            with writing(place.place):
+                async with place.opened(self.request.parent, self.request.listener) as file:
+                    await self._preparation.set_up()
+                    saved = await self._save(file)
+                    if place.uploads:
+                        self.statistics.enter(Phase.UPLOAD)
+                    return saved
         except BaseException:
             if self._last is not None:
                 await asyncio.shield(self._last.abandon())
@@ -142,23 +168,23 @@ class Save:
 
     async def _save(self, file: int) -> Attempt:
         """Make an attempt, and another one without a trace if the trace since the parent cannot be used."""
+        place = self.request.target
         self._last = first = attempt(self._preparation, file)
         try:
-            await first.run()
+            await place.during(first.run())
             return first
         except LookupError as lost:
             why = str(lost)
             await first.abandon()
             await self._preparation.lose_trace(why)
-            os.ftruncate(file, 0)
-            os.lseek(file, 0, os.SEEK_SET)
+            await place.restart(file)
         self._last = second = attempt(self._preparation, file)
-        await second.run()
+        await place.during(second.run())
         return second
 
 
 @contextlib.contextmanager
-def writing(path: Path, otherwise: str = "the workload keeps running") -> Iterator[None]:
+def writing(path: Path | str, otherwise: str = "the workload keeps running") -> Iterator[None]:
     """Translate every OSError of the block to CheckpointError. `otherwise`: advice for errors without specific
     advice."""
     try:

@@ -32,6 +32,8 @@ class Phase(StrEnum):
     SAVE = "save"
     PUBLISH = "publish"
     """Restoration of huge mappings, and publication of the image."""
+    UPLOAD = "upload"
+    """Upload of the rest of an image to a store, and its publication."""
     PUBLISHED = "published"
 
 
@@ -110,7 +112,9 @@ class Statistics:
         if self.phase is Phase.SET_UP:
             return {attempt[0], Phase.PUBLISH}
         if self.phase is Phase.PUBLISH:
-            return {attempt[0], Phase.PUBLISHED}
+            return {attempt[0], Phase.UPLOAD, Phase.PUBLISHED}
+        if self.phase is Phase.UPLOAD:
+            return {Phase.PUBLISHED}
         return {attempt[attempt.index(self.phase) + 1], Phase.RESUME, Phase.PUBLISH}
 
     @property
@@ -138,7 +142,7 @@ class Statistics:
         return events.CheckpointResult(
             status="completed",
             workload=request.workload.name,
-            image=str(request.path),
+            image=request.target.name,
             id=request.id.hex(),
             digest=f"{image.digest:016x}",
             parent=str(request.parent.path) if request.parent is not None else None,
@@ -157,6 +161,7 @@ class Statistics:
             arm_time=round(self.arm_seconds * 1e3, 3),
             downtime=round(self.downtime, 3),
             downtime_parts=self._downtime_parts(),
+            upload=request.target.upload,
             disks=[events.SavedDiskSummary(disk.id, disk.name, disk.path, disk.overlay) for disk in self.disks],
             memory=self.memory,
             pages=events.PageCount(**{name: getattr(count, name) for name in events.PageCount.__struct_fields__}),

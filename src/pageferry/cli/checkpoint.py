@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from pageferry import report, values
 from pageferry.checkpoints.cloud_hypervisor import save_vm
+from pageferry.checkpoints.image_source import image_argument
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.save import save
+from pageferry.checkpoints.target import Target, target
 from pageferry.cli.options import given
 from pageferry.errors import UsageError
 from pageferry.host.registry import Registry
@@ -21,16 +24,16 @@ async def run(args: argparse.Namespace) -> int:
     """Save the workload or process, and print the result."""
     options = Options(**given(args, Options))  # raises UsageError before any other work
     _check_selection(args)
+    place, parent = target("image", args.image, options), values.optional(image_argument, "parent", args.parent)
     if args.cloud_hypervisor is not None:
-        path, parent = values.path("path", args.image), values.optional(values.path, "parent", args.parent)
         api = values.path("api_socket", args.cloud_hypervisor)
         with open_reporter(args.output, lambda: report.CheckpointView()) as out:
-            out.final(await save_vm(api, path, args.preserve_source, parent, options, out.event))
+            out.final(await save_vm(api, place, args.preserve_source, parent, options, out.event))
         return 0
     if args.name.startswith(PREFIX):
         process = ProcessWorkload.named(args.name, args.regions)
         try:
-            await _save(args, process, options)
+            await _save(args, process, place, parent, options)
         finally:
             process.close()
         return 0
@@ -42,7 +45,7 @@ async def run(args: argparse.Namespace) -> int:
     workload = await open_workload(args.name)
     try:
         with Registry().folder(args.name).exclusively(f"a checkpoint to {args.image}"):
-            await _save(args, workload, options)
+            await _save(args, workload, place, parent, options)
     finally:
         workload.close()
     return 0
@@ -58,7 +61,8 @@ def _check_selection(args: argparse.Namespace) -> None:
         raise UsageError("--regions requires a process (pid:N); omit it")
 
 
-async def _save(args: argparse.Namespace, workload: Saveable, options: Options) -> None:
-    path, parent = values.path("path", args.image), values.optional(values.path, "parent", args.parent)
+async def _save(
+    args: argparse.Namespace, workload: Saveable, place: Target, parent: str | Path | None, options: Options
+) -> None:
     with open_reporter(args.output, lambda: report.CheckpointView()) as out:
-        out.final(await save(workload, path, parent, options, out.event))
+        out.final(await save(workload, place, parent, options, out.event))

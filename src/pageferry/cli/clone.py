@@ -8,8 +8,10 @@ from pageferry import report
 from pageferry.checkpoints.clone import start_clones
 from pageferry.checkpoints.clone_options import CloneOptions
 from pageferry.cli.foreground import run_all_in_foreground
+from pageferry.cli.options import given
 from pageferry.errors import UsageError
 from pageferry.report.reporter import open_reporter
+from pageferry.stores.options import OpenOptions
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -27,6 +29,7 @@ async def run(args: argparse.Namespace) -> int:
         prefetch=not args.no_prefetch,
         disks=args.disks,
         clock=args.clock,
+        **given(args, OpenOptions),
     )
     with open_reporter(args.output, lambda: report.CloneView()) as reporter:
         workloads, result = await start_clones(args.image, args.command, options, reporter.event)

@@ -19,6 +19,7 @@ from pageferry.errors import ImageError
 from pageferry.events import Event
 from pageferry.host.blocking import in_thread
 from pageferry.report.reporter import Reporter, open_reporter
+from pageferry.stores.options import OpenOptions
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -37,15 +38,18 @@ async def run(args: argparse.Namespace) -> int:
 async def _in_store(args: argparse.Namespace, out: Reporter) -> Event:
     """Run an operation on a store, or the deletion of a file."""
     from pageferry.control import stores  # the other operations need no stores and no guests
-    from pageferry.stores.options import CollectOptions, PushOptions
+    from pageferry.stores.options import CollectOptions, KeyOptions, PushOptions
 
     match args.what:
         case "push":
             return await stores.push_image_async(args.image, args.url, listener=out.event, **given(args, PushOptions))
         case "pull":
-            return await stores.pull_image_async(args.url, args.image, listener=out.event)
+            return await stores.pull_image_async(args.url, args.image, listener=out.event, **given(args, OpenOptions))
+        case "copy":
+            keys = given(args, OpenOptions)
+            return await stores.copy_image_async(args.image, args.target, listener=out.event, **keys)
         case "list":
-            return await stores.list_images_async(args.url)
+            return await stores.list_images_async(args.url, **given(args, KeyOptions))
         case "gc":
             return await stores.collect_garbage_async(args.url, **given(args, CollectOptions))
         case _:
@@ -53,21 +57,21 @@ async def _in_store(args: argparse.Namespace, out: Reporter) -> Event:
 
 
 def _info(args: argparse.Namespace) -> tuple[Event, int]:
-    return image_info(args.image), 0
+    return image_info(args.image, **given(args, OpenOptions)), 0
 
 
 def _verify(args: argparse.Namespace) -> tuple[Event, int]:
-    found = verify_image(args.image)
+    found = verify_image(args.image, **given(args, OpenOptions))
     return found, ImageError.exit_code if found.findings else 0
 
 
 def _diff(args: argparse.Namespace) -> tuple[Event, int]:
-    found = compare_images(args.image, args.other)
+    found = compare_images(args.image, args.other, **given(args, OpenOptions))
     return found, 0 if found.same else 1
 
 
 def _flatten(args: argparse.Namespace) -> tuple[Event, int]:
-    return flatten_image(args.image, args.target, codec=args.codec), 0
+    return flatten_image(args.image, args.target, codec=args.codec, **given(args, OpenOptions)), 0
 
 
 def _import(args: argparse.Namespace) -> tuple[Event, int]:
@@ -83,7 +87,8 @@ def _import(args: argparse.Namespace) -> tuple[Event, int]:
 
 
 def _export(args: argparse.Namespace) -> tuple[Event, int]:
-    return export_image(args.image, firecracker=args.firecracker, vmstate=args.vmstate), 0
+    keys = given(args, OpenOptions)
+    return export_image(args.image, firecracker=args.firecracker, vmstate=args.vmstate, **keys), 0
 
 
 OPERATIONS: dict[str, Callable[[argparse.Namespace], tuple[Event, int]]] = {

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.save import save
+from pageferry.checkpoints.target import FileTarget
 from pageferry.errors import PageferryError, RestoreError, UsageError
 from pageferry.events import ignore
 from pageferry.host import files
@@ -78,7 +79,7 @@ async def _snapshot(path: Path, folder: Path) -> None:
         channel = await on_thread(lambda: Channel(listener.accept()[0]), lambda: listener.shutdown(socket.SHUT_RDWR))
         vm = await CloudHypervisorVm.receive(channel)
         try:
-            await save(vm, folder / IMAGE, None, Options(mode="stop", track=False), ignore)
+            await save(vm, FileTarget(folder / IMAGE), None, Options(mode="stop", track=False), ignore)
             await vm.complete()
         finally:
             vm.close()

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from pageferry import report
 from pageferry.cli.foreground import run_in_foreground
-from pageferry.cli.options import refuse_others
+from pageferry.cli.options import given, refuse_others
 from pageferry.errors import RestoreError, UsageError, WorkloadError
 from pageferry.host.registry import Registry
 from pageferry.pager.base_records import find_program
 from pageferry.pager.events import TakenOver
 from pageferry.pager.launcher import PagerConnection, PagerProcess, connect_to_base, take_over, take_over_base
 from pageferry.report.reporter import Reporter, open_reporter
+from pageferry.stores.options import OpenOptions
 
 if TYPE_CHECKING:
     from pageferry.checkpoints.events import RestoreResult
@@ -43,7 +44,7 @@ async def run(args: argparse.Namespace) -> int:
             raise UsageError(
                 "cannot restore a guest: IMAGE or the command line is missing; give NAME IMAGE -- QEMU ARGS..."
             )
-        async with _local(args, reporter) as image:
+        async with _local(args) as image:
             pager = _pager(args, image)
             try:
                 workload, result = await _restore(args, image, reporter, pager)
@@ -57,13 +58,14 @@ async def run(args: argparse.Namespace) -> int:
         return await _run_in_foreground(args, workload, result, reporter)
 
 
-def _local(args: argparse.Namespace, reporter: Reporter) -> AbstractAsyncContextManager[str | Path]:
+def _local(args: argparse.Namespace) -> AbstractAsyncContextManager[str | Path]:
     """Return the context in which the image is available as a file."""
-    if "://" not in args.image:
+    keys = OpenOptions(**given(args, OpenOptions))
+    if "://" not in args.image and keys == OpenOptions():
         return contextlib.nullcontext(args.image)
     from pageferry.checkpoints.image_source import local_image_async
 
-    return local_image_async("image", args.image, reporter.event)
+    return local_image_async("image", args.image, keys)
 
 
 def _pager(args: argparse.Namespace, image: str | Path) -> PagerConnection:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 
 from pageferry import report
+from pageferry.cli.options import given
 from pageferry.control.serving import serve_async
 from pageferry.errors import RestoreError
 from pageferry.pager.firecracker.events import ServeResult
 from pageferry.report.reporter import open_reporter
+from pageferry.stores.options import OpenOptions
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -27,6 +29,7 @@ async def run(args: argparse.Namespace) -> int:
             microvms=args.microvms,
             on_demand=args.on_demand,
             paused=args.paused,
+            **given(args, OpenOptions),
         )
         reporter.final(result)
     return RestoreError.exit_code if isinstance(result, ServeResult) and result.failed else 0

@@ -8,7 +8,7 @@ from pageferry.stores.events import CacheCleared, CacheListing
 
 
 def list_cache() -> CacheListing:
-    """List the images that restores from stores have downloaded to this host. Raises UsageError.
+    """List the images that restores from stores have fetched to this host, completely or in part. Raises UsageError.
 
     Examples:
         >>> import pageferry
@@ -19,7 +19,7 @@ def list_cache() -> CacheListing:
 
 
 def clear_cache() -> CacheCleared:
-    """Remove the images that restores from stores have downloaded, except those that restores need.
+    """Remove the images that restores from stores have fetched, except those that restores need.
 
     Raises UsageError, StoreError.
 

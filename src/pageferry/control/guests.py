@@ -9,10 +9,11 @@ from typing import Unpack
 from pageferry import values
 from pageferry.checkpoints import restore_guest as guests
 from pageferry.checkpoints.events import CheckpointResult, RestoreResult
-from pageferry.checkpoints.image_source import local_image_async
+from pageferry.checkpoints.image_source import image_argument, local_image_async
 from pageferry.checkpoints.options import CheckpointArguments, Options
 from pageferry.checkpoints.restore_options import GuestArguments, GuestOptions
 from pageferry.checkpoints.save import save
+from pageferry.checkpoints.target import target
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import synchronous
@@ -75,13 +76,13 @@ async def checkpoint_guest_async(
         >>> pageferry.stop("web")
     """
     chosen = values.options(Options, options)
-    target, older = values.path("path", path), values.optional(values.path, "parent", parent)
+    place, older = target("path", path, chosen), values.optional(image_argument, "parent", parent)
     check_listener("listener", values.function("listener", listener))
     registry = Registry()
     workload = await open_workload(name, registry=registry)
     try:
-        with registry.folder(name).exclusively(f"a checkpoint to {target}"):
-            return await save(workload, target, older, chosen, listener)
+        with registry.folder(name).exclusively(f"a checkpoint to {place.name}"):
+            return await save(workload, place, older, chosen, listener)
     finally:
         workload.close()
 
@@ -100,10 +101,10 @@ async def restore_guest_async(
     """Restore a guest from an image under a name, detached, and return when the guest runs. Its memory is loaded on
     demand by a pager process that outlives this program.
 
-    `path`: image file, or the URL of an image in a store, which is first downloaded to the cache of this host
-    (docs/stores.md). `arguments`: command line of QEMU, program first. `options` are the fields of
-    `pageferry.checkpoints.restore_options.GuestOptions`, other than `detach`: eager, prefetch, hugetlb, memory, disks,
-    paused, resume, guid, clock.
+    `path`: image file, or the URL of an image in a store, whose contents are fetched to the cache of this host
+    when they are accessed (docs/stores.md). `arguments`: command line of QEMU, program first. `options` are the fields
+    of `pageferry.checkpoints.restore_options.GuestOptions`, other than `detach`: eager, prefetch, hugetlb, memory,
+    disks, paused, resume, guid, clock, and key, key_command and allow_plain for an image in a store.
 
     Raises ImageError, UsageError, NameInUse, RestoreError if the image does not match the command line, DisksDiffer if
     disks are not known to be unchanged, WorkloadError with the message of QEMU. After an error, no guest is left.
@@ -121,10 +122,10 @@ async def restore_guest_async(
     """
     if "detach" in options:
         raise UsageError("invalid `detach`: a guest that Python restores is always detached; remove it")
-    values.options(GuestOptions, options)
+    chosen = values.options(GuestOptions, options)
     check_listener("listener", values.function("listener", listener))
     command = _command(arguments)
-    async with local_image_async("path", path, listener) as image:
+    async with local_image_async("path", path, chosen) as image:
         workload, result = await guests.restore_guest(name, image, command, listener=listener, **options)
     workload.close()
     return result

@@ -1,12 +1,18 @@
-"""Inspection, verification, comparison and merging of images, and their conversion from and to snapshot files."""
+"""Inspection, verification, comparison and merging of images, and their conversion from and to snapshot files.
+
+An image to read can be given by the URL of an image in a store (docs/stores.md). It is read through the cache of this
+host: only what the operation needs is downloaded. The options `key`, `key_command` and `allow_plain` open an encrypted
+image in a store (`pageferry.stores.options.OpenOptions`).
+"""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Unpack, get_args
 
 from pageferry import values
+from pageferry.checkpoints.image_source import NO_KEY, keys_for, local_image
 from pageferry.errors import ImageError, UsageError, WorkloadError
 from pageferry.host.blocking import interruptible
 from pageferry.images.events import (
@@ -23,6 +29,9 @@ from pageferry.images.events import (
 from pageferry.images.image import ImageFile
 from pageferry.images.metadata import Codec
 from pageferry.memory.regions import SMALL_PAGE
+from pageferry.stores.address import is_url
+from pageferry.stores.lazy_image import open_image_file
+from pageferry.stores.options import OpenArguments, OpenOptions
 from pageferry.workloads.qemu import block_devices, frozen_files
 from pageferry.workloads.qemu.block_devices import BlockDevice, Layer
 from pageferry.workloads.qemu.device_state import SavedState
@@ -38,8 +47,9 @@ _CLASSES = {
 """Classes of pages, and the fields of the engine with their numbers."""
 
 
-def image_info(path: str | Path) -> ImageSummary:
-    """Return the metadata of an image, and its number of pages by class. Raises ImageError.
+def image_info(path: str | Path, **options: Unpack[OpenArguments]) -> ImageSummary:
+    """Return the metadata of an image, and its number of pages by class. `options`: key, key_command and allow_plain
+    for an image in a store. Raises ImageError, WrongKey.
 
     Examples:
         >>> import pageferry
@@ -50,13 +60,15 @@ def image_info(path: str | Path) -> ImageSummary:
         >>> print(info.kind, info.codec, info.regions[0].length, info.regions[0].pages["data"])
         arena lz4 1048576 1
     """
-    return _info(_opened("path", path))
+    with local_image("path", path, values.options(OpenOptions, options)) as local:
+        return _info(interruptible(lambda: ImageFile(local)), str(path))
 
 
-def verify_image(path: str | Path) -> Verification:
+def verify_image(path: str | Path, **options: Unpack[OpenArguments]) -> Verification:
     """Read and verify every byte of an image and its parents. The result contains the damage that was found.
+    `options`: key, key_command and allow_plain for an image in a store.
 
-    Raises ImageError if the image cannot be opened.
+    Raises ImageError if the image cannot be opened, WrongKey.
 
     Examples:
         >>> import pageferry
@@ -67,13 +79,15 @@ def verify_image(path: str | Path) -> Verification:
         >>> print(found.intact, found.findings)
         True []
     """
-    found = _opened("path", path)
+    found = _opened("path", path, values.options(OpenOptions, options))
     findings = interruptible(found.verify)
     return Verification(str(path), not findings, findings)
 
 
-def compare_images(path: str | Path, other: str | Path) -> Difference:
-    """Compare the contents of two images. Raises ImageError.
+def compare_images(path: str | Path, other: str | Path, **options: Unpack[OpenArguments]) -> Difference:
+    """Compare the contents of two images. `options`: key, key_command and allow_plain for images in stores.
+
+    Raises ImageError, WrongKey.
 
     Examples:
         >>> import pageferry
@@ -85,7 +99,9 @@ def compare_images(path: str | Path, other: str | Path) -> Difference:
         >>> pageferry.compare_images("table.img", "later.img").runs  # region, offset and length
         [('arena', 4096, 4096)]
     """
-    one, second = _opened("path", path), _opened("other", other)
+    keys = values.options(OpenOptions, options)
+    first_keys, second_keys = keys_for(keys, path, other)
+    one, second = _opened("path", path, first_keys), _opened("other", other, second_keys)
     runs = interruptible(lambda: one.differences(second))
     state_differs = one.state() != second.state()
     same = not runs and not state_differs
@@ -93,12 +109,15 @@ def compare_images(path: str | Path, other: str | Path) -> Difference:
     return Difference(same, sum(end - start for start, end in runs), named, state_differs)
 
 
-def flatten_image(path: str | Path, target: str | Path, *, codec: Codec | None = None) -> Flattened:
+def flatten_image(
+    path: str | Path, target: str | Path, *, codec: Codec | None = None, **options: Unpack[OpenArguments]
+) -> Flattened:
     """Merge an incremental image and its parents into one image, which needs no parent. `codec`: compression of the new
-    image, `none`, `lz4` or `zstd`; None for that of the image.
+    image, `none`, `lz4` or `zstd`; None for that of the image. `target` can be the URL of an image in a store.
+    `options`: key, key_command and allow_plain for images in stores: the key opens the image, and encrypts the new one.
 
     Raises ImageError if an image is damaged, or if the new one cannot be written. Raises UsageError if `target` is the
-    image or one of its parents.
+    image or one of its parents. Raises StoreError, CheckpointError if the spool of an upload is full.
 
     Examples:
         >>> import pageferry
@@ -110,14 +129,21 @@ def flatten_image(path: str | Path, target: str | Path, *, codec: Codec | None =
         >>> pageferry.image_info("whole.img").parents
         []
     """
-    written = values.path("target", target)
+    from pageferry.checkpoints.target import target as image_target  # the other functions write nothing
+    from pageferry.checkpoints.target import write_image
+
+    keys = values.options(OpenOptions, options)
+    image_keys = keys if is_url(path) else NO_KEY
+    if keys.allow_plain and not is_url(path):
+        raise UsageError(f"`allow_plain` has no effect for the image file {path}; remove it")
+    place = image_target("target", target, keys if is_url(target) or not is_url(path) else NO_KEY)
     if codec is not None:
         values.choice("codec", codec, get_args(Codec))
-    image = _opened("path", path)
-    image.check_target(written)
+    image = _opened("path", path, image_keys)
+    image.check_target(place.path)
     try:
-        interruptible(lambda: image.flatten(written, codec))
-        return Flattened(str(target), written.stat().st_size)
+        written = interruptible(lambda: write_image(place, lambda file: image.flatten(file, codec)))
+        return Flattened(str(target), written.length)
     except OSError as error:
         raise ImageError(f"cannot write {target}: {error.strerror}") from error
 
@@ -170,9 +196,12 @@ def import_image(
     )
 
 
-def export_image(path: str | Path, *, firecracker: str | Path, vmstate: str | Path) -> ExportedSnapshot:
+def export_image(
+    path: str | Path, *, firecracker: str | Path, vmstate: str | Path, **options: Unpack[OpenArguments]
+) -> ExportedSnapshot:
     """Write the memory file (`firecracker`) and the state file (`vmstate`) of a snapshot of Firecracker from an image
     that `import_image` has written, with the same bytes. The memory file is that of a full snapshot, and sparse.
+    `options`: key, key_command and allow_plain for an image in a store.
 
     Existing files are replaced. Raises UsageError if the image is not that of a snapshot, ImageError if it is damaged
     or if a file cannot be written.
@@ -192,19 +221,20 @@ def export_image(path: str | Path, *, firecracker: str | Path, vmstate: str | Pa
     from pageferry.checkpoints.snapshot_files import SnapshotFiles, export_snapshot
 
     target = SnapshotFiles(memory=values.path("firecracker", firecracker), state=values.path("vmstate", vmstate))
-    image = _opened("path", path)
+    image = _opened("path", path, values.options(OpenOptions, options))
     interruptible(lambda: export_snapshot(image, target))
     return ExportedSnapshot(
         path=str(path), memory=str(firecracker), vmstate=str(vmstate), length=image.pages * SMALL_PAGE
     )
 
 
-def _opened(parameter: str, path: str | Path) -> ImageFile:
-    found = values.path(parameter, path)
-    return interruptible(lambda: ImageFile(found))
+def _opened(parameter: str, path: str | Path, keys: OpenOptions = NO_KEY) -> ImageFile:
+    """Open an image file, or an image in a store, through the cache of this host, with all of its storage blocks."""
+    with local_image(parameter, path, keys) as local:
+        return interruptible(lambda: open_image_file(local, whole=True))
 
 
-def _info(file: ImageFile) -> ImageSummary:
+def _info(file: ImageFile, name: str) -> ImageSummary:
     image, about = file.image, file.metadata
     regions, first = [], 0
     for region in about.regions:
@@ -214,7 +244,7 @@ def _info(file: ImageFile) -> ImageSummary:
         regions.append(RegionSummary(region.name, region.length, counts))
         first += pages
     return ImageSummary(
-        path=str(file.path),
+        path=name,
         id=image.id.hex(),
         digest=f"{image.digest:016x}",
         kind=about.kind,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Unpack
 
 from pageferry import values
+from pageferry.checkpoints.image_source import image_argument, local_image_async
 from pageferry.errors import UsageError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import in_thread, synchronous
@@ -13,6 +14,7 @@ from pageferry.images.image import ImageFile
 from pageferry.pager.firecracker.events import ServeResult, Serving
 from pageferry.pager.firecracker.options import ServeArguments, ServeOptions
 from pageferry.pager.serve_process import SERVERS, VmmKind, start_detached
+from pageferry.stores.lazy_image import open_image_file
 from pageferry.workloads.callbacks import check_listener
 
 
@@ -40,7 +42,8 @@ async def serve_async(
     is loaded (`memory_mode` `Postcopy`); with `paused`, it is not resumed.
 
     `options` are the fields of `pageferry.pager.firecracker.options.ServeOptions`: eager, prefetch, on_failure,
-    microvms, on_demand, paused. The image must not be moved until all memory is loaded.
+    microvms, on_demand, paused, key, key_command, allow_plain. The image must not be moved until all memory is loaded.
+    It can be given by its URL in a store (docs/stores.md), where a key opens an encrypted image.
 
     Raises UsageError if the socket cannot be used or the image is not that of such a VM, ImageError if it is damaged,
     RestoreError if Cloud Hypervisor cannot restore the VM.
@@ -53,13 +56,16 @@ async def serve_async(
         Traceback (most recent call last):
         pageferry.errors.UsageError: ...
     """
-    path = values.path("image", image)
+    source = image_argument("image", image)
     check_listener("listener", values.function("listener", listener))
     chosen = values.options(ServeOptions, options)
     kind, socket = _kind(firecracker, cloud_hypervisor, chosen)
-    if values.flag("detach", detach):
-        return await in_thread(start_detached, kind, path, socket, chosen)
-    return await _serve(kind, await in_thread(ImageFile, path), socket, chosen, listener)
+    values.flag("detach", detach)
+    async with local_image_async("image", source, chosen) as path:  # opened, the image needs no name
+        if detach:
+            return await in_thread(start_detached, kind, path, socket, chosen.without_keys())
+        opened = await in_thread(open_image_file, path)
+    return await _serve(kind, opened, socket, chosen, listener)
 
 
 async def _serve(

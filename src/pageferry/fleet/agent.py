@@ -21,7 +21,6 @@ import msgspec
 
 from pageferry.checkpoints.image_source import local_image_async
 from pageferry.errors import FleetError, NoSuchWorkload, UsageError
-from pageferry.events import ignore
 from pageferry.fleet import records
 from pageferry.fleet.inventory import HostConfig, Inventory
 from pageferry.fleet.model import Image
@@ -55,16 +54,12 @@ from pageferry.fleet.protocol import (
     succeeded,
 )
 from pageferry.host.blocking import in_thread
-from pageferry.host.registry import Folder, QemuEntry, Registry
+from pageferry.host.registry import QemuEntry, Registry
 from pageferry.migration.ownership import CommitDecisions, committed
-from pageferry.pager.base_records import clone_record
-from pageferry.stores.address import is_url
 from pageferry.workloads.qemu import placeholders
 
 HOST = "host"
 """Placeholder in command lines for the name of the host."""
-SCRATCH = "/var/tmp"
-"""Directory of images that are being uploaded, on a host without directories of images."""
 STARTING = 60.0
 """Maximum time until a receiver listens, seconds."""
 _POLL = 0.05
@@ -154,7 +149,8 @@ class Agent:
                     request.id, MIGRATE, request.workload, self._migrate(request), peer=request.destination
                 )
             case Checkpoint():
-                order = self._order(request.id, CHECKPOINT, request.workload, *self._checkpoint(request))
+                words = ["checkpoint", request.workload, request.target, "--output", "json"]
+                order = self._order(request.id, CHECKPOINT, request.workload, words)
             case Clone():
                 order = await self._clone(request)
             case Run():
@@ -184,21 +180,6 @@ class Agent:
         words = ["restore", request.workload, image, "--memory", "shared", "--detach", "--output", "json"]
         words += ["--", *self._filled(command)]
         return self._order(request.id, CLONE, request.workload, words, moved=moved)
-
-    def _checkpoint(self, request: Checkpoint) -> list[list[str]]:
-        """Return the commands that save a workload. An image for a store is first written to a file, which is deleted
-        when it has been uploaded."""
-        if not is_url(request.target):
-            return [["checkpoint", request.workload, request.target, "--output", "json"]]
-        clone = clone_record(Folder(self._registry, request.workload))
-        # The parent of an image must be in the same directory.
-        folder = Path(clone.image).parent if clone is not None else Path((*self._config.images, SCRATCH)[0])
-        file = str(folder / f".{request.workload}-{request.id}.img")
-        return [
-            ["checkpoint", request.workload, file, "--output", "json"],
-            ["image", "push", file, request.target, "--output", "json"],
-            ["image", "delete", file, "--output", "json"],
-        ]
 
     # -- operations
 
@@ -297,7 +278,7 @@ class Agent:
 
     async def _identify(self, image: str) -> Image:
         """Return the identity of an image. An image in a store is downloaded to the cache of this host."""
-        async with local_image_async("image", image, ignore) as path:
+        async with local_image_async("image", image) as path:
             found = await in_thread(self._inventory.image, path)
         if found is None:
             raise UsageError(f"cannot clone {image}: it is not an image on {self._config.name}")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import os
 import signal
 import threading
 from collections.abc import Callable, Collection, Coroutine, Iterator
@@ -18,6 +19,9 @@ from pageferry.host.workers import Workers, in_new_thread
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+NICENESS = 5
+"""Niceness of threads in the background, as that of the engine's."""
 
 Work = Callable[[Callable[[Any], object]], Coroutine[Any, Any, T]]
 """Factory of the coroutine of an operation; the argument is the listener for the events of the operation."""
@@ -107,6 +111,18 @@ async def on_thread(call: Callable[[], T], cancel: Callable[[], object] | None =
         raise
 
 
+async def in_background(call: Callable[[], T]) -> T:
+    """Run a call as `on_thread` does, with a lower priority than the workload and the threads for which it waits."""
+
+    def lowered() -> T:
+        thread = threading.get_native_id()
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, max(os.getpriority(os.PRIO_PROCESS, thread), NICENESS))
+        return call()
+
+    return await on_thread(lowered)
+
+
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that is not interrupted. On cancellation, wait for its end before raising."""
     task = asyncio.ensure_future(work)
@@ -123,6 +139,13 @@ async def ignoring_cancellation(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
     await _cancelled_until_end(task)
     return task.result()
+
+
+async def cancelled(task: asyncio.Task[Any]) -> None:
+    """Cancel a task unless it has ended, and wait for its end, which cancellations of the caller do not interrupt."""
+    if not task.done():
+        task.cancel()
+        await _cancelled_until_end(task)
 
 
 async def _cancelled_until_end(task: asyncio.Task[Any]) -> asyncio.CancelledError | None:

@@ -87,6 +87,19 @@ def create_hidden(folder: Path, name: str) -> tuple[int, Path]:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE), path
 
 
+def unnamed_file(folder: Path) -> int:
+    """Create a file without a name in a directory, and open it for reading and writing. Raises OSError."""
+    try:
+        return os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, PRIVATE)
+    except OSError as error:
+        if error.errno not in _NO_UNNAMED_FILES:
+            raise
+    path = folder / f".unnamed.{os.urandom(8).hex()}"
+    descriptor = create_new(path)
+    path.unlink()
+    return descriptor
+
+
 def write_all(descriptor: int, data: bytes) -> None:
     """Write all bytes to an open file, pipe or socket. Raises OSError."""
     view = memoryview(data)

@@ -18,7 +18,7 @@ from typing import TypedDict, Unpack
 from pageferry.host import run_module
 from pageferry.host.processes import Outliving
 
-_DEPENDENCIES = ("msgspec", "qemu.qmp", "rich", "rich_argparse", "shtab", "prometheus_client")
+_DEPENDENCIES = ("msgspec", "qemu.qmp", "rich", "rich_argparse", "shtab", "prometheus_client", "obstore", "blake3")
 """Packages whose directories are passed to a child if this process has imported them."""
 
 

@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from pageferry._engine import Finding, Image, ImageChain
+from pageferry._engine import Finding, Image, ImageChain, WrittenImage
 from pageferry.errors import ImageError, UsageError
 from pageferry.host import files
 from pageferry.host.fault_points import fault_point
@@ -56,6 +56,9 @@ class ImageFile:
     Raises ImageError if the file is missing, not an image, truncated, damaged or of another version. Also raises it if
     a parent is missing, is not the image that the child was built on, or is its own descendant.
     """
+
+    is_fetched = False
+    """Whether storage blocks are fetched from a store when they are needed."""
 
     def __init__(self, path: str | Path) -> None:
         self._verify(list(_chain(open_link(Path(path)), _open_parent)))
@@ -151,7 +154,7 @@ class ImageFile:
             if len(found) >= limit:
                 return found
         found += [_finding(link, wrong) for wrong in chain.verify_unused()]
-        return found + _damaged_sections(link)
+        return found + damaged_sections(link)
 
     def differences(self, other: Self, progress: Progress = _silent) -> list[tuple[int, int]]:
         """Return the runs (start, end) of pages whose contents differ. Raises ImageError if the regions differ."""
@@ -177,22 +180,18 @@ class ImageFile:
                 "need; use another name"
             )
 
-    def flatten(self, path: str | Path, codec: str | None = None) -> None:
-        """Write an image with the same contents and no parent. `path` appears when it is complete, or not at all.
-
-        Raises ImageError, or OSError, for example if the disk is full.
-        """
+    def flatten(self, descriptor: int, codec: str | None = None) -> WrittenImage:
+        """Write an image with the same contents and no parent to an empty file. Raises ImageError, OSError."""
         sections = [(metadata.METADATA, metadata.encode(msgspec.structs.replace(self.metadata, parent=None)))]
         kept = (metadata.STATE, metadata.LARGE_UNITS)
         sections += [(kind, contents) for kind in kept if (contents := self.section(kind)) is not None]
         regions = [region.length // SMALL_PAGE for region in self.metadata.regions]
-        with new_file(Path(path)) as descriptor:
-            _checked(
-                self.path,
-                lambda: self.chain.flatten(
-                    descriptor, os.urandom(16), regions, sections, codec=codec or self.metadata.codec
-                ),
-            )
+        return _checked(
+            self.path,
+            lambda: self.chain.flatten(
+                descriptor, os.urandom(16), regions, sections, codec=codec or self.metadata.codec
+            ),
+        )
 
 
 def new_file(path: Path) -> AbstractContextManager[int]:
@@ -281,7 +280,8 @@ def _finding(link: Link, finding: Finding) -> str:
     return f"{link.path}: {where}{finding.message}"
 
 
-def _damaged_sections(link: Link) -> list[str]:
+def damaged_sections(link: Link) -> list[str]:
+    """Verify the sections of an image other than its index. Return a description of each error."""
     found = []
     for kind in (metadata.METADATA, metadata.STATE, metadata.LARGE_UNITS):
         try:

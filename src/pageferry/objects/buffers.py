@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from pageferry import values
 from pageferry.checkpoints.options import Memory
 from pageferry.checkpoints.restore_options import RestoredArenaOptions
 from pageferry.errors import ImageError
@@ -14,6 +15,7 @@ from pageferry.host.blocking import asynchronous
 from pageferry.objects import dtypes
 from pageferry.objects.layout import BufferInfo
 from pageferry.objects.load import StoredObject, open_object
+from pageferry.stores.options import OpenArguments
 
 
 class StoredBuffer:
@@ -104,11 +106,12 @@ def open_buffers(
     prefetch: bool = True,
     memory: Memory = "own",
     listener: Listener = ignore,
+    **keys: Unpack[OpenArguments],
 ) -> StoredBuffers:
     """Open the buffers of an object in an image without unpickling the object: names, types, shapes and contents.
 
-    This is safe for images from untrusted sources. `eager`, `prefetch`, `memory`, `listener`: see `load`. Raises
-    ImageError if the image cannot be used, UsageError.
+    This is safe for images from untrusted sources. `eager`, `prefetch`, `memory`, `listener`, and `key`, `key_command`
+    and `allow_plain`: see `load`. Raises ImageError if the image cannot be used, UsageError.
 
     Examples:
         >>> import numpy, pageferry
@@ -117,7 +120,8 @@ def open_buffers(
         >>> print(buffers["x"].dtype, buffers["x"].shape, buffers["x"].array()[7])
         <i8 (1000,) 7
     """
-    options = RestoredArenaOptions(eager=eager, prefetch=prefetch, memory=memory)
+    chosen: dict[str, Any] = {"eager": eager, "prefetch": prefetch, "memory": memory, **keys}
+    options = values.options(RestoredArenaOptions, chosen)
     return StoredBuffers(open_object(source, options, listener, writable=False))
 
 

@@ -14,19 +14,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Unpack, get_args
 
 from pageferry import values
 from pageferry._engine import Mapping, PageSet, PageStore, WrittenImage
+from pageferry.checkpoints.options import Options
 from pageferry.checkpoints.save import writing
+from pageferry.checkpoints.target import target as image_target
+from pageferry.checkpoints.target import write_image
 from pageferry.errors import PageferryError, UsageError
 from pageferry.host.blocking import asynchronous
 from pageferry.images import metadata
-from pageferry.images.image import new_file
 from pageferry.images.metadata import Codec
 from pageferry.memory.regions import SMALL_PAGE
 from pageferry.objects import layout
 from pageferry.objects.pickling import Collected, ObjectPickler, names_of
+from pageferry.stores.options import KeyArguments, KeyOptions
 from pageferry.workloads.arena.arena import memory_file
 from pageferry.workloads.arena.limits import MAX_ARENA
 
@@ -48,9 +51,10 @@ class DumpResult:
     """Size of the image, bytes."""
 
 
-def dump(obj: Any, target: str | Path, *, codec: Codec = "lz4") -> DumpResult:
+def dump(obj: Any, target: str | Path, *, codec: Codec = "lz4", **options: Unpack[KeyArguments]) -> DumpResult:
     """Write a picklable object to an image, from which `load` creates it again. The image appears at `target` when it
-    is complete and synced, and replaces an existing file.
+    is complete and synced, and replaces an existing file. `target` can be the URL of an image in a store, which is
+    encrypted with `key` or `key_command` (docs/stores.md).
 
     Buffers (pickle protocol 5) are stored uncopied on page boundaries, and are loaded on demand: arrays of numpy,
     columns of pandas, pyarrow and polars, sparse matrices of scipy, tensors of torch. Tensors that share a storage
@@ -59,8 +63,8 @@ def dump(obj: Any, target: str | Path, *, codec: Codec = "lz4") -> DumpResult:
     scikit-learn. `codec`: compression, `lz4`, `zstd` or `none`. The object must not change during the call. Additional
     memory: the pickle, copies of arrays that are not contiguous, and 32 MiB.
 
-    Raises UsageError if the object cannot be pickled, CheckpointError if the image cannot be written. An existing file
-    is unchanged after an error.
+    Raises UsageError if the object cannot be pickled, CheckpointError if the image cannot be written, ImageError if the
+    store has an image of this name, StoreError. An existing file is unchanged after an error.
 
     Examples:
         >>> import numpy, pageferry
@@ -71,18 +75,17 @@ def dump(obj: Any, target: str | Path, *, codec: Codec = "lz4") -> DumpResult:
         >>> print(data["x"][7], data["unit"])
         7 mm
     """
-    path = values.path("target", target).absolute()
+    place = image_target("target", target, values.options(KeyOptions, options))
     values.choice("codec", codec, get_args(Codec))
-    if path.is_dir():
-        raise UsageError(f"cannot write {path}: it is a directory; give the name of a file")
+    place.check(Options(), None)
     stream, collected = _pickle(obj)
-    with writing(path, "the object is unchanged"), new_file(path) as file:
-        infos, length = layout.place(stream.nbytes, collected.infos)
-        directory = layout.Directory(pickle=stream.nbytes, buffers=infos)
-        if length > MAX_ARENA:
-            raise UsageError(f"cannot dump an object of {length} bytes: the limit is {MAX_ARENA} bytes")
-        parts = [(0, stream), *((one.offset, view) for one, view in zip(infos, collected.views, strict=True))]
-        written = _write(file, parts, length, directory, codec)
+    infos, length = layout.place(stream.nbytes, collected.infos)
+    directory = layout.Directory(pickle=stream.nbytes, buffers=infos)
+    if length > MAX_ARENA:
+        raise UsageError(f"cannot dump an object of {length} bytes: the limit is {MAX_ARENA} bytes")
+    parts = [(0, stream), *((one.offset, view) for one, view in zip(infos, collected.views, strict=True))]
+    with writing(place.place, "the object is unchanged"):
+        written = write_image(place, lambda file: _write(file, parts, length, directory, codec))
     return DumpResult(
         buffers=len(infos),
         buffer_bytes=sum(one.length for one in infos),

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 from pageferry import values
 from pageferry.checkpoints.image_source import local_image
@@ -25,12 +25,13 @@ from pageferry.errors import ImageError, PageferryError, RestoreError, Unsupport
 from pageferry.events import Listener, ignore
 from pageferry.host import forks
 from pageferry.host.blocking import asynchronous, interruptible
-from pageferry.images.image import ImageFile
 from pageferry.objects import dtypes, layout
 from pageferry.objects.layout import BufferInfo, Directory
 from pageferry.objects.pickling import Collected, ObjectPickler
 from pageferry.objects.rebuild import SAFE
 from pageferry.objects.transfer import share
+from pageferry.stores.lazy_image import open_image_file
+from pageferry.stores.options import OpenArguments
 from pageferry.workloads.arena.shared import SharedArena
 from pageferry.workloads.callbacks import Callback, Plain
 
@@ -42,7 +43,7 @@ Allow = Callable[[str], bool] | Collection[str]
 """Function that is called with a qualified name and returns whether it is permitted, or the permitted names."""
 
 
-class LoadArguments(TypedDict, total=False):
+class LoadArguments(OpenArguments, total=False):
     """Keyword arguments of `load`: those for its memory, as for `restore`, and those for the arena of mode `w`, as for
     `Arena`."""
 
@@ -131,7 +132,7 @@ def open_object(
 
     Raises ImageError.
     """
-    with local_image("source", source, listener) as path:
+    with local_image("source", source, options.keys) as path:
         return _open_local(path, options, listener, writable)
 
 
@@ -139,7 +140,7 @@ def _open_local(path: Path, options: RestoredArenaOptions, listener: Listener, w
     if options.memory == "shared":
         shared = open_shared(path, options, listener, writable=writable)
         return StoredObject(shared, layout.decode(shared.received_state, shared.length, path), path)
-    image = interruptible(lambda: ImageFile(path))
+    image = interruptible(lambda: open_image_file(path, in_own_process=True))
     found = image.metadata
     if found.kind != "arena" or len(found.regions) != 1:
         raise ImageError(
@@ -175,8 +176,8 @@ def load(
     `options`: with memory="shared", all processes of this user on this host that load the image with this option share
     one copy of its buffers, which one pager process loads. In mode `c`, pages that a process writes to are private.
     Mode `w` requires separate memory, and accepts on_pause, on_resume, on_moved, direct_io and loop as `Arena` does.
-    `eager`, `prefetch`, `listener`: see `restore`. The image must not be moved until all buffers are loaded. The memory
-    is freed with the last one.
+    `eager`, `prefetch`, `listener`, and `key`, `key_command` and `allow_plain` for an image in a store: see `restore`.
+    The image must not be moved until all buffers are loaded. The memory is freed with the last one.
 
     Raises ImageError if the image cannot be used, RestoreError if the object cannot be created. Also raises UsageError.
 
@@ -203,12 +204,12 @@ def load(
 load_async = asynchronous(load)
 
 
-_OF_MEMORY = ("eager", "prefetch", "memory")
+_OF_IMAGE = ("eager", "prefetch", "memory", "key", "key_command", "allow_plain")
 
 
 def _arena_options(mode: Mode, options: LoadArguments) -> RestoredArenaOptions:
     """Return the options of the arena. Raises UsageError."""
-    pausing = next((name for name in options if name not in _OF_MEMORY), None)
+    pausing = next((name for name in options if name not in _OF_IMAGE), None)
     if pausing is not None and mode != "w":
         raise UsageError(f"invalid `{pausing}` with `mode` {mode}: only mode w has an arena to be paused")
     if options.get("memory") == "shared" and mode == "w":

@@ -33,6 +33,7 @@ from pageferry.host import files, proc
 from pageferry.host.registry import CLONE_FILE, MAX_RECORD, MAX_SOCKET_PATH, Folder, Registry
 from pageferry.images.metadata import ImageIdentity
 from pageferry.pager.records import RegionRecord
+from pageferry.stores.entry import version_of
 
 BASES = ".bases"
 MODE = 0o400
@@ -48,7 +49,8 @@ class ImageStat(msgspec.Struct, frozen=True):
     inode: int
     length: int
     modified: int
-    """Time of the last modification, nanoseconds."""
+    """Time of the last modification, nanoseconds. For a file of the cache, into which storage blocks are fetched, a
+    number that is derived from the digest of its manifest."""
 
 
 class BaseRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,10 +93,12 @@ class CloneRecord(msgspec.Struct, frozen=True, kw_only=True):
         return sum(region.length for region in self.regions)
 
 
-def image_stat(image: str | Path | int) -> ImageStat:
-    """Return the state of an image file, given by its path or an open descriptor. Raises OSError."""
-    found = os.stat(image)
-    return ImageStat(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+def image_stat(image: str | Path, descriptor: int | None = None) -> ImageStat:
+    """Return the state of an image file. `descriptor`: descriptor of the file, if it is open: the path may lead to
+    another file by now. Raises OSError."""
+    found = os.stat(image if descriptor is None else descriptor)
+    version = version_of(Path(os.path.realpath(image)))
+    return ImageStat(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns if version is None else version)
 
 
 def clone_record(folder: Folder) -> CloneRecord | None:

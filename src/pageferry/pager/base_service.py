@@ -154,7 +154,7 @@ class BaseService:
     @property
     def _image_stat(self) -> ImageStat:
         """State of the open image file. Its path may lead to another file by now."""
-        return base_records.image_stat(self.image.image.fileno())
+        return base_records.image_stat(self._image_path, self.image.image.fileno())
 
     def check_image(self, path: str) -> None:
         """Raise RestoreError if the file at `path` is not the image of this base. Raises OSError."""

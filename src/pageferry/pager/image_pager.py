@@ -95,12 +95,19 @@ class ImagePager:
             ours,
             flags,
             fill="none",
+            windows=self._first_windows,
             begin=begin,
             whole_blocks=self.work.cold is None,
             read_ahead=self.work.prefetch,
             evicting=self._evicting,
             checks_removals=self.work.qmp_socket is None,
         )
+
+    @property
+    def _first_windows(self) -> list[int]:
+        """Windows to load before `fill`. Those of a store are requested while the device state is being loaded; a disk
+        serves the faults of that time alone."""
+        return self.working_set.windows if self.image.is_fetched and self.work.prefetch else []
 
     def _watched(self) -> Iterator[tuple[int, Segment]]:
         """Yield the segments that this pager watches, each with the index of its region: all mappings, or only those

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -35,6 +34,7 @@ from pageferry.pager.base_service import BaseInUse, BaseService
 from pageferry.pager.eager import load
 from pageferry.pager.image_pager import ImagePager
 from pageferry.printable import PrintableFormatter
+from pageferry.stores.lazy_image import exit_process, open_image_file
 
 log = logging.getLogger("pageferry.pager")
 
@@ -198,7 +198,7 @@ class Session:
         begin = time.monotonic()
         if self.base is not None:
             self.base.check_image(order.path)
-        self._image = image = self._image or ImageFile(order.path)
+        self._image = image = self._image or open_image_file(order.path)
         if order.expected is not None:
             targets.check_identity(image, order.expected, order.name)
         fault_point("pager.opened")
@@ -275,4 +275,4 @@ def main(connection: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(socket.socket(fileno=0)))
+    exit_process(main(socket.socket(fileno=0)))

@@ -23,13 +23,13 @@ from pageferry.events import Event, ignore
 from pageferry.host import files
 from pageferry.host.python import start_python
 from pageferry.host.registry import Registry
-from pageferry.images.image import ImageFile
 from pageferry.pager.cloud_hypervisor.restore import Restore
 from pageferry.pager.firecracker.events import MicrovmConnected, MicrovmEnded, Serving
 from pageferry.pager.firecracker.options import ServeOptions
 from pageferry.pager.firecracker.server import Server
 from pageferry.pager.orders import Failed
 from pageferry.printable import PrintableFormatter
+from pageferry.stores.lazy_image import open_image_file
 
 LOGS = ".serve"
 """Directory of the logs, in the run directory."""
@@ -110,7 +110,7 @@ def _log_event(event: Event) -> None:
 
 
 async def _serve(order: Order) -> None:
-    server = SERVERS[order.kind](ImageFile(order.image), Path(order.socket), order.options, _log_event)
+    server = SERVERS[order.kind](open_image_file(order.image), Path(order.socket), order.options, _log_event)
     task = asyncio.ensure_future(server.run())
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)

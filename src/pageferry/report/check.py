@@ -12,6 +12,7 @@ from pageferry.host.events import Check
 from pageferry.host.probes import Feature
 from pageferry.host.probes.systems import SystemReport
 from pageferry.report.text import PlainView
+from pageferry.stores.events import StoreCheck
 
 _COLOURS = {"ok": "green", "fallback": "yellow", "unavailable": "red"}
 
@@ -21,8 +22,20 @@ class CheckView(PlainView):
 
     def result(self, result: msgspec.Struct) -> RenderableType:
         """Return the tables of features and systems, the QEMU binaries and the summary."""
+        if isinstance(result, StoreCheck):
+            return _steps(result)
         assert isinstance(result, Check)
         return Group(_features(result.features), _systems(result.systems), *_qemus(result), Text(), _summary(result))
+
+
+def _steps(found: StoreCheck) -> RenderableType:
+    table = _table("step", "passed", "detail")
+    for step in found.steps:
+        detail = Text(step.detail)
+        if step.remedy:
+            detail.append(f"\n→ {step.remedy}", style="italic")
+        table.add_row(Text(step.name), Text("yes", "green") if step.passed else Text("no", "red"), detail)
+    return Group(table, Text(f"{found.store}: {'usable' if found.usable else 'not usable'}"))
 
 
 def _table(*columns: str) -> Table:

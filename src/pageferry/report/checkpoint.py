@@ -12,6 +12,7 @@ from pageferry.checkpoints.events import ArmedEvent, CheckpointResult, InstantEv
 from pageferry.report.disks import progress_of
 from pageferry.report.text import PlainView, named_values
 from pageferry.report.units import ms, rate, size, us
+from pageferry.stores.events import StoreProgress
 from pageferry.workloads.events import DisksProgress
 
 BAR = 32
@@ -36,7 +37,7 @@ class CheckpointView(PlainView):
                 if event.paused:
                     return f"state saved in {ms(event.downtime)}; saving memory of the paused workload"
                 return f"paused for {ms(event.downtime)}; saving memory of the running workload"
-            case SavingEvent() | DisksProgress():
+            case SavingEvent() | DisksProgress() | StoreProgress():
                 return None
             case _:
                 return super().line(event)
@@ -55,6 +56,8 @@ class CheckpointView(PlainView):
             lines.add_row(row)
         if isinstance(event, DisksProgress):
             lines.add_row(progress_of(event))
+        if isinstance(event, StoreProgress):
+            lines.add_row(Text(f"{event.image}: {size(event.done)} uploaded"))
         return lines
 
     def result(self, result: msgspec.Struct) -> RenderableType:
@@ -84,6 +87,8 @@ def _rows(result: CheckpointResult) -> list[tuple[str, str]]:
         ("image", f"{written}; stored pages compressed {result.compression:.2f}:1 ({result.codec})"),
     ]
     rows += [("disk", _disk(disk)) for disk in result.disks]
+    if result.upload is not None:
+        rows.append(("upload", f"{size(result.upload.uploaded)}; spool of up to {size(result.upload.spool)}"))
     if result.parent is not None:
         rows.append(("changes", _changes(result)))
     if result.traps:

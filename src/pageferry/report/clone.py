@@ -6,11 +6,9 @@ import msgspec
 from rich.console import RenderableType
 
 from pageferry.checkpoints.events import CloneResult, RunningEvent
-from pageferry.report.stores import progress
 from pageferry.report.tables import table, with_notes
 from pageferry.report.text import PlainView
 from pageferry.report.units import duration, ms, size
-from pageferry.stores.events import StoreProgress
 
 
 class CloneView(PlainView):
@@ -23,8 +21,8 @@ class CloneView(PlainView):
         return None
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Return the progress of the download of the image, or the line of another event."""
-        return progress(event) if isinstance(event, StoreProgress) else self.line(event)
+        """Return the line of an event."""
+        return self.line(event)
 
     def result(self, result: msgspec.Struct) -> RenderableType:
         """Return a table with one row per guest."""

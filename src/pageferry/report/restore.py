@@ -10,10 +10,8 @@ from rich.text import Text
 
 from pageferry.checkpoints.events import EagerEvent, ProgressEvent, RestoreResult, RunningEvent, TouchedEvent
 from pageferry.pager.events import TakenOver
-from pageferry.report.stores import progress
 from pageferry.report.text import PlainView, named_values
 from pageferry.report.units import duration, ms, size, us
-from pageferry.stores.events import StoreProgress
 
 BAR = 32
 """Width of the progress bar, columns."""
@@ -39,15 +37,13 @@ class RestoreView(PlainView):
                 return "\n".join(f"warning: {failure}" for failure in new) or None
             case EagerEvent():
                 return f"loading all {size(event.length)} of {event.image} first, not on demand: {event.reason}"
-            case TouchedEvent() | StoreProgress():
+            case TouchedEvent():
                 return None
             case _:
                 return super().line(event)
 
     def live(self, event: msgspec.Struct) -> RenderableType | None:
-        """Return a progress bar of the loaded memory, or the progress of the download of the image."""
-        if isinstance(event, StoreProgress):
-            return progress(event)
+        """Return a progress bar of the loaded memory, or the line of another event."""
         if not isinstance(event, ProgressEvent):
             return self.line(event)
         self._most = max(self._most, event.deferred)

@@ -44,12 +44,14 @@ def stored(result: msgspec.Struct) -> RenderableType | None:
     """Return the output of an operation on a store; None for other results."""
     match result:
         case ImagePushed(existed=True):
-            return Text(f"{result.url}: already in the store")
+            return Text(f"{result.url}: already in the store\n{result.url}@{result.manifest}")
         case ImagePushed():
             parents = f", {result.parents} parents" if result.parents else ""
+            encrypted = ", encrypted" if result.encrypted else ""
             return Text(
                 f"{result.url}: {size(result.uploaded)} uploaded of {size(result.length)}, "
-                f"{result.uploaded_blocks} of {result.blocks} storage blocks{parents}"
+                f"{result.uploaded_blocks} of {result.blocks} storage blocks{parents}{encrypted}\n"
+                f"{result.url}@{result.manifest}"
             )
         case ImagePulled():
             text = f"{result.image}: {size(result.length)}, {size(result.downloaded)} downloaded"
@@ -68,15 +70,17 @@ def stored(result: msgspec.Struct) -> RenderableType | None:
 def _listing(found: StoreListing) -> RenderableType:
     table = Table("name", "of", "created", "pushed", "length", "parents", box=None)
     for image in found.images:
-        of = f"{image.workload} ({image.kind})"
-        table.add_row(image.name, of, image.created, image.pushed, size(image.length), str(image.parents))
+        of = f"{image.workload} ({image.kind})" if image.kind is not None else "encrypted"
+        created = image.created or "-"
+        table.add_row(image.name, of, created, image.pushed, size(image.length), str(image.parents))
     lines = [Text(f"unreadable: {reason}") for reason in found.unreadable]
     return Group(table if found.images else Text(f"{found.store}: no images"), *lines)
 
 
 def _cached(found: CacheListing) -> RenderableType:
-    table = Table("image", "length", "file", box=None)
+    table = Table("image", "present", "of", "file", box=None)
     for image in found.images:
-        table.add_row(image.url, size(image.length), image.path)
+        of = "complete" if image.complete else size(image.contents)
+        table.add_row(image.url, size(image.length), of, image.path)
     total = Text(f"{found.folder}: {size(found.length)} of at most {size(found.limit)}")
     return Group(table, total) if found.images else total

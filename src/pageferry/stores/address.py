@@ -5,6 +5,7 @@ bucket, so that one bucket can contain several stores::
 
     s3://bucket/guests/web-monday       image `web-monday` of the store s3://bucket/guests
     file:///srv/images/web-monday       image `web-monday` of the store file:///srv/images
+    s3://bucket/guests/web@DIGEST       image `web`, only if its manifest has this digest (64 hexadecimal digits)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ READ_ONLY = ("http", "https")
 SCHEMES = (*WRITABLE, *READ_ONLY)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,199}")
+_PIN = re.compile(r"(.*)@([0-9a-f]{64})")
 _EXPECTED = "s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, file:///DIRECTORY or https://..."
 
 
@@ -53,6 +55,8 @@ class ImageUrl:
 
     store: StoreUrl
     name: str
+    manifest: str | None = None
+    """Required digest of the manifest, hexadecimal; None if any manifest is accepted."""
 
     def __str__(self) -> str:
         return f"{self.store}/{self.name}"
@@ -96,11 +100,15 @@ def image_url(name: str, value: object, default: str | None = None) -> ImageUrl:
             f"invalid `{name}` {text!r}: expected the URL of an image, which is the URL of a store and a name, such as "
             "s3://BUCKET/PREFIX/NAME"
         )
-    return ImageUrl(store_url(name, head), image_name(name, tail))
+    pinned = _PIN.fullmatch(tail)
+    tail, manifest = pinned.groups() if pinned is not None else (tail, None)
+    return ImageUrl(store_url(name, head), image_name(name, tail), manifest)
 
 
 def image_name(name: str, value: str) -> str:
     """Check the name of an image in a store. Raises UsageError."""
+    if _PIN.fullmatch(value) is not None:
+        raise UsageError(f"invalid `{name}`: invalid image name {value!r}, which ends with the digest of a manifest")
     if _NAME.fullmatch(value) is None:
         raise UsageError(
             f"invalid `{name}`: invalid image name {value!r}, expected up to 200 letters, digits and ._+=@- of ASCII, "

@@ -2,13 +2,17 @@
 
 ::
 
-    DIR/images/MANIFEST/files/     files of one image and its parents; beside them, entry.json
-    DIR/images/.MANIFEST.partial   download in progress, or left by a killed process
-    DIR/locks/MANIFEST             locked exclusively by downloads and removals, shared while the image is opened
+    DIR/images/MANIFEST            entry: one image with its parents (`pageferry.stores.entry`)
+    DIR/images/.MANIFEST.partial   entry that is being created, or was left by a killed process
+    DIR/locks/MANIFEST             locked exclusively by creations and removals, shared while the image is opened;
+                                   removed with the entry
 
-An entry has the digest of its manifest as its name, so it never becomes outdated. It appears by a rename when all of
-its files are complete and synced. Equal parents of several entries are hard links of one file. The entries that were
-used least recently are removed when the cache is larger than its limit.
+An entry has the digest of its manifest as its name, so it never becomes outdated. It appears by a rename when its files
+have everything but their storage blocks, which are fetched when they are needed (`pageferry.stores.provider`). Equal
+parents of several entries are hard links of one file. The entries that were used least recently are removed when the
+cache is larger than its limit.
+
+The files are not encrypted. An encrypted image in the cache is only used if the keys open its manifest in the store.
 """
 
 from __future__ import annotations
@@ -25,38 +29,24 @@ from pathlib import Path
 
 import msgspec
 
-from pageferry.errors import ImageError, StoreError
-from pageferry.events import Listener
+from pageferry.errors import ImageError, StoreError, WrongKey
 from pageferry.host import files
 from pageferry.host.blocking import in_thread, on_thread
-from pageferry.images.image import ImageFile, open_link
-from pageferry.images.metadata import ImageIdentity
+from pageferry.host.fault_points import fault_point
+from pageferry.images.image import ImageFile, damaged_sections, open_link
+from pageferry.stores import entry, tables
 from pageferry.stores.address import ImageUrl
+from pageferry.stores.entry import CachedFile, Entry
 from pageferry.stores.events import CacheCleared, CachedImage, CacheListing
-from pageferry.stores.pull import Pull
-from pageferry.stores.references import Manifest, open_image, read_reference
-from pageferry.stores.store import ObjectMissing, Store
+from pageferry.stores.keys import NO_KEYS, Access
+from pageferry.stores.layout import Reference
+from pageferry.stores.manifests import Manifest
+from pageferry.stores.pull import check_file, write_frame
+from pageferry.stores.references import open_manifests, prove_access
+from pageferry.stores.store import Store
 
-MAX_RECORD = 1 << 20
 POLL = 0.1
 """Interval at which a lock of another process is polled, seconds."""
-_RECORD, _FILES = "entry.json", "files"
-
-
-class CachedFile(msgspec.Struct, frozen=True):
-    """Image file of an entry."""
-
-    name: str
-    identity: ImageIdentity
-
-
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """Contents of `entry.json`."""
-
-    url: str
-    """URL from which the image was downloaded."""
-    files: list[CachedFile]
-    """Image, then its parents."""
 
 
 @dataclass(slots=True)
@@ -93,25 +83,29 @@ class ImageCache:
         except OSError as error:
             raise StoreError(f"cannot create the cache {self.folder}: {error.strerror}") from error
 
-    async def obtain(self, url: ImageUrl, listener: Listener) -> OpenEntry:
-        """Return the entry of an image; download the image if there is no entry. Several processes that need the same
-        image download it once. Raises ImageError, StoreError, UsageError."""
+    async def obtain(self, url: ImageUrl, access: Access = NO_KEYS) -> OpenEntry:
+        """Return the entry of an image; create it if there is none. Several processes that need the same image
+        create it once. The keys must open the image in the store, also if there is an entry.
+
+        Raises ImageError, StoreError, UsageError, WrongKey.
+        """
         self.open()
         store = Store(url.store)
-        try:
-            manifest = (await read_reference(store, url.name)).manifest
-        except ObjectMissing:
-            await open_image(store, url)  # raises an error that names the remedy
-            raise
+        reference, encrypted = await prove_access(store, url, access)
+        manifest = reference.manifest
         lock = self._open_lock(manifest)
         try:
             while (path := await self._find_locked(lock, manifest)) is None:
-                if not _try_lock(lock, fcntl.LOCK_EX):
-                    await asyncio.sleep(POLL * (1 + random.random()))  # another process downloads it, or fails to open
+                if _is_removed(lock):
+                    os.close(lock)
+                    lock = self._open_lock(manifest)
+                elif not _try_lock(lock, fcntl.LOCK_EX):
+                    await asyncio.sleep(POLL * (1 + random.random()))  # another process creates it, or fails to open
                 elif await in_thread(self._find, manifest) is None:
-                    await self._fill(store, url, manifest, listener)
+                    await self._create(store, url, reference, access)
                     await on_thread(lambda: self._evict(manifest))
                 fcntl.flock(lock, fcntl.LOCK_UN)
+            await in_thread(_check_encrypted, path, encrypted)
         except BaseException:
             os.close(lock)
             raise
@@ -121,9 +115,17 @@ class ImageCache:
         """Describe all entries, least recently used first."""
         images = []
         for path in self._entries():
-            entry = self._load(path)
-            if entry is not None:
-                images.append(CachedImage(url=entry.url, path=str(self._image(path, entry)), length=_size([path])))
+            if (found := entry.load(path)) is not None:
+                length, contents = _size([path]), sum(file.contents for file in found.files)
+                images.append(
+                    CachedImage(
+                        url=found.url,
+                        path=str(path / entry.FILES / found.files[0].name),
+                        length=length,
+                        contents=max(contents, length) if entry.is_complete(path, found) else contents,
+                        complete=entry.is_complete(path, found),
+                    )
+                )
         return CacheListing(folder=str(self.folder), limit=self.limit, length=_size(self._entries()), images=images)
 
     def clear(self) -> CacheCleared:
@@ -132,29 +134,21 @@ class ImageCache:
 
     # -- entries
 
-    def _image(self, path: Path, entry: Entry) -> Path:
-        return path / _FILES / entry.files[0].name
-
     def _entries(self) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):
             found = [path for path in (self.folder / "images").iterdir() if not path.name.startswith(".")]
             return sorted(found, key=lambda path: path.stat().st_mtime)
         return []
 
-    def _load(self, path: Path) -> Entry | None:
-        try:
-            entry = msgspec.json.decode(files.read_regular(path / _RECORD, MAX_RECORD, follow=False), type=Entry)
-        except (OSError, msgspec.MsgspecError):
-            return None
-        return entry if entry.files else None
-
     def _find(self, manifest: str) -> Path | None:
         """Return the path of the image of an entry; None if there is no entry, or if its image cannot be opened."""
         path = self.folder / "images" / manifest
-        if (entry := self._load(path)) is not None:
-            image = path / _FILES / entry.files[0].name
+        if (found := entry.load(path)) is not None:
+            image = path / entry.FILES / found.files[0].name
             with contextlib.suppress(ImageError, FileNotFoundError):
-                if ImageFile(image).identity == entry.files[0].identity:
+                links = ImageFile(image).links
+                # The sections are not synced before the entry is complete: they may be damaged after a crash.
+                if links[0].identity == found.files[0].identity and not any(map(damaged_sections, links)):
                     os.utime(path)
                     return image
         return None
@@ -164,53 +158,67 @@ class ImageCache:
         process has locked it."""
         return await in_thread(self._find, manifest) if _try_lock(lock, fcntl.LOCK_SH) else None
 
-    async def _fill(self, store: Store, url: ImageUrl, manifest: str, listener: Listener) -> None:
-        """Download an image into a new entry."""
-        _, manifests = await open_image(store, url)
-        if manifests[0].digest != manifest:
-            raise ImageError(f"cannot download {url}: it was replaced at the same time; try again")
-        partial = self.folder / "images" / f".{manifest}.partial"
+    async def _create(self, store: Store, url: ImageUrl, reference: Reference, access: Access) -> None:
+        """Create the entry of an image, without storage blocks."""
+        manifests = await open_manifests(store, url, reference, access)
         names = [_file_name(url.name, manifests[0]), *(one.name for one in manifests[0].directory.ancestors)]
-        entry = Entry(
-            url=str(url),
-            files=[CachedFile(name, one.directory.identity) for name, one in zip(names, manifests, strict=True)],
-        )
-        await on_thread(lambda: self._begin(partial, entry))
-        await Pull(store, url, partial / _FILES / names[0], listener).run()
-        await on_thread(lambda: self._complete(partial, entry, manifest))
+        if len(set(names)) < len(names) or any(name in (".", "..") for name in names):
+            raise ImageError(f"cannot read {url}: the names of its parents are invalid: {', '.join(names[1:])}")
+        await on_thread(lambda: self._write(str(url), reference.manifest, dict(zip(names, manifests, strict=True))))
+        fault_point("store.cached")
 
-    def _begin(self, partial: Path, entry: Entry) -> None:
-        """Create the directory of a new entry, with links to the parents that other entries have."""
+    def _write(self, url: str, manifest: str, manifests: dict[str, Manifest]) -> None:
+        """Write a new entry. `manifests`: by name of the file, image first. Raises ImageError, StoreError."""
+        partial = self.folder / "images" / f".{manifest}.partial"
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / _FILES).mkdir(mode=0o700, parents=True)
-            existing = {
-                file.identity: path / _FILES / file.name
-                for path in self._entries()
-                if (other := self._load(path)) is not None
-                for file in other.files
-            }
-            for file in entry.files[1:]:
-                if (source := existing.get(file.identity)) is not None:
-                    with contextlib.suppress(FileNotFoundError, ImageError):  # removed since, or damaged
-                        if open_link(source).identity == file.identity:
-                            os.link(source, partial / _FILES / file.name)
-        except OSError as error:
-            raise StoreError(f"cannot write to the cache {self.folder}: {error.strerror}") from error
-
-    def _complete(self, partial: Path, entry: Entry, manifest: str) -> None:
-        try:
-            files.replace_file(partial / _RECORD, msgspec.json.encode(entry), synced=True)
+            for name in (entry.FILES, entry.TABLES):
+                (partial / name).mkdir(mode=0o700, parents=True)
+            self._link_parents(partial, manifests)
+            for name, one in manifests.items():
+                files.replace_file(partial / entry.TABLES / one.digest, tables.encode(one))
+                if not (partial / entry.FILES / name).exists():
+                    _write_frame(partial / entry.FILES / name, one)
+            found = [
+                CachedFile(
+                    name=name, identity=one.directory.identity, manifest=one.digest, contents=_contents_length(one)
+                )
+                for name, one in manifests.items()
+            ]
+            encrypted = any(one.sealing.domain for one in manifests.values())
+            files.replace_file(
+                partial / entry.RECORD, msgspec.json.encode(Entry(url=url, files=found, encrypted=encrypted))
+            )
+            fault_point("store.written")
             shutil.rmtree(partial.parent / manifest, ignore_errors=True)  # an entry that could not be opened
             partial.rename(partial.parent / manifest)
         except OSError as error:
             raise StoreError(f"cannot write to the cache {self.folder}: {error.strerror}") from error
 
+    def _link_parents(self, partial: Path, manifests: dict[str, Manifest]) -> None:
+        """Create links to the parents that other entries have."""
+        existing = {
+            file.manifest: path / entry.FILES / file.name
+            for path in self._entries()
+            if (other := entry.load(path)) is not None
+            for file in other.files
+        }
+        for name, one in list(manifests.items())[1:]:
+            if (source := existing.get(one.digest)) is not None:
+                with contextlib.suppress(FileNotFoundError, ImageError):  # removed since, or damaged
+                    if open_link(source).identity == one.directory.identity:
+                        os.link(source, partial / entry.FILES / name)
+
     # -- removal
 
     def _evict(self, kept: str) -> None:
-        """Remove the entries that were used least recently, until the cache does not exceed its limit."""
-        self._remove([path for path in self._entries() if path.name != kept], self.limit)
+        """Remove the entries that were used least recently, until the cache does not exceed its limit when the entry
+        `kept` is complete."""
+        path = self.folder / "images" / kept
+        found = entry.load(path)
+        missing = sum(file.contents for file in found.files) - _size([path]) if found is not None else 0
+        others = [path for path in self._entries() if path.name != kept]
+        self._remove(others, max(self.limit - max(missing, 0), 1))
 
     def _remove(self, candidates: list[Path], limit: int) -> CacheCleared:
         used = {str(Path(path).parent.parent) for path in self.in_use()}
@@ -221,20 +229,22 @@ class ImageCache:
             if limit and _size(self._entries()) <= limit:
                 break
             (kept if str(path) in used or not self._remove_entry(path.name) else removed).append(str(path))
-        for path in (self.folder / "images").glob(".*.partial"):
-            self._remove_entry(path.name.removeprefix(".").removesuffix(".partial"), partial=True)
+        for path in (self.folder / "locks").iterdir():
+            if not (self.folder / "images" / path.name).exists():
+                self._remove_entry(path.name, partial=True)
         return CacheCleared(folder=str(self.folder), removed=removed, kept=kept, freed=before - _size(self._entries()))
 
     def _remove_entry(self, manifest: str, *, partial: bool = False) -> bool:
-        """Remove an entry, or the rest of a download, unless a process has locked it."""
+        """Remove an entry, or the rest of a download, and its lock, unless a process has locked it."""
         lock = self._open_lock(manifest)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        else:
-            name = f".{manifest}.partial" if partial else manifest
-            shutil.rmtree(self.folder / "images" / name, ignore_errors=True)
+            if not _try_lock(lock, fcntl.LOCK_EX):
+                return False
+            if not partial:
+                shutil.rmtree(self.folder / "images" / manifest, ignore_errors=True)
+            shutil.rmtree(self.folder / "images" / f".{manifest}.partial", ignore_errors=True)
+            if not (self.folder / "images" / manifest).exists():
+                os.unlink(self.folder / "locks" / manifest)
             return True
         finally:
             os.close(lock)
@@ -245,13 +255,29 @@ class ImageCache:
         return files.open_private(self.folder / "locks" / manifest, os.O_RDWR)
 
 
+def _check_encrypted(image: Path, encrypted: bool) -> None:
+    """Raise WrongKey if the image was encrypted when its entry was created, and its reference no longer shows that."""
+    found = entry.load(image.parent.parent)
+    if found is not None and found.encrypted and not encrypted:
+        raise WrongKey(f"cannot read {found.url}: it is encrypted; give its key with `key` or `key_command`")
+
+
 def _try_lock(lock: int, kind: int) -> bool:
-    """Try to acquire a lock, or to convert it, and return whether this succeeded. A failed conversion releases it."""
+    """Try to acquire a lock, or to convert it, and return whether this succeeded. A failed conversion releases it. The
+    lock of a file that was removed protects nothing, and cannot be acquired."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    if _is_removed(lock):
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        return False
     return True
+
+
+def _is_removed(lock: int) -> bool:
+    """Return whether the file of a lock has been removed with its entry. Another file may have its name."""
+    return os.fstat(lock).st_nlink == 0
 
 
 def _file_name(name: str, manifest: Manifest) -> str:
@@ -260,12 +286,28 @@ def _file_name(name: str, manifest: Manifest) -> str:
     return name if name not in taken else f"{name}-{manifest.digest[:8]}"
 
 
+def _write_frame(path: Path, manifest: Manifest) -> None:
+    """Create an image file without storage blocks, and check it. Raises ImageError, OSError."""
+    descriptor = files.open_private(path, os.O_RDWR)
+    try:
+        write_frame(descriptor, manifest)
+        check_file(descriptor, manifest)
+    finally:
+        os.close(descriptor)
+
+
+def _contents_length(manifest: Manifest) -> int:
+    """Return the space of the file of an image with all of its storage blocks, bytes."""
+    frame = sum(chunk.length for chunk in manifest.directory.chunks)
+    return frame + sum(record.length for record in manifest.records())
+
+
 def _size(paths: list[Path]) -> int:
     """Return the space of the files of entries, bytes. A file with several links counts once."""
     found = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # removed at the same time
-            for file in os.scandir(path / _FILES):
+            for file in os.scandir(path / entry.FILES):
                 stat = file.stat(follow_symlinks=False)
                 found[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
     return sum(found.values())

@@ -1,7 +1,8 @@
 """Garbage collection of a store: mark unneeded objects, and delete them in a later collection.
 
 Needed are the manifests to which references refer, those younger than the grace period, which belong to uploads in
-progress, the manifests of their ancestors, and the packs of all of them. The protocol with uploads:
+progress, the manifests of their ancestors, and the packs of all of them. No key is needed: the outline of an encrypted
+manifest is readable, and readers of the image authenticate it. The protocol with uploads:
 
 1. A collection reads the marks first, then the references. It deletes an unneeded object only if its mark is older than
    the grace period. It writes marks for all other unneeded objects, before it deletes any object.
@@ -23,9 +24,10 @@ from pageferry.errors import ImageError, StoreError
 from pageferry.host.fault_points import fault_point
 from pageferry.stores.contents import needs
 from pageferry.stores.events import GarbageCollected
-from pageferry.stores.layout import Ancestor, mark_key
-from pageferry.stores.references import Manifest, gathered, read_reference, read_tail
-from pageferry.stores.store import ObjectMissing, Store, StoredObject
+from pageferry.stores.layout import Ancestor, AncestorKey, mark_key
+from pageferry.stores.manifests import StoredManifest, read_tail
+from pageferry.stores.references import read_reference
+from pageferry.stores.store import ObjectMissing, Store, StoredObject, gathered
 
 log = getLogger(__name__)
 
@@ -65,6 +67,8 @@ async def collect(store: Store, grace: float) -> GarbageCollected:
     await store.sync()
     fault_point("store.marked")
     await store.remove_incomplete(now - period)
+    left = [one.key for one in await store.list("checks") if one.modified < now - period]
+    await gathered(store.delete(key) for key in left)
     await gathered(store.delete(one.key) for one in plan.expired)
     fault_point("store.swept")
     await gathered(store.delete(key) for key in (*(mark_key(one.key) for one in plan.expired), *plan.obsolete))
@@ -123,11 +127,11 @@ class _Needs:
 
     manifest: str
     keys: frozenset[str]
-    ancestors: tuple[Ancestor, ...]
+    ancestors: tuple[Ancestor | AncestorKey, ...]
 
     @classmethod
-    def of(cls, manifest: Manifest) -> _Needs:
-        return cls(manifest.key, frozenset(needs(manifest)), tuple(manifest.directory.ancestors))
+    def of(cls, manifest: StoredManifest) -> _Needs:
+        return cls(manifest.key, frozenset(needs(manifest)), tuple(manifest.needed[1]))
 
 
 async def _needed(store: Store, objects: list[StoredObject], recent_after: datetime) -> tuple[set[str], set[str]]:
@@ -180,7 +184,7 @@ async def _of_upload(store: Store, entry: StoredObject) -> _Needs | None:
         return None
 
 
-async def _of_ancestor(store: Store, ancestor: Ancestor, lengths: dict[str, int]) -> _Needs:
+async def _of_ancestor(store: Store, ancestor: Ancestor | AncestorKey, lengths: dict[str, int]) -> _Needs:
     """Read the manifest of an ancestor. `lengths`: lengths of the objects that were listed."""
     try:
         if (length := lengths.get(ancestor.key)) is None:

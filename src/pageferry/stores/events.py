@@ -37,6 +37,7 @@ class ImagePushed(Event, frozen=True, kw_only=True, tag="image-pushed"):
     """Number of parents that the store did not contain."""
     existed: bool
     """Whether the store already contained this image under this name. Nothing was uploaded then."""
+    encrypted: bool
 
 
 class ImagePulled(Event, frozen=True, kw_only=True, tag="image-pulled"):
@@ -55,25 +56,28 @@ class ImagePulled(Event, frozen=True, kw_only=True, tag="image-pulled"):
     """Number of downloads of ranges of packs."""
     parents: list[str]
     """Parents that were written."""
+    encrypted: bool
 
 
 class StoredImage(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Image in a store, as its reference describes it."""
+    """Image in a store, as its reference describes it. `digest`, `kind`, `workload` and `created` are None if the image
+    is encrypted and the keys do not open it."""
 
     name: str
     url: str
     manifest: str
     id: str
-    digest: str
-    kind: str
-    workload: str
-    created: str
+    digest: str | None
+    kind: str | None
+    workload: str | None
+    created: str | None
     """Time of the snapshot point, UTC, ISO 8601."""
     pushed: str
     """Time at which the image was published in the store, UTC, ISO 8601."""
     length: int
     """Size of the image file without its parents, bytes."""
     parents: int
+    encrypted: bool
 
 
 class StoreListing(Event, frozen=True, kw_only=True, tag="image-list"):
@@ -83,6 +87,29 @@ class StoreListing(Event, frozen=True, kw_only=True, tag="image-list"):
     images: list[StoredImage]
     unreadable: list[str]
     """References that cannot be read, with the reason."""
+
+
+class StoreStep(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Step of the check of a store."""
+
+    name: str
+    """`open`, `list`, `create`, `refuse` (replace an object that exists), `read` or `delete`."""
+    passed: bool
+    detail: str
+    remedy: str = ""
+    """Remedy, if the step has failed."""
+
+
+class StoreCheck(Event, frozen=True, kw_only=True, tag="store-check"):
+    """Result of `check --store`."""
+
+    store: str
+    steps: list[StoreStep]
+    """Steps in their order, up to the first that has failed."""
+    usable: bool
+    """Whether images can be pushed, pulled and deleted; for a read-only store, whether the server replies."""
+    reason: str | None
+    """Reason why the store cannot be used, with a remedy; None if it can."""
 
 
 class GarbageCollected(Event, frozen=True, kw_only=True, tag="image-gc"):
@@ -110,6 +137,11 @@ class CachedImage(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     path: str
     length: int
     """Space of the image and of its parents, bytes. Parents that other entries share are counted for each."""
+    contents: int
+    """The same space when all storage blocks have been fetched, bytes."""
+    complete: bool
+    """Whether all storage blocks that the memory needs have been fetched: a restore reads nothing more from the
+    store."""
 
 
 class CacheListing(Event, frozen=True, kw_only=True, tag="cache-list"):

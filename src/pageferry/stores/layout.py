@@ -6,15 +6,19 @@
     manifests/ID/DIGEST       manifest of the image with this id: where its storage blocks are, and all other bytes
     packs/DIGEST              storage blocks of one or several images
     condemned/KEY             mark of the garbage collection: KEY is to be deleted
+    checks/RANDOM             object of a check of permissions, deleted by the check or a garbage collection
 
 An object is never replaced: manifests and packs contain random bytes, so that each upload has another digest.
+
+The manifest of an encrypted image has an envelope instead of a directory: an outline, which garbage collections read
+without a key, and the encrypted directory, which authenticates the outline.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -24,11 +28,14 @@ from pageferry.images.image import MAX_CHAIN
 from pageferry.images.metadata import ImageIdentity
 from pageferry.stores.library import digest
 
+T = TypeVar("T")
+
 VERSION = 1
-REFERENCE_FORMAT = "pageferry-image"
 MANIFEST_MAGIC = b"PFMANIF\n"
 PACK_MAGIC = b"PFPACKS\n"
-FEATURES = 0
+ENCRYPTED = 1
+"""Feature: the storage blocks of a pack, and all parts of a manifest, are encrypted."""
+FEATURES = ENCRYPTED
 """Bit set of supported features. A manifest or a pack with any other mandatory feature is refused."""
 
 PACK_HEADER = struct.Struct("<8sHHI16s32x")
@@ -42,7 +49,11 @@ PACK_LENGTH = 32 << 20
 """Length from which on a pack is complete, bytes."""
 MAX_PACK = 64 << 20
 MAX_MANIFEST = 1 << 30
-MAX_DIRECTORY = 256 << 20
+MAX_MANIFESTS = 2 << 30
+"""Maximum length of the manifests of an image and its ancestors together, bytes. They are read into memory."""
+MAX_DIRECTORY = 64 << 20
+MAX_ENTRIES = 1 << 20
+"""Maximum number of packs, and of chunks, of an image."""
 MAX_REFERENCE = 64 << 10
 MAX_TIME = 250_000_000_000
 """Latest time of a snapshot point, seconds since 1970: before the year 9999."""
@@ -121,14 +132,14 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True):
     """Checksum of the footer of the image file."""
     length: _Offset
     """Size of the image file, bytes."""
-    packs: list[PackEntry]
+    packs: Annotated[list[PackEntry], Meta(max_length=MAX_ENTRIES)]
     blocks: Part
     """Table of the storage blocks, compressed with zlib."""
     count: Annotated[int, Meta(ge=0, le=1 << 32)]
     """Number of storage blocks."""
     frame: Part
     """Contents of all chunks."""
-    chunks: list[Chunk]
+    chunks: Annotated[list[Chunk], Meta(max_length=MAX_ENTRIES)]
     ancestors: Annotated[list[Ancestor], Meta(max_length=MAX_CHAIN - 1)]
     """Ancestors of the image, parent first."""
 
@@ -138,12 +149,72 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True):
         return ImageIdentity(id=self.id, digest=self.digest)
 
 
-class Reference(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Contents of `images/NAME`, as JSON. Only `manifest` and `id` locate the image; the other fields describe it in
-    listings."""
+class AncestorKey(msgspec.Struct, frozen=True, array_like=True):
+    """Manifest of an ancestor, in an outline."""
 
-    format: Literal["pageferry-image"] = "pageferry-image"
-    version: int = VERSION
+    id: _Id
+    manifest: _Hex
+
+    @property
+    def key(self) -> str:
+        """Key of the manifest."""
+        return manifest_key(self.id, self.manifest)
+
+
+class WrappedKey(msgspec.Struct, frozen=True, kw_only=True):
+    """Key of a domain, encrypted for the users who may read the image (`keys`)."""
+
+    domain: _Hash
+    """Commitment to the key (`sealing.Domain.id`)."""
+    recipients: _Hash
+    """Keyed digest of the set of recipients."""
+    form: Literal["age", "raw"]
+    wrapped: Annotated[bytes, Meta(max_length=64 << 10)]
+    proofs: Annotated[list[_Hash], Meta(max_length=64)]
+    """Codes by which the identities of the writer authenticate the domain; empty for a raw key."""
+
+
+class Outline(msgspec.Struct, frozen=True, kw_only=True):
+    """Readable part of the manifest of an encrypted image: what garbage collections need, and the wrapped key."""
+
+    salt: _Hash
+    """Random bytes, from which the keys of this manifest are derived."""
+    id: _Id
+    packs: Annotated[list[PackEntry], Meta(max_length=MAX_ENTRIES)]
+    ancestors: Annotated[list[AncestorKey], Meta(max_length=MAX_CHAIN - 1)]
+    table: _Offset
+    """Offset of the block table in the manifest, bytes."""
+    key: WrappedKey
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """Directory of the manifest of an encrypted image, as it is stored."""
+
+    outline: bytes
+    """Outline, MessagePack: associated data of the directory."""
+    directory: bytes
+    """Directory, MessagePack, encrypted."""
+
+    def decoded(self, where: str) -> Outline:
+        """Return the outline. `where`: URL of the manifest, for messages. Raises ImageError."""
+        return _decode(self.outline, Outline, where)
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """Description of an encrypted image, in its reference."""
+
+    digest: _Digest
+    kind: str
+    workload: str
+    created: Annotated[float, Meta(ge=0, le=MAX_TIME)]
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
+    """Contents of `images/NAME`, as JSON. Only `manifest` and `id` locate the image; the other fields describe it in
+    listings. Of an encrypted image, `digest`, `kind`, `workload` and `created` have the values of `HIDDEN`."""
+
+    format: Literal["pageferry-image"]
+    version: int
     manifest: _Hex
     manifest_length: Annotated[int, Meta(gt=0, le=MAX_MANIFEST)]
     id: _Id
@@ -156,6 +227,10 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Size of the image file, bytes."""
     parents: int
     """Number of ancestors."""
+    sealed: Annotated[bytes, Meta(max_length=MAX_REFERENCE)] = b""
+    """Description of an encrypted image (`About`), encrypted; empty for an image that is not encrypted."""
+    salt: Annotated[bytes, Meta(max_length=64)] = b""
+    """Random bytes, from which the key of `sealed` is derived."""
 
     @property
     def key(self) -> str:
@@ -166,6 +241,10 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     def identity(self) -> ImageIdentity:
         """Identity of the image."""
         return ImageIdentity(id=self.id, digest=self.digest)
+
+
+HIDDEN = About(digest="0" * 16, kind="encrypted", workload="", created=0.0)
+"""Description in the readable part of the reference of an encrypted image."""
 
 
 def reference_key(name: str) -> str:
@@ -188,22 +267,23 @@ def mark_key(key: str) -> str:
     return f"condemned/{key}"
 
 
-def new_pack() -> bytearray:
+def new_pack(features: int) -> bytearray:
     """Return a pack without blocks."""
-    return bytearray(PACK_HEADER.pack(PACK_MAGIC, VERSION, 0, FEATURES, os.urandom(16)))
+    return bytearray(PACK_HEADER.pack(PACK_MAGIC, VERSION, 0, features, os.urandom(16)))
 
 
-def encode_manifest(parts: bytes, directory: Directory) -> tuple[bytes, str]:
+def encode_manifest(parts: bytes, directory: Directory | Envelope) -> tuple[bytes, str]:
     """Return a manifest and its digest. `parts`: contents that the directory refers to."""
     encoded = msgspec.msgpack.encode(directory)
-    head = TRAILER_HEAD.pack(MANIFEST_MAGIC, VERSION, 0, FEATURES, len(encoded))
+    features = ENCRYPTED if isinstance(directory, Envelope) else 0
+    head = TRAILER_HEAD.pack(MANIFEST_MAGIC, VERSION, 0, features, len(encoded))
     found = digest(encoded + head)
     return b"".join((parts, encoded, head, found)), found.hex()
 
 
-def decode_manifest(contents: bytes, manifest: str, where: str) -> Directory:
-    """Verify the trailer and the directory of a manifest, and return the directory. `manifest`: expected digest,
-    hexadecimal; `where`: its URL, for messages. Raises ImageError."""
+def decode_manifest(contents: bytes, manifest: str, where: str) -> Directory | Envelope:
+    """Verify the trailer and the directory of a manifest, and return the directory, or the envelope of an encrypted
+    one. `manifest`: expected digest, hexadecimal; `where`: its URL, for messages. Raises ImageError."""
     trailer = contents[-TRAILER:]
     if len(trailer) < TRAILER or not trailer.startswith(MANIFEST_MAGIC):
         raise ImageError(f"cannot read {where}: it is not a manifest of pageferry, or is truncated")
@@ -214,8 +294,19 @@ def decode_manifest(contents: bytes, manifest: str, where: str) -> Directory:
     signed = contents[len(contents) - TRAILER - length : len(contents) - 32]
     if digest(signed).hex() != manifest or trailer[-32:].hex() != manifest:
         raise ImageError(f"cannot read {where}: its contents do not match its digest: it was damaged or replaced")
+    if features & ENCRYPTED:
+        return _decode(signed[:length], Envelope, where)
+    return decode_directory(signed[:length], where)
+
+
+def decode_directory(encoded: bytes, where: str) -> Directory:
+    """Parse a directory. Raises ImageError."""
+    return _decode(encoded, Directory, where)
+
+
+def _decode(encoded: bytes, kind: type[T], where: str) -> T:
     try:
-        return msgspec.msgpack.decode(signed[:length], type=Directory)
+        return msgspec.msgpack.decode(encoded, type=kind)
     except msgspec.MsgspecError as error:
         raise ImageError(f"cannot read {where}: its directory is invalid ({error})") from error
 

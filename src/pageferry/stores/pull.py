@@ -7,7 +7,8 @@ A range that cannot be read, or that has wrong contents, is read once more: it m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from pageferry.stores import blocks, frame
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.blocks import BlockRecord
 from pageferry.stores.events import ImagePulled, StoreProgress
+from pageferry.stores.keys import NO_KEYS, Access
 from pageferry.stores.layout import PackEntry
-from pageferry.stores.references import Manifest, gathered, open_image
-from pageferry.stores.store import Store
+from pageferry.stores.manifests import Manifest
+from pageferry.stores.references import open_image
+from pageferry.stores.sealing import BlockOpener
+from pageferry.stores.store import Store, gathered
 
 RANGE = 8 << 20
 """Maximum length of a range of a pack that is read with one request, bytes."""
@@ -34,7 +38,7 @@ DOWNLOADS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
+class Range:
     """Range of a pack, with the storage blocks in it: number in the image and record."""
 
     pack: PackEntry
@@ -46,9 +50,10 @@ class _Range:
 class Pull:
     """Download of one image with its parents to a directory."""
 
-    def __init__(self, store: Store, url: ImageUrl, target: Path, listener: Listener) -> None:
+    def __init__(self, store: Store, url: ImageUrl, target: Path, listener: Listener, access: Access = NO_KEYS) -> None:
         self._store = store
         self._url = url
+        self._access = access
         self._target = target
         self._listener = listener
         self._done = 0
@@ -58,8 +63,8 @@ class Pull:
 
     async def run(self) -> ImagePulled:
         """Download the parents that are missing, oldest first, and then the image. Raises ImageError, StoreError,
-        UsageError if the image would replace one of its parents."""
-        _, manifests = await open_image(self._store, self._url)
+        WrongKey, UsageError if the image would replace one of its parents."""
+        _, manifests = await open_image(self._store, self._url, self._access)
         paths = self._paths(manifests[0])
         missing = [
             (manifest, path)
@@ -69,8 +74,7 @@ class Pull:
         self._downloaded = sum(len(manifest.contents) for manifest in manifests)
         work = [(manifest, path, await in_thread(manifest.records)) for manifest, path in missing]
         self._total = sum(record.length for _, _, records in work for record in records)
-        for manifest, path, records in reversed(work):
-            await self._write(manifest, records, path)
+        await self._write_all(work)
         await in_thread(lambda: ImageFile(self._target))  # verifies the references between the images
         return ImagePulled(
             url=str(self._url),
@@ -80,6 +84,7 @@ class Pull:
             downloaded=self._downloaded,
             requests=self._requests,
             parents=[str(path) for _, path in missing if path != self._target],
+            encrypted=bool(manifests[0].sealing.domain),
         )
 
     def _paths(self, manifest: Manifest) -> list[Path]:
@@ -96,34 +101,36 @@ class Pull:
             )
         return [self._target, *parents]
 
-    async def _write(self, manifest: Manifest, records: list[BlockRecord], path: Path) -> None:
-        """Write one image. The file appears when all of its contents have been verified."""
+    async def _write_all(self, work: Sequence[tuple[Manifest, Path, list[BlockRecord]]]) -> None:
+        """Write the image and its missing parents, given in this order. When all files are complete and verified, they
+        appear, oldest first. After an error, no file has appeared, unless a file cannot be given its name."""
+        path = self._target
         try:
-            with new_file(path) as descriptor:
-                await self._fill(manifest, records, descriptor)
-                await on_thread(lambda: _check(descriptor, manifest))
-                if path != self._target:  # another download may have written another parent of this name
+            with ExitStack() as files:  # publishes the files in the reverse order
+                opened = []
+                for _, path, _ in work:
+                    opened.append(files.enter_context(new_file(path)))
+                for (manifest, path, records), descriptor in reversed(list(zip(work, opened, strict=True))):  # noqa: B007
+                    await self._fill(manifest, records, descriptor)
+                    await on_thread(lambda: _check_synced(descriptor, manifest))  # noqa: B023
+                    fault_point("store.downloaded")
+                for manifest, path, _ in work[1:]:  # another download may have written another parent of this name
                     await in_thread(_exists, path, manifest.directory.identity)
-                fault_point("store.downloaded")
         except OSError as error:
             raise ImageError(f"cannot write {path}: {error.strerror}") from error
 
     async def _fill(self, manifest: Manifest, records: list[BlockRecord], descriptor: int) -> None:
-        directory = manifest.directory
-        stored = manifest.frame()
-        try:
-            await on_thread(lambda: frame.write(descriptor, stored, directory.chunks, directory.length))
-        except ImageError as error:
-            raise ImageError(f"cannot read {manifest.where}: {error}") from error
-        await gathered((self._copy(one, descriptor) for one in _ranges(records, directory.packs)), DOWNLOADS)
+        await on_thread(lambda: write_frame(descriptor, manifest))
+        wanted = ranges(enumerate(records), manifest.directory.packs, RANGE)
+        await gathered((self._copy(one, descriptor, manifest.sealing) for one in wanted), DOWNLOADS)
 
-    async def _copy(self, wanted: _Range, descriptor: int) -> None:
+    async def _copy(self, wanted: Range, descriptor: int, sealing: BlockOpener) -> None:
         """Download a range, verify its blocks and write them to the file."""
         where = f"{self._store.url}/{wanted.pack.key}"
         for last in (False, True):
             try:
                 data = await self._read(wanted)
-                await on_thread(lambda: _write_blocks(descriptor, wanted, data))  # noqa: B023
+                await on_thread(lambda: write_blocks(descriptor, wanted, data, sealing))  # noqa: B023
                 break
             except (ImageError, StoreError) as error:
                 if last and isinstance(error, StoreError):
@@ -136,7 +143,7 @@ class Pull:
         self._done += sum(record.length for _, record in wanted.blocks)
         self._listener(StoreProgress(image=str(self._url), done=self._done, total=self._total))
 
-    async def _read(self, wanted: _Range) -> memoryview:
+    async def _read(self, wanted: Range) -> memoryview:
         """Read a range. Raises ImageError if the pack is missing or shorter than expected, StoreError."""
         self._requests += 1
         data = await self._store.get_range(wanted.pack.key, wanted.start, wanted.end - wanted.start)
@@ -157,39 +164,65 @@ def _exists(path: Path, identity: ImageIdentity) -> bool:
     return True
 
 
-def _ranges(records: list[BlockRecord], packs: list[PackEntry]) -> Iterator[_Range]:
-    """Yield the ranges to read, ordered by pack and offset."""
-    placed = sorted(enumerate(records), key=lambda one: (one[1].pack, one[1].start, one[0]))
+def write_frame(descriptor: int, manifest: Manifest) -> None:
+    """Write everything but the storage blocks into an empty file, which gets its full length. Raises ImageError,
+    OSError."""
+    directory = manifest.directory
+    try:
+        frame.write(descriptor, manifest.frame(), directory.chunks, directory.length)
+    except ImageError as error:
+        raise ImageError(f"cannot read {manifest.where}: {error}") from error
+
+
+def ranges(
+    numbered: Iterable[tuple[int, BlockRecord]], packs: Sequence[PackEntry], limit: int, gap: int = GAP
+) -> Iterator[Range]:
+    """Yield the ranges to read for blocks with their numbers, ordered by pack and offset.
+
+    `limit`: maximum length of a range with several blocks, bytes; `gap`: maximum number of unneeded bytes between two
+    blocks of a range.
+    """
+    placed = sorted(numbered, key=lambda one: (one[1].pack, one[1].start, one[0]))
     pending: list[tuple[int, BlockRecord]] = []
     end = 0
     for number, record in placed:
-        stop = record.start + record.length
+        stop = record.start + record.stored
         if pending:
             first = pending[0][1]
-            if record.pack != first.pack or record.start > end + GAP or stop - first.start > RANGE:
-                yield _Range(packs[first.pack], first.start, end, tuple(pending))
+            if record.pack != first.pack or record.start > end + gap or stop - first.start > limit:
+                yield Range(packs[first.pack], first.start, end, tuple(pending))
                 pending = []
         end = max(end, stop) if pending else stop
         pending.append((number, record))
     if pending:
-        yield _Range(packs[pending[0][1].pack], pending[0][1].start, end, tuple(pending))
+        yield Range(packs[pending[0][1].pack], pending[0][1].start, end, tuple(pending))
 
 
-def _write_blocks(descriptor: int, found: _Range, data: memoryview) -> None:
-    """Verify the blocks of a range, and write them. Raises ImageError for the first that is damaged, OSError."""
+def write_blocks(descriptor: int, found: Range, data: memoryview, sealing: BlockOpener) -> None:
+    """Verify and decrypt the blocks of a range, and write them. The header of a block is written last, so that a block
+    with a header is complete unless the host has crashed. Raises ImageError for the first that is damaged, OSError."""
     for number, record in found.blocks:
         start = record.start - found.start
-        block = memoryview(blocks.restore(data[start : start + record.length], record, number))
-        offset = record.offset
-        while block:
-            written = os.pwrite(descriptor, block, offset)
-            block, offset = block[written:], offset + written
+        block = memoryview(blocks.restore(data[start : start + record.stored], record, number, sealing))
+        _write(descriptor, block[blocks.HEADER :], record.offset + blocks.HEADER)
+        _write(descriptor, block[: blocks.HEADER], record.offset)
 
 
-def _check(descriptor: int, manifest: Manifest) -> None:
-    """Open the complete file, compare its identity and its blocks with the manifest, and sync the file. Raises
-    ImageError, OSError."""
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _check_synced(descriptor: int, manifest: Manifest) -> None:
+    """Sync a complete file, and check it. Raises ImageError, OSError."""
     os.fsync(descriptor)  # in this thread; the event loop does not wait for the sync of `new_file`
+    check_file(descriptor, manifest)
+
+
+def check_file(descriptor: int, manifest: Manifest) -> None:
+    """Open a file that has at least its frame, and compare its identity and its block table with the manifest. Raises
+    ImageError."""
     try:
         link = link_of(descriptor, Path(manifest.key))
     except ImageError as error:

@@ -6,11 +6,12 @@ request, so no multipart upload is ever left unfinished.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
 import stat
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -30,11 +31,18 @@ REQUEST_TIMEOUT = timedelta(minutes=10)
 CONNECT_TIMEOUT = timedelta(seconds=10)
 RETRY_TIMEOUT = timedelta(minutes=3)
 """Maximum time during which a failed request is repeated."""
-MAX_RETRIES = 12
-KINDS = ("images", "manifests", "packs", "condemned")
+MAX_RETRIES = 1000
+"""Maximum number of repetitions. `RETRY_TIMEOUT` ends them earlier, because of the pauses between them."""
+BACKOFF = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 4}
+"""Pauses between repetitions: each is random, and on average about twice as long as the previous one."""
+REQUESTS = 16
+"""Maximum number of small requests at a time."""
+KINDS = ("images", "manifests", "packs", "condemned", "checks")
 """First parts of the keys of all objects."""
 _INCOMPLETE = re.compile(r".+#[0-9]+")
 """Name of a file that an upload to a directory has not completed."""
+_DENIED = re.compile(r"\b(403|Forbidden|AccessDenied)\b")
+"""Text of errors of listings without permission, which the client does not distinguish from other errors."""
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 """Environment variables with the URL of an S3 server, in the order of their precedence."""
 
@@ -52,12 +60,29 @@ class StoredObject:
     modified: datetime
 
 
+class Budget:
+    """Memory that objects of untrusted lengths may occupy together, bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = self._left = limit
+
+    def take(self, length: int, where: str) -> None:
+        """Reserve memory for an object. Raises ImageError if the objects are too large."""
+        self._left -= length
+        if self._left < 0:
+            raise ImageError(f"cannot read {where}: it and its ancestors have more than {self._limit} bytes")
+
+
 class Store:
     """Open store. Keys are relative to the URL of the store. Raises UnsupportedError without the extra `stores`,
-    UsageError for an invalid URL, StoreError if the configuration in the environment is invalid."""
+    UsageError for an invalid URL, StoreError if the configuration in the environment is invalid.
 
-    def __init__(self, url: StoreUrl, *, create: bool = False) -> None:
+    `retry_timeout`: maximum time during which a failed request is repeated; zero for no repetition.
+    """
+
+    def __init__(self, url: StoreUrl, *, create: bool = False, retry_timeout: timedelta = RETRY_TIMEOUT) -> None:
         self.url = url
+        self._retry_timeout = retry_timeout
         self._obstore = obstore()
         self._written: list[str] = []
         with self._translated("open the store"):
@@ -65,13 +90,15 @@ class Store:
 
     # -- reading
 
-    async def get(self, key: str, limit: int) -> bytes:
-        """Return the contents of an object. Raises ObjectMissing, ImageError if it is larger than `limit` bytes,
-        StoreError."""
+    async def get(self, key: str, limit: int, budget: Budget | None = None) -> bytes:
+        """Return the contents of an object. Raises ObjectMissing, ImageError if it is larger than `limit` bytes or than
+        the rest of the budget, StoreError."""
         found = await self._call(lambda: self._obstore.get_async(self._client, key), f"read {key}")
         length = found.meta["size"]
         if length > limit:
             raise ImageError(f"cannot read {self.url}/{key}: it has {length} bytes, expected at most {limit}")
+        if budget is not None:
+            budget.take(length, f"{self.url}/{key}")
         return bytes(await self._call(found.bytes_async, f"read {key}"))
 
     async def get_range(self, key: str, start: int, length: int) -> memoryview:
@@ -106,7 +133,7 @@ class Store:
 
     # -- writing
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, data: bytes | bytearray) -> None:
         """Upload an object, which replaces an object with the same key. Raises StoreError."""
         await self._upload(key, data, "overwrite")
 
@@ -121,6 +148,12 @@ class Store:
         except self._obstore.exceptions.AlreadyExistsError:
             return False
         return True
+
+    async def probe(self) -> None:
+        """Create an object in the prefix `checks`, and delete it, to find missing permissions. Raises StoreError."""
+        key = f"checks/{os.urandom(16).hex()}"
+        await self.create(key, b"")
+        await self.delete(key)
 
     async def delete(self, key: str) -> None:
         """Delete an object, if it exists. Raises StoreError."""
@@ -147,9 +180,12 @@ class Store:
         if (folder := self.url.folder) is not None:
             await in_thread(_remove_incomplete, folder, before)
 
-    async def _upload(self, key: str, data: bytes, mode: str) -> None:
+    async def _upload(self, key: str, data: bytes | bytearray, mode: str) -> None:
         put = self._obstore.put_async
-        await self._call(lambda: put(self._client, key, data, mode=mode, use_multipart=False), f"write {key}")
+        try:
+            await self._call(lambda: put(self._client, key, data, mode=mode, use_multipart=False), f"write {key}")
+        except ObjectMissing as error:
+            raise StoreError(f"cannot write {key} in {self.url}: there is no such bucket; check the URL") from error
         self._written.append(key)
 
     # -- connection and errors
@@ -162,7 +198,11 @@ class Store:
             return store.LocalStore(url.folder, mkdir=create)
         options: dict[str, Any] = {
             "client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT},
-            "retry_config": {"max_retries": MAX_RETRIES, "retry_timeout": RETRY_TIMEOUT},
+            "retry_config": {
+                "max_retries": MAX_RETRIES if self._retry_timeout else 0,
+                "retry_timeout": self._retry_timeout,
+                "backoff": BACKOFF,
+            },
         }
         if url.scheme == "http":
             options["client_options"]["allow_http"] = True
@@ -187,12 +227,13 @@ class Store:
             raise
         except FileNotFoundError as error:
             raise ObjectMissing(f"cannot {operation} in {self.url}: there is no such object") from error
-        except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
-            raise StoreError(
-                f"cannot {operation} in {self.url}: permission denied: {_cause(error)}; check the credentials in the "
-                "environment (docs/stores.md)"
-            ) from error
         except (errors.BaseError, OSError, ValueError, NotImplementedError) as error:
+            denied = isinstance(error, (errors.PermissionDeniedError, errors.UnauthenticatedError))
+            if denied or _DENIED.search(str(error)):
+                raise StoreError(
+                    f"cannot {operation} in {self.url}: permission denied: {_cause(error)}; check the credentials in "
+                    "the environment (docs/stores.md)"
+                ) from error
             raise StoreError(f"cannot {operation} in {self.url}: {_cause(error)}") from error
 
 
@@ -244,3 +285,25 @@ def _sync(folder: str, keys: list[str]) -> None:
                 os.close(descriptor)
     except OSError as error:
         raise StoreError(f"cannot write to the store in {folder}: {error.strerror}") from error
+
+
+async def gathered(calls: Iterable[Coroutine[object, object, T]], limit: int = REQUESTS) -> list[T]:
+    """Run coroutines, at most `limit` at a time, and return their results in order. After an error, cancel the others,
+    and raise the error."""
+    slots = asyncio.Semaphore(limit)
+
+    async def one(call: Coroutine[object, object, T]) -> T:
+        async with slots:
+            return await call
+
+    pending = list(calls)
+    tasks = [asyncio.ensure_future(one(call)) for call in pending]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for call in pending:
+            call.close()  # those that have not begun
+        raise

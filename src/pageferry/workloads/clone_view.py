@@ -24,21 +24,27 @@ from pageferry.pager import base_records
 from pageferry.pager.base_records import CloneRecord
 from pageferry.pager.clone_memory import base_offsets
 from pageferry.pager.records import RegionRecord
+from pageferry.stores.lazy_image import open_image_file
 
 MOVE_BACK = "move it back"
 """Advice for a command that cannot be given another path of the image."""
 
 
 def open_image(
-    name: str, record: CloneRecord, path: Path | None = None, *, moved: str = "name it with `parent`"
+    name: str,
+    record: CloneRecord,
+    path: Path | None = None,
+    *,
+    moved: str = "name it with `parent`",
+    whole: bool = False,
 ) -> ImageFile:
     """Open the image whose memory the clone `name` shares. `path`: path of the image; None for its path when the clone
-    was started. `moved`: advice if the image is no longer at its path.
+    was started. `moved`: advice if the image is no longer at its path; `whole`: see `open_image_file`.
 
     Raises UsageError if another image is at `path`, ImageError if the image cannot be opened or has been replaced.
     """
     if path is not None:
-        image = ImageFile(path)
+        image = open_image_file(path, whole=whole)
         if image.identity != record.identity:
             raise UsageError(
                 f"cannot use {path} as the parent: {name} shares the memory of {record.image}, which is the parent of "
@@ -46,7 +52,7 @@ def open_image(
             )
         return image
     try:
-        image = ImageFile(record.image)
+        image = open_image_file(record.image, whole=whole)
     except ImageError as error:
         raise ImageError(
             f"cannot read the image whose memory {name} shares: {error}; if it was moved, {moved}"

@@ -94,8 +94,16 @@ pub enum ImageError {
          sparse file; copy it again with `cp --sparse=never`"
     )]
     Holes(u64, u64),
+    /// A storage block is not in the file, and cannot be fetched from the store.
+    #[error("cannot fetch storage block {number}: {message}")]
+    Unavailable {
+        /// Number of the block.
+        number: u32,
+        /// Cause.
+        message: String,
+    },
     /// The caller cancelled the operation.
-    #[error("cannot open the image: interrupted")]
+    #[error("cannot read the image: interrupted")]
     Interrupted,
     /// The file cannot be read or written.
     #[error("cannot read or write the image: {0}")]

@@ -6,6 +6,7 @@ mod format;
 mod page_appender;
 mod page_reader;
 mod reader;
+mod supply;
 mod verify;
 mod writer;
 
@@ -15,5 +16,6 @@ pub use format::{BlockEntry, FLAG_IN_PARENT, ImageError, PageEntry, section};
 pub use page_appender::PageAppender;
 pub use page_reader::{PageReader, differences, fill, pattern};
 pub use reader::{Chain, Image, StoredBlock};
+pub use supply::{Number, Supply, request_in_background};
 pub use verify::{Finding, stored_pages, verify, verify_unused};
 pub use writer::{Finished, ImageWriter, Sizes};

@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::take;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use zerocopy::byteorder::little_endian::U64;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -13,6 +14,7 @@ use super::format::{
     BlockEntry, FOOTER_LEN, FOOTER_MAGIC, FileHeader, Footer, ImageError, KNOWN_FEATURES, MAGIC, MAX_LEN, MAX_PAGES,
     MAX_SECTIONS, PageEntry, SectionEntry, VERSION, section,
 };
+use super::supply::Supply;
 use crate::SMALL_PAGE;
 use crate::block::{self, BlockError, Class, Header};
 use crate::checksum::{Checksum, checksum};
@@ -32,6 +34,9 @@ const HOLES: (u64, u64) = (64 << 20, 64);
 /// Like `HOLES`, but for the page map. The limit is higher, because holes in the page map take no memory when read.
 const MAP_HOLES: (u64, u64) = (1 << 30, 4096);
 
+/// Number of attempts to read a block that can be fetched again if it is damaged.
+const SUPPLIED_READS: usize = 2;
+
 /// Open image. Header, footer, page map and block table have been read and verified.
 #[derive(Debug)]
 pub struct Image {
@@ -44,6 +49,8 @@ pub struct Image {
     page_map: Vec<PageEntry>,
     blocks: Vec<BlockEntry>,
     sections: Vec<SectionEntry>,
+    /// Supply of blocks that the file does not contain yet, and the index of this image in its chain.
+    supply: OnceLock<(Arc<Supply>, usize)>,
 }
 
 impl Image {
@@ -90,6 +97,7 @@ impl Image {
             page_map: Vec::new(),
             blocks: Vec::new(),
             sections,
+            supply: OnceLock::new(),
         };
         image.blocks =
             image.table("block table", section::BLOCK_TABLE, wanted, |entries| image.check_blocks(entries))?;
@@ -169,7 +177,64 @@ impl Image {
     ///
     /// # Errors
     /// If there is no such block, or if it cannot be read or verified.
-    pub fn read_block_into(&self, number: u32, mut bytes: Vec<u8>) -> Result<StoredBlock, ImageError> {
+    pub fn read_block_into(&self, number: u32, bytes: Vec<u8>) -> Result<StoredBlock, ImageError> {
+        self.read_block_while(number, bytes, &|| false)
+    }
+
+    /// Like [`read_block_into`](Self::read_block_into), but stops to wait for a block that has to be fetched when
+    /// `stopped` returns true.
+    ///
+    /// # Errors
+    /// As for `read_block_into`; [`ImageError::Interrupted`] if `stopped` returned true.
+    pub fn read_block_while(
+        &self,
+        number: u32,
+        mut bytes: Vec<u8>,
+        stopped: &dyn Fn() -> bool,
+    ) -> Result<StoredBlock, ImageError> {
+        let Some((supply, image)) = self.supply.get().filter(|_| (number as usize) < self.blocks.len()) else {
+            return self.read_stored(number, bytes);
+        };
+        let mut last = ImageError::Interrupted;
+        for _ in 0..SUPPLIED_READS {
+            supply.wait(self, (*image, number), stopped)?;
+            let checked = supply.is_verified((*image, number));
+            let read = self.read_stored(number, take(&mut bytes));
+            match read.and_then(|block| if checked { Ok(block) } else { block.verify().map(|()| block) }) {
+                Ok(block) => {
+                    supply.verified((*image, number));
+                    return Ok(block);
+                }
+                Err(damaged @ (ImageError::Block { .. } | ImageError::Value { .. })) => {
+                    supply.distrust((*image, number));
+                    last = damaged;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(last)
+    }
+
+    /// Sets the supply of the image, which is image `number` of its chain. Returns false if the image has a supply.
+    pub(super) fn set_supply(&self, supply: Arc<Supply>, number: usize) -> bool {
+        self.supply.set((supply, number)).is_ok()
+    }
+
+    /// Returns the supply of blocks that the file does not contain yet; `None` if the file is complete.
+    pub fn supply(&self) -> Option<&Arc<Supply>> {
+        self.supply.get().map(|(supply, _)| supply)
+    }
+
+    /// Returns whether the file contains the header of a storage block that the block table describes.
+    pub(super) fn has_header_of(&self, number: u32) -> bool {
+        let Some(entry) = self.blocks.get(number as usize) else { return false };
+        let mut header = Header::new_zeroed();
+        self.read_at(header.as_mut_bytes(), entry.offset.get()).is_ok()
+            && header.magic == block::MAGIC
+            && header.checksum == entry.checksum
+    }
+
+    fn read_stored(&self, number: u32, mut bytes: Vec<u8>) -> Result<StoredBlock, ImageError> {
         let entry = self.blocks.get(number as usize).copied();
         let entry = entry.ok_or_else(|| value("storage block", u64::from(number), "one of the block table"))?;
         bytes.resize(entry.len.get() as usize, 0);
@@ -202,6 +267,11 @@ impl Image {
 
     /// Asks the kernel to read a storage block into the page cache, without waiting. Ignores blocks that do not exist.
     pub fn read_ahead(&self, number: u32) {
+        if let Some((supply, image)) = self.supply.get()
+            && ((number as usize) >= self.blocks.len() || !supply.has(self, (*image, number)))
+        {
+            return;
+        }
         if let Some(entry) = self.blocks.get(number as usize)
             && let Ok(offset) = i64::try_from(entry.offset.get())
         {
@@ -379,6 +449,17 @@ impl StoredBlock {
     pub fn locate(&self, slot: usize) -> (usize, usize) {
         let pages = (self.page_block / SMALL_PAGE).max(1);
         (slot / pages, slot % pages)
+    }
+
+    /// Verifies the stored bytes of all page blocks.
+    ///
+    /// # Errors
+    /// If a page block is damaged.
+    pub fn verify(&self) -> Result<(), ImageError> {
+        (0..self.ends.len()).try_for_each(|index| {
+            let stored = self.stored(index)?;
+            self.head.verify(index, checksum(stored)).map_err(|error| self.wrong(error))
+        })
     }
 
     /// Verifies page block `index` and decompresses it into `out`, which is resized to its data length.

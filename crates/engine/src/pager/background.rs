@@ -15,6 +15,7 @@ use super::read_ahead::ReadAhead;
 use super::source::PageSource;
 use super::{Failure, PagerState};
 use crate::SLOTS;
+use crate::image::request_in_background;
 
 /// Minimum and maximum pause of the background thread after a load. The pause is doubled while there are faults, and
 /// halved otherwise; a pause below the minimum is omitted.
@@ -107,6 +108,13 @@ pub fn fill(shared: &PagerState, order: &FillOrder, everything: bool) {
     let PageSource::Images(blocks) = &shared.loader.source else { return allocate_large_pages(shared) };
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let (threads, depth) = if shared.eager.load(Ordering::Relaxed) { (cores, DEPTH) } else { (cores / 2, LAZY_DEPTH) };
+    let first = |window: u32| window as usize * WINDOW;
+    let pages = order.windows.iter().flat_map(|&window| first(window)..first(window) + WINDOW);
+    if everything {
+        blocks.prefetch_all(pages, &order.blocks);
+    } else {
+        blocks.prefetch_pages(pages);
+    }
     let steps = Steps { order, everything, depth, next: 0.into(), ahead: 0.into(), present: 0.into() };
     let work = || steps.work(shared, blocks);
     thread::scope(|scope| {
@@ -138,6 +146,7 @@ struct Steps<'a> {
 impl Steps<'_> {
     /// Takes steps until none is left, no page is deferred, or the pager is stopped.
     fn work(&self, shared: &PagerState, blocks: &Blocks) {
+        request_in_background();
         let mut pace = DemandThrottle { shared, faults: 0, pause: Duration::ZERO };
         let mut scratch = Scratch::default();
         let (loader, windows) = (&shared.loader, &self.order.windows);

@@ -21,11 +21,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::{Mutex, RwLock};
 
 use super::base_fill::{BaseFile, FillScratch, UnitState};
 use super::config::FillOrder;
 use super::memory::WINDOW;
+use crate::image::request_in_background;
 use crate::segment::Segment;
 use crate::uapi::{self, Userfault, check, owned};
 use crate::{LARGE_PAGE, SMALL_PAGE};
@@ -34,6 +36,8 @@ use crate::{LARGE_PAGE, SMALL_PAGE};
 const SERVERS: (usize, usize) = (2, 8);
 /// Interval in milliseconds at which a waiting thread checks whether to stop.
 const POLL_INTERVAL: libc::c_int = 100;
+/// The same interval for a thread that waits for parked faults.
+const RECEIVE_INTERVAL: Duration = Duration::from_millis(100);
 /// Maximum pause of the fill thread while faults are being resolved.
 const MAX_PAUSE: Duration = Duration::from_millis(16);
 /// Maximum number of reported failures.
@@ -74,9 +78,20 @@ struct Served {
     counters: BaseCounters,
 }
 
+/// Fault of a clone.
+#[derive(Debug, Clone)]
+struct Fault {
+    clone: Arc<Served>,
+    address: u64,
+    /// Time at which the fault was read.
+    begin: Instant,
+}
+
 #[derive(Debug)]
 struct Shared {
     base: BaseFile,
+    /// Queue of faults whose contents have been fetched from a store; `None` if the files of the images are complete.
+    parked: Option<Sender<Fault>>,
     clones: RwLock<HashMap<u64, Arc<Served>>>,
     epoll: OwnedFd,
     stop: AtomicBool,
@@ -103,8 +118,11 @@ impl BasePager {
     pub fn start(base: BaseFile) -> io::Result<Self> {
         // SAFETY: epoll_create1 takes no pointers; the descriptor it returns is new and has no other owner.
         let epoll = unsafe { owned(libc::c_long::from(libc::epoll_create1(libc::EPOLL_CLOEXEC))) }?;
+        let (parked, ready) = unbounded();
+        let supplied = base.blocks().supply().is_some();
         let shared = Arc::new(Shared {
             base,
+            parked: supplied.then_some(parked),
             clones: RwLock::default(),
             epoll,
             stop: AtomicBool::new(false),
@@ -117,6 +135,10 @@ impl BasePager {
         for _ in 0..count {
             let shared = pager.shared.clone();
             pager.spawn("pf-clones", move || shared.serve())?;
+        }
+        for _ in 0..if supplied { SERVERS.0 } else { 0 } {
+            let (shared, ready) = (pager.shared.clone(), ready.clone());
+            pager.spawn("pf-parked", move || shared.serve_parked(&ready))?;
         }
         let shared = pager.shared.clone();
         pager.spawn("pf-retry", move || shared.retry())?;
@@ -185,6 +207,7 @@ impl BasePager {
         let first = order.windows.iter().filter_map(|&window| base.unit_of(window as usize * WINDOW));
         let units: Vec<usize> =
             first.chain(0..base.units()).filter(|&unit| !std::mem::replace(&mut known[unit], true)).collect();
+        base.prefetch(&units);
         let work = Arc::new((AtomicUsize::new(0), units));
         let cores = std::thread::available_parallelism().map_or(1, usize::from).min(SERVERS.1);
         for _ in 0..if eager { cores } else { 1 } {
@@ -200,7 +223,9 @@ impl BasePager {
     /// The first unit that cannot be loaded. The other units may be missing.
     pub fn ensure(&self, first: usize, end: usize) -> Result<(), BaseFailure> {
         let mut scratch = FillScratch::default();
-        for unit in first..end.min(self.shared.base.units()) {
+        let end = end.min(self.shared.base.units());
+        self.shared.base.request(first..end);
+        for unit in first..end {
             if self.shared.load(unit, &mut scratch).is_none() {
                 let cause = self.shared.failures.lock().get(&unit).cloned();
                 // If there is no cause, another thread has loaded the unit after this attempt.
@@ -235,6 +260,7 @@ impl BasePager {
     /// Stops all threads. Accesses to holes then wait until another pager takes over.
     pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::Release);
+        self.shared.base.blocks().stop();
         for thread in std::mem::take(&mut *self.threads.lock()) {
             thread.thread().unpark();
             let _ = thread.join();
@@ -260,15 +286,51 @@ impl Shared {
         while !self.stopping() {
             let Some(clone) = self.next() else { continue };
             if let Ok(Some(address)) = clone.uffd.read_fault() {
-                let begin = Instant::now();
-                self.demanding.fetch_add(1, Ordering::AcqRel);
-                self.answer(&clone, address, &mut scratch);
-                self.demanding.fetch_sub(1, Ordering::AcqRel);
-                let time = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
-                clone.counters.service.fetch_add(time, Ordering::Relaxed);
-                clone.counters.longest.fetch_max(time, Ordering::Relaxed);
+                clone.counters.faults.fetch_add(1, Ordering::Relaxed);
+                self.park_or_answer(Fault { clone, address, begin: Instant::now() }, &mut scratch);
             }
         }
+    }
+
+    /// Resolves the faults whose contents have been fetched from a store, or could not be fetched, until the pager
+    /// stops.
+    fn serve_parked(&self, parked: &Receiver<Fault>) {
+        uapi::short_slices();
+        let mut scratch = FillScratch::default();
+        while !self.stopping() {
+            if let Ok(fault) = parked.recv_timeout(RECEIVE_INTERVAL) {
+                self.park_or_answer(fault, &mut scratch);
+            }
+        }
+    }
+
+    /// Resolves a fault, or defers it if its contents have to be fetched from a store, so that no thread waits.
+    fn park_or_answer(&self, fault: Fault, scratch: &mut FillScratch) {
+        if let Some(parked) = &self.parked
+            && let Some((unit, ..)) = self.unit_at(&fault.clone, fault.address)
+        {
+            let (parked, later) = (parked.clone(), fault.clone());
+            // The receiver is dropped when the pager has stopped.
+            if self.base.park(unit, move || drop(parked.send(later))) {
+                return;
+            }
+        }
+        self.demanding.fetch_add(1, Ordering::AcqRel);
+        self.answer(&fault.clone, fault.address, scratch);
+        self.demanding.fetch_sub(1, Ordering::AcqRel);
+        let time = u64::try_from(fault.begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        fault.clone.counters.service.fetch_add(time, Ordering::Relaxed);
+        fault.clone.counters.longest.fetch_max(time, Ordering::Relaxed);
+    }
+
+    /// Returns the unit at an address of a clone, and the address and length of its part of the segment.
+    fn unit_at(&self, clone: &Served, address: u64) -> Option<(usize, u64, u64)> {
+        let segment = clone.segments.iter().find(|one| (one.address..one.address + one.len).contains(&address))?;
+        let region = self.base.regions()[segment.region];
+        let page = segment.pages(address, address).0;
+        let unit = region.first_unit + page * SMALL_PAGE / LARGE_PAGE;
+        let (first, end) = region.pages_of(unit);
+        segment.part(first, end).map(|(start, len)| (unit, start, len))
     }
 
     /// Waits for a clone with a fault. Returns `None` after `POLL_INTERVAL`.
@@ -283,17 +345,12 @@ impl Shared {
     /// Makes the page of a fault available, and wakes the thread that waits for it. If the page cannot be loaded, the
     /// thread continues to wait, until another attempt loads the page: it must not read zeros.
     fn answer(&self, clone: &Served, address: u64, scratch: &mut FillScratch) {
-        clone.counters.faults.fetch_add(1, Ordering::Relaxed);
-        let found = clone.segments.iter().find(|one| (one.address..one.address + one.len).contains(&address));
-        let Some(segment) = found else {
-            let _ = clone.uffd.wake(address, SMALL_PAGE as u64);
+        let Some((unit, start, len)) = self.unit_at(clone, address) else {
+            if !clone.segments.iter().any(|one| (one.address..one.address + one.len).contains(&address)) {
+                let _ = clone.uffd.wake(address, SMALL_PAGE as u64);
+            }
             return;
         };
-        let region = self.base.regions()[segment.region];
-        let page = segment.pages(address, address).0;
-        let unit = region.first_unit + page * SMALL_PAGE / LARGE_PAGE;
-        let (first, end) = region.pages_of(unit);
-        let Some((start, len)) = segment.part(first, end) else { return };
         if self.base.state(unit) == UnitState::Zero {
             clone.counters.zeros.fetch_add(1, Ordering::Relaxed);
             // This fails only for a process that has exited.
@@ -363,6 +420,7 @@ impl Shared {
 
     /// Loads units until none is left in the order, or the pager is stopped.
     fn fill(&self, next: &AtomicUsize, units: &[usize], eager: bool) {
+        request_in_background();
         let (mut scratch, mut pause) = (FillScratch::default(), Duration::ZERO);
         while let Some(&unit) = units.get(next.fetch_add(1, Ordering::Relaxed)).filter(|_| !self.stopping()) {
             if self.base.state(unit) != UnitState::Hole {

@@ -227,6 +227,11 @@ impl BaseFile {
     /// If a page cannot be read or verified, or if no memory is left. The unit is then not complete, and every page of
     /// it that the file contains is final. [`LoadError::GivenUp`] if the base was given up.
     pub fn fill(&self, unit: usize, scratch: &mut FillScratch) -> Result<bool, LoadError> {
+        if self.state(unit) == UnitState::Hole {
+            // Before the lock: loads of other units must not wait for a request of this one.
+            let (first, end) = self.image_pages(unit);
+            self.blocks.await_pages(first, end)?;
+        }
         let _alone = self.filling[unit % LOCKS].lock();
         if self.state(unit) != UnitState::Hole {
             return Ok(false);
@@ -248,6 +253,42 @@ impl BaseFile {
 
     fn region_of(&self, unit: usize) -> usize {
         self.regions.partition_point(|region| region.first_unit + region.units() <= unit)
+    }
+
+    /// Returns the pages of a unit, counted over all regions of the image, as (first, end).
+    fn image_pages(&self, unit: usize) -> (usize, usize) {
+        let region = &self.regions[self.region_of(unit)];
+        let (first, end) = region.pages_of(unit);
+        (region.first_page + first, region.first_page + end)
+    }
+
+    /// Returns the storage blocks of the image.
+    pub fn blocks(&self) -> &Blocks {
+        &self.blocks
+    }
+
+    /// Calls `notify` when storage blocks of a unit have been fetched, or cannot be fetched. Returns false, without a
+    /// call, if the unit can be loaded at once.
+    pub fn park(&self, unit: usize, notify: impl FnOnce() + Send + 'static) -> bool {
+        let (first, end) = self.image_pages(unit);
+        self.state(unit) == UnitState::Hole && self.blocks.park(first, end, &|_| true, notify)
+    }
+
+    /// Requests the storage blocks of units, without waiting.
+    pub fn request(&self, units: std::ops::Range<usize>) {
+        for unit in units.filter(|&unit| self.state(unit) == UnitState::Hole) {
+            let (first, end) = self.image_pages(unit);
+            self.blocks.request(first, end, &|_| true);
+        }
+    }
+
+    /// Sends the order in which units are loaded in the background to the provider of the storage blocks.
+    pub fn prefetch(&self, units: &[usize]) {
+        let pages = units.iter().flat_map(|&unit| {
+            let (first, end) = self.image_pages(unit);
+            first..end
+        });
+        self.blocks.prefetch_all(pages, &[]);
     }
 
     /// Reads the contents of a unit from the image into `scratch.unit`.

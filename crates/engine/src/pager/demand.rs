@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 
 use super::memory::{Installer, LoadError, Scratch};
@@ -34,24 +35,62 @@ impl Inbox {
 }
 
 /// Resolves the faults of one address space until the pager stops.
-pub fn serve(shared: &PagerState, inbox: &Inbox) {
+pub fn serve(shared: &PagerState, inbox: &Arc<Inbox>) {
     uapi::short_slices();
     let (mut scratch, mut events, mut cpu) = (Scratch::default(), Vec::new(), CpuMeter::default());
     while !shared.stopping() {
         let next = next(shared, inbox, &mut events);
         cpu.count(&shared.loader.memory.counters.demand_cpu, next.is_none());
         let Some(address) = next else { continue };
-        let begin = Instant::now();
-        shared.demanding.fetch_add(1, Ordering::AcqRel);
-        let loaded = answer(shared, inbox, address, &mut scratch);
-        shared.demanding.fetch_sub(1, Ordering::AcqRel);
-        // If the pages have been requested from the peer, the fault is counted when they are installed.
-        if !matches!(loaded, Some(Loaded::Later)) {
-            shared.loader.memory.counters.served(begin.elapsed());
+        let fault = Fault { inbox: inbox.clone(), address, begin: Instant::now() };
+        if let Some(fault) = park(shared, fault) {
+            resolve(shared, &fault, &mut scratch);
         }
-        if let Some(Loaded::Rest(fetched)) = loaded {
-            shared.queue_rest(fetched);
+    }
+}
+
+/// Fault that was read from a userfaultfd.
+#[derive(Debug)]
+pub struct Fault {
+    inbox: Arc<Inbox>,
+    address: u64,
+    /// Time at which the fault was read.
+    begin: Instant,
+}
+
+/// Resolves the faults whose contents have been fetched from a store, or could not be fetched, until the pager stops.
+pub fn serve_parked(shared: &PagerState, parked: &Receiver<Fault>) {
+    uapi::short_slices();
+    let mut scratch = Scratch::default();
+    while !shared.stopping() {
+        let Ok(fault) = parked.recv_timeout(POLL_INTERVAL) else { continue };
+        if let Some(fault) = park(shared, fault) {
+            resolve(shared, &fault, &mut scratch);
         }
+    }
+}
+
+/// Defers a fault whose contents have to be fetched from a store, so that no thread waits for them. Returns the fault
+/// if it can be resolved at once.
+fn park(shared: &PagerState, fault: Fault) -> Option<Fault> {
+    let Some(parked) = &shared.parked else { return Some(fault) };
+    let Some(page) = shared.page_at(&fault.inbox.uffd, fault.address) else { return Some(fault) };
+    let (parked, later) = (parked.clone(), Fault { inbox: fault.inbox.clone(), ..fault });
+    // The receiver is dropped when the pager has stopped.
+    let notify = move || drop(parked.send(later));
+    (!shared.loader.park(page, notify)).then_some(fault)
+}
+
+fn resolve(shared: &PagerState, fault: &Fault, scratch: &mut Scratch) {
+    shared.demanding.fetch_add(1, Ordering::AcqRel);
+    let loaded = answer(shared, &fault.inbox, fault.address, scratch);
+    shared.demanding.fetch_sub(1, Ordering::AcqRel);
+    // If the pages have been requested from the peer, the fault is counted when they are installed.
+    if !matches!(loaded, Some(Loaded::Later)) {
+        shared.loader.memory.counters.served(fault.begin.elapsed());
+    }
+    if let Some(Loaded::Rest(fetched)) = loaded {
+        shared.queue_rest(fetched);
     }
 }
 
@@ -127,7 +166,8 @@ fn answer(shared: &PagerState, inbox: &Inbox, address: u64, scratch: &mut Scratc
     };
     match shared.loader.touch(page, scratch) {
         Ok(loaded) => Some(loaded),
-        Err(LoadError::Exited) => None,
+        // A pager that stops leaves the fault to the next pager.
+        Err(LoadError::Exited | LoadError::Ended) => None,
         Err(LoadError::Removing) => {
             // The thread faults again, and the next read returns the event of the removal.
             let len = memory.regions[memory.region_of(page)].page_size as u64;

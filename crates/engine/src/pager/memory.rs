@@ -71,13 +71,14 @@ pub fn given_up(unit: usize) -> String {
 
 impl From<Arc<ImageError>> for LoadError {
     fn from(error: Arc<ImageError>) -> Self {
-        Self::Image(error)
+        // Only a pager that stops interrupts the wait for a block.
+        if matches!(*error, ImageError::Interrupted) { Self::Ended } else { Self::Image(error) }
     }
 }
 
 impl From<ImageError> for LoadError {
     fn from(error: ImageError) -> Self {
-        Self::Image(Arc::new(error))
+        Arc::new(error).into()
     }
 }
 

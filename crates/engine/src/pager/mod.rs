@@ -49,6 +49,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use background::{RestJobs, RestQueues};
@@ -56,7 +57,7 @@ pub use base::{BaseCounters, BaseFailure, BasePager};
 pub use base_fill::BaseFile;
 use blocks::{Blocks, Fetched};
 pub use config::{Begin, Failure, FillOrder, Origin, PagerError, Plan, PrivateRegion, Targets};
-use demand::Inbox;
+use demand::{Fault, Inbox};
 pub use flags::{Flags, file_len};
 pub use memory::{Counters, LoadError};
 use memory::{Installer, Memory, PagedRegion, Scratch, Watched};
@@ -114,6 +115,8 @@ struct PagerState {
     evicting: AtomicBool,
     fatal: bool,
     held: Mutex<Held>,
+    /// Queue of faults whose contents have been fetched from a store; `None` if the files of the images are complete.
+    parked: Option<Sender<Fault>>,
     /// For each region and unit, whether the unit is backed by a huge page once its contents are present.
     large: Vec<Vec<bool>>,
     /// Lock held shared while `ensure` loads pages. `Pager::stop` acquires it exclusively, to wait for these loads.
@@ -198,6 +201,7 @@ impl PagerState {
     /// Requests all threads to stop, and cancels the connection to the peer.
     fn end(&self) {
         self.stop.store(true, Ordering::Release);
+        self.loader.stop_waiting();
         if let PageSource::Peer(peer) = &self.loader.source {
             peer.link().cancel();
         }
@@ -239,6 +243,7 @@ impl PagerState {
         // Stop the other threads, but keep the link to the peer open, unlike `end`. The peer completes the block that
         // it is pushing. The pages of that block are ignored, because none of them is deferred.
         self.stop.store(true, Ordering::Release);
+        self.loader.stop_waiting();
         for (number, region) in
             self.loader.memory.regions.iter().enumerate().filter(|(_, region)| region.page_size == SMALL_PAGE)
         {
@@ -273,10 +278,7 @@ impl Pager {
         let regions = paged_regions(&plan.targets);
         let base = regions.last().map_or(0, PagedRegion::end);
         let flags = plan.flags;
-        if flags.pages() != base {
-            let words = format!("deferred bitmap does not match the regions: {} pages, expected {base}", flags.pages());
-            return Err(PagerError::Io(io::Error::new(io::ErrorKind::InvalidInput, words)));
-        }
+        check_flags(&flags, base)?;
         if matches!(plan.from, Origin::Peer(_)) && !plan.targets.are_files() {
             return Err(PagerError::Peer("cannot load private memory from a peer"));
         }
@@ -291,6 +293,7 @@ impl Pager {
         register(&memory, plan.begin)?;
         memory.removals.forget_reports();
         let (queues, jobs) = RestQueues::new(plan.read_ahead);
+        let (parked, ready) = parking(&source);
         let shared = Arc::new(PagerState {
             loader: Loader { memory, source },
             stop: AtomicBool::new(false),
@@ -303,13 +306,24 @@ impl Pager {
             evicting: AtomicBool::new(plan.evicting),
             fatal: plan.fatal,
             held: Mutex::new(Held::No),
+            parked,
             large,
             loading: RwLock::default(),
         });
         let abandoned = AtomicBool::new(false);
         let pager = Self { shared, threads: Mutex::default(), readers: Mutex::default(), abandoned };
+        pager.spawn_parked(&ready)?;
         pager.spawn_all(plan.begin, jobs, plan.order, plan.background)?;
         Ok(pager)
+    }
+
+    /// Starts the threads that resolve faults whose contents have been fetched from a store.
+    fn spawn_parked(&self, ready: &Receiver<Fault>) -> io::Result<()> {
+        for _ in 0..if self.shared.parked.is_some() { SERVERS } else { 0 } {
+            let (shared, ready) = (self.shared.clone(), ready.clone());
+            self.spawn("pf-parked", move || demand::serve_parked(&shared, &ready))?;
+        }
+        Ok(())
     }
 
     fn spawn_all(&self, begin: Begin, jobs: RestJobs, order: FillOrder, everything: bool) -> io::Result<()> {
@@ -471,6 +485,7 @@ impl Pager {
         let (start, end) = (found.base + first.min(pages), found.base + first.saturating_add(count).min(pages));
         let (loader, mut scratch) = (&self.shared.loader, Scratch::default());
         let _bringing = self.shared.loading.read();
+        loader.request(start, end);
         for first in (start..end).step_by(MAX_LOAD) {
             let last = end.min(first + MAX_LOAD);
             // Another pager may have taken over: this pager could overwrite newer contents.
@@ -562,6 +577,22 @@ impl Drop for Pager {
             self.shared.loader.memory.watched.iter().for_each(|watched| std::mem::forget(watched.uffd.clone()));
         }
     }
+}
+
+/// Returns the two ends of the queue of faults whose contents have been fetched from a store. The first is `None` if no
+/// contents are fetched.
+fn parking(source: &PageSource) -> (Option<Sender<Fault>>, Receiver<Fault>) {
+    let (parked, ready) = unbounded();
+    (source.is_supplied().then_some(parked), ready)
+}
+
+/// Checks that the deferred bitmap covers the pages of all regions.
+fn check_flags(flags: &Flags, pages: usize) -> io::Result<()> {
+    if flags.pages() == pages {
+        return Ok(());
+    }
+    let words = format!("deferred bitmap does not match the regions: {} pages, expected {pages}", flags.pages());
+    Err(io::Error::new(io::ErrorKind::InvalidInput, words))
 }
 
 fn paged_regions(targets: &Targets) -> Vec<PagedRegion> {

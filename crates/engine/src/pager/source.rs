@@ -27,6 +27,11 @@ pub enum PageSource {
 }
 
 impl PageSource {
+    /// Returns whether storage blocks are fetched from a store.
+    pub fn is_supplied(&self) -> bool {
+        matches!(self, Self::Images(blocks) if blocks.supply().is_some())
+    }
+
     /// Checks an order of background loading. A pager that loads from a peer does not use the order.
     ///
     /// # Errors
@@ -85,6 +90,29 @@ impl Loader {
             self.memory.map(region, page, page + 1);
         }
         Ok(loaded)
+    }
+
+    /// Calls `notify` when the contents of the page of a fault have been fetched, or cannot be fetched. Returns false,
+    /// without a call, if the fault can be resolved at once.
+    pub fn park(&self, page: usize, notify: impl FnOnce() + Send + 'static) -> bool {
+        let PageSource::Images(blocks) = &self.source else { return false };
+        let region = &self.memory.regions[self.memory.region_of(page)];
+        let (first, end) = if region.granule() > 1 { region.window(page) } else { (page, page + 1) };
+        blocks.park(first, end, &|page| self.memory.flags.is_set(page), notify)
+    }
+
+    /// Requests all storage blocks that the deferred pages of a range need, from a store.
+    pub fn request(&self, first: usize, end: usize) {
+        if let PageSource::Images(blocks) = &self.source {
+            blocks.request(first, end, &|page| self.memory.flags.is_set(page));
+        }
+    }
+
+    /// Stops all waits for blocks that have to be fetched from a store.
+    pub fn stop_waiting(&self) {
+        if let PageSource::Images(blocks) = &self.source {
+            blocks.stop();
+        }
     }
 
     /// Loads the page of a fault, and those pages of its window that need no further read. Loads the whole window if
@@ -245,6 +273,7 @@ impl Loader {
     fn load_huge(&self, blocks: &Blocks, region: usize, page: usize, scratch: &mut Scratch) -> Result<(), LoadError> {
         let Installer::Private(private) = &self.memory.installer else { return Ok(()) };
         let (first, end) = self.memory.regions[region].window(page);
+        blocks.await_pages(first, end)?;
         let _loading = private.loading(first).lock();
         if self.memory.flags.next(first, end).is_none() {
             return Ok(());

@@ -10,9 +10,10 @@ from pageferry.cli.parser import shared_options
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the operations."""
     parser.description = (
-        "List or remove the images that restores from stores have downloaded. The cache is in $PAGEFERRY_CACHE_DIR, "
-        "and by default in /var/cache/pageferry for root and in ~/.cache/pageferry for other users. Images that were "
-        "used least recently are removed if it is larger than $PAGEFERRY_CACHE_SIZE (default: 32G)."
+        "List or remove the images that restores from stores have fetched, completely or in part. The cache is in "
+        "$PAGEFERRY_CACHE_DIR, and by default in /var/cache/pageferry for root and in ~/.cache/pageferry for other "
+        "users. Images that were used least recently are removed if it is larger than $PAGEFERRY_CACHE_SIZE "
+        "(default: 32G)."
     )
     operations = parser.add_subparsers(title="operations", dest="what", required=True, metavar="OPERATION")
     works = {

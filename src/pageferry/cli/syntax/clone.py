@@ -9,6 +9,7 @@ from typing import Annotated
 from pageferry.checkpoints.options import RESTORED_DISKS, Clones, Memory
 from pageferry.cli.options import add_options
 from pageferry.options import Choice
+from pageferry.stores.options import OpenOptions
 from pageferry.values import Placed
 
 TAKES_COMMAND = True
@@ -48,4 +49,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("image", metavar="IMAGE", help="image file, or URL of an image in a store")
     add_options(parser, CloneOptions)
+    add_options(parser, OpenOptions)
     parser.usage = "pageferry clone IMAGE --count N [options] -- QEMU ARGS..."

@@ -10,6 +10,7 @@ from pageferry.checkpoints.options import RESTORED_DISKS, Memory
 from pageferry.cli.options import add_options
 from pageferry.cli.syntax.guests import GuestOptions
 from pageferry.options import Choice, Text
+from pageferry.stores.options import OpenOptions
 from pageferry.values import Placed
 
 TAKES_COMMAND = True
@@ -60,4 +61,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="image file, or URL of an image in a store",
     )
     add_options(parser, RestoreOptions)
+    add_options(parser, OpenOptions)
     parser.usage = "pageferry restore NAME IMAGE [options] -- QEMU ARGS..."

@@ -10,6 +10,7 @@ from typing import Annotated
 from pageferry.cli.options import add_options
 from pageferry.options import Count
 from pageferry.pager.firecracker.options import MAX_MICROVMS, OnFailure
+from pageferry.stores.options import OpenOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--cloud-hypervisor`. Without --detach, Ctrl-C kills or stops the VMs that need memory that is not loaded, "
         "depending on --on-failure."
     )
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="image file of a microVM or a VM")
+    parser.add_argument("image", metavar="IMAGE", help="image of a microVM or a VM, a file or a URL")
     monitor = parser.add_mutually_exclusive_group(required=True)
     monitor.add_argument(
         "--firecracker",
@@ -59,3 +60,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="Unix socket on which Cloud Hypervisor waits, the `receiver_url` of `PUT vm.receive-migration`",
     )
     add_options(parser, ServeOptions)
+    add_options(parser, OpenOptions)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal, TypedDict
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 from pageferry.errors import UsageError
-from pageferry.options import Count, check
+from pageferry.options import Count
+from pageferry.stores.options import OpenArguments, OpenOptions
 
 OnFailure = Literal["kill", "freeze"]
 MAX_MICROVMS = 4096
 
 
-class ServeArguments(TypedDict, total=False):
+class ServeArguments(OpenArguments, total=False):
     """Keyword arguments of `serve` for the fields of `ServeOptions`."""
 
     eager: bool
@@ -24,7 +25,7 @@ class ServeArguments(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
+class ServeOptions(OpenOptions):
     """Options of `serve`. Raises UsageError."""
 
     eager: bool = False
@@ -42,7 +43,7 @@ class ServeOptions:
     """Leave the VM of Cloud Hypervisor paused."""
 
     def __post_init__(self) -> None:
-        check(self)
+        OpenOptions.__post_init__(self)
         if self.eager and not self.prefetch:
             raise UsageError(
                 "`eager` requires background loading, which --no-prefetch (in Python prefetch=False) disables; remove "
@@ -63,3 +64,7 @@ class ServeOptions:
             )
         if not self.prefetch and not self.on_demand:
             raise UsageError("loading only accessed pages requires `on_demand`; add it")
+
+    def without_keys(self) -> ServeOptions:
+        """Return these options for a process that gets the image from the cache."""
+        return replace(self, key=None, key_command=None, allow_plain=False)

@@ -1,0 +1,1 @@
+"""Restores from an S3 store behind a slow link."""

@@ -1,0 +1,452 @@
+"""Provider of storage blocks: fetches the blocks of cached images that the engine requests over a socket (S10).
+
+The engine's threads wait for blocks without the GIL (`crates/engine/src/image/supply.rs`, which defines the messages).
+The provider runs on an event loop of a thread of the pager process, or of a separate process. It verifies each block
+by its BLAKE3 digest, writes it to the file of the cache, and reports it to the engine.
+
+Demanded blocks are fetched first, one request per range of neighbours; a request that is slower than usual is sent
+again, and the first reply is used. Blocks that no thread waits for are fetched in the order of background loading, with
+many large requests at a time, and with few while demanded blocks are missing.
+
+While the store is unavailable, requests are repeated until it responds, and the workload waits. Wrong contents are read
+once more, and are then a failure of the block, which the pager handles like a damaged block of a local image.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import socket
+import statistics
+import struct
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from pageferry.errors import ImageError, PageferryError, StoreError
+from pageferry.host.blocking import in_thread, on_thread
+from pageferry.stores import blocks, entry, tables
+from pageferry.stores.address import ImageUrl
+from pageferry.stores.blocks import BlockRecord
+from pageferry.stores.layout import PackEntry
+from pageferry.stores.pull import GAP, Range, ranges, write_blocks
+from pageferry.stores.sealing import BlockOpener
+from pageferry.stores.store import Store
+
+log = logging.getLogger("pageferry.stores")
+
+T = TypeVar("T")
+Number = tuple[int, int]
+"""Index of an image in the files of a provider, and number of a storage block in the image."""
+
+MAX_DEMANDS, MAX_PREFETCHES, MIN_PREFETCHES = 32, 32, 8
+"""Maximum number of requests at a time: for demanded blocks; for other blocks; for other blocks while demanded blocks
+are missing."""
+DEMAND_RANGE, PREFETCH_RANGE = 512 << 10, 2 << 20
+"""Maximum length of a range with several blocks, bytes. A block has at most about 4 MiB, and usually less than 1."""
+DEMAND_GAP = 16 << 10
+"""Maximum number of unneeded bytes between two demanded blocks that are read with one request."""
+HEDGE = (0.05, 2.0)
+"""Minimum and maximum time after which a slow request is sent again, seconds. Between them: three times the median."""
+HEDGES = 3
+"""Maximum number of times that a slow request is sent again. Each time, the wait is four times as long."""
+MAX_HEDGED = 4
+"""Number of fetches of demanded blocks above which no request is sent again: they wait for bandwidth."""
+PAUSE = (0.1, 5.0)
+"""First and longest pause before a failed request is repeated, seconds."""
+WARN_AFTER = 2.0
+"""Time without a successful request after which a warning is logged, seconds."""
+SCAN = 256
+"""Number of blocks that are checked at a time before they are fetched in advance."""
+READY = 64
+"""Number of ranges below which further blocks are checked."""
+
+_REQUEST = struct.Struct("<III")
+_REPORT = struct.Struct("<IIII")
+_DEMAND, _BACKGROUND, _PREFETCH, _END_OF_ORDER = 1, 2, 3, 4
+_PRESENT, _FAILED = 1, 2
+_MAX_MESSAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class SuppliedFile:
+    """File of an image, and the open file of its block table."""
+
+    descriptor: int
+    """Descriptor of the image file, for reading and writing."""
+    table: int
+    """Descriptor of the block table (`tables`)."""
+
+    def close(self) -> None:
+        """Close both files."""
+        os.close(self.descriptor)
+        os.close(self.table)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Places of the storage blocks of one image."""
+
+    descriptor: int
+    packs: Sequence[PackEntry]
+    records: Sequence[BlockRecord]
+    sealing: BlockOpener
+    present: bytearray
+    """For each block, whether this provider has fetched it."""
+
+    @classmethod
+    def read(cls, file: SuppliedFile) -> _Table:
+        """Read the table. Raises ImageError, OSError."""
+        found = tables.read(file.table)
+        records = found.records
+        return cls(file.descriptor, found.packs, records, found.sealing, bytearray(len(records)))
+
+    def has(self, number: int) -> bool:
+        """Return whether the file has the header of a block. Raises OSError."""
+        record = self.records[number]
+        header = os.pread(self.descriptor, blocks.HEADER, record.offset)
+        return header[:4] == blocks.MAGIC and header[blocks.CHECKSUM] == record.checksum
+
+
+class _Fetch:
+    """Range that is being fetched from the pack of one image."""
+
+    def __init__(self, image: int, wanted: Range, demand: bool) -> None:
+        self.image = image
+        self.wanted = wanted
+        self.demand = demand
+
+    @property
+    def numbers(self) -> list[Number]:
+        """Numbers of the blocks."""
+        return [(self.image, number) for number, _ in self.wanted.blocks]
+
+    def single(self, number: int, record: BlockRecord) -> _Fetch:
+        """Return the fetch of one block of the range."""
+        part = Range(self.wanted.pack, record.start, record.start + record.stored, ((number, record),))
+        return _Fetch(self.image, part, self.demand)
+
+
+class Provider:
+    """Provider of the blocks of images in one entry of the cache.
+
+    `files`: the last images of the chain of the engine; `first`: index of the first of them in the chain; `folder`:
+    directory of the entry.
+    """
+
+    def __init__(self, url: ImageUrl, files: Sequence[SuppliedFile], first: int, folder: Path) -> None:
+        self._url = url
+        self._first = first
+        self._files = files
+        self._folder = folder
+        self._tables: list[_Table] = []
+        self._store: Store | None = None
+        self._unusable: str | None = None
+        """Reason why no block can be fetched; None if blocks can be fetched."""
+        self._demanded: dict[Number, None] = {}
+        self._waiting: dict[Number, None] = {}
+        """Blocks that a background thread waits for."""
+        self._later: deque[Number] = deque()
+        self._awaited: deque[_Fetch] = deque()
+        """Ranges of `_waiting`. Each block is reported, even if it was fetched before."""
+        self._ready: deque[_Fetch] = deque()
+        """Ranges of `_later` that are missing in the files."""
+        self._scanning = False
+        self._flying: dict[Number, asyncio.Task[None]] = {}
+        self._running: dict[bool, int] = {True: 0, False: 0}
+        """Numbers of fetches: of demanded blocks, of other blocks."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._latencies: deque[float] = deque(maxlen=32)
+        self._succeeded = time.monotonic()
+        self._warned = False
+        self._ordered: list[Number] = []
+        """All blocks that were to be fetched in advance."""
+        self._is_whole = False
+        """Whether `_ordered` contains all blocks that the memory needs, and the files have not been checked yet."""
+
+    async def run(self, connection: socket.socket) -> None:
+        """Serve the engine at the other end of a connection until the engine closes it. Closes the files."""
+        reader, self._writer = await asyncio.open_connection(sock=connection)
+        try:
+            await self._open()
+            left = b""
+            while data := await reader.read(1 << 16):
+                left += data
+                whole = len(left) - len(left) % _REQUEST.size
+                for request in _REQUEST.iter_unpack(left[:whole]):
+                    self._take(*request)
+                left = left[whole:]
+                self._start()
+        except OSError as error:  # the process of the engine was killed
+            log.info("%s: the connection to the engine was lost: %s", self._url, error)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._writer.close()
+            for file in self._files:
+                file.close()
+
+    async def _open(self) -> None:
+        """Read the tables, and open the store."""
+
+        def read() -> None:
+            self._tables = [_Table.read(file) for file in self._files]
+            self._store = Store(self._url.store, retry_timeout=timedelta(0))
+
+        try:
+            await in_thread(read)
+        except (PageferryError, OSError) as error:
+            self._unusable = f"cannot read {self._url}: {error}"
+            log.warning("%s", self._unusable)
+
+    # -- requests
+
+    def _take(self, kind: int, image: int, block: int) -> None:
+        number = (image - self._first, block)
+        if self._unusable is not None:
+            if kind in (_DEMAND, _BACKGROUND):
+                self._report(number, self._unusable)
+        elif kind == _DEMAND:
+            if (task := self._flying.get(number)) is not None:
+                self._spawn(self._hurry(number, task))
+            else:
+                self._demanded[number] = None
+        elif kind == _BACKGROUND:
+            if number not in self._flying:
+                self._waiting[number] = None
+        elif kind == _PREFETCH:
+            self._later.append(number)
+            self._ordered.append(number)
+        elif kind == _END_OF_ORDER:
+            self._is_whole = True
+
+    def _start(self) -> None:
+        """Start fetches, up to the maximum number of each kind."""
+        if self._demanded and self._running[True] < MAX_DEMANDS:
+            self._start_demands()
+        limit = MIN_PREFETCHES if self._running[True] else MAX_PREFETCHES
+        while self._awaited and self._running[False] < limit:
+            self._launch(self._awaited.popleft())
+        while self._ready and self._running[False] < limit:
+            self._launch_missing(self._ready.popleft())
+        pending = self._waiting or self._later
+        if pending and len(self._ready) < READY and not self._scanning:
+            self._scanning = True
+            self._spawn(self._scan())
+        elif self._is_whole and not (pending or self._flying or self._awaited or self._ready or self._scanning):
+            self._is_whole = False
+            self._spawn(self._complete())
+
+    def _start_demands(self) -> None:
+        count = 4 * (MAX_DEMANDS - self._running[True])
+        taken = [number for number, _ in zip(list(self._demanded), range(count), strict=False)]
+        for number in taken:
+            del self._demanded[number]
+        limit = DEMAND_RANGE if len(taken) <= MAX_DEMANDS else PREFETCH_RANGE
+        for fetch in self._fetches(taken, limit, DEMAND_GAP, demand=True):
+            self._launch(fetch)
+
+    def _fetches(self, numbers: Iterable[Number], limit: int, gap: int, *, demand: bool) -> list[_Fetch]:
+        """Return the fetches of blocks that are not being fetched, in the order of the images and of their packs."""
+        by_image: dict[int, list[tuple[int, BlockRecord]]] = {}
+        for image, block in dict.fromkeys(numbers):
+            if (image, block) not in self._flying:
+                by_image.setdefault(image, []).append((block, self._tables[image].records[block]))
+        return [
+            _Fetch(image, wanted, demand)
+            for image, numbered in by_image.items()
+            for wanted in ranges(numbered, self._tables[image].packs, limit, gap)
+        ]
+
+    async def _scan(self) -> None:
+        """Choose the next blocks to fetch in advance: those that background threads wait for, then the next ones of the
+        order that are missing in the files. Another process may have fetched blocks since."""
+        waiting, self._waiting = list(self._waiting), {}
+        later = [self._later.popleft() for _ in range(min(SCAN, len(self._later)))]
+        try:
+            missing = await in_thread(lambda: [one for one in later if not self._tables[one[0]].has(one[1])])
+        except OSError:
+            missing = later
+        self._awaited.extend(self._fetches(waiting, PREFETCH_RANGE, GAP, demand=False))
+        self._ready.extend(self._fetches(missing, PREFETCH_RANGE, GAP, demand=False))
+        self._scanning = False
+        self._start()
+
+    async def _hurry(self, number: Number, task: asyncio.Task[None]) -> None:
+        """Wait for a block that is being fetched in advance. If this takes long, fetch it alone."""
+        await asyncio.wait({task}, timeout=self._hedge_timeout)
+        if not task.done() and self._running[True] < MAX_HEDGED:
+            image, block = number
+            record = self._tables[image].records[block]
+            pack = self._tables[image].packs[record.pack]
+            wanted = Range(pack, record.start, record.start + record.stored, ((block, record),))
+            self._running[True] += 1
+            try:
+                await self._serve(_Fetch(image, wanted, True))
+            finally:
+                self._running[True] -= 1
+
+    async def _complete(self) -> None:
+        """Record that all blocks that the memory needs are in the files, if they are."""
+
+        def check() -> None:
+            if all(self._tables[image].has(number) for image, number in self._ordered):
+                entry.mark_complete(self._folder, [table.descriptor for table in self._tables])
+
+        with contextlib.suppress(OSError):  # the entry was removed, or the disk is full: the next restore checks again
+            await on_thread(check)
+
+    # -- fetches
+
+    def _launch_missing(self, fetch: _Fetch) -> None:
+        """Start to fetch those blocks of a range that have not been fetched since the range was chosen."""
+        present = self._tables[fetch.image].present
+        left = [(fetch.image, number) for number, _ in fetch.wanted.blocks if not present[number]]
+        for part in self._fetches(left, PREFETCH_RANGE, GAP, demand=False):
+            self._launch(part)
+
+    def _launch(self, fetch: _Fetch) -> None:
+        self._running[fetch.demand] += 1
+        task = self._spawn(self._finish(fetch))
+        for number in fetch.numbers:
+            self._flying[number] = task
+
+    async def _finish(self, fetch: _Fetch) -> None:
+        try:
+            await self._serve(fetch)
+        finally:
+            self._running[fetch.demand] -= 1
+            for number in fetch.numbers:
+                self._flying.pop(number, None)
+        self._start()
+
+    async def _serve(self, fetch: _Fetch) -> None:
+        """Fetch a range, and report its blocks."""
+        failures: Mapping[int, str]
+        try:
+            failures = await self._obtain(fetch)
+        except PageferryError as error:
+            failures = dict.fromkeys((number for number, _ in fetch.wanted.blocks), str(error))
+        except Exception as error:  # threads of the workload must not wait for ever
+            log.exception("%s: cannot fetch blocks", self._url)
+            failures = dict.fromkeys((number for number, _ in fetch.wanted.blocks), f"unexpected error: {error!r}")
+        for number in fetch.numbers:
+            self._report(number, failures.get(number[1]))
+
+    async def _obtain(self, fetch: _Fetch) -> dict[int, str]:
+        """Fetch, verify and write the blocks of a range. Return the failures by block. A range with wrong contents is
+        read once more, and then block by block."""
+        table, wanted = self._tables[fetch.image], fetch.wanted
+        assert self._store is not None
+        where = f"{self._store.url}/{wanted.pack.key}"
+        cause: ImageError | None = None
+
+        def write(data: memoryview) -> None:
+            write_blocks(table.descriptor, wanted, data, table.sealing)
+
+        for _ in range(2):
+            try:
+                data = await self._repeat(lambda: self._read(fetch))
+                await self._repeat(lambda: on_thread(lambda: write(data)))  # noqa: B023
+                return {}
+            except ImageError as error:
+                cause = error
+        if len(wanted.blocks) == 1:
+            message = (
+                f"{where} is missing, or was damaged, truncated or replaced: {cause}; upload the image again under "
+                "another name, with `--reupload`"
+            )
+            log.warning("%s: %s", self._url, message)
+            return {wanted.blocks[0][0]: message}
+        failures: dict[int, str] = {}
+        for block in wanted.blocks:
+            failures |= await self._obtain(fetch.single(*block))
+        return failures
+
+    async def _repeat(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a call until the store, and the disk of the cache, are available. Raises ImageError."""
+        pause, longest = PAUSE
+        while True:
+            try:
+                result = await call()
+            except (StoreError, OSError) as error:
+                self._warn(error)
+            else:
+                self._recover()
+                return result
+            await asyncio.sleep(pause * (0.5 + random.random() / 2))
+            pause = min(2 * pause, longest)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned and time.monotonic() - self._succeeded > WARN_AFTER:
+            self._warned = True
+            log.warning("%s: the workload waits for blocks that cannot be fetched yet: %s; repeating", self._url, error)
+
+    def _recover(self) -> None:
+        self._succeeded = time.monotonic()
+        if self._warned:
+            self._warned = False
+            log.warning("%s: blocks can be fetched again", self._url)
+
+    @property
+    def _hedge_timeout(self) -> float:
+        """Time after which a request is slow, seconds."""
+        shortest, longest = HEDGE
+        usual = 3 * statistics.median(self._latencies) if self._latencies else longest
+        return min(max(usual, shortest), longest)
+
+    async def _read(self, fetch: _Fetch) -> memoryview:
+        """Read a range. A demanded range that takes long is requested again. Raises ImageError, StoreError."""
+        if not fetch.demand:
+            return await self._request(fetch.wanted)
+        begin = time.monotonic()
+        reads = {asyncio.ensure_future(self._request(fetch.wanted))}
+        timeout: float | None = self._hedge_timeout
+        try:
+            while True:
+                done, reads = await asyncio.wait(reads, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                for read in done:
+                    if not reads or read.exception() is None:
+                        data = read.result()
+                        self._latencies.append(time.monotonic() - begin)
+                        return data
+                if not done and self._running[True] <= MAX_HEDGED:
+                    reads.add(asyncio.ensure_future(self._request(fetch.wanted)))
+                    assert timeout is not None
+                    timeout = 4 * timeout if len(reads) <= HEDGES else None
+        finally:
+            for read in reads:
+                read.cancel()
+
+    async def _request(self, wanted: Range) -> memoryview:
+        assert self._store is not None
+        return await self._store.get_range(wanted.pack.key, wanted.start, wanted.end - wanted.start)
+
+    # -- reports
+
+    def _report(self, number: Number, failure: str | None) -> None:
+        message = (failure or "").encode()[:_MAX_MESSAGE]
+        if not message:
+            self._tables[number[0]].present[number[1]] = True
+        head = _REPORT.pack(_FAILED if message else _PRESENT, number[0] + self._first, number[1], len(message))
+        self._writer.write(head + message)
+
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        assert isinstance(task, asyncio.Task)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: cannot fetch blocks: %s", self._url, error, exc_info=error)
