@@ -129,6 +129,32 @@ def test_file_is_the_parent_of_an_image_in_a_store(url: str, tmp_path: Path) -> 
         pageferry.checkpoint(arena, tmp_path / "file", parent=f"{url}/child")
 
 
+def test_parent_is_fetched_before_the_workload_is_touched(
+    proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = filled()
+    pageferry.checkpoint(arena, f"{URL}/base")
+    words(arena)[0] = 7
+    monkeypatch.setenv("PAGEFERRY_CACHE_DIR", str(tmp_path / "empty"))
+    proxy.requests.clear()
+    touched: list[int] = []
+
+    def heard(_: Event) -> None:
+        if not touched:
+            touched.append(len(proxy.requests))
+            proxy.inject("GET", "packs/", "denied", 1000)
+
+    result = pageferry.checkpoint(arena, f"{URL}/child", parent=f"{URL}/base", listener=heard)
+    assert (result.tracking, result.pages.data) == ("compare", 1)
+    reads = [
+        number for number, request in enumerate(proxy.requests) if request.startswith("GET") and "/packs/" in request
+    ]
+    assert reads
+    assert max(reads) < touched[0]
+    proxy.faults.clear()
+    assert (words(pageferry.restore(f"{URL}/child")) == words(arena)).all()
+
+
 def test_invalid_targets_are_refused_before_the_workload_is_touched(url: str, tmp_path: Path) -> None:
     arena = filled()
     pageferry.checkpoint(arena, f"{url}/a")

@@ -26,7 +26,7 @@ from pageferry.host.blocking import beside_loop, synchronous
 from pageferry.host.fault_points import fault_point
 from pageferry.images.image import ImageFile
 from pageferry.stores.address import is_url
-from pageferry.stores.lazy_image import open_image_file
+from pageferry.stores.lazy_image import fetch, open_image_file
 from pageferry.workloads.arena.arena import Arena
 from pageferry.workloads.callbacks import check_listener
 from pageferry.workloads.managed import HasArena, saveable
@@ -97,14 +97,12 @@ async def save(
     statistics = Statistics(options.mode)
     clone = clone_of(workload)
     async with _local(parent, options) as local:
+        older = _open_parent(workload.name, clone, local, options)
         request = Request(
-            workload=workload,
-            target=place,
-            options=options,
-            listener=listener,
-            parent=_open_parent(workload.name, clone, local, options, whole=place.uploads),
-            clone=clone,
+            workload=workload, target=place, options=options, listener=listener, parent=older, clone=clone
         )
+        if older is not None:
+            await fetch(older)  # the saver compares pages, and must not wait for a store
         return await Save(request, statistics).run()
 
 
@@ -115,18 +113,15 @@ def _local(parent: str | Path | None, options: Options) -> AbstractAsyncContextM
     return local_image_async("parent", parent, options if is_url(parent) else NO_KEY)
 
 
-def _open_parent(
-    name: str, clone: CloneRecord | None, path: Path | None, options: Options, *, whole: bool
-) -> ImageFile | None:
-    """Return the parent of the new image: for a clone, the image that it shares. `whole`: whether the upload may need
-    all of its storage blocks."""
+def _open_parent(name: str, clone: CloneRecord | None, path: Path | None, options: Options) -> ImageFile | None:
+    """Return the parent of the new image: for a clone, the image that it shares."""
     if clone is not None:
         if options.track:
             raise UsageError(f"cannot use `track` for {name}: a checkpoint of a clone needs no trace; omit `track`")
         from pageferry.workloads.clone_view import open_image
 
-        return open_image(name, clone, path, whole=whole)
-    return open_image_file(path, whole=whole) if path is not None else None
+        return open_image(name, clone, path)
+    return open_image_file(path) if path is not None else None
 
 
 class Save:

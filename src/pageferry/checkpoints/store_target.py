@@ -17,9 +17,10 @@ from pageferry.host.blocking import cancelled, in_thread
 from pageferry.images.image import ImageFile
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.keys import NO_KEYS, Access, open_access
+from pageferry.stores.lazy_image import open_image_file
 from pageferry.stores.options import KeyOptions
 from pageferry.stores.push import Destination
-from pageferry.stores.sources import file_sources
+from pageferry.stores.sources import Source, file_sources
 from pageferry.stores.store import Store
 from pageferry.stores.streaming import StreamedPush, check_name
 
@@ -64,7 +65,7 @@ class StoreTarget:
         """See `Target`."""
         cache, limit = open_cache(), spool_limit()
         cache.open()
-        sources = await in_thread(file_sources, parent, self._access) if parent is not None else []
+        sources = await in_thread(self._sources, parent.path) if parent is not None else []
         store, journal = Store(self.url.store, create=True), open_journal(self.url.store)
         destination = Destination(store, self.url, journal, self._access)
         self._push = push = StreamedPush(destination, sources, listener)
@@ -82,6 +83,10 @@ class StoreTarget:
             )
         finally:
             await asyncio.shield(push.close())
+
+    def _sources(self, parent: Path) -> list[Source]:
+        """Return the images of a chain to upload if the store lacks them, with all of their storage blocks."""
+        return file_sources(open_image_file(parent, whole=True), self._access)
 
     async def during(self, attempt: Coroutine[Any, Any, T]) -> T:
         """See `Target`."""

@@ -23,6 +23,7 @@ import msgspec
 
 from pageferry.errors import ImageError
 from pageferry.host import files
+from pageferry.host.blocking import in_thread
 from pageferry.host.python import start_python
 from pageferry.images.image import ImageFile, Link
 from pageferry.stores import entry
@@ -32,6 +33,10 @@ from pageferry.stores.entry import Entry
 if TYPE_CHECKING:
     from pageferry.stores.provider import SuppliedFile
 
+FETCHED = 2048
+"""Number of pages that `fetch` reads at once."""
+FETCHES = 16
+"""Maximum number of such reads at a time. Memory: 8 MiB each."""
 _END = 2.0
 """Maximum time to wait for the threads of providers when this process exits, seconds."""
 
@@ -58,6 +63,26 @@ def open_image_file(path: str | Path, *, in_own_process: bool = False, whole: bo
                 raise ImageError(f"cannot fetch the contents of {path} from {found[1].url}: {error}") from error
             break
     return image
+
+
+async def fetch(image: ImageFile) -> None:
+    """Fetch all storage blocks that the memory of an image needs, so that its readers do not wait for the store.
+
+    Raises ImageError.
+    """
+    if image.is_fetched:
+        from pageferry.stores.store import gathered  # most images are not in stores
+
+        reads = (in_thread(_read, image, first) for first in range(0, image.pages, FETCHED))
+        await gathered(reads, FETCHES)
+
+
+def _read(image: ImageFile, first: int) -> None:
+    """Read `FETCHED` pages, unless all of them are absent or zero."""
+    count = min(FETCHED, image.pages - first)
+    found = image.image.count(first, count)
+    if found.data + found.same_as + found.in_parent:
+        image.read(first, count)
 
 
 def _incomplete(image: ImageFile, first: int, link: Link, whole: bool) -> tuple[Path, Entry] | None:

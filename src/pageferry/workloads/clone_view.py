@@ -36,15 +36,14 @@ def open_image(
     path: Path | None = None,
     *,
     moved: str = "name it with `parent`",
-    whole: bool = False,
 ) -> ImageFile:
     """Open the image whose memory the clone `name` shares. `path`: path of the image; None for its path when the clone
-    was started. `moved`: advice if the image is no longer at its path; `whole`: see `open_image_file`.
+    was started. `moved`: advice if the image is no longer at its path.
 
     Raises UsageError if another image is at `path`, ImageError if the image cannot be opened or has been replaced.
     """
     if path is not None:
-        image = open_image_file(path, whole=whole)
+        image = open_image_file(path)
         if image.identity != record.identity:
             raise UsageError(
                 f"cannot use {path} as the parent: {name} shares the memory of {record.image}, which is the parent of "
@@ -52,7 +51,7 @@ def open_image(
             )
         return image
     try:
-        image = open_image_file(record.image, whole=whole)
+        image = open_image_file(record.image)
     except ImageError as error:
         raise ImageError(
             f"cannot read the image whose memory {name} shares: {error}; if it was moved, {moved}"
