@@ -142,7 +142,7 @@ def test_parent_is_fetched_before_the_workload_is_touched(
     def heard(_: Event) -> None:
         if not touched:
             touched.append(len(proxy.requests))
-            proxy.inject("GET", "packs/", "denied", 1000)
+            proxy.inject("GET", "packs/", "corrupt", 1000)  # a block that is read now counts as different
 
     result = pageferry.checkpoint(arena, f"{URL}/child", parent=f"{URL}/base", listener=heard)
     assert (result.tracking, result.pages.data) == ("compare", 1)

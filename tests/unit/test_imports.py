@@ -24,7 +24,7 @@ MAX_MODULES = {
     "stop": 121,
     "image": 99,
     "migrate": 141,
-    "checkpoint": 117,
+    "checkpoint": 124,
     "restore": 85,
     "large-pages": 136,
     "sharing": 144,
