@@ -133,7 +133,7 @@ async def open_target_async(text: str) -> Target:
         >>> import subprocess, pageferry
         >>> program = subprocess.Popen(["sleep", "60"])
         >>> with pageferry.large_pages.open_target(f"pid:{program.pid}") as target:
-        ...     print(program.pid in target.pids)
+        ...     print(target.name == f"pid:{program.pid}")
         True
         >>> program.kill()
         >>> program.wait()
