@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 import pageferry
+from pageferry.cli import offload_daemon
 from pageferry.errors import PageferryError, RestoreError, UnsupportedError, UsageError, WorkloadDied, WorkloadError
 from pageferry.host import proc
 from pageferry.images.image import ImageFile
@@ -556,7 +558,8 @@ class Daemon(Program):
 @pytest.mark.parametrize("options", [[], ["--ondemand"]])
 def test_replacement_of_the_offload_daemon_saves_and_restores(tmp_path: Path, options: list[str]) -> None:
     sock, store = tmp_path / "sock", tmp_path / "store"
-    sock.touch()  # as a killed process has left it
+    with socket.socket(socket.AF_UNIX) as left:  # as a killed process has left it
+        left.bind(str(sock))
     with (
         CloudHypervisor(tmp_path) as vmm,
         Daemon("snapshot", "--socket", str(sock), "--output-dir", str(store)) as daemon,
@@ -579,6 +582,13 @@ def test_replacement_of_the_offload_daemon_saves_and_restores(tmp_path: Path, op
         vmm.received()
         found = vmm.ask("digest")
         assert (found["digest"], found["paused"]) == (before, False)
+
+
+def test_replacement_of_the_offload_daemon_keeps_a_file_in_place_of_its_socket(tmp_path: Path) -> None:
+    (tmp_path / "socket").write_bytes(b"data")
+    with pytest.raises(UsageError, match="not a socket"), offload_daemon._listening(tmp_path / "socket"):
+        pass
+    assert (tmp_path / "socket").read_bytes() == b"data"
 
 
 def test_replacement_of_the_offload_daemon_reports_an_aborted_snapshot(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from pageferry import values
 from pageferry.checkpoints.events import CheckpointResult
@@ -12,10 +12,13 @@ from pageferry.checkpoints.image_source import image_argument
 from pageferry.checkpoints.options import CheckpointArguments, Options
 from pageferry.checkpoints.save import save
 from pageferry.checkpoints.target import Target, target
-from pageferry.errors import UsageError
+from pageferry.errors import UsageError, WorkloadError
 from pageferry.events import Listener, ignore
 from pageferry.host.blocking import synchronous
 from pageferry.workloads.callbacks import check_listener
+
+if TYPE_CHECKING:
+    from pageferry.workloads.cloud_hypervisor.vm import CloudHypervisorVm
 
 
 async def checkpoint_cloud_hypervisor_async(
@@ -70,7 +73,18 @@ async def save_vm(
     try:
         result = await save(vm, place, parent, options, listener)
         if not preserve:
-            await vm.complete()
+            await _complete(vm, place)
         return result
     finally:
         vm.close()
+
+
+async def _complete(vm: CloudHypervisorVm, place: Target) -> None:
+    """Make Cloud Hypervisor end the VM, whose image is complete. Raises WorkloadError."""
+    try:
+        await vm.complete()
+    except WorkloadError as error:
+        raise type(error)(
+            f"{error}; the image {place.name} is complete, but the VM may run again: delete the image unless Cloud "
+            "Hypervisor has exited"
+        ) from error

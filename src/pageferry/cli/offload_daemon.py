@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,14 @@ async def _restore(path: Path, image: Path, options: ServeOptions) -> None:
     log.info("%s: restored from %s", path, image)
 
 
+def _remove_socket(path: Path) -> None:
+    """Remove a socket that a killed process has left. Raises UsageError for any other file, OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(f"cannot listen on {path}: it is a file that is not a socket; use another path")
+        path.unlink()
+
+
 @contextlib.contextmanager
 def _listening(path: Path) -> Iterator[socket.socket]:
     """Lock and create the socket for the block. Raises UsageError."""
@@ -112,7 +121,7 @@ def _listening(path: Path) -> Iterator[socket.socket]:
             lock = files.open_private(f"{path}.lock", os.O_WRONLY)
             stack.callback(os.close, lock)
             fcntl.fcntl(lock, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-            path.unlink(missing_ok=True)
+            _remove_socket(path)
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             files.bind_private(listener, str(path))
             stack.callback(path.unlink, missing_ok=True)

@@ -89,13 +89,14 @@ pub fn install_rest(shared: &PagerState, jobs: &RestJobs) {
             recv(jobs.rest) -> fetched => {
                 let Ok((number, block)) = fetched else { return };
                 let _ = shared.loader.install_block(blocks, number, &block, &mut scratch);
+                scratch.installed = 0; // the fault has requested the block
             }
             recv(jobs.ahead) -> number => {
                 let Ok(number) = number else { return };
                 let _ = shared.loader.load_block(blocks, number, &mut scratch);
+                shared.loader.memory.counters.prefetched.fetch_add(take(&mut scratch.installed), Ordering::Relaxed);
             }
         }
-        shared.loader.memory.counters.prefetched.fetch_add(take(&mut scratch.installed), Ordering::Relaxed);
     }
 }
 

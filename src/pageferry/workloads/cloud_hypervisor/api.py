@@ -126,6 +126,10 @@ class Api:
             connection.request(method, PREFIX + name, encoded, headers)
             reply = connection.getresponse()
             contents = reply.read(MAX_REPLY)
+        except TimeoutError as error:
+            raise WorkloadError(
+                f"cannot use Cloud Hypervisor on {self.path}: no reply to {name} within {TIMEOUT:g} s; see its log"
+            ) from error
         except OSError as error:
             raise self._gone(error) from error
         except http.client.HTTPException as error:

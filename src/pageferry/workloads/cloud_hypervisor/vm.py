@@ -268,6 +268,8 @@ class CloudHypervisorVm:
             self._completed = True
             if resumes is not None:
                 self._resume(resumes)
+                if self._guardian is not None:
+                    self._guardian.plan([])
 
     def _resume(self, api: Api) -> None:
         """Resume the VM as soon as Cloud Hypervisor has ended the migration.
@@ -296,8 +298,7 @@ class CloudHypervisorVm:
         self._channel.close()
         guardian, self._guardian = self._guardian, None
         if guardian is not None:
-            guardian.plan([])
-            guardian.close()
+            guardian.close()  # resumes the VM if that has failed
         while self._files:
             os.close(self._files.popitem()[1])
 
