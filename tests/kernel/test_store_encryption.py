@@ -576,3 +576,23 @@ def test_guests_are_not_started_without_the_key(world: World, command: Callable[
         assert (code, "--key has no effect for the image file" in err) == (2, True)
         code, _, err = command(*verb, f"{world.url}/b", "--allow-plain", *qemu)
         assert (code, "--allow-plain has no effect without --key" in err) == (2, True)
+
+
+def test_parent_is_the_image_with_the_given_digest(world: World) -> None:
+    pushed = pageferry.push_image(world.base, f"{world.url}/a")
+    with pytest.raises(ImageError, match="the name was used again"):
+        pageferry.checkpoint(world.arena, f"{world.url}/child", parent=f"{world.url}/a@{'0' * 64}")
+    with pytest.raises(ImageError, match="the name was used again"):
+        pageferry.serve(f"{world.url}/a@{'0' * 64}", firecracker=world.folder / "socket")
+    pageferry.checkpoint(world.arena, f"{world.url}/child", parent=f"{world.url}/a@{pushed.manifest}")
+    assert {image.name: image.parents for image in pageferry.list_images(world.url).images} == {"a": 0, "child": 1}
+
+
+def test_cached_file_of_an_encrypted_image_is_not_flattened_without_encryption(world: World) -> None:
+    pageferry.push_image(world.base, f"{world.url}/a", key=world.raw)
+    pageferry.restore(f"{world.url}/a", key=world.raw).load()
+    (entry,) = pageferry.list_cache().images
+    with pytest.raises(WrongKey, match="would not be encrypted"):
+        pageferry.flatten_image(entry.path, f"{world.url}/b")
+    assert [image.name for image in pageferry.list_images(world.url).images] == ["a"]
+    pageferry.flatten_image(entry.path, f"{world.url}/b", key=world.raw)

@@ -26,6 +26,7 @@ from pageferry.errors import CheckpointError, ImageError, StoreError, UsageError
 from pageferry.events import Event
 from pageferry.stores import layout, spool, store
 from pageferry.stores.events import StoreProgress
+from pageferry.stores.push import BlockUpload
 from pageferry.stores.streaming import StreamedPush
 from tests.kernel.conftest import URL
 from tests.kernel.programs import Program
@@ -103,6 +104,30 @@ def test_chain_of_a_writing_workload_is_saved_to_s3_and_exact(proxy: FaultProxy,
     assert [(one.name, one.parents, one.kind) for one in listed] == [
         ("first", 0, "arena"), ("second", 1, "arena"), ("third", 2, "arena"),
     ]  # fmt: skip
+
+
+def test_dump_does_not_fill_the_disk_after_its_spool_was_full(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGEFERRY_SPOOL_SIZE", "4M")
+    sizes: list[int] = []
+    add = BlockUpload.add
+
+    async def slow(self: BlockUpload, *arguments: Any) -> None:
+        await asyncio.sleep(0.5)
+        await add(self, *arguments)
+
+    close = StreamedPush.close
+
+    async def watched(self: StreamedPush) -> None:
+        assert self.spool is not None
+        sizes.append(os.fstat(self.spool.descriptor).st_blocks * 512)
+        await close(self)
+
+    monkeypatch.setattr(BlockUpload, "add", slow)
+    monkeypatch.setattr(StreamedPush, "close", watched)
+    with pytest.raises(CheckpointError, match="no image was written"):
+        pageferry.dump(np.random.default_rng(1).random(256 * MIB // 8), f"{url}/array")
+    (size,) = sizes
+    assert size < 128 * MIB
 
 
 def test_blocks_that_the_store_has_are_not_uploaded(url: str) -> None:

@@ -62,7 +62,10 @@ def image_argument(name: str, source: str | Path) -> str | Path:
 
     Raises UsageError.
     """
-    return str(image_url(name, source)) if is_url(source) else values.path(name, source)
+    if not is_url(source):
+        return values.path(name, source)
+    image_url(name, source)
+    return source  # with the digest of the manifest, if it names one
 
 
 @asynccontextmanager

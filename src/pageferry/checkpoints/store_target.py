@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pageferry.checkpoints.events import UploadSummary
 from pageferry.checkpoints.image_source import open_cache, open_journal, spool_limit
 from pageferry.checkpoints.options import Options
-from pageferry.errors import CheckpointError, StoreError, UsageError
+from pageferry.errors import CheckpointError, ImageError, StoreError, UsageError
 from pageferry.events import Listener
 from pageferry.host.blocking import cancelled, in_thread
 from pageferry.images.image import ImageFile
@@ -65,7 +65,7 @@ class StoreTarget:
         """See `Target`."""
         cache, limit = open_cache(), spool_limit()
         cache.open()
-        sources = await in_thread(self._sources, parent.path) if parent is not None else []
+        sources = await in_thread(self._sources, parent) if parent is not None else []
         store, journal = Store(self.url.store, create=True), open_journal(self.url.store)
         destination = Destination(store, self.url, journal, self._access)
         self._push = push = StreamedPush(destination, sources, listener)
@@ -84,9 +84,13 @@ class StoreTarget:
         finally:
             await asyncio.shield(push.close())
 
-    def _sources(self, parent: Path) -> list[Source]:
-        """Return the images of a chain to upload if the store lacks them, with all of their storage blocks."""
-        return file_sources(open_image_file(parent, whole=True), self._access)
+    def _sources(self, parent: ImageFile) -> list[Source]:
+        """Return the images of a chain to upload if the store lacks them, with all of their storage blocks. Raises
+        ImageError if a file was replaced since the parent was opened."""
+        found = open_image_file(parent.path, whole=True)
+        if [link.identity for link in found.links] != [link.identity for link in parent.links]:
+            raise ImageError(f"cannot use {parent.path} as a parent: it was replaced meanwhile; repeat the checkpoint")
+        return file_sources(found, self._access)
 
     async def during(self, attempt: Coroutine[Any, Any, T]) -> T:
         """See `Target`."""
@@ -97,7 +101,10 @@ class StoreTarget:
         try:
             await asyncio.wait({task, self._following}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            discarding = asyncio.ensure_future(self._push.discard()) if self._following.done() else None
             await cancelled(task)
+            if discarding is not None:
+                await cancelled(discarding)
         with self._translated():
             if self._following.done():
                 self._following.result()
@@ -125,4 +132,10 @@ class StoreTarget:
         try:
             yield
         except (StoreError, CheckpointError) as error:
-            raise type(error)(f"{error}; no image was written, and a running workload is unharmed") from error
+            published = self._push is not None and self._push.publishing
+            effect = (
+                f"the image may have been published: see `pageferry image list {self.url.store}`; a"
+                if published
+                else "no image was written, and a"
+            )
+            raise type(error)(f"{error}; {effect} running workload is unharmed") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Unpack, get_args
 
 from pageferry import values
+from pageferry._engine import WrittenImage
 from pageferry.checkpoints.image_source import NO_KEY, keys_for, local_image
 from pageferry.errors import ImageError, UsageError, WorkloadError
 from pageferry.host.blocking import interruptible
@@ -141,8 +142,16 @@ def flatten_image(
         values.choice("codec", codec, get_args(Codec))
     image = _opened("path", path, image_keys)
     image.check_target(place.path)
+    if place.uploads and keys.key is None and keys.key_command is None:
+        from pageferry.stores.sources import check_uploadable
+
+        check_uploadable(image)
+
+    def write() -> WrittenImage:
+        return write_image(place, lambda file: image.flatten(file, codec))
+
     try:
-        written = interruptible(lambda: write_image(place, lambda file: image.flatten(file, codec)))
+        written = write() if place.uploads else interruptible(write)  # an upload responds to Ctrl-C itself
         return Flattened(str(target), written.length)
     except OSError as error:
         raise ImageError(f"cannot write {target}: {error.strerror}") from error

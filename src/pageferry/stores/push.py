@@ -211,6 +211,8 @@ class Push:
         self._uploaded = 0
         self.manifests: list[Manifest] = []
         """Manifests without a reference whose storage blocks are reused: those of this upload."""
+        self.publishing = False
+        """Whether the reference may have been created."""
 
     async def run(self) -> ImagePushed:
         """Upload the image, and create its reference. Raises ImageError, StoreError."""
@@ -265,6 +267,7 @@ class Push:
 
     async def _upload_chain(self, known: Contents) -> Manifest:
         """Upload the images that the store lacks, oldest first. Return the manifest of the first source."""
+        _check_blocks(self._name, sum(len(source.extents) for source in self._sources))
         manifest: Manifest | None = None
         for source in reversed(self._sources):
             ancestors = self._ancestors(source, manifest)
@@ -298,6 +301,8 @@ class Push:
     async def _complete(self, source: Source, ancestors: list[Ancestor], upload: BlockUpload) -> Manifest:
         """Upload the last pack and the manifest of an image whose blocks were added."""
         records, packs = await upload.finish()
+        older = self._sources[self._sources.index(source) + 1 :] if source in self._sources else self._sources
+        _check_blocks(source.where, len(records) + sum(len(one.extents) for one in older))
         stored, chunks = await source.frame()
         index, sealing = _Index(records, packs, stored, chunks, ancestors), upload.packer.sealing
         manifest = await in_thread(lambda: _manifest(source, index, sealing, self._access.keys, str(self._store.url)))
@@ -314,7 +319,7 @@ class Push:
         The time limit includes the listing of the marks: a mark that is set after the listing has begun must be younger
         than the grace period when the reference exists.
         """
-        await self._store.sync()
+        await self._store.sync(self._needed)
         about, key = self._image.about, layout.reference_key(self._url.name)
         reference = Reference(
             format="pageferry-image",
@@ -334,6 +339,7 @@ class Push:
                 if await known.unavailable(self._needed):
                     return None
                 published = seal_reference(reference, self._url.name, manifest.sealing)
+                self.publishing = True
                 found = await self._create(key, msgspec.json.encode(published))
         except TimeoutError as error:
             raise StoreError(
@@ -382,6 +388,15 @@ class Push:
         )
 
 
+def _check_blocks(where: str, count: int) -> None:
+    """Raise ImageError if a chain has more storage blocks than readers accept."""
+    if count > blocks.MAX_BLOCKS:
+        raise ImageError(
+            f"cannot upload {where}: it and its parents have {count} storage blocks, more than {blocks.MAX_BLOCKS}; "
+            "use larger storage blocks, or flatten the image"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Index:
     """Contents of a manifest."""
@@ -395,8 +410,6 @@ class _Index:
 
 def _manifest(source: Source, index: _Index, sealing: Sealing, keys: Keys | None, store: str) -> Manifest:
     """Return the manifest of an image. `keys`: keys that wrap the domain of an encrypted image; otherwise None."""
-    if len(index.records) > blocks.MAX_BLOCKS:
-        raise ImageError(f"cannot upload {source.where}: its {len(index.records)} storage blocks are too many")
     salt = os.urandom(KEY)
     table = sealing.seal_part(salt, TABLE, blocks.encode_table(index.records))
     stored = sealing.seal_part(salt, FRAME, index.frame)

@@ -129,14 +129,20 @@ def file_sources(image: ImageFile, access: Access) -> list[Source]:
 
     Raises WrongKey if a file of the cache is from an encrypted image, and the upload would not encrypt it.
     """
+    if access.keys is None:
+        check_uploadable(image)
+    return [FileSource(image, number) for number in range(len(image.links))]
+
+
+def check_uploadable(image: ImageFile) -> None:
+    """Raise WrongKey if a file of an image is from an encrypted image, and must not be uploaded without encryption."""
     for link in image.links:
-        found = entry.entry_of(Path(os.path.realpath(link.path))) if access.keys is None else None
+        found = entry.entry_of(Path(os.path.realpath(link.path)))
         if found is not None and found[1].encrypted:
             raise WrongKey(
                 f"cannot upload {link.path}: it is from the encrypted image {found[1].url}, and the upload would not "
                 "be encrypted; give a key with `key` or `key_command`"
             )
-    return [FileSource(image, number) for number in range(len(image.links))]
 
 
 def about_of(link: Link) -> About:

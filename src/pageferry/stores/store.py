@@ -162,12 +162,13 @@ class Store:
         with contextlib.suppress(ObjectMissing):
             await self._call(lambda: self._obstore.delete_async(self._client, key), f"delete {key}")
 
-    async def sync(self) -> None:
-        """Make the objects durable that were uploaded to a directory. Stores behind a network do so for each upload.
+    async def sync(self, others: Iterable[str] = ()) -> None:
+        """Make the objects durable that were uploaded to a directory, and `others`: an upload that was killed may have
+        written these without syncing them. Stores behind a network do so for each upload.
 
         Raises StoreError.
         """
-        folder, written = self.url.folder, self._written
+        folder, written = self.url.folder, [*self._written, *others]
         if folder is not None and written:
             self._written = []
             await in_thread(_sync, str(folder), written)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pageferry.errors import ImageError
 from pageferry.events import Listener
-from pageferry.host.blocking import in_thread
+from pageferry.host.blocking import in_thread, on_thread
 from pageferry.host.fault_points import fault_point
 from pageferry.images.image import link_of
 from pageferry.stores import contents, layout
@@ -78,7 +78,7 @@ class StreamedPush(Push):
         if self._sources:
             self._parent = await self._upload_chain(known)
         self._packer = Packer(self._store, known.places, known.sealing, self._journal)
-        self.spool = await in_thread(Spool, folder, limit)
+        self.spool = await on_thread(lambda: Spool(folder, limit))
         return self.spool.descriptor
 
     def start(self) -> asyncio.Task[None]:
@@ -179,16 +179,31 @@ class StreamedPush(Push):
         while True:
             await self._quiet.wait()
             ended = self._ended.is_set()
-            if extents := await in_thread(spool.find):
+            if extents := await on_thread(spool.find):
                 await blocks.add(spool, extents)
-                offset, length = extents[-1]
-                await in_thread(spool.free, offset + length)
+                await self._free(extents)
                 self._progress(sum(length for _, length in extents))
             elif ended:
                 return
             else:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._ended.wait(), POLL)
+
+    async def discard(self) -> None:
+        """Discard what the writer appends, until this call is cancelled. A writer that cannot be cancelled would
+        otherwise fill the disk after the upload has failed."""
+        assert self.spool is not None
+        while True:
+            if extents := await on_thread(self.spool.find):
+                await self._free(extents)
+            else:
+                await asyncio.sleep(POLL)
+
+    async def _free(self, extents: Sequence[Extent]) -> None:
+        """Free the space of these blocks and of all before. On cancellation, wait until no thread uses the spool."""
+        assert self.spool is not None
+        spool, end = self.spool, sum(extents[-1])
+        await on_thread(lambda: spool.free(end))
 
     async def _watch(self) -> None:
         """Raise CheckpointError when the spool has reached its limit, until its writer has ended."""
