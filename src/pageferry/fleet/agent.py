@@ -22,7 +22,7 @@ import msgspec
 from pageferry.checkpoints.image_source import local_image_async
 from pageferry.errors import FleetError, NoSuchWorkload, UsageError
 from pageferry.fleet import records
-from pageferry.fleet.inventory import HostConfig, Inventory
+from pageferry.fleet.inventory import HostConfig, Inventory, is_committed
 from pageferry.fleet.model import Image
 from pageferry.fleet.operations import Operations, Order, now
 from pageferry.fleet.protocol import (
@@ -54,7 +54,7 @@ from pageferry.fleet.protocol import (
     succeeded,
 )
 from pageferry.host.blocking import in_thread
-from pageferry.host.registry import QemuEntry, Registry
+from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.migration.ownership import CommitDecisions, committed
 from pageferry.workloads.qemu import placeholders
 
@@ -199,12 +199,21 @@ class Agent:
             await asyncio.sleep(_POLL)
 
     async def _cancel(self, identifier: str) -> OperationReport:
-        """End an operation. Remove a QEMU that a killed receiver has left, and that has never run."""
+        """End an operation, unless this could stall a workload (`_may_end`). Remove a QEMU that a killed receiver has
+        left, and that has never run."""
+        report = await in_thread(self._operations.report, identifier)
+        if not await in_thread(self._may_end, report):
+            return report
         await in_thread(self._operations.interrupt, identifier)
         report = await self._query(identifier, STARTING)
         if report.kind == RECEIVE and report.state != "running" and not report.received:
             await self._remove_waiting(report.workload)
         return report
+
+    def _may_end(self, report: OperationReport) -> bool:
+        """Return whether an operation may be cancelled: not a migration after its commit, which may send pages that the
+        workload needs at its destination."""
+        return report.kind != MIGRATE or not is_committed(Folder(self._registry, report.workload))
 
     async def _remove_waiting(self, name: str) -> None:
         """Stop the QEMU of a workload that waits for its source. Do nothing if the workload has ever run here."""

@@ -321,8 +321,9 @@ async def cancel_async(*workloads: str, **options: Unpack[ClusterArguments]) -> 
             for one in running:
                 if one.state == "running" and (not names or one.workload in names) and not one.received:
                     with contextlib.suppress(PageferryError):  # it has ended meanwhile
-                        await cluster.call(host, Cancel(id=one.id), OperationReport, timeout=120.0)
-                        cancelled.add(one.workload)
+                        ended = await cluster.call(host, Cancel(id=one.id), OperationReport, timeout=120.0)
+                        if ended.state != "running" and ended.exit_code != 0:
+                            cancelled.add(one.workload)
     return FleetCancelled(workloads=sorted(cancelled))
 
 

@@ -140,7 +140,8 @@ class Query(Request, frozen=True, kw_only=True, tag="query"):
 
 
 class Cancel(Request, frozen=True, kw_only=True, tag="cancel"):
-    """Send SIGINT to the process of an operation, and return its `OperationReport`."""
+    """Send SIGINT to the process of an operation, and return its `OperationReport`. An operation that a running
+    workload needs, such as a migration after its commit, gets no signal, and is reported as `running`."""
 
     id: str
 

@@ -1,0 +1,89 @@
+"""Tests of one move of a fleet: what the driver concludes from the replies of the hosts, and what agents cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pageferry.fleet import steps
+from pageferry.fleet.model import Move
+from pageferry.fleet.mover import Attempt
+from pageferry.fleet.protocol import Cancel, Migrate, OperationReport, Prepare, Query, Receive
+from tests.fleet_hosts import MOVED, ScriptedCluster, agent, asked, operation, report
+
+MOVE = Move(workload="web", source="a", destination="b", mode="hybrid", bytes=1, seconds=1.0, downtime=0.1)
+
+
+class Hosts:
+    """Replies of the two hosts of a move. `end`: report of the migration, or the error of the request for it."""
+
+    def __init__(self, end: Any, **errors: Exception) -> None:
+        self.end = end
+        self.errors = errors
+
+    def __call__(self, host: str, request: Any) -> Any:
+        if (error := self.errors.get(type(request).__name__.lower())) is not None:
+            raise error
+        match request:
+            case Prepare():
+                return MOVED
+            case Receive():
+                return report(request.id, "receive", address="10.0.0.2:1")
+            case Cancel():
+                return report(request.id, "receive", "ended", exit_code=130)
+            case Migrate():
+                return report(request.id, "migrate")
+            case Query():
+                if isinstance(self.end, Exception):
+                    raise self.end
+                return self.end
+
+
+def moved(hosts: Hosts) -> tuple[steps.Ended, ScriptedCluster]:
+    """Return how an attempt has ended, and the cluster."""
+    cluster = ScriptedCluster(hosts)
+    return asyncio.run(Attempt(cluster, MOVE, 1, lambda _: None).run()), cluster  # type: ignore[arg-type]
+
+
+def ended(code: int) -> OperationReport:
+    return report("op", "migrate", "ended", exit_code=code, message="the reason")
+
+
+@pytest.mark.parametrize("code", [130, 143, 25, 1, 10, 20, 26, 28, -9, None])
+def test_exit_code_that_proves_no_end_before_the_commit_leaves_the_owner_unknown(code: int) -> None:
+    found, cluster = moved(Hosts(ended(code)))
+    assert (found.outcome, found.reason) == ("unknown", "the reason")
+    assert (found.cause == "cancelled") == (code in (130, 143, 25))
+    assert cluster.to("b", Cancel) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"), [(3, "unsupported"), (21, "refused"), (23, "connection-lost"), (27, "other"), (31, "other")]
+)
+def test_exit_code_that_proves_an_end_before_the_commit_ends_the_receiver(code: int, cause: str) -> None:
+    found, cluster = moved(Hosts(ended(code)))
+    assert (found.outcome, found.cause) == ("aborted", cause)
+    assert len(cluster.to("b", Cancel)) == 1
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("PAGEFERRY_RUN_DIR", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_migration_is_not_interrupted_after_its_commit(run: Path, committed: bool) -> None:
+    if committed:
+        (run / "web").mkdir()
+        (run / "web" / "migration.json").write_text(json.dumps({"version": 2, "migration": "0" * 32, "peer": "b:1"}))
+    with operation(run, "migrate") as process:
+        found = asyncio.run(asked(agent(run), Cancel(id="op"), OperationReport))
+        assert (process.poll() is None) == committed
+    assert found.state == ("running" if committed else "lost")
