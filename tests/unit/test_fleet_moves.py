@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from pageferry.errors import WorkloadError
 from pageferry.fleet import steps
+from pageferry.fleet.cluster import AgentUnreachable
 from pageferry.fleet.model import Move
 from pageferry.fleet.mover import Attempt
 from pageferry.fleet.protocol import Cancel, Migrate, OperationReport, Prepare, Query, Receive
@@ -87,3 +89,21 @@ def test_migration_is_not_interrupted_after_its_commit(run: Path, committed: boo
         found = asyncio.run(asked(agent(run), Cancel(id="op"), OperationReport))
         assert (process.poll() is None) == committed
     assert found.state == ("running" if committed else "lost")
+
+
+def test_receiver_without_a_reply_is_ended() -> None:
+    found, cluster = moved(Hosts(None, receive=AgentUnreachable("no reply")))
+    assert (found.outcome, found.reason) == ("aborted", "no reply")
+    (request,) = cluster.to("b", Receive)
+    assert cluster.to("b", Cancel) == [Cancel(id=request.id)]
+
+
+def test_receiver_whose_workload_cannot_be_recorded_is_ended(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise WorkloadError("no space left")
+
+    monkeypatch.setattr("pageferry.fleet.records.remember", fail)
+    receiver = agent(run)
+    with pytest.raises(WorkloadError, match="no space left"):
+        asyncio.run(asked(receiver, Receive(id="op", moved=MOVED, source="a"), OperationReport))
+    assert asyncio.run(asked(receiver, Query(id="op"), OperationReport)).state == "ended"

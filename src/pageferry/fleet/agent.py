@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from pageferry.checkpoints.image_source import local_image_async
-from pageferry.errors import FleetError, NoSuchWorkload, UsageError
+from pageferry.errors import FleetError, NoSuchWorkload, PageferryError, UsageError
 from pageferry.fleet import records
 from pageferry.fleet.inventory import HostConfig, Inventory, is_committed
 from pageferry.fleet.model import Image
@@ -128,8 +128,13 @@ class Agent:
             words += ["--detach", "--output", "json", "--", *self._filled(moved.command)]
         order = self._order(request.id, RECEIVE, moved.name, words, peer=request.source, moved=moved)
         await in_thread(self._operations.start, order)
-        report = await self._listening(request.id)
-        await in_thread(records.remember, self._registry, moved)
+        try:
+            report = await self._listening(request.id)
+            await in_thread(records.remember, self._registry, moved)
+        except Exception:
+            with contextlib.suppress(PageferryError):
+                await self._cancel(request.id)
+            raise
         return report
 
     async def _listening(self, identifier: str) -> OperationReport:

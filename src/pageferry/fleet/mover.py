@@ -103,8 +103,12 @@ class Attempt:
         """Move the workload. Return how the attempt has ended; never raises a PageferryError."""
         try:
             moved = await self.cluster.call(self.move.source, Prepare(workload=self.move.workload), Moved)
-            await self._start_receiver(moved)
         except PageferryError as error:
+            return self._aborted(error)
+        try:
+            await self._start_receiver(moved)
+        except PageferryError as error:  # the receiver may run, and would keep the name at the destination
+            await self._end_receiver()
             return self._aborted(error)
         try:
             await self._start_migration()
