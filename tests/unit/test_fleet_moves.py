@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pageferry.errors import WorkloadError
+from pageferry.errors import FleetError, UsageError, WorkloadError
 from pageferry.fleet import steps
 from pageferry.fleet.cluster import AgentUnreachable
 from pageferry.fleet.model import Move
@@ -107,3 +107,30 @@ def test_receiver_whose_workload_cannot_be_recorded_is_ended(run: Path, monkeypa
     with pytest.raises(WorkloadError, match="no space left"):
         asyncio.run(asked(receiver, Receive(id="op", moved=MOVED, source="a"), OperationReport))
     assert asyncio.run(asked(receiver, Query(id="op"), OperationReport)).state == "ended"
+
+
+@pytest.mark.parametrize("error", [UsageError("no record"), FleetError("cannot read the record")])
+def test_migration_without_a_report_has_an_unknown_end(error: Exception) -> None:
+    found, cluster = moved(Hosts(error))
+    assert (found.outcome, found.reason) == ("unknown", str(error))
+    assert cluster.to("b", Cancel) == []
+
+
+def test_migration_whose_start_has_failed_on_the_way_is_followed() -> None:
+    found, _ = moved(Hosts(ended(0), migrate=FleetError("cannot use the reply")))
+    assert found.outcome == "done"
+
+
+def test_receiver_is_not_interrupted_while_it_owns_the_workload(run: Path) -> None:
+    with operation(run, "receive", {"type": "received"}) as process:
+        found = asyncio.run(asked(agent(run), Cancel(id="op"), OperationReport))
+        assert process.poll() is None
+    assert found.state == "running"
+
+
+def test_record_that_cannot_be_read_is_no_end_of_an_operation(run: Path) -> None:
+    with operation(run, "migrate"):
+        (run / ".fleet" / "op" / "order.json").unlink()
+        (run / ".fleet" / "op" / "order.json").mkdir()
+        with pytest.raises(FleetError, match="not a regular file"):
+            asyncio.run(asked(agent(run), Query(id="op"), OperationReport))

@@ -216,8 +216,10 @@ class Agent:
         return report
 
     def _may_end(self, report: OperationReport) -> bool:
-        """Return whether an operation may be cancelled: not a migration after its commit, which may send pages that the
-        workload needs at its destination."""
+        """Return whether an operation may be cancelled: not a receiver whose workload runs, nor a migration after its
+        commit. In post-copy, the workload needs both of them."""
+        if report.kind == RECEIVE:
+            return not report.received
         return report.kind != MIGRATE or not is_committed(Folder(self._registry, report.workload))
 
     async def _remove_waiting(self, name: str) -> None:

@@ -112,7 +112,7 @@ class Attempt:
             return self._aborted(error)
         try:
             await self._start_migration()
-        except AgentUnreachable:
+        except FleetError:
             pass  # the migration may have been started; an agent that is started again reports it
         except PageferryError as error:
             await self._end_receiver()
@@ -172,9 +172,8 @@ class Attempt:
                 self.emit(HostLost(host=self.move.source, reason=str(error)))
                 await asyncio.sleep(_WAIT)
                 continue
-            except PageferryError as error:  # the request to start it was lost
-                await self._end_receiver()
-                return self._aborted(error)
+            except PageferryError as error:  # without a report, it may have been started, and committed
+                return self._ended("unknown", reason=str(error))
             self.report = report
             if report.state != "running":
                 return await self._result(report)

@@ -131,7 +131,7 @@ class Operations:
         """Yield the states of all recorded operations, oldest first."""
         orders = (_load(folder / "order.json", Order) for folder in self._folders())
         for order in sorted((one for one in orders if one is not None), key=lambda one: one.started):
-            with contextlib.suppress(UsageError):  # removed meanwhile
+            with contextlib.suppress(UsageError, FileNotFoundError):  # removed meanwhile
                 yield self.report(order.id)
 
     def workloads(self) -> Iterator[Moved]:
@@ -198,10 +198,11 @@ def _launch(folder: Path, commands: Sequence[Sequence[str]]) -> int:
 
 
 def _load(path: Path, kind: type[Any]) -> Any:
-    """Return a record; None if there is none, or if it is not complete."""
+    """Return a record; None if there is none, or if it is not complete. Raises OSError if it cannot be read: what it
+    records may have happened."""
     try:
         return msgspec.json.decode(files.read_regular(path, MAX_RECORD, follow=False), type=kind)
-    except (OSError, msgspec.MsgspecError):
+    except (FileNotFoundError, msgspec.MsgspecError):
         return None
 
 
