@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pageferry
 from pageferry.errors import FleetError, UsageError, WorkloadError
 from pageferry.fleet import steps
 from pageferry.fleet.cluster import AgentUnreachable
 from pageferry.fleet.model import Move
 from pageferry.fleet.mover import Attempt
-from pageferry.fleet.protocol import Cancel, Migrate, OperationReport, Prepare, Query, Receive
+from pageferry.fleet.protocol import Answer, Cancel, Done, Migrate, OperationReport, Prepare, Query, Receive
 from tests.fleet_hosts import MOVED, ScriptedCluster, agent, asked, operation, report
 
 MOVE = Move(workload="web", source="a", destination="b", mode="hybrid", bytes=1, seconds=1.0, downtime=0.1)
@@ -134,3 +137,24 @@ def test_record_that_cannot_be_read_is_no_end_of_an_operation(run: Path) -> None
         (run / ".fleet" / "op" / "order.json").mkdir()
         with pytest.raises(FleetError, match="not a regular file"):
             asyncio.run(asked(agent(run), Query(id="op"), OperationReport))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_agent_reports_the_decision_although_no_pages_can_be_received(run: Path, missing: bool) -> None:
+    async def answer() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        host = agent(run)
+        await asked(host, Answer(address=address, seconds=30.0, workload="web", resume=True), Done)
+        _, writer = await asyncio.open_connection(*address.split(":"))
+        writer.close()
+
+    arena = pageferry.Arena("1MiB", on_pause=threading.Lock())
+    arena.register("web")
+    try:
+        if missing:
+            (run / "web" / "postcopy.json").write_text("{}")
+        asyncio.run(answer())
+        assert len(list(run.glob(".fleet/*"))) == missing
+    finally:
+        arena.close()

@@ -56,6 +56,7 @@ from pageferry.fleet.protocol import (
 from pageferry.host.blocking import in_thread
 from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.migration.ownership import CommitDecisions, committed
+from pageferry.pager.records import POSTCOPY
 from pageferry.workloads.qemu import placeholders
 
 HOST = "host"
@@ -258,16 +259,23 @@ class Agent:
         return RecoveryReport(owner=owner)
 
     async def _answer(self, request: Answer) -> Done:
-        """Reply to recovery requests at the address of a receiver that has exited, in the background."""
-        if request.resume and request.workload in self._registry.entries():
-            identifier = f"{uuid.uuid4().hex[:12]}-in"
-            words = ["receive", request.workload, "--resume", "--listen", request.address, *self._trust()]
-            order = self._order(identifier, RECEIVE, request.workload, [*words, "--output", "json"])
-            await in_thread(self._operations.start, order)
-            await self._listening(identifier)
-            return Done()
+        """Reply to recovery requests at the address of a receiver that has exited, in the background. If pages are
+        missing, receive them; otherwise, or if this fails, only report the recorded decision."""
+        missing = Folder(self._registry, request.workload).path / POSTCOPY if request.workload else None
+        if request.resume and missing is not None and missing.exists():
+            with contextlib.suppress(FleetError):
+                await self._resume(request)
+                return Done()
         self._serve_outcomes(request)
         return Done()
+
+    async def _resume(self, request: Answer) -> None:
+        """Start a receiver for the missing pages of a workload. Raises FleetError if it does not listen."""
+        identifier = f"{uuid.uuid4().hex[:12]}-in"
+        words = ["receive", request.workload, "--resume", "--listen", request.address, *self._trust()]
+        order = self._order(identifier, RECEIVE, request.workload, [*words, "--output", "json"])
+        await in_thread(self._operations.start, order)
+        await self._listening(identifier)
 
     def _serve_outcomes(self, request: Answer) -> None:
         from pageferry.migration.receiving import ListenOptions
