@@ -15,6 +15,7 @@ import pageferry
 from pageferry.errors import FleetError, UsageError, WorkloadError
 from pageferry.fleet import steps
 from pageferry.fleet.cluster import AgentUnreachable
+from pageferry.fleet.inventory import arriving_workloads
 from pageferry.fleet.model import Move
 from pageferry.fleet.mover import Attempt
 from pageferry.fleet.protocol import Answer, Cancel, Done, Migrate, OperationReport, Prepare, Query, Receive
@@ -158,3 +159,12 @@ def test_agent_reports_the_decision_although_no_pages_can_be_received(run: Path,
         assert len(list(run.glob(".fleet/*"))) == missing
     finally:
         arena.close()
+
+
+def test_receiver_of_missing_pages_does_not_hide_its_workload_and_is_not_interrupted(run: Path) -> None:
+    first, resumed = report("1", "receive", "lost", peer="a"), report("2", "receive")
+    assert arriving_workloads([first, resumed]) == set()
+    assert arriving_workloads([report("1", "receive", peer="a")]) == {"web"}
+    with operation(run, "receive", peer=None) as process:
+        asyncio.run(asked(agent(run), Cancel(id="op"), OperationReport))
+        assert process.poll() is None

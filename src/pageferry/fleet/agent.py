@@ -220,7 +220,7 @@ class Agent:
         """Return whether an operation may be cancelled: not a receiver whose workload runs, nor a migration after its
         commit. In post-copy, the workload needs both of them."""
         if report.kind == RECEIVE:
-            return not report.received
+            return not report.received and not report.resumes
         return report.kind != MIGRATE or not is_committed(Folder(self._registry, report.workload))
 
     async def _remove_waiting(self, name: str) -> None:

@@ -319,7 +319,12 @@ async def cancel_async(*workloads: str, **options: Unpack[ClusterArguments]) -> 
         for host, report in (await reports(cluster)).items():
             running = report.operations if isinstance(report, HostReport) else ()
             for one in running:
-                if one.state == "running" and (not names or one.workload in names) and not one.received:
+                if (
+                    one.state == "running"
+                    and (not names or one.workload in names)
+                    and not one.received
+                    and not one.resumes
+                ):
                     with contextlib.suppress(PageferryError):  # it has ended meanwhile
                         ended = await cluster.call(host, Cancel(id=one.id), OperationReport, timeout=120.0)
                         if ended.state != "running" and ended.exit_code != 0:

@@ -178,8 +178,8 @@ def identity_of(identity: ImageIdentity) -> str:
 
 def arriving_workloads(operations: list[OperationReport]) -> set[str]:
     """Return the names of workloads that this host is receiving, and does not own yet. The last receiver of a name
-    counts."""
-    last = {one.workload: one for one in operations if one.kind == RECEIVE}
+    counts. A receiver of missing pages (`resumes`) belongs to a workload that runs here."""
+    last = {one.workload: one for one in operations if one.kind == RECEIVE and not one.resumes}
     return {name for name, one in last.items() if one.state == "running" and not one.received}
 
 

@@ -65,6 +65,12 @@ class OperationReport(Record, frozen=True, kw_only=True):
     result: dict[str, Any] | None = None
     """Last event of the process, if it is a result."""
 
+    @property
+    def resumes(self) -> bool:
+        """Whether it receives the missing pages of a workload that runs on this host (post-copy). Its source connects
+        by a recovery, so that it has no peer."""
+        return self.kind == RECEIVE and self.peer is None
+
 
 class HostReport(Record, frozen=True, kw_only=True):
     """State of a host, read from its own registry."""
