@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,27 @@ import pytest
 
 import pageferry
 from pageferry.errors import FleetError, UsageError, WorkloadError
-from pageferry.fleet import steps
+from pageferry.fleet import operation_process, steps
 from pageferry.fleet.cluster import AgentUnreachable
 from pageferry.fleet.inventory import arriving_workloads
 from pageferry.fleet.model import Move
 from pageferry.fleet.mover import Attempt
-from pageferry.fleet.protocol import Answer, Cancel, Done, Migrate, OperationReport, Prepare, Query, Receive
+from pageferry.fleet.operations import KEPT, Operations, Order, now
+from pageferry.fleet.protocol import (
+    Answer,
+    Cancel,
+    Done,
+    Migrate,
+    OperationReport,
+    Prepare,
+    Query,
+    Receive,
+    Recover,
+    RecoveryReport,
+)
+from pageferry.host.registry import Registry
 from tests.fleet_hosts import MOVED, ScriptedCluster, agent, asked, operation, report
+from tests.kernel.programs import wait_until
 
 MOVE = Move(workload="web", source="a", destination="b", mode="hybrid", bytes=1, seconds=1.0, downtime=0.1)
 
@@ -84,6 +102,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def web(run: Path) -> Iterator[Path]:
+    """Register an arena as the workload `web`. Return its directory."""
+    arena = pageferry.Arena("1MiB", on_pause=threading.Lock())
+    arena.register("web")
+    try:
+        yield run / "web"
+    finally:
+        arena.close()
+
+
 @pytest.mark.parametrize("committed", [False, True])
 def test_migration_is_not_interrupted_after_its_commit(run: Path, committed: bool) -> None:
     if committed:
@@ -141,7 +170,7 @@ def test_record_that_cannot_be_read_is_no_end_of_an_operation(run: Path) -> None
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_agent_reports_the_decision_although_no_pages_can_be_received(run: Path, missing: bool) -> None:
+def test_agent_reports_the_decision_although_no_pages_can_be_received(run: Path, web: Path, missing: bool) -> None:
     async def answer() -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -150,15 +179,10 @@ def test_agent_reports_the_decision_although_no_pages_can_be_received(run: Path,
         _, writer = await asyncio.open_connection(*address.split(":"))
         writer.close()
 
-    arena = pageferry.Arena("1MiB", on_pause=threading.Lock())
-    arena.register("web")
-    try:
-        if missing:
-            (run / "web" / "postcopy.json").write_text("{}")
-        asyncio.run(answer())
-        assert len(list(run.glob(".fleet/*"))) == missing
-    finally:
-        arena.close()
+    if missing:
+        (web / "postcopy.json").write_text("{}")
+    asyncio.run(answer())
+    assert len(list(run.glob(".fleet/*"))) == missing
 
 
 def test_receiver_of_missing_pages_does_not_hide_its_workload_and_is_not_interrupted(run: Path) -> None:
@@ -168,3 +192,35 @@ def test_receiver_of_missing_pages_does_not_hide_its_workload_and_is_not_interru
     with operation(run, "receive", peer=None) as process:
         asyncio.run(asked(agent(run), Cancel(id="op"), OperationReport))
         assert process.poll() is None
+
+
+def test_migration_is_not_started_after_a_recovery(run: Path, web: Path) -> None:
+    assert web.is_dir()
+    with operation(run, "migrate") as process:
+        folder = run / ".fleet" / "op"
+        with pytest.raises(FleetError, match="its migration still runs"):
+            asyncio.run(asked(agent(run), Recover(workload="web"), RecoveryReport))
+        assert not (folder / "cancelled").exists()
+        for name in ("running.json", "process.json"):  # as if the agent was killed when it started the supervisor
+            (folder / name).unlink()
+        os.utime(folder, (0, 0))
+        assert asyncio.run(asked(agent(run), Recover(workload="web"), RecoveryReport)).owner == "source"
+        process.kill()
+    started = run / "started"
+    words = [sys.executable, operation_process.__file__, str(folder), json.dumps([["touch", str(started)]])]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    wait_until(lambda: (folder / "ended.json").exists(), "the end of the operation")
+    assert json.loads((folder / "ended.json").read_text()) == {"exit-code": 25}
+    assert not started.exists()
+
+
+def test_records_of_lost_operations_are_removed(run: Path) -> None:
+    operations = Operations(Registry(run))
+    for number in range(KEPT + 2):
+        folder = run / ".fleet" / f"lost-{number}"
+        folder.mkdir(mode=0o700, parents=True)
+        os.utime(folder, (number, number))
+    (run / ".fleet").chmod(0o700)
+    operations.start(Order(id="next", kind="run", workload="web", commands=[["list"]], started=now()))
+    assert len(list(operations.path.iterdir())) == KEPT + 1
+    wait_until(lambda: operations.report("next").state == "ended", "the end of the operation")

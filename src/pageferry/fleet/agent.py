@@ -244,6 +244,7 @@ class Agent:
 
         folder = self._registry.folder(name)
         with folder.exclusively("a recovery"):
+            await in_thread(self._end_starts, name)
             if committed(folder) is None:
                 return RecoveryReport(owner="source")
             workload = await open_workload(name, registry=self._registry)
@@ -257,6 +258,13 @@ class Agent:
         if owner == "unknown":
             raise FleetError(f"cannot recover {name}: the peer does not know the migration; see docs/faults.md")
         return RecoveryReport(owner=owner)
+
+    def _end_starts(self, name: str) -> None:
+        """Ensure that no migration of a workload is started later. Raises FleetError if one runs."""
+        for one in self._operations.reports():
+            if one.kind == MIGRATE and one.workload == name and one.state == "running":
+                raise FleetError(f"cannot recover {name}: its migration still runs; retry when it has ended")
+        self._operations.cancel_starts(MIGRATE, name)
 
     async def _answer(self, request: Answer) -> Done:
         """Reply to recovery requests at the address of a receiver that has exited, in the background. If pages are

@@ -7,6 +7,7 @@
     RUN/.fleet/ID/stdout          events of the command, as JSON lines
     RUN/.fleet/ID/stderr          error of the command
     RUN/.fleet/ID/ended.json      exit code of the command
+    RUN/.fleet/ID/cancelled       the supervisor must not start the command
 
 The agent keeps no other state. An agent that has been started again reads these records. An operation without an end
 of which no process runs is lost: the registry, and a recovery, determine what it has done.
@@ -155,6 +156,15 @@ class Operations:
         if child is not None:
             processes.send_signal(child.pid, child.started, number)
 
+    def cancel_starts(self, kind: Kind, workload: str) -> None:
+        """Forbid the start of commands of a kind for a workload that have not started yet. Raises OSError."""
+        for folder in self._folders():
+            order = _load(folder / "order.json", Order)
+            if order is None or order.kind != kind or order.workload != workload:
+                continue
+            if not any((folder / name).exists() for name in ("running.json", "ended.json", "cancelled")):
+                files.replace_file(folder / "cancelled", b"", synced=False)
+
     def _state(self, folder: Path) -> tuple[State, _End | None]:
         if (end := _load(folder / "ended.json", _End)) is not None:
             return "ended", end
@@ -178,10 +188,15 @@ class Operations:
         return []
 
     def _prune(self) -> None:
-        """Remove the records of the oldest ended operations."""
-        ended = [one for one in self._folders() if (one / "ended.json").exists()]
+        """Remove the records of the oldest operations that have ended, or are lost."""
+        ended = [one for one in self._folders() if self._is_over(one)]
         for folder in sorted(ended, key=lambda one: one.stat().st_mtime)[:-KEPT]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_over(self, folder: Path) -> bool:
+        with contextlib.suppress(OSError):  # removed meanwhile, or not readable
+            return self._state(folder)[0] != "running"
+        return False
 
 
 def _launch(folder: Path, commands: Sequence[Sequence[str]]) -> int:
