@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from pageferry import fleet
-from pageferry.errors import FleetError
+from pageferry.errors import FleetError, UsageError
 from pageferry.fleet import api
 from pageferry.fleet.cluster import AgentUnreachable
-from pageferry.fleet.model import Host, Workload
-from pageferry.fleet.protocol import Cancel, Checkpoint, Describe, HostReport, OperationReport
-from tests.fleet_hosts import ScriptedCluster, report
+from pageferry.fleet.model import Host, Image, Workload
+from pageferry.fleet.protocol import Cancel, Checkpoint, Describe, HostReport, OperationReport, Run
+from pageferry.fleet.starting import complete
+from tests.fleet_hosts import MOVED, ScriptedCluster, report
 
 Use = Callable[..., ScriptedCluster]
 
@@ -105,3 +108,31 @@ def test_cancel_leaves_the_receiver_of_a_move_to_its_source(use: Use) -> None:
     cluster = use(a=host("a"), b=host("b", operations=receiver))
     assert fleet.cancel().workloads == ["web"]
     assert cluster.to("b", Cancel) == [Cancel(id="1-in")]
+
+
+def test_no_name_is_free_while_a_host_is_silent(use: Use) -> None:
+    image = Image(identity="1:2", memory=1, name="/images/web.img")
+    use(a=replace(host("a"), images=(image,)), b=None)
+    with pytest.raises(
+        FleetError, match=r"^cannot start web: b cannot be reached, and may have a workload of the same"
+    ):
+        fleet.run("web", ["qemu-system-x86_64"])
+    with pytest.raises(FleetError, match=r"^cannot start clones: b cannot be reached, and may have a workload"):
+        fleet.clone("web.img", ["qemu-system-x86_64"])
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_start_without_a_reply_is_followed_by_its_id(started: bool) -> None:
+    def reply(_: str, request: Any) -> Any:
+        if isinstance(request, Run):
+            raise AgentUnreachable("no reply")
+        if not started:
+            raise UsageError("cannot find the operation")
+        return report(request.id, "run", "ended", exit_code=0)
+
+    work = complete(ScriptedCluster(reply), "a", Run(id="1", moved=MOVED))  # type: ignore[arg-type]
+    if started:
+        assert asyncio.run(work).exit_code == 0
+    else:
+        with pytest.raises(AgentUnreachable, match="no reply"):
+            asyncio.run(work)

@@ -203,6 +203,7 @@ async def clone_async(
     async with connected(chosen) as cluster:
         view = await _current(cluster)
         found = await _find_image(cluster, view, values.text("image", image))
+        _check_names_known(view, "start clones")
         if is_url(image):  # each host can download it
             view = _with_image(view, found)
         demand = Demand(
@@ -263,6 +264,7 @@ async def run_async(workload: str, arguments: Sequence[str], **options: Unpack[R
         view = await _current(cluster)
         if any(one.name == name for one in view.workloads):
             raise UsageError(f"cannot start {name}: a workload of this name is in the fleet; choose another name")
+        _check_names_known(view, f"start {name}")
         host = chosen.host or _emptiest(view)
         moved = Moved(name=name, kind="qemu", command=command, labels=parse_labels(chosen.labels), group=chosen.group)
         _, error = await reason_of(complete(cluster, host, Run(id=new_id(), moved=moved)))
@@ -448,6 +450,15 @@ def _check_silent(view: View, problem: str) -> None:
         raise FleetError(
             f"{problem}, and {', '.join(names)} may have it but cannot be reached; start the agents of these hosts "
             "(`pageferry fleet join`)"
+        )
+
+
+def _check_names_known(view: View, operation: str) -> None:
+    """Raise FleetError if a host does not reply: its workloads may have the names of those to be started."""
+    if names := [one.name for one in _silent(view)]:
+        raise FleetError(
+            f"cannot {operation}: {', '.join(names)} cannot be reached, and may have a workload of the same name; "
+            "start their agents (`pageferry fleet join`), or remove these hosts from the cluster of Ray"
         )
 
 
