@@ -12,7 +12,7 @@ import pytest
 
 import pageferry
 from pageferry.errors import CallTimeout, FleetError, MigrationError, OutcomeUnknown
-from pageferry.fleet import Movable, MovableHandle, actors
+from pageferry.fleet import Movable, MovableHandle, actors, cluster
 from pageferry.fleet.actors import ARRIVED, FAILED, REDIRECTED, SERVED, WAITING, Server
 from pageferry.fleet.cluster import ActorExited
 from tests.kernel.programs import wait_until
@@ -58,7 +58,7 @@ class Successor:
 
 
 class World:
-    """What a `Server` uses of Ray."""
+    """Parts of Ray that a `Server` uses."""
 
     def __init__(self) -> None:
         self.successors: list[Successor] = []
@@ -78,8 +78,8 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     found = World()
     monkeypatch.setattr(actors, "MovableActors", lambda _: found)
-    monkeypatch.setattr(actors.cluster, "end_this_actor", found.ended.set)
-    monkeypatch.setattr(actors.cluster, "refuge", lambda: None)
+    monkeypatch.setattr(cluster, "end_this_actor", found.ended.set)
+    monkeypatch.setattr(cluster, "refuge", lambda: None)
     for name in ("GRACE", "_WATCH", "_ASK"):
         monkeypatch.setattr(actors, name, 0.05)
     return found

@@ -160,11 +160,12 @@ class Execution:
             self._done(task)
         elif event.outcome == "aborted":
             self._aborted(task, event.cause, event.reason)
-        elif task.state == "moving":
-            task.reason = event.reason
+        else:
             if event.cause == "cancelled":
                 task.cause = event.cause
-            self._doubt(task)
+            if task.state == "moving":
+                task.reason = event.reason
+                self._doubt(task)
 
     def _on_recovered(self, event: Recovered) -> None:
         task = self._current(event.workload, event.attempt)
