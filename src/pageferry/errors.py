@@ -20,6 +20,7 @@
     │   └── DisksDiffer (33)        disks are not known to be as they were at the checkpoint
     ├── FleetError (40)             the cluster or an agent of a host cannot be reached, or refuses a request
     │   ├── ActorLost (42)          a movable actor has exited: the call may have been executed or not
+    │   ├── CallTimeout (43)        a call of a movable actor has no result in time
     │   └── FleetIncomplete (41)    a plan has ended, and some of its workloads are not where it puts them
     └── MigrationError (20)         the migration failed; the workload keeps running at the source
         ├── PeerRefused (21)        the peer rejected the request
@@ -238,3 +239,9 @@ class ActorLost(FleetError):
     """A movable actor of a fleet has exited without a successor. The call may have been executed or not."""
 
     exit_code = 42
+
+
+class CallTimeout(FleetError):
+    """A call of a movable actor of a fleet has no result in time. It may be executed or not."""
+
+    exit_code = 43

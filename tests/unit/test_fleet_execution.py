@@ -282,3 +282,13 @@ def test_no_more_moves_than_allowed_run_at_the_same_time() -> None:
             fleet.advance(name)
         deliver(fleet)
     assert {one.state for one in fleet.execution.tasks.values()} == {"done"}
+
+
+def test_a_cancelled_move_that_was_in_doubt_is_not_started_again() -> None:
+    fleet = world()
+    reach(fleet, "copying")
+    fleet.news.clear()
+    fleet.lives.pop("web")
+    fleet.tell(steps.Ended(workload="web", attempt=1, outcome="unknown", cause="cancelled", reason="cancelled"))
+    fleet.tell(steps.Recovered(workload="web", attempt=1, owner="source"))
+    assert (task(fleet).state, task(fleet).owner, task(fleet).starts) == ("given-up", "a", 1)

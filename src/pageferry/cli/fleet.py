@@ -11,7 +11,7 @@ from pageferry.cli.syntax.fleet import COMMANDS, OPTIONS
 from pageferry.errors import FleetIncomplete, UsageError
 from pageferry.events import Event
 from pageferry.fleet import api
-from pageferry.fleet.events import FleetResult
+from pageferry.fleet.events import FleetCancelled, FleetResult
 from pageferry.fleet.joining import join_async
 from pageferry.fleet.options import JoinOptions
 from pageferry.report.reporter import Reporter, open_reporter
@@ -20,7 +20,7 @@ from pageferry.report.reporter import Reporter, open_reporter
 async def run(args: argparse.Namespace) -> int:
     """Run the requested operation, and print its events and its result.
 
-    Raises FleetIncomplete if a workload is not where the plan puts it.
+    Raises FleetIncomplete if a workload is not where the plan puts it, or a host that is concerned does not reply.
     """
     if args.command and args.what not in COMMANDS:
         raise UsageError(f"invalid arguments: `fleet {args.what}` does not take a command after --; remove it")
@@ -31,7 +31,7 @@ async def run(args: argparse.Namespace) -> int:
             return 0
         result = await _perform(args, out, options)
         out.final(result)
-    if isinstance(result, FleetResult) and not result.complete:
+    if isinstance(result, FleetResult | FleetCancelled) and not result.complete:
         raise FleetIncomplete(f"cannot complete `fleet {args.what}`: {'; '.join(result.failures)}")
     return 0
 

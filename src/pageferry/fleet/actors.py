@@ -23,9 +23,9 @@ from typing import Any, Generic, TypeVar, Unpack
 
 import pageferry
 from pageferry import values
-from pageferry.errors import ActorLost, FleetError, PageferryError, UsageError
+from pageferry.errors import ActorLost, CallTimeout, FleetError, MigrationError, OutcomeUnknown, UsageError
 from pageferry.fleet import cluster
-from pageferry.fleet.cluster import MovableActors
+from pageferry.fleet.cluster import MovableActor, MovableActors
 from pageferry.fleet.options import MovableArguments, MovableOptions
 from pageferry.host.registry import check_name
 from pageferry.migration.events import MigrationResult
@@ -37,10 +37,13 @@ ARRIVING = 60.0
 """Seconds for which a successor waits for the state, and a handle for a successor."""
 GRACE = 5.0
 """Seconds for which an actor that has moved redirects calls, before it ends."""
+_ASK = 0.1
+"""Seconds between two questions to a successor whether the state has arrived."""
 _WATCH = 1.0
 """Seconds between two requests for the list of draining nodes."""
 
 SERVED, REDIRECTED, LOST = "served", "redirected", "lost"
+ARRIVED, FAILED, WAITING = "arrived", "failed", "waiting"
 
 
 class Movable:
@@ -62,6 +65,7 @@ class Server:
     def __init__(self, kind: type[Movable], name: str, generation: int, trust: dict[str, Any]) -> None:
         self._kind = kind
         self._name = name
+        self._generation = generation
         self._successor = generation
         """Generation of the last successor that was started."""
         self._trust = trust
@@ -71,7 +75,11 @@ class Server:
         """Number and result of the last call of each handle."""
         self._arrived = threading.Event()
         self._failure = ""
+        self._owns = generation == 0
+        """Whether this process has become the owner of the state."""
         self._moved = False
+        self._doubt: tuple[OutcomeUnknown, MovableActor] | None = None
+        """Move whose outcome is unknown, with the successor."""
         self._moving = threading.Lock()
         self._arrays: Arrays | None = None
         self._object: Movable | None = None
@@ -98,11 +106,18 @@ class Server:
             arena = pageferry.receive(
                 f"{cluster.node_address()}:0", listening=self._listen, **self._trust, **self._options()
             )
+            self._owns = True
             self._serve(Arrays.over(arena))
-        except PageferryError as error:
-            self._failure = str(error)
+        except Exception as error:
+            self._failure = str(error) or type(error).__name__
             self._listening.set()
             self._arrived.set()
+
+    def arrival(self) -> str:
+        """Return whether the state of the predecessor has arrived: ARRIVED, FAILED (it never will), or WAITING."""
+        if self._owns:
+            return ARRIVED
+        return FAILED if self._failure else WAITING
 
     def _listen(self, address: str) -> None:
         self._address = address
@@ -153,19 +168,26 @@ class Server:
 
     def move(self, node: str) -> MigrationResult | None:
         """Move to another node of Ray: start the successor there, and migrate the state. Return None if this process
-        has moved. Raises MigrationError, FleetError; this process then keeps serving."""
+        has moved. Raises MigrationError, FleetError; this process then keeps serving, except after OutcomeUnknown: the
+        successor could not be asked whether it has the state, and no further move is started."""
         self._arrived.wait(ARRIVING)
         with self._moving:
             if self._moved:
                 return None
             if self._arrays is None:
                 raise FleetError(f"cannot move {self._name}: its state has not arrived: {self._failure}")
+            if self._doubt is not None:
+                raise self._doubt[0]
             self._successor += 1  # a failed move leaves its name for a moment
             arguments = (self._kind, self._name, self._successor, self._trust)
             successor = MovableActors(self._name).start(Server, node, self._successor, arguments)
             try:
                 address = successor.receive()
                 result = pageferry.migrate(self._arrays, address, **_of_source(self._trust))
+            except OutcomeUnknown as doubt:
+                self._doubt = (doubt, successor)
+                self._resolve()
+                return None
             except BaseException:
                 if not self._moved:
                     successor.kill()
@@ -173,14 +195,51 @@ class Server:
         threading.Timer(GRACE, cluster.end_this_actor).start()
         return result
 
+    def _resolve(self) -> None:
+        """Resolve a move whose outcome is unknown, from the reply of the successor. If it has the state, end this
+        process; if it will never have it, continue here. Raises MigrationError in the latter case. Without a reply,
+        either process may own the state: keep both, and raise OutcomeUnknown."""
+        assert self._doubt is not None
+        doubt, successor = self._doubt
+        how, end = WAITING, time.monotonic() + ARRIVING
+        try:
+            while how == WAITING and time.monotonic() < end:
+                how = successor.arrival()
+                time.sleep(_ASK)
+        except FleetError as silent:
+            raise doubt from silent
+        if how == WAITING:
+            raise doubt
+        if how == ARRIVED:
+            self._moved, self._doubt = True, None
+            threading.Timer(GRACE, cluster.end_this_actor).start()
+            return
+        assert self._arrays is not None
+        pageferry.take_back(self._arrays, doubt)
+        self._doubt = None
+        successor.kill()
+        raise MigrationError(f"cannot move {self._name}: its successor has failed: {doubt}") from doubt
+
     def _watch(self) -> None:
-        """Move to another node when Ray drains this one."""
+        """Move to another node when Ray drains this one. Resolve an unknown outcome. End this process if its
+        predecessor has exited without having sent the state."""
+        alone = 0
         while not self._moved:
             time.sleep(_WATCH)
             with contextlib.suppress(Exception):
-                node = cluster.refuge()
-                if node is not None and self._arrays is not None:
+                if not self._owns:
+                    alone = alone + 1 if self._is_alone() else 0
+                    if alone * _WATCH >= ARRIVING:
+                        cluster.end_this_actor()
+                elif self._doubt is not None:
+                    with self._moving:
+                        self._resolve()
+                elif (node := cluster.refuge()) is not None and self._arrays is not None:
                     self.move(node)
+
+    def _is_alone(self) -> bool:
+        """Return whether no predecessor exists."""
+        return not MovableActors(self._name).exists(before=self._generation)
 
 
 def _of_source(trust: dict[str, Any]) -> dict[str, Any]:
@@ -207,8 +266,8 @@ class MovableHandle(Generic[T]):
     def call(self, method: str, *arguments: Any, **named: Any) -> Any:
         """Call a method of the actor, and return its result. Raises its error.
 
-        Raises ActorLost if the actor has exited without a successor. The call may have been executed or not; a further
-        call does not repeat it.
+        Raises ActorLost if the actor has exited without a successor, CallTimeout if there is no result after
+        `call_timeout` seconds. The call may have been executed or not; a further call does not repeat it.
         """
         if method.startswith("_") or method == "open":
             raise UsageError(f"invalid method {method!r}: expected the name of a public method")
@@ -241,13 +300,18 @@ class MovableHandle(Generic[T]):
         self._actors.kill()
 
     def _sent(self, number: int, method: str, arguments: bytes) -> bytes:
-        """Send a call until an actor has served it. Raises ActorLost."""
+        """Send a call until an actor has served it. Raises ActorLost, CallTimeout."""
         after = -1
         end = time.monotonic() + self._timeout
         while True:
             actor = self._actors.current(self._timeout if after < 0 else max(0.0, end - time.monotonic()), after)
             try:
-                how, result = actor.call(self._client, number, method, arguments)
+                how, result = actor.call(self._client, number, method, arguments, max(0.0, end - time.monotonic()))
+            except TimeoutError as slow:
+                raise CallTimeout(
+                    f"cannot call {method} of {self._name}: no result after {self._timeout:g} s (`call_timeout`); it "
+                    "may be executed or not: see `ray list actors`, or use a handle with a longer timeout"
+                ) from slow
             except cluster.ActorExited as error:
                 after = actor.generation
                 if not self._actors.exists(after):

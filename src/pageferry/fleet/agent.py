@@ -20,9 +20,9 @@ from pathlib import Path
 import msgspec
 
 from pageferry.checkpoints.image_source import local_image_async
-from pageferry.errors import FleetError, NoSuchWorkload, UsageError
+from pageferry.errors import FleetError, NoSuchWorkload, PageferryError, UsageError
 from pageferry.fleet import records
-from pageferry.fleet.inventory import HostConfig, Inventory
+from pageferry.fleet.inventory import HostConfig, Inventory, is_committed
 from pageferry.fleet.model import Image
 from pageferry.fleet.operations import Operations, Order, now
 from pageferry.fleet.protocol import (
@@ -54,8 +54,9 @@ from pageferry.fleet.protocol import (
     succeeded,
 )
 from pageferry.host.blocking import in_thread
-from pageferry.host.registry import QemuEntry, Registry
+from pageferry.host.registry import Folder, QemuEntry, Registry
 from pageferry.migration.ownership import CommitDecisions, committed
+from pageferry.pager.records import POSTCOPY
 from pageferry.workloads.qemu import placeholders
 
 HOST = "host"
@@ -128,8 +129,13 @@ class Agent:
             words += ["--detach", "--output", "json", "--", *self._filled(moved.command)]
         order = self._order(request.id, RECEIVE, moved.name, words, peer=request.source, moved=moved)
         await in_thread(self._operations.start, order)
-        report = await self._listening(request.id)
-        await in_thread(records.remember, self._registry, moved)
+        try:
+            report = await self._listening(request.id)
+            await in_thread(records.remember, self._registry, moved)
+        except Exception:
+            with contextlib.suppress(PageferryError):
+                await self._cancel(request.id)
+            raise
         return report
 
     async def _listening(self, identifier: str) -> OperationReport:
@@ -199,12 +205,23 @@ class Agent:
             await asyncio.sleep(_POLL)
 
     async def _cancel(self, identifier: str) -> OperationReport:
-        """End an operation. Remove a QEMU that a killed receiver has left, and that has never run."""
+        """End an operation, unless this could stall a workload (`_may_end`). Remove a QEMU that a killed receiver has
+        left, and that has never run."""
+        report = await in_thread(self._operations.report, identifier)
+        if not await in_thread(self._may_end, report):
+            return report
         await in_thread(self._operations.interrupt, identifier)
         report = await self._query(identifier, STARTING)
         if report.kind == RECEIVE and report.state != "running" and not report.received:
             await self._remove_waiting(report.workload)
         return report
+
+    def _may_end(self, report: OperationReport) -> bool:
+        """Return whether an operation may be cancelled: not a receiver whose workload runs, nor a migration after its
+        commit. In post-copy, the workload needs both of them."""
+        if report.kind == RECEIVE:
+            return not report.received and not report.resumes
+        return report.kind != MIGRATE or not is_committed(Folder(self._registry, report.workload))
 
     async def _remove_waiting(self, name: str) -> None:
         """Stop the QEMU of a workload that waits for its source. Do nothing if the workload has ever run here."""
@@ -227,6 +244,7 @@ class Agent:
 
         folder = self._registry.folder(name)
         with folder.exclusively("a recovery"):
+            await in_thread(self._end_starts, name)
             if committed(folder) is None:
                 return RecoveryReport(owner="source")
             workload = await open_workload(name, registry=self._registry)
@@ -241,17 +259,31 @@ class Agent:
             raise FleetError(f"cannot recover {name}: the peer does not know the migration; see docs/faults.md")
         return RecoveryReport(owner=owner)
 
+    def _end_starts(self, name: str) -> None:
+        """Ensure that no migration of a workload is started later. Raises FleetError if one runs."""
+        for one in self._operations.reports():
+            if one.kind == MIGRATE and one.workload == name and one.state == "running":
+                raise FleetError(f"cannot recover {name}: its migration still runs; retry when it has ended")
+        self._operations.cancel_starts(MIGRATE, name)
+
     async def _answer(self, request: Answer) -> Done:
-        """Reply to recovery requests at the address of a receiver that has exited, in the background."""
-        if request.resume and request.workload in self._registry.entries():
-            identifier = f"{uuid.uuid4().hex[:12]}-in"
-            words = ["receive", request.workload, "--resume", "--listen", request.address, *self._trust()]
-            order = self._order(identifier, RECEIVE, request.workload, [*words, "--output", "json"])
-            await in_thread(self._operations.start, order)
-            await self._listening(identifier)
-            return Done()
+        """Reply to recovery requests at the address of a receiver that has exited, in the background. If pages are
+        missing, receive them; otherwise, or if this fails, only report the recorded decision."""
+        missing = Folder(self._registry, request.workload).path / POSTCOPY if request.workload else None
+        if request.resume and missing is not None and missing.exists():
+            with contextlib.suppress(FleetError):
+                await self._resume(request)
+                return Done()
         self._serve_outcomes(request)
         return Done()
+
+    async def _resume(self, request: Answer) -> None:
+        """Start a receiver for the missing pages of a workload. Raises FleetError if it does not listen."""
+        identifier = f"{uuid.uuid4().hex[:12]}-in"
+        words = ["receive", request.workload, "--resume", "--listen", request.address, *self._trust()]
+        order = self._order(identifier, RECEIVE, request.workload, [*words, "--output", "json"])
+        await in_thread(self._operations.start, order)
+        await self._listening(identifier)
 
     def _serve_outcomes(self, request: Answer) -> None:
         from pageferry.migration.receiving import ListenOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Unpack
 
@@ -37,7 +37,19 @@ from pageferry.fleet.options import (
     RunOptions,
     parse_labels,
 )
-from pageferry.fleet.protocol import Cancel, Checkpoint, Clone, HostReport, Identify, Moved, OperationReport, Run
+from pageferry.fleet.protocol import (
+    MIGRATE,
+    RECEIVE,
+    Cancel,
+    Checkpoint,
+    Clone,
+    HostReport,
+    Identify,
+    Kind,
+    Moved,
+    OperationReport,
+    Run,
+)
 from pageferry.fleet.starting import complete, new_id, on_hosts, reason_of
 from pageferry.fleet.view import reports, view_of
 from pageferry.host.blocking import in_thread, synchronous
@@ -123,7 +135,7 @@ async def evacuate_async(*hosts: str, listener: Listener = ignore, **options: Un
     first, and then the progress of its moves. `options` are the fields of `pageferry.fleet.options.EvacuateOptions`:
     address, insecure, dry_run, deadline (seconds), per_host.
 
-    Raises UsageError, FleetError. The result names workloads that remain, with the reason.
+    Raises UsageError, FleetError. The result names workloads that remain, with the reason, and hosts that do not reply.
 
     Examples:
         >>> import pageferry
@@ -138,7 +150,9 @@ async def evacuate_async(*hosts: str, listener: Listener = ignore, **options: Un
         leaving = _selected(view, names)
         limits = Limits(per_host=chosen.per_host)
         plan = planning.evacuate(view, leaving, deadline=chosen.deadline, limits=limits)
-        return await _carry_out(cluster, "evacuate", view, plan, chosen, listener)
+        result = await _carry_out(cluster, "evacuate", view, plan, chosen, listener)
+    by_label = any("=" in name for name in names)  # the labels of a silent host are not known
+    return replace(result, silent=[one for one in _silent(view) if by_label or one.name in leaving])
 
 
 evacuate = synchronous(evacuate_async)
@@ -189,6 +203,7 @@ async def clone_async(
     async with connected(chosen) as cluster:
         view = await _current(cluster)
         found = await _find_image(cluster, view, values.text("image", image))
+        _check_names_known(view, "start clones")
         if is_url(image):  # each host can download it
             view = _with_image(view, found)
         demand = Demand(
@@ -249,6 +264,7 @@ async def run_async(workload: str, arguments: Sequence[str], **options: Unpack[R
         view = await _current(cluster)
         if any(one.name == name for one in view.workloads):
             raise UsageError(f"cannot start {name}: a workload of this name is in the fleet; choose another name")
+        _check_names_known(view, f"start {name}")
         host = chosen.host or _emptiest(view)
         moved = Moved(name=name, kind="qemu", command=command, labels=parse_labels(chosen.labels), group=chosen.group)
         _, error = await reason_of(complete(cluster, host, Run(id=new_id(), moved=moved)))
@@ -273,7 +289,8 @@ async def checkpoint_async(
     `target`: URL in a store, such as s3://BUCKET/PREFIX, or directory on the hosts. `workloads`: names; none for all
     workloads. `options` are the fields of `pageferry.fleet.options.CheckpointOptions`: address, insecure, per_host.
 
-    Raises UsageError, FleetError. The result names workloads that were not saved, with the reason.
+    Raises UsageError, FleetError. The result names workloads that were not saved, with the reason. Without `workloads`,
+    it also names hosts that do not reply.
 
     Examples:
         >>> import pageferry
@@ -294,7 +311,8 @@ async def checkpoint_async(
             return Saved(workload=one.workload, host=one.host, image=one.target, error=error)
 
         saved = await on_hosts(tasks, save, chosen.per_host)
-    return FleetResult(verb="checkpoint", total_time=time.monotonic() - begun, saved=saved)
+    silent = [] if workloads else _silent(view)
+    return FleetResult(verb="checkpoint", total_time=time.monotonic() - begun, saved=saved, silent=silent)
 
 
 checkpoint = synchronous(checkpoint_async)
@@ -304,7 +322,7 @@ async def cancel_async(*workloads: str, **options: Unpack[ClusterArguments]) -> 
     """Cancel the running moves, checkpoints and starts of workloads of a fleet.
 
     `workloads`: names; none for all workloads. A move after its commit is not cancelled. `options` are the fields of
-    `pageferry.fleet.options.ClusterOptions`. Raises FleetError.
+    `pageferry.fleet.options.ClusterOptions`. Raises FleetError. The result names hosts that do not reply.
 
     Examples:
         >>> import pageferry
@@ -316,17 +334,48 @@ async def cancel_async(*workloads: str, **options: Unpack[ClusterArguments]) -> 
     names = {values.text("workloads", one) for one in workloads}
     cancelled = set()
     async with connected(chosen) as cluster:
-        for host, report in (await reports(cluster)).items():
-            running = report.operations if isinstance(report, HostReport) else ()
-            for one in running:
-                if one.state == "running" and (not names or one.workload in names) and not one.received:
-                    with contextlib.suppress(PageferryError):  # it has ended meanwhile
-                        await cluster.call(host, Cancel(id=one.id), OperationReport, timeout=120.0)
-                        cancelled.add(one.workload)
-    return FleetCancelled(workloads=sorted(cancelled))
+        found = await reports(cluster)
+        silent = {host: str(one) for host, one in found.items() if isinstance(one, AgentUnreachable)}
+        for host, one in _cancellable(found, names):
+            try:
+                ended = await cluster.call(host, Cancel(id=one.id), OperationReport, timeout=120.0)
+            except AgentUnreachable as error:
+                silent[host] = str(error)
+                continue
+            except PageferryError:  # it has ended meanwhile
+                continue
+            if ended.state != "running" and ended.exit_code != 0:
+                cancelled.add(one.workload)
+    return FleetCancelled(
+        workloads=sorted(cancelled),
+        silent=[SilentHost(name=host, reason=reason) for host, reason in silent.items()],
+    )
 
 
 cancel = synchronous(cancel_async)
+
+
+def _cancellable(
+    found: Mapping[str, HostReport | AgentUnreachable], names: Collection[str]
+) -> Iterator[tuple[str, OperationReport]]:
+    """Yield running operations, each with its host. `names`: workloads; all if empty.
+
+    The source of a move decides whether it can be cancelled. A receiver is therefore left out if its source has a
+    migration, or has committed the workload, or does not reply.
+    """
+    known = {host: one for host, one in found.items() if isinstance(one, HostReport)}
+    migrated = {one.workload for report in known.values() for one in report.operations if _runs(one, MIGRATE)}
+    migrated |= {one.name for report in known.values() for one in report.workloads if one.status == "unknown"}
+    for host, report in known.items():
+        for one in report.operations:
+            if one.state != "running" or (names and one.workload not in names) or one.received or one.resumes:
+                continue
+            if one.kind != RECEIVE or (one.workload not in migrated and one.peer in known):
+                yield host, one
+
+
+def _runs(one: OperationReport, kind: Kind) -> bool:
+    return one.kind == kind and one.state == "running"
 
 
 async def _current(cluster: Cluster) -> View:
@@ -360,6 +409,7 @@ def _selected(view: View, names: Sequence[str]) -> list[str]:
         key, separator, value = name.partition("=")
         chosen = [one.name for one in view.hosts if one.labels.get(key) == value] if separator else [name]
         if not chosen:
+            _check_silent(view, f"cannot evacuate {name}: no host that replies has this label")
             raise UsageError(f"cannot evacuate {name}: no host has this label; see `pageferry fleet status`")
         found += chosen
     return list(dict.fromkeys(found))
@@ -389,6 +439,29 @@ def _with_image(view: View, image: Image) -> View:
     return replace(view, hosts=hosts, images=(*others, image))
 
 
+def _silent(view: View) -> list[SilentHost]:
+    """Return the hosts whose agents do not reply."""
+    return [SilentHost(name=one.name, reason="its agent does not reply") for one in view.hosts if not one.reachable]
+
+
+def _check_silent(view: View, problem: str) -> None:
+    """Raise FleetError with `problem` if a host does not reply: it may have what was not found on the others."""
+    if names := [one.name for one in _silent(view)]:
+        raise FleetError(
+            f"{problem}, and {', '.join(names)} may have it but cannot be reached; start the agents of these hosts "
+            "(`pageferry fleet join`)"
+        )
+
+
+def _check_names_known(view: View, operation: str) -> None:
+    """Raise FleetError if a host does not reply: its workloads may have the names of those to be started."""
+    if names := [one.name for one in _silent(view)]:
+        raise FleetError(
+            f"cannot {operation}: {', '.join(names)} cannot be reached, and may have a workload of the same name; "
+            "start their agents (`pageferry fleet join`), or remove these hosts from the cluster of Ray"
+        )
+
+
 def _emptiest(view: View) -> str:
     used = {host.name: 0 for host in view.hosts if host.reachable and not host.draining}
     for workload in view.workloads:
@@ -405,6 +478,7 @@ def _located(view: View, workloads: Sequence[str]) -> list[tuple[str, str]]:
     hosts = {one.name: one.host for one in view.workloads}
     for name in workloads:
         if name not in hosts:
+            _check_silent(view, f"cannot save {name}: no host that replies has this workload")
             raise UsageError(f"cannot save {name}: no workload of this name is in the fleet; see `pageferry list`")
     return [(name, host) for name, host in hosts.items() if not workloads or name in workloads]
 

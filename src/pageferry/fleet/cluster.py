@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import re
 import socket
@@ -40,6 +41,8 @@ _AGENT = "host:"
 """Prefix of the names of agents in the namespace."""
 CALL = 30.0
 """Seconds to wait for the reply of an agent, in addition to the time that the request itself waits."""
+RECEIVING = 120.0
+"""Seconds to wait until the successor of a movable actor has started and listens."""
 TAKING_OVER = 15.0
 """Seconds for which `join` waits for the end of an earlier agent of the same host."""
 _PORT = 6379
@@ -321,9 +324,11 @@ class MovableActor:
         self._handle = handle
         self.generation = generation
 
-    def call(self, client: str, number: int, method: str, arguments: bytes) -> tuple[str, bytes]:
-        """Send a call, and wait for its end. Raises ActorExited."""
-        how, result = self._get(self._handle.call.remote(client, number, method, arguments))
+    def call(
+        self, client: str, number: int, method: str, arguments: bytes, timeout: float | None = None
+    ) -> tuple[str, bytes]:
+        """Send a call, and wait for its end for `timeout` seconds. Raises ActorExited, TimeoutError."""
+        how, result = self._get(self._handle.call.remote(client, number, method, arguments), timeout)
         return str(how), bytes(result)
 
     def call_start(self, size: int | str) -> None:
@@ -331,8 +336,15 @@ class MovableActor:
         self._get(self._handle.start.remote(size))
 
     def receive(self) -> str:
-        """Start the receiver, and return its address. Raises its errors, ActorExited."""
-        return str(self._get(self._handle.receive.remote()))
+        """Start the receiver, and return its address. Raises its errors, ActorExited, TimeoutError."""
+        return str(self._get(self._handle.receive.remote(), RECEIVING))
+
+    def arrival(self) -> str:
+        """Return whether the state of the predecessor has arrived. Raises ActorExited, also without a reply."""
+        try:
+            return str(self._get(self._handle.arrival.remote(), CALL))
+        except TimeoutError as slow:
+            raise ActorExited(f"no reply within {CALL:g} s") from slow
 
     def move(self, node: str) -> MigrationResult | None:
         """Move the actor to a node, and return the result of the migration; None if it has moved before. Raises its
@@ -345,10 +357,12 @@ class MovableActor:
         with contextlib.suppress(Exception):
             _ray().kill(self._handle, no_restart=True)
 
-    def _get(self, reference: Any) -> Any:
+    def _get(self, reference: Any, timeout: float | None = None) -> Any:
         ray = _ray()
         try:
-            return ray.get(reference)
+            return ray.get(reference, timeout=timeout)
+        except ray.exceptions.GetTimeoutError as slow:
+            raise TimeoutError from slow
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else FleetError(_cause(error)) from error
         except ray.exceptions.RayError as error:
@@ -396,9 +410,9 @@ class MovableActors:
                 raise ActorExited(f"no actor named {self._name} is running")
             time.sleep(0.05)
 
-    def exists(self, after: int) -> bool:
-        """Return whether there is a process of a higher generation."""
-        return any(one > after for one in self._generations())
+    def exists(self, after: int = -1, before: float = math.inf) -> bool:
+        """Return whether there is a process of a higher generation than `after`, and of a lower one than `before`."""
+        return any(after < one < before for one in self._generations())
 
     def kill(self) -> None:
         """End all processes."""

@@ -117,11 +117,15 @@ class FleetResult(Event, frozen=True, kw_only=True, tag="fleet-result"):
     saved: list[Saved] = msgspec.field(default_factory=list)
     unplaced: list[Unplaced] = msgspec.field(default_factory=list)
     """Workloads that were not moved or started, with the reason and what an operator must do."""
+    silent: list[SilentHost] = msgspec.field(default_factory=list)
+    """Hosts that the operation concerns, or may concern, and whose agents do not reply. Their workloads are not known,
+    and not in the plan."""
 
     @property
     def complete(self) -> bool:
-        """Whether every workload is where the plan puts it."""
-        return not self.unplaced and all(one.outcome == "done" for one in self.moves) and not self._errors
+        """Whether every workload is where the plan puts it, and every host that the operation concerns has replied."""
+        moved = all(one.outcome == "done" for one in self.moves)
+        return moved and not self.unplaced and not self.silent and not self._errors
 
     @property
     def failures(self) -> list[str]:
@@ -131,6 +135,7 @@ class FleetResult(Event, frozen=True, kw_only=True, tag="fleet-result"):
             *(f"{one.workload} is not moved ({one.outcome}): {one.reason}" for one in moves),
             *self._errors,
             *(f"{one.workload}: {one.reason}; {one.remedy}" for one in self.unplaced),
+            *_silence(self.silent),
         ]
 
     @property
@@ -143,3 +148,23 @@ class FleetCancelled(Event, frozen=True, kw_only=True, tag="fleet-cancelled"):
     """Operations that were cancelled."""
 
     workloads: list[str]
+    silent: list[SilentHost] = msgspec.field(default_factory=list)
+    """Hosts whose agents do not reply. Their operations are not cancelled."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every host has replied."""
+        return not self.silent
+
+    @property
+    def failures(self) -> list[str]:
+        """Hosts whose operations are not cancelled, each with the reason and what an operator must do."""
+        return _silence(self.silent)
+
+
+def _silence(silent: list[SilentHost]) -> list[str]:
+    return [
+        f"workloads of {one.name} are not included: {one.reason}; start its agent (`pageferry fleet join`), and repeat "
+        "the command"
+        for one in silent
+    ]

@@ -160,9 +160,12 @@ class Execution:
             self._done(task)
         elif event.outcome == "aborted":
             self._aborted(task, event.cause, event.reason)
-        elif task.state == "moving":
-            task.reason = event.reason
-            self._doubt(task)
+        else:
+            if event.cause == "cancelled":
+                task.cause = event.cause
+            if task.state == "moving":
+                task.reason = event.reason
+                self._doubt(task)
 
     def _on_recovered(self, event: Recovered) -> None:
         task = self._current(event.workload, event.attempt)
@@ -171,7 +174,7 @@ class Execution:
         if event.owner == "destination":
             self._done(task)
         elif event.owner == "source":
-            self._aborted(task, "connection-lost", task.reason or event.reason)
+            self._aborted(task, task.cause, task.reason or event.reason)
         elif event.owner == "absent":
             self._absent.add(task.name)
             if task.state != "stuck":
@@ -485,7 +488,7 @@ class Execution:
         self._capacity.add(task.workload, task.move.destination)
         task.request, task.grant, task.state, task.attempt = None, grant, "moving", self._attempt
         task.starts += 1
-        task.heard, task.migration = self._now, None
+        task.heard, task.migration, task.cause = self._now, None, "connection-lost"
         task.move = replace(
             task.move,
             bytes=grant.bytes,

@@ -127,7 +127,7 @@ class Inventory:
         )
 
     def _status(self, info: WorkloadInfo, folder: Folder) -> Status:
-        if info.status == "paused" and _is_committed(folder):
+        if info.status == "paused" and is_committed(folder):
             return "unknown"
         return _STATUS.get(info.status, "busy")
 
@@ -178,8 +178,8 @@ def identity_of(identity: ImageIdentity) -> str:
 
 def arriving_workloads(operations: list[OperationReport]) -> set[str]:
     """Return the names of workloads that this host is receiving, and does not own yet. The last receiver of a name
-    counts."""
-    last = {one.workload: one for one in operations if one.kind == RECEIVE}
+    counts. A receiver of missing pages (`resumes`) belongs to a workload that runs here."""
+    last = {one.workload: one for one in operations if one.kind == RECEIVE and not one.resumes}
     return {name for name, one in last.items() if one.state == "running" and not one.received}
 
 
@@ -192,7 +192,8 @@ def _described(path: Path) -> Image | None:
     return Image(identity=identity_of(link.identity), memory=memory, name=str(path))
 
 
-def _is_committed(folder: Folder) -> bool:
+def is_committed(folder: Folder) -> bool:
+    """Return whether the source of a migration has committed the workload, and has not learned the outcome."""
     try:
         return committed(folder) is not None
     except WorkloadError:

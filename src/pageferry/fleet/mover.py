@@ -14,15 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pageferry.errors import (
+    AuthenticationError,
     Cancelled,
     ConnectionLost,
     FleetError,
+    ImageError,
     NoSuchWorkload,
     NotConverging,
     OutcomeUnknown,
     PageferryError,
     PeerRefused,
     PostcopyPaused,
+    ProtocolError,
+    RestoreError,
     UnsupportedError,
     UsageError,
     WorkloadDied,
@@ -57,11 +61,15 @@ _CAUSES: dict[int, Cause] = {
     PeerRefused.exit_code: "refused",
     ConnectionLost.exit_code: "connection-lost",
     NotConverging.exit_code: "not-converging",
-    Cancelled.exit_code: "cancelled",
-    130: "cancelled",
-    143: "cancelled",
+    ProtocolError.exit_code: "other",
+    AuthenticationError.exit_code: "other",
+    ImageError.exit_code: "other",
+    RestoreError.exit_code: "other",
 }
-_UNKNOWN = (OutcomeUnknown.exit_code, PostcopyPaused.exit_code)
+"""Exit codes that prove that a migration has ended before its commit (docs/faults.md). After all others, the source is
+asked."""
+_CANCELLED = (Cancelled.exit_code, 130, 143)
+"""Exit codes after a cancellation. In post-copy, it may have come after the commit."""
 _FULL = "raise `max_size`, or free memory"
 """End of the refusal of a receiver that has too little memory."""
 
@@ -95,12 +103,16 @@ class Attempt:
         """Move the workload. Return how the attempt has ended; never raises a PageferryError."""
         try:
             moved = await self.cluster.call(self.move.source, Prepare(workload=self.move.workload), Moved)
-            await self._start_receiver(moved)
         except PageferryError as error:
             return self._aborted(error)
         try:
+            await self._start_receiver(moved)
+        except PageferryError as error:  # the receiver may run, and would keep the name at the destination
+            await self._end_receiver()
+            return self._aborted(error)
+        try:
             await self._start_migration()
-        except AgentUnreachable:
+        except FleetError:
             pass  # the migration may have been started; an agent that is started again reports it
         except PageferryError as error:
             await self._end_receiver()
@@ -160,9 +172,8 @@ class Attempt:
                 self.emit(HostLost(host=self.move.source, reason=str(error)))
                 await asyncio.sleep(_WAIT)
                 continue
-            except PageferryError as error:  # the request to start it was lost
-                await self._end_receiver()
-                return self._aborted(error)
+            except PageferryError as error:  # without a report, it may have been started, and committed
+                return self._ended("unknown", reason=str(error))
             self.report = report
             if report.state != "running":
                 return await self._result(report)
@@ -174,10 +185,11 @@ class Attempt:
         code = report.exit_code
         if code == 0:
             return self._ended("done")
-        if code in _UNKNOWN or code is None or code < 0:
-            return self._ended("unknown", reason=report.message)
+        if code not in _CAUSES:
+            cause: Cause = "cancelled" if code in _CANCELLED else "connection-lost"
+            return self._ended("unknown", cause=cause, reason=report.message)
         await self._end_receiver()
-        cause = "full" if _FULL in report.message else _CAUSES.get(code, "other")
+        cause = "full" if _FULL in report.message else _CAUSES[code]
         return self._ended("aborted", cause=cause, reason=report.message)
 
     async def _owner(self) -> tuple[Owner, str]:

@@ -1,8 +1,8 @@
 """Supervisor of an operation of a host's agent: `python operation_process.py FOLDER COMMANDS`.
 
 The supervisor runs the commands (JSON), one after the other until one fails, in a separate session, with their output
-in FOLDER. It records their end in `FOLDER/ended.json`. It outlives the agent, Ray and the driver: none of them can
-interrupt a migration by exiting. It uses only the standard library.
+in FOLDER. It records their end in `FOLDER/ended.json`. It starts no command once `FOLDER/cancelled` exists. It outlives
+the agent, Ray and the driver: none of them can interrupt a migration by exiting. It uses only the standard library.
 
 Ray lowers the priority of the processes of its actors: it raises their niceness, and makes the kernel's OOM killer
 choose them first. It also blocks signals in them. Workloads must not inherit this, so the supervisor restores the
@@ -18,6 +18,9 @@ import os
 import signal
 import subprocess
 import sys
+
+_CANCELLED = 25
+"""Exit code of an operation that was cancelled before its command has started: that of `Cancelled`."""
 
 
 def main() -> int:
@@ -55,6 +58,9 @@ def _supervise(folder: str, commands: list[list[str]]) -> None:
     out, err = (os.open(os.path.join(folder, name), flags, 0o600) for name in ("stdout", "stderr"))
     code = 0
     for command in commands:
+        if os.path.exists(os.path.join(folder, "cancelled")):
+            code = _CANCELLED
+            break
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=kept)
         _write(folder, "running.json", {"pid": process.pid, "started": _start_time(process.pid)})
         code = process.wait()

@@ -7,6 +7,7 @@
     RUN/.fleet/ID/stdout          events of the command, as JSON lines
     RUN/.fleet/ID/stderr          error of the command
     RUN/.fleet/ID/ended.json      exit code of the command
+    RUN/.fleet/ID/cancelled       the supervisor must not start the command
 
 The agent keeps no other state. An agent that has been started again reads these records. An operation without an end
 of which no process runs is lost: the registry, and a recovery, determine what it has done.
@@ -131,7 +132,7 @@ class Operations:
         """Yield the states of all recorded operations, oldest first."""
         orders = (_load(folder / "order.json", Order) for folder in self._folders())
         for order in sorted((one for one in orders if one is not None), key=lambda one: one.started):
-            with contextlib.suppress(UsageError):  # removed meanwhile
+            with contextlib.suppress(UsageError, FileNotFoundError):  # removed meanwhile
                 yield self.report(order.id)
 
     def workloads(self) -> Iterator[Moved]:
@@ -154,6 +155,15 @@ class Operations:
         child = _load(self.path / identifier / "running.json", _Child)
         if child is not None:
             processes.send_signal(child.pid, child.started, number)
+
+    def cancel_starts(self, kind: Kind, workload: str) -> None:
+        """Forbid the start of commands of a kind for a workload that have not started yet. Raises OSError."""
+        for folder in self._folders():
+            order = _load(folder / "order.json", Order)
+            if order is None or order.kind != kind or order.workload != workload:
+                continue
+            if not any((folder / name).exists() for name in ("running.json", "ended.json", "cancelled")):
+                files.replace_file(folder / "cancelled", b"", synced=False)
 
     def _state(self, folder: Path) -> tuple[State, _End | None]:
         if (end := _load(folder / "ended.json", _End)) is not None:
@@ -178,10 +188,15 @@ class Operations:
         return []
 
     def _prune(self) -> None:
-        """Remove the records of the oldest ended operations."""
-        ended = [one for one in self._folders() if (one / "ended.json").exists()]
+        """Remove the records of the oldest operations that have ended, or are lost."""
+        ended = [one for one in self._folders() if self._is_over(one)]
         for folder in sorted(ended, key=lambda one: one.stat().st_mtime)[:-KEPT]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_over(self, folder: Path) -> bool:
+        with contextlib.suppress(OSError):  # removed meanwhile, or not readable
+            return self._state(folder)[0] != "running"
+        return False
 
 
 def _launch(folder: Path, commands: Sequence[Sequence[str]]) -> int:
@@ -198,10 +213,11 @@ def _launch(folder: Path, commands: Sequence[Sequence[str]]) -> int:
 
 
 def _load(path: Path, kind: type[Any]) -> Any:
-    """Return a record; None if there is none, or if it is not complete."""
+    """Return a record; None if there is none, or if it is not complete. Raises OSError if it cannot be read: what it
+    records may have happened."""
     try:
         return msgspec.json.decode(files.read_regular(path, MAX_RECORD, follow=False), type=kind)
-    except (OSError, msgspec.MsgspecError):
+    except (FileNotFoundError, msgspec.MsgspecError):
         return None
 
 

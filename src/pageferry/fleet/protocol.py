@@ -65,6 +65,12 @@ class OperationReport(Record, frozen=True, kw_only=True):
     result: dict[str, Any] | None = None
     """Last event of the process, if it is a result."""
 
+    @property
+    def resumes(self) -> bool:
+        """Whether it receives the missing pages of a workload that runs on this host (post-copy). Its source connects
+        by a recovery, so that it has no peer."""
+        return self.kind == RECEIVE and self.peer is None
+
 
 class HostReport(Record, frozen=True, kw_only=True):
     """State of a host, read from its own registry."""
@@ -140,7 +146,8 @@ class Query(Request, frozen=True, kw_only=True, tag="query"):
 
 
 class Cancel(Request, frozen=True, kw_only=True, tag="cancel"):
-    """Send SIGINT to the process of an operation, and return its `OperationReport`."""
+    """Send SIGINT to the process of an operation, and return its `OperationReport`. An operation that a running
+    workload needs, such as a migration after its commit, gets no signal, and is reported as `running`."""
 
     id: str
 

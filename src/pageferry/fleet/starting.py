@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
-from pageferry.errors import FleetError, PageferryError
+from pageferry.errors import FleetError, PageferryError, UsageError
 from pageferry.fleet.cluster import CALL, AgentUnreachable, Cluster
 from pageferry.fleet.protocol import Checkpoint, Clone, OperationReport, Query, Run
 
@@ -48,11 +48,18 @@ async def on_hosts(tasks: Sequence[T], perform: Callable[[T], Awaitable[R]], per
 
 
 async def complete(cluster: Cluster, host: str, request: Checkpoint | Clone | Run) -> OperationReport:
-    """Start an operation on a host, and wait for its end. Raises FleetError if it fails, AgentUnreachable."""
+    """Start an operation on a host, and wait for its end. Raises FleetError if it fails, AgentUnreachable.
+
+    A request without a reply may have started the operation: its state is then requested as that of any other.
+    """
     loop = asyncio.get_running_loop()
-    report = await cluster.call(host, request, OperationReport)
+    report, lost = None, None
+    try:
+        report = await cluster.call(host, request, OperationReport)
+    except AgentUnreachable as error:
+        lost = error
     heard = loop.time()
-    while report.state == "running":
+    while report is None or report.state == "running":
         try:
             query = Query(id=request.id, wait=_WAIT)
             report = await cluster.call(host, query, OperationReport, timeout=_WAIT + CALL)
@@ -61,6 +68,10 @@ async def complete(cluster: Cluster, host: str, request: Checkpoint | Clone | Ru
             if loop.time() - heard > AGENT_TIMEOUT:
                 raise
             await asyncio.sleep(_WAIT)
+        except UsageError:
+            if lost is None:
+                raise
+            raise lost from None  # it was not started
     if report.exit_code != 0:
         raise FleetError(f"{host}: {report.message or 'the process of the operation was killed'}")
     return report

@@ -56,7 +56,8 @@ class Ended(StepEvent, frozen=True, kw_only=True, tag="ended"):
     attempt: int
     outcome: Outcome
     cause: Cause = "other"
-    """Cause of `aborted`."""
+    """Cause of `aborted`. With `unknown`, `cancelled` means that the move was cancelled; it is not started again if the
+    source owns the workload."""
     reason: str = ""
     """Message of the error."""
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pageferry.fleet.admission import Grant, Request
 from pageferry.fleet.model import Move, Workload
+from pageferry.fleet.steps import Cause
 
 State = Literal["waiting", "moving", "asking", "recovering", "searching", "stuck", "done", "given-up"]
 """State of a task.
@@ -56,6 +57,8 @@ class Task:
     """Destinations that failed."""
     reason: str = ""
     """Message of the last failure."""
+    cause: Cause = "connection-lost"
+    """Cause of the failure of the current start if the source owns the workload."""
     remedy: str = ""
     """Instruction for an operator; empty if nothing is to be done."""
 
