@@ -161,6 +161,27 @@ def test_slow_request_is_sent_again(proxy: FaultProxy, words: Words, tmp_path: P
         assert pack_requests(proxy) == 6
 
 
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_access_waits_while_the_store_is_silent(
+    proxy: FaultProxy,  # noqa: F811
+    words: Words,
+    tmp_path: Path,
+    prefetch: bool,
+) -> None:
+    proxy.stall = 600
+    proxy.inject("GET", "packs/", "stall", 10000)
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        options = json.dumps({"prefetch": prefetch})
+        with Program(READER, f"{URL}/{tmp_path.name}", options, stderr=stderr) as program:
+            program.line()
+            program.say(str(5 * MIB))
+            wait_until(lambda: "the workload waits for blocks" in log.read_text(), "the warning")
+            proxy.faults.clear()
+            assert int(program.line()) == words[5 * MIB]
+            wait_until(lambda: "blocks can be fetched again" in log.read_text(), "the end of the wait")
+
+
 @pytest.mark.parametrize("action", ["short", "corrupt"])
 def test_wrong_contents_are_reported(
     proxy: FaultProxy,  # noqa: F811

@@ -56,13 +56,20 @@ DEMAND_GAP = 16 << 10
 HEDGE = (0.05, 2.0)
 """Minimum and maximum time after which a slow request is sent again, seconds. Between them: three times the median."""
 HEDGES = 3
-"""Maximum number of times that a slow request is sent again. Each time, the wait is four times as long."""
+"""Maximum number of further requests at a time for a range that is slow. Each wait is four times as long as the one
+before it, up to `MAX_WAIT`."""
+MAX_WAIT = 5.0
+"""Maximum time between two requests for a range that is slow, seconds."""
+READ_TIMEOUT = timedelta(seconds=15)
+"""Time without a byte from the store after which a request has failed."""
 MAX_HEDGED = 4
 """Number of fetches of demanded blocks above which no request is sent again: they wait for bandwidth."""
 PAUSE = (0.1, 5.0)
 """First and longest pause before a failed request is repeated, seconds."""
 WARN_AFTER = 2.0
-"""Time without a successful request after which a warning is logged, seconds."""
+"""Duration of a fetch after which a warning is logged, seconds."""
+WARN_PAUSE = 30.0
+"""Minimum time between two such warnings, seconds."""
 SCAN = 256
 """Number of blocks that are checked at a time before they are fetched in advance."""
 READY = 64
@@ -122,6 +129,10 @@ class _Fetch:
         self.image = image
         self.wanted = wanted
         self.demand = demand
+        self.whole = self
+        """Fetch of which this is a part."""
+        self.error: Exception | None = None
+        """Reason why the last request of the whole fetch is repeated; None if it has not failed."""
 
     @property
     def numbers(self) -> list[Number]:
@@ -131,7 +142,9 @@ class _Fetch:
     def single(self, number: int, record: BlockRecord) -> _Fetch:
         """Return the fetch of one block of the range."""
         part = Range(self.wanted.pack, record.start, record.start + record.stored, ((number, record),))
-        return _Fetch(self.image, part, self.demand)
+        fetch = _Fetch(self.image, part, self.demand)
+        fetch.whole = self.whole
+        return fetch
 
 
 class Provider:
@@ -164,8 +177,10 @@ class Provider:
         """Numbers of fetches: of demanded blocks, of other blocks."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._latencies: deque[float] = deque(maxlen=32)
-        self._succeeded = time.monotonic()
-        self._warned = False
+        self._late: set[_Fetch] = set()
+        """Fetches that take long, since the last warning."""
+        self._warned = -WARN_PAUSE
+        """Time of the last warning, seconds."""
         self._ordered: list[Number] = []
         """All blocks that were to be fetched in advance."""
         self._is_whole = False
@@ -199,7 +214,7 @@ class Provider:
 
         def read() -> None:
             self._tables = [_Table.read(file) for file in self._files]
-            self._store = Store(self._url.store, retry_timeout=timedelta(0))
+            self._store = Store(self._url.store, retry_timeout=timedelta(0), read_timeout=READ_TIMEOUT)
 
         try:
             await in_thread(read)
@@ -281,9 +296,12 @@ class Provider:
         self._start()
 
     async def _hurry(self, number: Number, task: asyncio.Task[None]) -> None:
-        """Wait for a block that is being fetched in advance. If this takes long, fetch it alone."""
+        """Wait for a block that is being fetched in advance. If this takes long, fetch it alone, as soon as few
+        demanded blocks are being fetched."""
         await asyncio.wait({task}, timeout=self._hedge_timeout)
-        if not task.done() and self._running[True] < MAX_HEDGED:
+        while not task.done() and self._running[True] >= MAX_HEDGED:
+            await asyncio.wait({task}, timeout=self._hedge_timeout)
+        if not task.done():
             image, block = number
             record = self._tables[image].records[block]
             pack = self._tables[image].packs[record.pack]
@@ -331,6 +349,7 @@ class Provider:
     async def _serve(self, fetch: _Fetch) -> None:
         """Fetch a range, and report its blocks."""
         failures: Mapping[int, str]
+        watch = self._spawn(self._watch(fetch))
         try:
             failures = await self._obtain(fetch)
         except PageferryError as error:
@@ -338,8 +357,18 @@ class Provider:
         except Exception as error:  # threads of the workload must not wait for ever
             log.exception("%s: cannot fetch blocks", self._url)
             failures = dict.fromkeys((number for number, _ in fetch.wanted.blocks), f"unexpected error: {error!r}")
+        finally:
+            watch.cancel()
         for number in fetch.numbers:
             self._report(number, failures.get(number[1]))
+        self._recover(fetch)
+
+    async def _watch(self, fetch: _Fetch) -> None:
+        """Log a warning if blocks for which threads wait, or blocks whose requests fail, are not fetched for long."""
+        while True:
+            await asyncio.sleep(WARN_AFTER)
+            if fetch.demand or fetch.error is not None:
+                self._warn(fetch)
 
     async def _obtain(self, fetch: _Fetch) -> dict[int, str]:
         """Fetch, verify and write the blocks of a range. Return the failures by block. A range with wrong contents is
@@ -354,8 +383,8 @@ class Provider:
 
         for _ in range(2):
             try:
-                data = await self._repeat(lambda: self._read(fetch))
-                await self._repeat(lambda: on_thread(lambda: write(data)))  # noqa: B023
+                data = await self._repeat(fetch, lambda: self._read(fetch))
+                await self._repeat(fetch, lambda: on_thread(lambda: write(data)))  # noqa: B023
                 return {}
             except ImageError as error:
                 cause = error
@@ -371,30 +400,38 @@ class Provider:
             failures |= await self._obtain(fetch.single(*block))
         return failures
 
-    async def _repeat(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _repeat(self, fetch: _Fetch, call: Callable[[], Awaitable[T]]) -> T:
         """Repeat a call until the store, and the disk of the cache, are available. Raises ImageError."""
         pause, longest = PAUSE
         while True:
             try:
                 result = await call()
             except (StoreError, OSError) as error:
-                self._warn(error)
+                fetch.whole.error = error
             else:
-                self._recover()
+                fetch.whole.error = None
                 return result
             await asyncio.sleep(pause * (0.5 + random.random() / 2))
             pause = min(2 * pause, longest)
 
-    def _warn(self, error: Exception) -> None:
-        if not self._warned and time.monotonic() - self._succeeded > WARN_AFTER:
-            self._warned = True
-            log.warning("%s: the workload waits for blocks that cannot be fetched yet: %s; repeating", self._url, error)
+    def _warn(self, fetch: _Fetch) -> None:
+        """Log a warning, unless there was one for a fetch that continues, or a short time ago."""
+        now = time.monotonic()
+        if self._late or now - self._warned >= WARN_PAUSE:
+            if not self._late:
+                cause = fetch.error or f"there is no complete reply after {WARN_AFTER:.0f} seconds"
+                log.warning(
+                    "%s: the workload waits for blocks that cannot be fetched yet: %s; repeating", self._url, cause
+                )
+                self._warned = now
+            self._late.add(fetch)
 
-    def _recover(self) -> None:
-        self._succeeded = time.monotonic()
-        if self._warned:
-            self._warned = False
-            log.warning("%s: blocks can be fetched again", self._url)
+    def _recover(self, fetch: _Fetch) -> None:
+        """Record the end of a fetch."""
+        if fetch in self._late:
+            self._late.remove(fetch)
+            if not self._late:
+                log.warning("%s: blocks can be fetched again", self._url)
 
     @property
     def _hedge_timeout(self) -> float:
@@ -409,7 +446,7 @@ class Provider:
             return await self._request(fetch.wanted)
         begin = time.monotonic()
         reads = {asyncio.ensure_future(self._request(fetch.wanted))}
-        timeout: float | None = self._hedge_timeout
+        timeout = self._hedge_timeout
         try:
             while True:
                 done, reads = await asyncio.wait(reads, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -418,10 +455,9 @@ class Provider:
                         data = read.result()
                         self._latencies.append(time.monotonic() - begin)
                         return data
-                if not done and self._running[True] <= MAX_HEDGED:
+                if not done and self._running[True] <= MAX_HEDGED and len(reads) <= HEDGES:
                     reads.add(asyncio.ensure_future(self._request(fetch.wanted)))
-                    assert timeout is not None
-                    timeout = 4 * timeout if len(reads) <= HEDGES else None
+                    timeout = min(4 * timeout, MAX_WAIT)
         finally:
             for read in reads:
                 read.cancel()

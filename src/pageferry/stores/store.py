@@ -77,12 +77,21 @@ class Store:
     """Open store. Keys are relative to the URL of the store. Raises UnsupportedError without the extra `stores`,
     UsageError for an invalid URL, StoreError if the configuration in the environment is invalid.
 
-    `retry_timeout`: maximum time during which a failed request is repeated; zero for no repetition.
+    `retry_timeout`: maximum time during which a failed request is repeated; zero for no repetition. `read_timeout`:
+    time without a byte from the store after which a request has failed; by default, only its duration is limited.
     """
 
-    def __init__(self, url: StoreUrl, *, create: bool = False, retry_timeout: timedelta = RETRY_TIMEOUT) -> None:
+    def __init__(
+        self,
+        url: StoreUrl,
+        *,
+        create: bool = False,
+        retry_timeout: timedelta = RETRY_TIMEOUT,
+        read_timeout: timedelta = REQUEST_TIMEOUT,
+    ) -> None:
         self.url = url
         self._retry_timeout = retry_timeout
+        self._read_timeout = read_timeout
         self._obstore = obstore()
         self._written: list[str] = []
         with self._translated("open the store"):
@@ -197,7 +206,11 @@ class Store:
                 raise StoreError(f"cannot open the store {url}: {url.folder} is not a directory")
             return store.LocalStore(url.folder, mkdir=create)
         options: dict[str, Any] = {
-            "client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT},
+            "client_options": {
+                "timeout": REQUEST_TIMEOUT,
+                "read_timeout": self._read_timeout,
+                "connect_timeout": CONNECT_TIMEOUT,
+            },
             "retry_config": {
                 "max_retries": MAX_RETRIES if self._retry_timeout else 0,
                 "retry_timeout": self._retry_timeout,
