@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 import pageferry
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, UsageError
+from pageferry.images.image import ImageFile, damaged_sections, open_link
 from pageferry.stores.address import image_url
 from pageferry.stores.cache import ImageCache
+from pageferry.stores.sources import FileSource
 
 SIZE = 4 << 20
 
@@ -64,6 +67,23 @@ def complete(number: int = 1) -> None:
         time.sleep(0.05)
 
 
+def damage_section(image: Path) -> None:
+    """Damage a section of an image other than its index and its metadata, as a crash can."""
+    offset, length = max(ImageFile(image).image.blocks)
+    with image.open("r+b") as file:
+        for at in range(-(-(offset + length) // 4096) * 4096, image.stat().st_size, 4096):
+            file.seek(at)
+            (byte,) = file.read(1)
+            for value in (byte ^ 1, byte):
+                file.seek(at)
+                file.write(bytes([value]))
+                file.flush()
+                with contextlib.suppress(ImageError):
+                    if damaged_sections(open_link(image)):
+                        return
+    raise AssertionError(f"{image} has no section to damage")
+
+
 def test_arena_is_restored_from_a_url_and_then_from_the_cache(url: str, cache: Path) -> None:
     arena = pageferry.restore(f"{url}/child")
     assert words(arena)[0] == 1
@@ -98,6 +118,42 @@ def test_damaged_entry_is_downloaded_again(url: str) -> None:
     (entry,) = pageferry.list_cache().images
     os.truncate(entry.path, 100)
     assert words(pageferry.restore(f"{url}/other"))[0] == 2
+
+
+def test_image_that_cannot_be_opened_is_refused(
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def unchecked(_source: FileSource) -> None:
+        pass
+
+    pageferry.dump({"x": np.arange(1000)}, tmp_path / "object")
+    state = ImageFile(tmp_path / "object").state()
+    contents = (tmp_path / "object").read_bytes()
+    assert contents.count(state) == 1
+    (tmp_path / "object").write_bytes(contents.replace(state, bytes(byte ^ 1 for byte in state)))
+    monkeypatch.setattr(FileSource, "check", unchecked)  # another program may have uploaded the image
+    pageferry.push_image(tmp_path / "object", f"file://{tmp_path}/store/object")
+
+    async def obtain() -> None:
+        wanted = image_url("url", f"file://{tmp_path}/store/object")
+        await asyncio.wait_for(ImageCache(cache, 1 << 30).obtain(wanted), 30)
+
+    with pytest.raises(ImageError, match=r"its files in the cache cannot be opened: .*section"):
+        asyncio.run(obtain())
+
+
+def test_damaged_parent_is_not_shared(url: str, cache: Path) -> None:
+    opened = ImageCache(cache, 1 << 30)
+    base = asyncio.run(opened.obtain(image_url("url", f"{url}/base")))
+    damage_section(base.path)
+    base.close()
+
+    async def obtain() -> None:
+        (await asyncio.wait_for(opened.obtain(image_url("url", f"{url}/child")), 30)).close()
+
+    asyncio.run(obtain())
 
 
 def test_least_recently_used_entries_are_removed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
