@@ -133,6 +133,12 @@ class ImageFile:
         """Return the verified contents of pages. Absent pages read as zeros. Raises ImageError for a damaged page."""
         return _checked(self.path, lambda: self.chain.read(first, count))
 
+    def check_pages(self, first: int, count: int) -> None:
+        """Read pages, unless all of them are absent or zero. Raises ImageError for a damaged page."""
+        found = self.image.count(first, count)
+        if found.data + found.same_as + found.in_parent:
+            self.read(first, count)
+
     def verify(self, progress: Progress = _silent) -> list[str]:
         """Verify every byte of every image of the chain. Return a description of each error; stop at `MAX_FINDINGS`
         errors."""

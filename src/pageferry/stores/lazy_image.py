@@ -73,16 +73,9 @@ async def fetch(image: ImageFile) -> None:
     if image.is_fetched:
         from pageferry.stores.store import gathered  # most images are not in stores
 
-        reads = (in_thread(_read, image, first) for first in range(0, image.pages, FETCHED))
+        starts = range(0, image.pages, FETCHED)
+        reads = (in_thread(image.check_pages, first, min(FETCHED, image.pages - first)) for first in starts)
         await gathered(reads, FETCHES)
-
-
-def _read(image: ImageFile, first: int) -> None:
-    """Read `FETCHED` pages, unless all of them are absent or zero."""
-    count = min(FETCHED, image.pages - first)
-    found = image.image.count(first, count)
-    if found.data + found.same_as + found.in_parent:
-        image.read(first, count)
 
 
 def _incomplete(image: ImageFile, first: int, link: Link, whole: bool) -> tuple[Path, Entry] | None:
@@ -115,7 +108,9 @@ def _supply(image: ImageFile, first: int, folder: Path, record: Entry, in_own_pr
                 os.close(table)
                 raise
             opened.append(SuppliedFile(descriptor, table))
-        (_start_process if in_own_process else _start_thread)(record.url, opened, first, folder, theirs)
+        # A chain with other images, or with fewer, needs other blocks than the image of the entry.
+        whole = folder if first == 0 and entry.load(folder) == record else None
+        (_start_process if in_own_process else _start_thread)(record.url, opened, first, whole, theirs)
         opened = []
         image.chain.supply_from(ours.fileno(), first)
         image.is_fetched = True
@@ -125,7 +120,9 @@ def _supply(image: ImageFile, first: int, folder: Path, record: Entry, in_own_pr
             one.close()
 
 
-def _start_thread(url: str, opened: list[SuppliedFile], first: int, folder: Path, connection: socket.socket) -> None:
+def _start_thread(
+    url: str, opened: list[SuppliedFile], first: int, folder: Path | None, connection: socket.socket
+) -> None:
     from pageferry.stores.provider import Provider
 
     provider = Provider(image_url("url", url), opened, first, folder)
@@ -142,13 +139,15 @@ def _start_thread(url: str, opened: list[SuppliedFile], first: int, folder: Path
     thread.start()
 
 
-def _start_process(url: str, opened: list[SuppliedFile], first: int, folder: Path, connection: socket.socket) -> None:
+def _start_process(
+    url: str, opened: list[SuppliedFile], first: int, folder: Path | None, connection: socket.socket
+) -> None:
     described = [[file.descriptor, file.table] for file in opened]
     descriptors = [number for file in opened for number in (file.descriptor, file.table)]
     with connection:
         start_python(
             "pageferry.stores.provider_process",
-            json.dumps([url, described, first, str(folder)]),
+            json.dumps([url, described, first, str(folder) if folder is not None else None]),
             stdin=connection.fileno(),
             stdout=subprocess.DEVNULL,
             pass_fds=descriptors,

@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from pageferry.errors import ImageError, PageferryError, StoreError
-from pageferry.host.blocking import in_thread, on_thread
+from pageferry.host.blocking import in_background, in_thread, on_thread
+from pageferry.images.image import SLICE, ImageFile
 from pageferry.stores import blocks, entry, tables
 from pageferry.stores.address import ImageUrl
 from pageferry.stores.blocks import BlockRecord
 from pageferry.stores.layout import PackEntry
 from pageferry.stores.pull import GAP, Range, ranges, write_blocks
-from pageferry.stores.sealing import BlockOpener
+from pageferry.stores.sealing import PLAIN, BlockOpener
 from pageferry.stores.store import Store
 
 log = logging.getLogger("pageferry.stores")
@@ -121,6 +122,19 @@ class _Table:
         header = os.pread(self.descriptor, blocks.HEADER, record.offset)
         return header[:4] == blocks.MAGIC and header[blocks.CHECKSUM] == record.checksum
 
+    def is_intact(self, number: int) -> bool:
+        """Return whether the file has a block with the right contents. The contents of an encrypted image are not
+        compared: its addresses are keyed digests. Raises OSError."""
+        if not self.has(number):
+            return False
+        if self.sealing is not PLAIN:
+            return True
+        record = self.records[number]
+        block = bytearray(os.pread(self.descriptor, record.length, record.offset))
+        if record.flags & blocks.NORMAL:
+            blocks.normalize(block, number)
+        return PLAIN.address(block) == record.digest
+
 
 class _Fetch:
     """Range that is being fetched from the pack of one image."""
@@ -151,10 +165,19 @@ class Provider:
     """Provider of the blocks of images in one entry of the cache.
 
     `files`: the last images of the chain of the engine; `first`: index of the first of them in the chain; `folder`:
-    directory of the entry.
+    directory of the entry if the chain consists of all images of the entry, so that the entry is complete when the
+    memory is; otherwise None.
     """
 
-    def __init__(self, url: ImageUrl, files: Sequence[SuppliedFile], first: int, folder: Path) -> None:
+    _scanning = False
+    _is_whole = False
+    """Whether `_ordered` contains all blocks that the memory needs, and the files have not been checked yet."""
+    _repaired = False
+    """Whether blocks that the check has found damaged were fetched again."""
+    _warned = -WARN_PAUSE
+    """Time of the last warning, seconds."""
+
+    def __init__(self, url: ImageUrl, files: Sequence[SuppliedFile], first: int, folder: Path | None) -> None:
         self._url = url
         self._first = first
         self._files = files
@@ -171,7 +194,6 @@ class Provider:
         """Ranges of `_waiting`. Each block is reported, even if it was fetched before."""
         self._ready: deque[_Fetch] = deque()
         """Ranges of `_later` that are missing in the files."""
-        self._scanning = False
         self._flying: dict[Number, asyncio.Task[None]] = {}
         self._running: dict[bool, int] = {True: 0, False: 0}
         """Numbers of fetches: of demanded blocks, of other blocks."""
@@ -179,12 +201,8 @@ class Provider:
         self._latencies: deque[float] = deque(maxlen=32)
         self._late: set[_Fetch] = set()
         """Fetches that take long, since the last warning."""
-        self._warned = -WARN_PAUSE
-        """Time of the last warning, seconds."""
         self._ordered: list[Number] = []
         """All blocks that were to be fetched in advance."""
-        self._is_whole = False
-        """Whether `_ordered` contains all blocks that the memory needs, and the files have not been checked yet."""
 
     async def run(self, connection: socket.socket) -> None:
         """Serve the engine at the other end of a connection until the engine closes it. Closes the files."""
@@ -313,14 +331,40 @@ class Provider:
                 self._running[True] -= 1
 
     async def _complete(self) -> None:
-        """Record that all blocks that the memory needs are in the files, if they are."""
+        """Record that all blocks that the memory needs are in the files, if they are. Fetch damaged blocks again, once.
+        Blocks that this provider has not fetched may be damaged although their headers are present: the host may have
+        crashed before they were synced."""
 
-        def check() -> None:
-            if all(self._tables[image].has(number) for image, number in self._ordered):
-                entry.mark_complete(self._folder, [table.descriptor for table in self._tables])
+        if (folder := self._folder) is None:
+            return
+
+        def check() -> list[Number]:
+            left = [(image, number) for image, number in self._ordered if not self._tables[image].present[number]]
+            damaged = [(image, number) for image, number in left if not self._tables[image].is_intact(number)]
+            if not damaged and any(self._tables[image].sealing is not PLAIN for image, _ in left):
+                damaged = left if not self._is_readable(folder) else []
+            if not damaged:
+                entry.mark_complete(folder, [table.descriptor for table in self._tables])
+            return damaged
 
         with contextlib.suppress(OSError):  # the entry was removed, or the disk is full: the next restore checks again
-            await on_thread(check)
+            damaged = await in_background(check)
+            if damaged and not self._repaired:
+                self._repaired = self._is_whole = True
+                self._ready.extend(self._fetches(damaged, PREFETCH_RANGE, GAP, demand=False))
+                self._start()
+
+    def _is_readable(self, folder: Path) -> bool:
+        """Return whether all pages of the memory can be read from the files, and match their checksums. `folder`: path
+        for messages."""
+        try:
+            image = ImageFile.from_files([(table.descriptor, folder) for table in self._tables])
+            for first in range(0, image.pages, SLICE):
+                image.check_pages(first, min(SLICE, image.pages - first))
+        except ImageError as error:
+            log.info("%s: blocks are fetched again: %s", self._url, error)
+            return False
+        return True
 
     # -- fetches
 
