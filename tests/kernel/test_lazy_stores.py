@@ -182,6 +182,16 @@ def test_access_waits_while_the_store_is_silent(
             wait_until(lambda: "blocks can be fetched again" in log.read_text(), "the end of the wait")
 
 
+def test_cancelled_fetch_leaves_no_blocked_reads(proxy: FaultProxy, words: Words, tmp_path: Path) -> None:  # noqa: F811
+    with reader(tmp_path, prefetch=False) as program:
+        program.line()
+    (image,) = pageferry.list_cache().images
+    proxy.gone = True
+    with Program(str(Path(__file__).with_name("lazy_fetch.py")), image.path) as program:
+        assert "the process that reads the store has ended" in program.line()
+        assert program.wait() == 0
+
+
 @pytest.mark.parametrize("action", ["short", "corrupt"])
 def test_wrong_contents_are_reported(
     proxy: FaultProxy,  # noqa: F811

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -66,7 +68,8 @@ def open_image_file(path: str | Path, *, in_own_process: bool = False, whole: bo
 
 
 async def fetch(image: ImageFile) -> None:
-    """Fetch all storage blocks that the memory of an image needs, so that its readers do not wait for the store.
+    """Fetch all storage blocks that the memory of an image needs, so that its readers do not wait for the store. After
+    an error or a cancellation, no more blocks are fetched, and reads of missing ones fail.
 
     Raises ImageError.
     """
@@ -75,7 +78,18 @@ async def fetch(image: ImageFile) -> None:
 
         starts = range(0, image.pages, FETCHED)
         reads = (in_thread(image.check_pages, first, min(FETCHED, image.pages - first)) for first in starts)
-        await gathered(reads, FETCHES)
+        try:
+            await gathered(reads, FETCHES)
+        except BaseException:
+            _shut_down(image.connection)  # the other reads would block threads for as long as the store is unavailable
+            raise
+
+
+def _shut_down(connection: socket.socket | None) -> None:
+    """End a provider and the reads that wait for it."""
+    if connection is not None:
+        with contextlib.suppress(OSError):  # the provider has ended
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _incomplete(image: ImageFile, first: int, link: Link, whole: bool) -> tuple[Path, Entry] | None:
@@ -113,9 +127,12 @@ def _supply(image: ImageFile, first: int, folder: Path, record: Entry, in_own_pr
         (_start_process if in_own_process else _start_thread)(record.url, opened, first, whole, theirs)
         opened = []
         image.chain.supply_from(ours.fileno(), first)
-        image.is_fetched = True
-    finally:
+        image.connection = ours
+        weakref.finalize(image, ours.close)
+    except BaseException:
         ours.close()
+        raise
+    finally:
         for one in opened:
             one.close()
 

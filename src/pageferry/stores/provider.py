@@ -1,6 +1,7 @@
 """Provider of storage blocks: fetches the blocks of cached images that the engine requests over a socket (S10).
 
 The engine's threads wait for blocks without the GIL (`crates/engine/src/image/supply.rs`, which defines the messages).
+Calls of `in_thread` may wait for a provider in the same process, which therefore does not use their threads.
 The provider runs on an event loop of a thread of the pager process, or of a separate process. It verifies each block
 by its BLAKE3 digest, writes it to the file of the cache, and reports it to the engine.
 
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pageferry.errors import ImageError, PageferryError, StoreError
-from pageferry.host.blocking import in_background, in_thread, on_thread
+from pageferry.host.blocking import in_background, on_thread
 from pageferry.images.image import SLICE, ImageFile
 from pageferry.stores import blocks, entry, tables
 from pageferry.stores.address import ImageUrl
@@ -235,7 +236,7 @@ class Provider:
             self._store = Store(self._url.store, retry_timeout=timedelta(0), read_timeout=READ_TIMEOUT)
 
         try:
-            await in_thread(read)
+            await on_thread(read)
         except (PageferryError, OSError) as error:
             self._unusable = f"cannot read {self._url}: {error}"
             log.warning("%s", self._unusable)
@@ -305,7 +306,7 @@ class Provider:
         waiting, self._waiting = list(self._waiting), {}
         later = [self._later.popleft() for _ in range(min(SCAN, len(self._later)))]
         try:
-            missing = await in_thread(lambda: [one for one in later if not self._tables[one[0]].has(one[1])])
+            missing = await on_thread(lambda: [one for one in later if not self._tables[one[0]].has(one[1])])
         except OSError:
             missing = later
         self._awaited.extend(self._fetches(waiting, PREFETCH_RANGE, GAP, demand=False))
