@@ -21,6 +21,7 @@ from pageferry.images.image import ImageFile, damaged_sections, open_link
 from pageferry.stores.address import image_url
 from pageferry.stores.cache import ImageCache
 from pageferry.stores.sources import FileSource
+from tests.kernel.programs import Program, wait_until
 
 SIZE = 4 << 20
 
@@ -223,6 +224,25 @@ def test_command_lists_and_clears(url: str, capsys: pytest.CaptureFixture[str]) 
 def test_guest_is_not_started_if_its_image_is_missing(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["restore", "web", f"{url}/none", "--", "qemu-system-x86_64"])
     assert (code, "no image of this name" in capsys.readouterr().err) == (31, True)
+
+
+@pytest.mark.parametrize("part", ["", "packs"])
+@pytest.mark.parametrize("from_cache", [False, True])
+def test_access_waits_while_the_directory_is_gone(url: str, tmp_path: Path, part: str, from_cache: bool) -> None:
+    image = f"{url}/other"
+    if from_cache:
+        pageferry.restore(image, prefetch=False)
+        image = pageferry.list_cache().images[0].path
+        (tmp_path / "store" / part).rename(tmp_path / "away")
+    reader, log = str(Path(__file__).with_name("lazy_reader.py")), tmp_path / "log"
+    with log.open("wb") as stderr, Program(reader, image, '{"prefetch": false}', stderr=stderr) as program:
+        program.line()
+        if not from_cache:
+            (tmp_path / "store" / part).rename(tmp_path / "away")
+        program.say("0")
+        wait_until(lambda: "the workload waits for blocks" in log.read_text(), "the warning")
+        (tmp_path / "away").rename(tmp_path / "store" / part)
+        assert int(program.line()) == 2
 
 
 def test_locks_are_removed_with_their_entries(url: str, cache: Path) -> None:

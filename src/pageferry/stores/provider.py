@@ -170,6 +170,7 @@ class Provider:
     memory is; otherwise None.
     """
 
+    _store: Store | None = None
     _scanning = False
     _is_whole = False
     """Whether `_ordered` contains all blocks that the memory needs, and the files have not been checked yet."""
@@ -184,7 +185,7 @@ class Provider:
         self._files = files
         self._folder = folder
         self._tables: list[_Table] = []
-        self._store: Store | None = None
+        self._opening = asyncio.Lock()
         self._unusable: str | None = None
         """Reason why no block can be fetched; None if blocks can be fetched."""
         self._demanded: dict[Number, None] = {}
@@ -229,17 +230,24 @@ class Provider:
                 file.close()
 
     async def _open(self) -> None:
-        """Read the tables, and open the store."""
-
-        def read() -> None:
-            self._tables = [_Table.read(file) for file in self._files]
-            self._store = Store(self._url.store, retry_timeout=timedelta(0), read_timeout=READ_TIMEOUT)
-
+        """Read the tables, and try to open the store."""
         try:
-            await on_thread(read)
+            self._tables = await on_thread(lambda: [_Table.read(file) for file in self._files])
         except (PageferryError, OSError) as error:
             self._unusable = f"cannot read {self._url}: {error}"
             log.warning("%s", self._unusable)
+            return
+        with contextlib.suppress(PageferryError):  # the requests repeat it, and report the error
+            await self._connect()
+
+    async def _connect(self) -> Store:
+        """Return the store; open it if it is not open. Raises StoreError, UsageError, UnsupportedError."""
+        async with self._opening:
+            if self._store is None:
+                self._store = await on_thread(
+                    lambda: Store(self._url.store, retry_timeout=timedelta(0), read_timeout=READ_TIMEOUT)
+                )
+            return self._store
 
     # -- requests
 
@@ -419,8 +427,7 @@ class Provider:
         """Fetch, verify and write the blocks of a range. Return the failures by block. A range with wrong contents is
         read once more, and then block by block."""
         table, wanted = self._tables[fetch.image], fetch.wanted
-        assert self._store is not None
-        where = f"{self._store.url}/{wanted.pack.key}"
+        where = f"{self._url.store}/{wanted.pack.key}"
         cause: ImageError | None = None
 
         def write(data: memoryview) -> None:
@@ -508,8 +515,8 @@ class Provider:
                 read.cancel()
 
     async def _request(self, wanted: Range) -> memoryview:
-        assert self._store is not None
-        return await self._store.get_range(wanted.pack.key, wanted.start, wanted.end - wanted.start)
+        store = self._store or await self._connect()
+        return await store.get_range(wanted.pack.key, wanted.start, wanted.end - wanted.start)
 
     # -- reports
 

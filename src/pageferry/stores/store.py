@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from pageferry.errors import ImageError, PageferryError, StoreError
 from pageferry.host import files
-from pageferry.host.blocking import in_thread
+from pageferry.host.blocking import in_thread, on_thread
 from pageferry.stores.address import StoreUrl
 from pageferry.stores.library import obstore
 
@@ -111,11 +111,19 @@ class Store:
         return bytes(await self._call(found.bytes_async, f"read {key}"))
 
     async def get_range(self, key: str, start: int, length: int) -> memoryview:
-        """Return a range of an object. Raises ObjectMissing, ImageError if the object is shorter, StoreError."""
+        """Return a range of an object. Raises ObjectMissing, ImageError if the object is shorter, StoreError, also if
+        the directory of objects of this kind is missing: the file system of the store may not be mounted."""
         get_range = self._obstore.get_range_async
         try:
             reading = self._call(lambda: get_range(self._client, key, start=start, length=length), f"read {key}")
             data = memoryview(await reading)
+        except ObjectMissing as error:
+            if (folder := self.url.folder) is not None and not await on_thread((folder / key).parent.is_dir):
+                raise StoreError(
+                    f"cannot read {key} in {self.url}: {folder} has no directory {Path(key).parent}; mount the file "
+                    "system of the store"
+                ) from error
+            raise
         except StoreError:
             found = await self.find(key)
             if found is None or found.length >= start + length:
