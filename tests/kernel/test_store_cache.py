@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -178,6 +179,25 @@ def test_entries_in_use_are_kept(url: str, cache: Path) -> None:
     used.clear()
     assert len(opened.clear().removed) == 1
     assert not entry.path.exists()
+
+
+def test_entry_that_a_restore_has_just_opened_is_kept(url: str, cache: Path) -> None:
+    """The restore records its image, and then releases the lock."""
+    entry = asyncio.run(ImageCache(cache, 1 << 30).obtain(image_url("url", f"{url}/base")))
+    entry.close()
+
+    def in_use() -> list[str]:
+        lock = os.open(cache / "locks" / entry.path.parent.parent.name, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return [str(entry.path)]
+        finally:
+            os.close(lock)
+        return []  # the restore has not recorded its image yet
+
+    assert ImageCache(cache, 1 << 30, in_use).clear().removed == []
+    assert entry.path.exists()
 
 
 def test_restores_at_the_same_time_create_one_entry(url: str, cache: Path) -> None:

@@ -243,27 +243,30 @@ class ImageCache:
         self._remove(others, max(self.limit - max(missing, 0), 1))
 
     def _remove(self, candidates: list[Path], limit: int) -> CacheCleared:
-        used = {str(Path(path).parent.parent) for path in self.in_use()}
         before = _size(self._entries())
         removed: list[str] = []
         kept: list[str] = []
         for path in candidates:
             if limit and _size(self._entries()) <= limit:
                 break
-            (kept if str(path) in used or not self._remove_entry(path.name) else removed).append(str(path))
+            (removed if self._remove_entry(path.name) else kept).append(str(path))
         for path in (self.folder / "locks").iterdir():
             if not (self.folder / "images" / path.name).exists():
                 self._remove_entry(path.name, partial=True)
         return CacheCleared(folder=str(self.folder), removed=removed, kept=kept, freed=before - _size(self._entries()))
 
     def _remove_entry(self, manifest: str, *, partial: bool = False) -> bool:
-        """Remove an entry, or the rest of a download, and its lock, unless a process has locked it."""
+        """Remove an entry, or the rest of a download, and its lock, unless a process has locked or uses it."""
         lock = self._open_lock(manifest)
         try:
             if not _try_lock(lock, fcntl.LOCK_EX):
                 return False
             if not partial:
-                shutil.rmtree(self.folder / "images" / manifest, ignore_errors=True)
+                path = self.folder / "images" / manifest
+                # A restore records its image before it releases the lock: an earlier look could miss that.
+                if any(Path(used).parent.parent == path for used in self.in_use()):
+                    return False
+                shutil.rmtree(path, ignore_errors=True)
             shutil.rmtree(self.folder / "images" / f".{manifest}.partial", ignore_errors=True)
             if not (self.folder / "images" / manifest).exists():
                 os.unlink(self.folder / "locks" / manifest)
