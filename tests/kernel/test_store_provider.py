@@ -16,11 +16,12 @@ import pytest
 import pageferry
 from pageferry.images.image import ImageFile
 from pageferry.stores import entry
-from pageferry.stores.address import image_url
+from pageferry.stores.address import ImageUrl, StoreUrl, image_url
 from pageferry.stores.provider import Provider, SuppliedFile
 
 SIZE = 4 << 20
-PREFETCH, END_OF_ORDER = 3, 4
+DEMAND, PREFETCH, END_OF_ORDER = 1, 3, 4
+FAILED = 2
 
 
 def words(arena: Any) -> Any:
@@ -121,3 +122,27 @@ def test_entry_is_not_marked_by_a_child_outside_of_it(arena: Any, tmp_path: Path
     assert not is_complete(cached.path)
     (image,) = pageferry.list_cache().images
     assert image.length < image.contents
+
+
+def test_failure_with_any_text_is_reported(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    url = ImageUrl(StoreUrl("file:///table-\udcff", "file"), "base")  # as in an error that names an invalid path
+    table = tmp_path / "table"
+    table.write_bytes(b"")
+    file = SuppliedFile(os.open(table, os.O_RDWR), os.open(table, os.O_RDONLY))
+    provider = Provider(url, [file], 0, None)
+
+    async def run() -> bytes:
+        serving = asyncio.create_task(provider.run(theirs))
+        ours.sendall(struct.pack("<III", DEMAND, 0, 0))
+        ours.setblocking(False)
+        async with asyncio.timeout(30):
+            reply = await asyncio.get_running_loop().sock_recv(ours, 1 << 16)
+        ours.close()
+        await serving
+        return reply
+
+    reply = asyncio.run(run())
+    kind, image, block, length = struct.unpack("<IIII", reply[:16])
+    assert (kind, image, block, length) == (FAILED, 0, 0, len(reply) - 16)
+    assert b"table-" in reply

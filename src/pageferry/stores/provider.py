@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -232,19 +233,19 @@ class Provider:
     async def _open(self) -> None:
         """Read the tables, and try to open the store."""
         try:
-            self._tables = await on_thread(lambda: [_Table.read(file) for file in self._files])
+            self._tables = await _on_thread(lambda: [_Table.read(file) for file in self._files])
         except (PageferryError, OSError) as error:
             self._unusable = f"cannot read {self._url}: {error}"
             log.warning("%s", self._unusable)
             return
-        with contextlib.suppress(PageferryError):  # the requests repeat it, and report the error
+        with contextlib.suppress(PageferryError, OSError):  # the requests repeat it, and report the error
             await self._connect()
 
     async def _connect(self) -> Store:
         """Return the store; open it if it is not open. Raises StoreError, UsageError, UnsupportedError."""
         async with self._opening:
             if self._store is None:
-                self._store = await on_thread(
+                self._store = await _on_thread(
                     lambda: Store(self._url.store, retry_timeout=timedelta(0), read_timeout=READ_TIMEOUT)
                 )
             return self._store
@@ -314,7 +315,7 @@ class Provider:
         waiting, self._waiting = list(self._waiting), {}
         later = [self._later.popleft() for _ in range(min(SCAN, len(self._later)))]
         try:
-            missing = await on_thread(lambda: [one for one in later if not self._tables[one[0]].has(one[1])])
+            missing = await _on_thread(lambda: [one for one in later if not self._tables[one[0]].has(one[1])])
         except OSError:
             missing = later
         self._awaited.extend(self._fetches(waiting, PREFETCH_RANGE, GAP, demand=False))
@@ -357,7 +358,7 @@ class Provider:
             return damaged
 
         with contextlib.suppress(OSError):  # the entry was removed, or the disk is full: the next restore checks again
-            damaged = await in_background(check)
+            damaged = await _on_thread(check, in_background)
             if damaged and not self._repaired:
                 self._repaired = self._is_whole = True
                 self._ready.extend(self._fetches(damaged, PREFETCH_RANGE, GAP, demand=False))
@@ -436,7 +437,7 @@ class Provider:
         for _ in range(2):
             try:
                 data = await self._repeat(fetch, lambda: self._read(fetch))
-                await self._repeat(fetch, lambda: on_thread(lambda: write(data)))  # noqa: B023
+                await self._repeat(fetch, lambda: _on_thread(lambda: write(data)))  # noqa: B023
                 return {}
             except ImageError as error:
                 cause = error
@@ -521,11 +522,11 @@ class Provider:
     # -- reports
 
     def _report(self, number: Number, failure: str | None) -> None:
-        message = (failure or "").encode()[:_MAX_MESSAGE]
-        if not message:
+        message = (failure or "").encode(errors="backslashreplace")[:_MAX_MESSAGE]
+        if failure is None:
             self._tables[number[0]].present[number[1]] = True
-        head = _REPORT.pack(_FAILED if message else _PRESENT, number[0] + self._first, number[1], len(message))
-        self._writer.write(head + message)
+        kind = _PRESENT if failure is None else _FAILED
+        self._writer.write(_REPORT.pack(kind, number[0] + self._first, number[1], len(message)) + message)
 
     def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -538,3 +539,14 @@ class Provider:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: cannot fetch blocks: %s", self._url, error, exc_info=error)
+
+
+async def _on_thread(call: Callable[[], T], run: Callable[[Callable[[], T]], Awaitable[T]] = on_thread) -> T:
+    """Run a call as `on_thread` does, or as `run`. Raises OSError if the system has no thread left, so that the call is
+    repeated."""
+    try:
+        return await run(call)
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise OSError(errno.EAGAIN, "cannot start a thread") from error
