@@ -326,9 +326,11 @@ class Provider:
     async def _hurry(self, number: Number, task: asyncio.Task[None]) -> None:
         """Wait for a block that is being fetched in advance. If this takes long, fetch it alone, as soon as few
         demanded blocks are being fetched."""
-        await asyncio.wait({task}, timeout=self._hedge_timeout)
+        timeout = self._hedge_timeout
+        await asyncio.wait({task}, timeout=timeout)
         while not task.done() and self._running[True] >= MAX_HEDGED:
-            await asyncio.wait({task}, timeout=self._hedge_timeout)
+            timeout = min(2 * timeout, MAX_WAIT)
+            await asyncio.wait({task}, timeout=timeout)
         if not task.done():
             image, block = number
             record = self._tables[image].records[block]
@@ -344,7 +346,6 @@ class Provider:
         """Record that all blocks that the memory needs are in the files, if they are. Fetch damaged blocks again, once.
         Blocks that this provider has not fetched may be damaged although their headers are present: the host may have
         crashed before they were synced."""
-
         if (folder := self._folder) is None:
             return
 
