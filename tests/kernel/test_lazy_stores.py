@@ -161,6 +161,55 @@ def test_slow_request_is_sent_again(proxy: FaultProxy, words: Words, tmp_path: P
         assert pack_requests(proxy) == 6
 
 
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_access_waits_while_the_store_is_silent(
+    proxy: FaultProxy,  # noqa: F811
+    words: Words,
+    tmp_path: Path,
+    prefetch: bool,
+) -> None:
+    proxy.stall = 600
+    proxy.inject("GET", "packs/", "stall", 10000)
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        options = json.dumps({"prefetch": prefetch})
+        with Program(READER, f"{URL}/{tmp_path.name}", options, stderr=stderr) as program:
+            program.line()
+            program.say(str(5 * MIB))
+            wait_until(lambda: "the workload waits for blocks" in log.read_text(), "the warning")
+            proxy.faults.clear()
+            assert int(program.line()) == words[5 * MIB]
+            wait_until(lambda: "blocks can be fetched again" in log.read_text(), "the end of the wait")
+
+
+def test_access_that_waits_is_reported_while_others_succeed(proxy: FaultProxy, words: Words, tmp_path: Path) -> None:  # noqa: F811
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        options = json.dumps({"prefetch": False})
+        with Program(READER, f"{URL}/{tmp_path.name}", options, stderr=stderr) as program:
+            program.line()
+            program.say("0")
+            program.line()
+            pack = next(request for request in proxy.requests if "packs/" in request).rsplit("/", 1)[1]
+            proxy.inject("GET", f"packs/(?!{pack})", "busy", 10000)
+            program.say(f"block {12 * MIB}")  # in the parent, which is in another pack
+            for at in range(1, 7):
+                time.sleep(1)
+                program.say(str(at * MIB))
+                assert int(program.line()) == words[at * MIB]
+            assert "the workload waits for blocks" in log.read_text()
+
+
+def test_cancelled_fetch_leaves_no_blocked_reads(proxy: FaultProxy, words: Words, tmp_path: Path) -> None:  # noqa: F811
+    with reader(tmp_path, prefetch=False) as program:
+        program.line()
+    (image,) = pageferry.list_cache().images
+    proxy.gone = True
+    with Program(str(Path(__file__).with_name("lazy_fetch.py")), image.path) as program:
+        assert "the process that reads the store has ended" in program.line()
+        assert program.wait() == 0
+
+
 @pytest.mark.parametrize("action", ["short", "corrupt"])
 def test_wrong_contents_are_reported(
     proxy: FaultProxy,  # noqa: F811

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -16,8 +18,11 @@ import pytest
 import pageferry
 from pageferry.cli.main import main
 from pageferry.errors import ImageError, UsageError
+from pageferry.images.image import ImageFile, damaged_sections, open_link
 from pageferry.stores.address import image_url
 from pageferry.stores.cache import ImageCache
+from pageferry.stores.sources import FileSource
+from tests.kernel.programs import Program, wait_until
 
 SIZE = 4 << 20
 
@@ -64,6 +69,23 @@ def complete(number: int = 1) -> None:
         time.sleep(0.05)
 
 
+def damage_section(image: Path) -> None:
+    """Damage a section of an image other than its index and its metadata, as a crash can."""
+    offset, length = max(ImageFile(image).image.blocks)
+    with image.open("r+b") as file:
+        for at in range(-(-(offset + length) // 4096) * 4096, image.stat().st_size, 4096):
+            file.seek(at)
+            (byte,) = file.read(1)
+            for value in (byte ^ 1, byte):
+                file.seek(at)
+                file.write(bytes([value]))
+                file.flush()
+                with contextlib.suppress(ImageError):
+                    if damaged_sections(open_link(image)):
+                        return
+    raise AssertionError(f"{image} has no section to damage")
+
+
 def test_arena_is_restored_from_a_url_and_then_from_the_cache(url: str, cache: Path) -> None:
     arena = pageferry.restore(f"{url}/child")
     assert words(arena)[0] == 1
@@ -100,6 +122,42 @@ def test_damaged_entry_is_downloaded_again(url: str) -> None:
     assert words(pageferry.restore(f"{url}/other"))[0] == 2
 
 
+def test_image_that_cannot_be_opened_is_refused(
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def unchecked(_source: FileSource) -> None:
+        pass
+
+    pageferry.dump({"x": np.arange(1000)}, tmp_path / "object")
+    state = ImageFile(tmp_path / "object").state()
+    contents = (tmp_path / "object").read_bytes()
+    assert contents.count(state) == 1
+    (tmp_path / "object").write_bytes(contents.replace(state, bytes(byte ^ 1 for byte in state)))
+    monkeypatch.setattr(FileSource, "check", unchecked)  # another program may have uploaded the image
+    pageferry.push_image(tmp_path / "object", f"file://{tmp_path}/store/object")
+
+    async def obtain() -> None:
+        wanted = image_url("url", f"file://{tmp_path}/store/object")
+        await asyncio.wait_for(ImageCache(cache, 1 << 30).obtain(wanted), 30)
+
+    with pytest.raises(ImageError, match=r"its files in the cache cannot be opened: .*section"):
+        asyncio.run(obtain())
+
+
+def test_damaged_parent_is_not_shared(url: str, cache: Path) -> None:
+    opened = ImageCache(cache, 1 << 30)
+    base = asyncio.run(opened.obtain(image_url("url", f"{url}/base")))
+    damage_section(base.path)
+    base.close()
+
+    async def obtain() -> None:
+        (await asyncio.wait_for(opened.obtain(image_url("url", f"{url}/child")), 30)).close()
+
+    asyncio.run(obtain())
+
+
 def test_least_recently_used_entries_are_removed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAGEFERRY_CACHE_SIZE", "6M")
     pageferry.restore(f"{url}/base").load()
@@ -121,6 +179,25 @@ def test_entries_in_use_are_kept(url: str, cache: Path) -> None:
     used.clear()
     assert len(opened.clear().removed) == 1
     assert not entry.path.exists()
+
+
+def test_entry_that_a_restore_has_just_opened_is_kept(url: str, cache: Path) -> None:
+    """The restore records its image, and then releases the lock."""
+    entry = asyncio.run(ImageCache(cache, 1 << 30).obtain(image_url("url", f"{url}/base")))
+    entry.close()
+
+    def in_use() -> list[str]:
+        lock = os.open(cache / "locks" / entry.path.parent.parent.name, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return [str(entry.path)]
+        finally:
+            os.close(lock)
+        return []  # the restore has not recorded its image yet
+
+    assert ImageCache(cache, 1 << 30, in_use).clear().removed == []
+    assert entry.path.exists()
 
 
 def test_restores_at_the_same_time_create_one_entry(url: str, cache: Path) -> None:
@@ -167,6 +244,25 @@ def test_command_lists_and_clears(url: str, capsys: pytest.CaptureFixture[str]) 
 def test_guest_is_not_started_if_its_image_is_missing(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["restore", "web", f"{url}/none", "--", "qemu-system-x86_64"])
     assert (code, "no image of this name" in capsys.readouterr().err) == (31, True)
+
+
+@pytest.mark.parametrize("part", ["", "packs"])
+@pytest.mark.parametrize("from_cache", [False, True])
+def test_access_waits_while_the_directory_is_gone(url: str, tmp_path: Path, part: str, from_cache: bool) -> None:
+    image = f"{url}/other"
+    if from_cache:
+        pageferry.restore(image, prefetch=False)
+        image = pageferry.list_cache().images[0].path
+        (tmp_path / "store" / part).rename(tmp_path / "away")
+    reader, log = str(Path(__file__).with_name("lazy_reader.py")), tmp_path / "log"
+    with log.open("wb") as stderr, Program(reader, image, '{"prefetch": false}', stderr=stderr) as program:
+        program.line()
+        if not from_cache:
+            (tmp_path / "store" / part).rename(tmp_path / "away")
+        program.say("0")
+        wait_until(lambda: "the workload waits for blocks" in log.read_text(), "the warning")
+        (tmp_path / "away").rename(tmp_path / "store" / part)
+        assert int(program.line()) == 2
 
 
 def test_locks_are_removed_with_their_entries(url: str, cache: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 
@@ -18,6 +18,9 @@ from pageferry.host.fault_points import fault_point
 from pageferry.images import metadata
 from pageferry.images.metadata import ImageIdentity, Metadata, Parent
 from pageferry.memory.regions import SMALL_PAGE
+
+if TYPE_CHECKING:
+    import socket
 
 MAX_CHAIN = 256
 """Maximum number of images in a chain."""
@@ -57,8 +60,8 @@ class ImageFile:
     a parent is missing, is not the image that the child was built on, or is its own descendant.
     """
 
-    is_fetched = False
-    """Whether storage blocks are fetched from a store when they are needed."""
+    connection: socket.socket | None = None
+    """Connection to the provider of storage blocks (`pageferry.stores.lazy_image`); None if all are in the files."""
 
     def __init__(self, path: str | Path) -> None:
         self._verify(list(_chain(open_link(Path(path)), _open_parent)))
@@ -91,6 +94,11 @@ class ImageFile:
                 f"{self.path} is damaged: its page map has {self.pages} pages in {self.links[0].image.regions} "
                 f"regions, its metadata {expected} pages in {len(self.metadata.regions)}; take another checkpoint"
             )
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether storage blocks are fetched from a store when they are needed."""
+        return self.connection is not None
 
     @property
     def path(self) -> Path:
@@ -132,6 +140,12 @@ class ImageFile:
     def read(self, first: int, count: int) -> bytes:
         """Return the verified contents of pages. Absent pages read as zeros. Raises ImageError for a damaged page."""
         return _checked(self.path, lambda: self.chain.read(first, count))
+
+    def check_pages(self, first: int, count: int) -> None:
+        """Read pages, unless all of them are absent or zero. Raises ImageError for a damaged page."""
+        found = self.image.count(first, count)
+        if found.data + found.same_as + found.in_parent:
+            self.read(first, count)
 
     def verify(self, progress: Progress = _silent) -> list[str]:
         """Verify every byte of every image of the chain. Return a description of each error; stop at `MAX_FINDINGS`

@@ -103,6 +103,7 @@ class ImageCache:
                     await asyncio.sleep(POLL * (1 + random.random()))  # another process creates it, or fails to open
                 elif await in_thread(self._find, manifest) is None:
                     await self._create(store, url, reference, access)
+                    await in_thread(self._check_new, url, manifest)
                     await on_thread(lambda: self._evict(manifest))
                 fcntl.flock(lock, fcntl.LOCK_UN)
             await in_thread(_check_encrypted, path, encrypted)
@@ -142,16 +143,36 @@ class ImageCache:
 
     def _find(self, manifest: str) -> Path | None:
         """Return the path of the image of an entry; None if there is no entry, or if its image cannot be opened."""
-        path = self.folder / "images" / manifest
-        if (found := entry.load(path)) is not None:
-            image = path / entry.FILES / found.files[0].name
-            with contextlib.suppress(ImageError, FileNotFoundError):
-                links = ImageFile(image).links
-                # The sections are not synced before the entry is complete: they may be damaged after a crash.
-                if links[0].identity == found.files[0].identity and not any(map(damaged_sections, links)):
-                    os.utime(path)
-                    return image
+        with contextlib.suppress(ImageError, FileNotFoundError):
+            return self._open(manifest)
         return None
+
+    def _open(self, manifest: str) -> Path:
+        """Return the path of the image of an entry. Raises ImageError if there is no entry, or if its image cannot be
+        opened, FileNotFoundError if the entry has just been removed."""
+        path = self.folder / "images" / manifest
+        if (found := entry.load(path)) is None:
+            raise ImageError(f"cannot read the entry {path} of the cache")
+        image = path / entry.FILES / found.files[0].name
+        links = ImageFile(image).links
+        if links[0].identity != found.files[0].identity:
+            raise ImageError(f"{image} has been replaced")
+        # The sections are not synced before the entry is complete: they may be damaged after a crash.
+        if damage := [finding for link in links for finding in damaged_sections(link)]:
+            raise ImageError(damage[0])
+        os.utime(path)
+        return image
+
+    def _check_new(self, url: ImageUrl, manifest: str) -> None:
+        """Raise ImageError if the image of an entry that has just been created cannot be opened: the entry would be
+        created again for ever."""
+        try:
+            self._open(manifest)
+        except (ImageError, FileNotFoundError) as error:
+            raise ImageError(
+                f"cannot read {url}: its files in the cache cannot be opened: {error}; upload the image again under "
+                "another name, with `--reupload`"
+            ) from error
 
     async def _find_locked(self, lock: int, manifest: str) -> Path | None:
         """Return the path of the image of the entry, with a shared lock; None if there is no entry, or if another
@@ -206,7 +227,8 @@ class ImageCache:
         for name, one in list(manifests.items())[1:]:
             if (source := existing.get(one.digest)) is not None:
                 with contextlib.suppress(FileNotFoundError, ImageError):  # removed since, or damaged
-                    if open_link(source).identity == one.directory.identity:
+                    link = open_link(source)
+                    if link.identity == one.directory.identity and not damaged_sections(link):
                         os.link(source, partial / entry.FILES / name)
 
     # -- removal
@@ -221,27 +243,30 @@ class ImageCache:
         self._remove(others, max(self.limit - max(missing, 0), 1))
 
     def _remove(self, candidates: list[Path], limit: int) -> CacheCleared:
-        used = {str(Path(path).parent.parent) for path in self.in_use()}
         before = _size(self._entries())
         removed: list[str] = []
         kept: list[str] = []
         for path in candidates:
             if limit and _size(self._entries()) <= limit:
                 break
-            (kept if str(path) in used or not self._remove_entry(path.name) else removed).append(str(path))
+            (removed if self._remove_entry(path.name) else kept).append(str(path))
         for path in (self.folder / "locks").iterdir():
             if not (self.folder / "images" / path.name).exists():
                 self._remove_entry(path.name, partial=True)
         return CacheCleared(folder=str(self.folder), removed=removed, kept=kept, freed=before - _size(self._entries()))
 
     def _remove_entry(self, manifest: str, *, partial: bool = False) -> bool:
-        """Remove an entry, or the rest of a download, and its lock, unless a process has locked it."""
+        """Remove an entry, or the rest of a download, and its lock, unless a process has locked or uses it."""
         lock = self._open_lock(manifest)
         try:
             if not _try_lock(lock, fcntl.LOCK_EX):
                 return False
             if not partial:
-                shutil.rmtree(self.folder / "images" / manifest, ignore_errors=True)
+                path = self.folder / "images" / manifest
+                # A restore records its image before it releases the lock: an earlier look could miss that.
+                if any(Path(used).parent.parent == path for used in self.in_use()):
+                    return False
+                shutil.rmtree(path, ignore_errors=True)
             shutil.rmtree(self.folder / "images" / f".{manifest}.partial", ignore_errors=True)
             if not (self.folder / "images" / manifest).exists():
                 os.unlink(self.folder / "locks" / manifest)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -66,23 +68,28 @@ def open_image_file(path: str | Path, *, in_own_process: bool = False, whole: bo
 
 
 async def fetch(image: ImageFile) -> None:
-    """Fetch all storage blocks that the memory of an image needs, so that its readers do not wait for the store.
+    """Fetch all storage blocks that the memory of an image needs, so that its readers do not wait for the store. After
+    an error or a cancellation, no more blocks are fetched, and reads of missing ones fail.
 
     Raises ImageError.
     """
     if image.is_fetched:
         from pageferry.stores.store import gathered  # most images are not in stores
 
-        reads = (in_thread(_read, image, first) for first in range(0, image.pages, FETCHED))
-        await gathered(reads, FETCHES)
+        starts = range(0, image.pages, FETCHED)
+        reads = (in_thread(image.check_pages, first, min(FETCHED, image.pages - first)) for first in starts)
+        try:
+            await gathered(reads, FETCHES)
+        except BaseException:
+            _shut_down(image.connection)  # the other reads would block threads for as long as the store is unavailable
+            raise
 
 
-def _read(image: ImageFile, first: int) -> None:
-    """Read `FETCHED` pages, unless all of them are absent or zero."""
-    count = min(FETCHED, image.pages - first)
-    found = image.image.count(first, count)
-    if found.data + found.same_as + found.in_parent:
-        image.read(first, count)
+def _shut_down(connection: socket.socket | None) -> None:
+    """End a provider and the reads that wait for it."""
+    if connection is not None:
+        with contextlib.suppress(OSError):  # the provider has ended
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _incomplete(image: ImageFile, first: int, link: Link, whole: bool) -> tuple[Path, Entry] | None:
@@ -115,17 +122,24 @@ def _supply(image: ImageFile, first: int, folder: Path, record: Entry, in_own_pr
                 os.close(table)
                 raise
             opened.append(SuppliedFile(descriptor, table))
-        (_start_process if in_own_process else _start_thread)(record.url, opened, first, folder, theirs)
+        # A chain with other images, or with fewer, needs other blocks than the image of the entry.
+        whole = folder if first == 0 and entry.load(folder) == record else None
+        (_start_process if in_own_process else _start_thread)(record.url, opened, first, whole, theirs)
         opened = []
         image.chain.supply_from(ours.fileno(), first)
-        image.is_fetched = True
-    finally:
+        image.connection = ours
+        weakref.finalize(image, ours.close)
+    except BaseException:
         ours.close()
+        raise
+    finally:
         for one in opened:
             one.close()
 
 
-def _start_thread(url: str, opened: list[SuppliedFile], first: int, folder: Path, connection: socket.socket) -> None:
+def _start_thread(
+    url: str, opened: list[SuppliedFile], first: int, folder: Path | None, connection: socket.socket
+) -> None:
     from pageferry.stores.provider import Provider
 
     provider = Provider(image_url("url", url), opened, first, folder)
@@ -142,13 +156,15 @@ def _start_thread(url: str, opened: list[SuppliedFile], first: int, folder: Path
     thread.start()
 
 
-def _start_process(url: str, opened: list[SuppliedFile], first: int, folder: Path, connection: socket.socket) -> None:
+def _start_process(
+    url: str, opened: list[SuppliedFile], first: int, folder: Path | None, connection: socket.socket
+) -> None:
     described = [[file.descriptor, file.table] for file in opened]
     descriptors = [number for file in opened for number in (file.descriptor, file.table)]
     with connection:
         start_python(
             "pageferry.stores.provider_process",
-            json.dumps([url, described, first, str(folder)]),
+            json.dumps([url, described, first, str(folder) if folder is not None else None]),
             stdin=connection.fileno(),
             stdout=subprocess.DEVNULL,
             pass_fds=descriptors,

@@ -27,9 +27,10 @@ def main() -> int:
     handler.setFormatter(PrintableFormatter("pageferry: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program decides what an interrupt ends
-    url, described, first, folder = json.loads(sys.argv[1])
+    url, described, first, path = json.loads(sys.argv[1])
+    folder = Path(path) if path is not None else None
     files = [SuppliedFile(*file) for file in described]
-    asyncio.run(Provider(image_url("url", url), files, first, Path(folder)).run(socket.socket(fileno=0)))
+    asyncio.run(Provider(image_url("url", url), files, first, folder).run(socket.socket(fileno=0)))
     return 0
 
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from pageferry.errors import ImageError, PageferryError, StoreError
 from pageferry.host import files
-from pageferry.host.blocking import in_thread
+from pageferry.host.blocking import in_thread, on_thread
 from pageferry.stores.address import StoreUrl
 from pageferry.stores.library import obstore
 
@@ -77,12 +77,21 @@ class Store:
     """Open store. Keys are relative to the URL of the store. Raises UnsupportedError without the extra `stores`,
     UsageError for an invalid URL, StoreError if the configuration in the environment is invalid.
 
-    `retry_timeout`: maximum time during which a failed request is repeated; zero for no repetition.
+    `retry_timeout`: maximum time during which a failed request is repeated; zero for no repetition. `read_timeout`:
+    time without a byte from the store after which a request has failed; by default, only its duration is limited.
     """
 
-    def __init__(self, url: StoreUrl, *, create: bool = False, retry_timeout: timedelta = RETRY_TIMEOUT) -> None:
+    def __init__(
+        self,
+        url: StoreUrl,
+        *,
+        create: bool = False,
+        retry_timeout: timedelta = RETRY_TIMEOUT,
+        read_timeout: timedelta = REQUEST_TIMEOUT,
+    ) -> None:
         self.url = url
         self._retry_timeout = retry_timeout
+        self._read_timeout = read_timeout
         self._obstore = obstore()
         self._written: list[str] = []
         with self._translated("open the store"):
@@ -102,11 +111,19 @@ class Store:
         return bytes(await self._call(found.bytes_async, f"read {key}"))
 
     async def get_range(self, key: str, start: int, length: int) -> memoryview:
-        """Return a range of an object. Raises ObjectMissing, ImageError if the object is shorter, StoreError."""
+        """Return a range of an object. Raises ObjectMissing, ImageError if the object is shorter, StoreError, also if
+        the directory of objects of this kind is missing: the file system of the store may not be mounted."""
         get_range = self._obstore.get_range_async
         try:
             reading = self._call(lambda: get_range(self._client, key, start=start, length=length), f"read {key}")
             data = memoryview(await reading)
+        except ObjectMissing as error:
+            if (folder := self.url.folder) is not None and not await on_thread((folder / key).parent.is_dir):
+                raise StoreError(
+                    f"cannot read {key} in {self.url}: {folder} has no directory {Path(key).parent}; mount the file "
+                    "system of the store"
+                ) from error
+            raise
         except StoreError:
             found = await self.find(key)
             if found is None or found.length >= start + length:
@@ -198,7 +215,11 @@ class Store:
                 raise StoreError(f"cannot open the store {url}: {url.folder} is not a directory")
             return store.LocalStore(url.folder, mkdir=create)
         options: dict[str, Any] = {
-            "client_options": {"timeout": REQUEST_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT},
+            "client_options": {
+                "timeout": REQUEST_TIMEOUT,
+                "read_timeout": self._read_timeout,
+                "connect_timeout": CONNECT_TIMEOUT,
+            },
             "retry_config": {
                 "max_retries": MAX_RETRIES if self._retry_timeout else 0,
                 "retry_timeout": self._retry_timeout,
