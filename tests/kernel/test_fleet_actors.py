@@ -91,7 +91,14 @@ def server(world: World) -> Iterator[Server]:
     found.start("1MiB")
     assert add(found, 1) == 1
     yield found
-    found._moved = True  # ends its thread
+    end(found)
+
+
+def end(server: Server) -> None:
+    """End the thread of a server, which would otherwise use Ray when its stand-in is removed."""
+    server._moved = True
+    server._watcher.join(10)
+    assert not server._watcher.is_alive()
 
 
 def add(server: Server, number: int) -> Any:
@@ -146,7 +153,7 @@ def test_successor_without_predecessor_ends(world: World, monkeypatch: pytest.Mo
     assert successor.arrival() == WAITING
     world.generations.clear()
     assert world.ended.wait(10)
-    successor._moved = True
+    end(successor)
 
 
 def test_call_without_a_result_ends_after_the_timeout_of_the_handle(monkeypatch: pytest.MonkeyPatch) -> None:

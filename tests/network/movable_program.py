@@ -86,10 +86,11 @@ def main() -> None:
         error = str(raised)
     found = {"wrong": wrong, "calls": calls, "total": handle.call("total"), "downtimes": downtimes, "error": error}
     handle.stop()
+    stopped: MovableHandle[Log] = MovableHandle("log", 5.0)
     end = time.monotonic() + 60
     while "lost" not in found and time.monotonic() < end:  # the process may serve a call until it exits
         try:
-            handle.call("total")
+            stopped.call("total")
         except ActorLost as lost:
             found["lost"] = str(lost)
     print(json.dumps(found), flush=True)

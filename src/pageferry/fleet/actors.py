@@ -85,7 +85,8 @@ class Server:
         self._object: Movable | None = None
         self._address = ""
         self._listening = threading.Event()
-        threading.Thread(target=self._watch, name="pageferry-drain", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="pageferry-drain", daemon=True)
+        self._watcher.start()
 
     # -- start
 
@@ -227,6 +228,8 @@ class Server:
         while not self._moved:
             time.sleep(_WATCH)
             with contextlib.suppress(Exception):
+                if self._moved:
+                    return
                 if not self._owns:
                     alone = alone + 1 if self._is_alone() else 0
                     if alone * _WATCH >= ARRIVING:
@@ -304,7 +307,13 @@ class MovableHandle(Generic[T]):
         after = -1
         end = time.monotonic() + self._timeout
         while True:
-            actor = self._actors.current(self._timeout if after < 0 else max(0.0, end - time.monotonic()), after)
+            try:
+                actor = self._actors.current(self._timeout if after < 0 else max(0.0, end - time.monotonic()), after)
+            except cluster.ActorExited as error:
+                raise ActorLost(
+                    f"cannot call {method} of {self._name}: {error}; the call was not executed: restore the actor from "
+                    "a checkpoint, or start it again"
+                ) from error
             try:
                 how, result = actor.call(self._client, number, method, arguments, max(0.0, end - time.monotonic()))
             except TimeoutError as slow:
