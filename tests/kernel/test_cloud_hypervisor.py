@@ -554,6 +554,12 @@ class Daemon(Program):
         super().__init__("-m", "pageferry.cli.offload_daemon", *words)
 
 
+def listens(path: Path) -> bool:
+    """Return whether a process listens on a Unix socket (flag __SO_ACCEPTCON in /proc/net/unix)."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.split()[3] == "00010000" and line.endswith(f" {path}") for line in lines)
+
+
 @pytest.mark.parametrize("options", [[], ["--ondemand"]])
 def test_replacement_of_the_offload_daemon_saves_and_restores(tmp_path: Path, options: list[str]) -> None:
     sock, store = tmp_path / "sock", tmp_path / "store"
@@ -564,7 +570,7 @@ def test_replacement_of_the_offload_daemon_saves_and_restores(tmp_path: Path, op
         Daemon("snapshot", "--socket", str(sock), "--output-dir", str(store)) as daemon,
     ):
         before = vmm.ask("digest")["digest"]
-        wait_until(lambda: sock.is_socket(), "the socket")
+        wait_until(lambda: listens(sock), "the socket")
         with Daemon("snapshot", "--socket", str(sock), "--output-dir", str(store)) as other:
             assert other.wait() == UsageError.exit_code
         request = {"destination_url": f"unix:{sock}", "local": True, "preserve_source": True}
