@@ -303,7 +303,7 @@ def _write_memory(image: ImageFile, file: int) -> None:
     for first in range(0, image.pages, SLICE):
         contents = image.read(first, min(SLICE, image.pages - first))
         for start, end in _data_runs(contents):
-            _write_at(file, contents[start:end], first * SMALL_PAGE + start)
+            files.write_at(file, contents[start:end], first * SMALL_PAGE + start)
 
 
 def _data_runs(contents: bytes) -> Iterator[tuple[int, int]]:
@@ -318,10 +318,3 @@ def _data_runs(contents: bytes) -> Iterator[tuple[int, int]]:
             start = at
     if start is not None:
         yield start, len(contents)
-
-
-def _write_at(file: int, contents: bytes, offset: int) -> None:
-    view = memoryview(contents)
-    while view:
-        count = os.pwrite(file, view, offset)
-        view, offset = view[count:], offset + count

@@ -107,6 +107,14 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes to an open file at an offset, without changing its position. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
 def replace_file(path: Path, contents: bytes, *, mode: int = PRIVATE, synced: bool = False) -> None:
     """Replace a file atomically: readers see the old or the new contents. After OSError the old file is unchanged."""
     with new_file(path, mode=mode, synced=synced) as descriptor, open(os.dup(descriptor), "wb") as file:

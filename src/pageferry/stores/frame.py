@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 
 from pageferry.errors import ImageError
+from pageferry.host import files
 from pageferry.stores.layout import Chunk
 
 LENGTH = 1 << 20
@@ -49,7 +50,7 @@ def write(descriptor: int, stored: memoryview, chunks: list[Chunk], length: int)
         data = _expanded(bytes(stored[at : at + chunk.stored]), chunk)
         if len(data) != chunk.length:
             raise ImageError(f"the chunk of the index at byte {chunk.offset} has {len(data)} bytes, not {chunk.length}")
-        _write(descriptor, data, chunk.offset)
+        files.write_at(descriptor, data, chunk.offset)
         at, end = at + chunk.stored, chunk.offset + chunk.length
 
 
@@ -105,10 +106,3 @@ def _expanded(stored: bytes, chunk: Chunk) -> bytes:
     for at in range(ENTRY):
         entries[at::ENTRY] = data[at * count : (at + 1) * count]
     return bytes(entries)
-
-
-def _write(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

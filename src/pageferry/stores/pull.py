@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pageferry.errors import ImageError, StoreError, UsageError
 from pageferry.events import Listener
+from pageferry.host import files
 from pageferry.host.blocking import in_thread, on_thread
 from pageferry.host.fault_points import fault_point
 from pageferry.images.image import ImageFile, link_of, new_file, open_link
@@ -106,10 +107,10 @@ class Pull:
         appear, oldest first. After an error, no file has appeared, unless a file cannot be given its name."""
         path = self._target
         try:
-            with ExitStack() as files:  # publishes the files in the reverse order
+            with ExitStack() as stack:  # publishes the files in the reverse order
                 opened = []
                 for _, path, _ in work:
-                    opened.append(files.enter_context(new_file(path)))
+                    opened.append(stack.enter_context(new_file(path)))
                 for (manifest, path, records), descriptor in reversed(list(zip(work, opened, strict=True))):  # noqa: B007
                     await self._fill(manifest, records, descriptor)
                     await on_thread(lambda: _check_synced(descriptor, manifest))  # noqa: B023
@@ -204,14 +205,8 @@ def write_blocks(descriptor: int, found: Range, data: memoryview, sealing: Block
     for number, record in found.blocks:
         start = record.start - found.start
         block = memoryview(blocks.restore(data[start : start + record.stored], record, number, sealing))
-        _write(descriptor, block[blocks.HEADER :], record.offset + blocks.HEADER)
-        _write(descriptor, block[: blocks.HEADER], record.offset)
-
-
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+        files.write_at(descriptor, block[blocks.HEADER :], record.offset + blocks.HEADER)
+        files.write_at(descriptor, block[: blocks.HEADER], record.offset)
 
 
 def _check_synced(descriptor: int, manifest: Manifest) -> None:

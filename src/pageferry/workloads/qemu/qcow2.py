@@ -12,6 +12,8 @@ import os
 import struct
 from typing import NamedTuple
 
+from pageferry.host import files
+
 CLUSTER_BITS = 16
 CLUSTER = 1 << CLUSTER_BITS
 """Size of a cluster, bytes."""
@@ -56,14 +58,7 @@ def write_empty(file: int, size: int, backing: Backing | None = None) -> None:
         extensions = _EXTENSION.pack(_BACKING_FORMAT, len(kind)) + kind + bytes(-len(kind) % 8) + _END
     start = HEADER.size + len(extensions) if name else 0
     fields = (start, len(name), CLUSTER_BITS, size, 0, entries, level1, table, 1, 0, 0, 0, 0, 0, 4, HEADER.size)
-    _write(file, HEADER.pack(MAGIC, 3, *fields) + extensions + name, 0)
-    _write(file, struct.pack(">Q", block), table)
-    _write(file, struct.pack(f">{3 + clusters}H", *[1] * (3 + clusters)), block)  # all clusters are in use
-    _write(file, bytes(clusters * CLUSTER), level1)
-
-
-def _write(file: int, data: bytes, at: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, at)
-        view, at = view[written:], at + written
+    files.write_at(file, HEADER.pack(MAGIC, 3, *fields) + extensions + name, 0)
+    files.write_at(file, struct.pack(">Q", block), table)
+    files.write_at(file, struct.pack(f">{3 + clusters}H", *[1] * (3 + clusters)), block)  # all clusters are in use
+    files.write_at(file, bytes(clusters * CLUSTER), level1)
