@@ -116,7 +116,7 @@ class _Table:
         """Read the table. Raises ImageError, OSError."""
         found = tables.read(file.table)
         records = found.records
-        return cls(file.descriptor, found.packs, records, found.sealing, bytearray(len(records)))
+        return cls(file.descriptor, found.packs, records, found.sealing(records), bytearray(len(records)))
 
     def has(self, number: int) -> bool:
         """Return whether the file has the header of a block. Raises OSError."""

@@ -37,12 +37,11 @@ class BlockTable(msgspec.Struct, frozen=True, kw_only=True):
         """Records of the storage blocks."""
         return [BlockRecord._make(one) for one in RECORD.iter_unpack(self.blocks)]
 
-    @property
-    def sealing(self) -> BlockOpener:
-        """Protection of the blocks."""
+    def sealing(self, records: list[BlockRecord]) -> BlockOpener:
+        """Return the protection of the blocks. `records`: those of this table, which are decoded only once."""
         if not self.domain:
             return PLAIN
-        addresses = [record.digest for record in self.records]
+        addresses = [record.digest for record in records]
         keys = [self.keys[start : start + KEY] for start in range(0, len(self.keys), KEY)]
         return BlockKeys(self.domain, dict(zip(addresses, keys, strict=True)))
 
