@@ -87,7 +87,7 @@ def operation(
     (run / FOLDER).chmod(0o700)
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
-            order = Order(id="op", kind=kind, workload="web", peer=peer, commands=[], started=now())
+            order = Order(id="op", kind=kind, workload="web", peer=peer, command=[], started=now())
             (folder / "order.json").write_bytes(msgspec.json.encode(order))
             record = {"pid": process.pid, "started": proc.start_time(process.pid), "boot": proc.boot_id()}
             for name in ("process.json", "running.json"):

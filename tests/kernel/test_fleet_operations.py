@@ -24,8 +24,8 @@ def operations() -> Operations:
     return Operations(Registry())
 
 
-def order(identifier: str, *commands: list[str]) -> Order:
-    return Order(id=identifier, kind="receive", workload="demo", commands=list(commands), started=now())
+def order(identifier: str, command: list[str]) -> Order:
+    return Order(id=identifier, kind="receive", workload="demo", command=command, started=now())
 
 
 def until(operations: Operations, identifier: str, state: str) -> OperationReport:
@@ -34,9 +34,9 @@ def until(operations: Operations, identifier: str, state: str) -> OperationRepor
 
 
 def test_end_of_an_operation_is_recorded(operations: Operations) -> None:
-    operations.start(order("succeeds", LISTING, LISTING))
+    operations.start(order("succeeds", LISTING))
     assert until(operations, "succeeds", "ended").exit_code == 0
-    operations.start(order("fails", LISTING, ["peek", "nothing", "0", "1"], LISTING))
+    operations.start(order("fails", ["peek", "nothing", "0", "1"]))
     report = until(operations, "fails", "ended")
     assert report.exit_code == 11
     assert report.message.startswith("no workload named nothing")
@@ -99,7 +99,7 @@ def test_unknown_operation_is_refused(operations: Operations) -> None:
 
 def test_record_of_a_workload_does_not_apply_to_a_later_one_of_its_name(operations: Operations) -> None:
     moved = Moved(name="web", kind="qemu", command=("qemu",))
-    started = Order(id="run", kind="run", workload="web", commands=[LISTING], started=now(), moved=moved)
+    started = Order(id="run", kind="run", workload="web", command=LISTING, started=now(), moved=moved)
     operations.start(started)
     until(operations, "run", "ended")
     folder = operations.registry.path / "web"

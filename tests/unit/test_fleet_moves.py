@@ -221,6 +221,6 @@ def test_records_of_lost_operations_are_removed(run: Path) -> None:
         folder.mkdir(mode=0o700, parents=True)
         os.utime(folder, (number, number))
     (run / ".fleet").chmod(0o700)
-    operations.start(Order(id="next", kind="run", workload="web", commands=[["list"]], started=now()))
+    operations.start(Order(id="next", kind="run", workload="web", command=["list"], started=now()))
     assert len(list(operations.path.iterdir())) == KEPT + 1
     wait_until(lambda: operations.report("next").state == "ended", "the end of the operation")

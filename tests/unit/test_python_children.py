@@ -41,7 +41,7 @@ CHILDREN = {
         from pageferry.host.registry import Registry
         hostile()
         operations = Operations(Registry(Path(os.environ["SWITCHES"]) / "run"))
-        operations.start(Order(id="one", kind="run", workload="one", commands=[["--version"]], started=now()))
+        operations.start(Order(id="one", kind="run", workload="one", command=["--version"], started=now()))
         while operations.report("one").state == "running":
             time.sleep(0.05)
         assert operations.report("one").exit_code == 0

@@ -330,7 +330,7 @@ class Agent:
         identifier: str,
         kind: Kind,
         workload: str,
-        *commands: list[str],
+        command: list[str],
         peer: str | None = None,
         moved: Moved | None = None,
     ) -> Order:
@@ -339,7 +339,7 @@ class Agent:
             kind=kind,
             workload=workload,
             peer=peer,
-            commands=list(commands),
+            command=command,
             started=now(),
             moved=moved,
         )

@@ -1,8 +1,8 @@
-"""Supervisor of an operation of a host's agent: `python operation_process.py FOLDER COMMANDS`.
+"""Supervisor of an operation of a host's agent: `python operation_process.py FOLDER COMMAND`.
 
-The supervisor runs the commands (JSON), one after the other until one fails, in a separate session, with their output
-in FOLDER. It records their end in `FOLDER/ended.json`. It starts no command once `FOLDER/cancelled` exists. It outlives
-the agent, Ray and the driver: none of them can interrupt a migration by exiting. It uses only the standard library.
+The supervisor runs the command (JSON) in a separate session, with its output in FOLDER. It records its end in
+`FOLDER/ended.json`. It does not start the command once `FOLDER/cancelled` exists. It outlives the agent, Ray and the
+driver: none of them can interrupt a migration by exiting. It uses only the standard library.
 
 Ray lowers the priority of the processes of its actors: it raises their niceness, and makes the kernel's OOM killer
 choose them first. It also blocks signals in them. Workloads must not inherit this, so the supervisor restores the
@@ -25,7 +25,7 @@ _CANCELLED = 25
 
 def main() -> int:
     """Start the supervisor in the background, print its pid, and return."""
-    folder, commands = sys.argv[1], json.loads(sys.argv[2])
+    folder, command = sys.argv[1], json.loads(sys.argv[2])
     pid = os.fork()
     if pid:
         sys.stdout.write(f"{pid}\n")
@@ -36,7 +36,7 @@ def main() -> int:
     for descriptor in range(3):
         os.dup2(nowhere, descriptor)
     _be_ordinary()
-    _supervise(folder, commands)
+    _supervise(folder, command)
     return 0
 
 
@@ -52,20 +52,16 @@ def _be_ordinary() -> None:
         file.write("0")
 
 
-def _supervise(folder: str, commands: list[list[str]]) -> None:
+def _supervise(folder: str, command: list[str]) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     out, err = (os.open(os.path.join(folder, name), flags, 0o600) for name in ("stdout", "stderr"))
-    code = 0
-    for command in commands:
-        if os.path.exists(os.path.join(folder, "cancelled")):
-            code = _CANCELLED
-            break
+    if os.path.exists(os.path.join(folder, "cancelled")):
+        code = _CANCELLED
+    else:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=kept)
         _write(folder, "running.json", {"pid": process.pid, "started": _start_time(process.pid)})
         code = process.wait()
-        if code:
-            break
     _write(folder, "ended.json", {"exit-code": code})
 
 

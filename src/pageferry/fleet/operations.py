@@ -50,8 +50,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     workload: str
     peer: str | None = None
-    commands: list[list[str]]
-    """Arguments of `pageferry`, for each command of the operation."""
+    command: list[str]
+    """Arguments of `pageferry`."""
     started: float
     moved: Moved | None = None
     """Workload that the operation creates on this host."""
@@ -97,7 +97,7 @@ class Operations:
             raise FleetError(f"cannot record the operation {order.id} in {self.path}: {error.strerror}") from error
         files.replace_file(folder / "order.json", msgspec.json.encode(order), synced=True)
         self._prune()
-        pid = _launch(folder, order.commands)
+        pid = _launch(folder, order.command)
         started = proc.start_time(pid)
         if started is not None:
             record = _Supervisor(pid=pid, started=started, boot=proc.boot_id())
@@ -199,16 +199,16 @@ class Operations:
         return False
 
 
-def _launch(folder: Path, commands: Sequence[Sequence[str]]) -> int:
-    """Start the supervisor of commands of pageferry, and return its pid. Raises FleetError."""
-    words = msgspec.json.encode([python_command("pageferry", *command) for command in commands]).decode()
+def _launch(folder: Path, command: Sequence[str]) -> int:
+    """Start the supervisor of a command of pageferry, and return its pid. Raises FleetError."""
+    words = msgspec.json.encode(python_command("pageferry", *command)).decode()
     with start_python(
         "pageferry.fleet.operation_process", str(folder), words, script=True, stdout=subprocess.PIPE
     ) as starter:
         assert starter.stdout is not None
         said = starter.stdout.readline()
     if not said:
-        raise FleetError(f"cannot start `pageferry {commands[0][0]}`: its supervisor has not started; see {folder}")
+        raise FleetError(f"cannot start `pageferry {command[0]}`: its supervisor has not started; see {folder}")
     return int(said)
 
 
